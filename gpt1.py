@@ -1,0 +1,873 @@
+"""Improving Language Understanding by Generative Pre-Training (Radford et al., 2018) in one file.
+
+New against its parent, the Transformer of Vaswani et al. (2017):
+- a decoder alone, trained as a left-to-right language model on unlabelled books (§3.1, Eq. 1, 2);
+- learned position embeddings, added once at the bottom, and no scaling by sqrt(D) (§4.1);
+- GELU in place of ReLU, biases on every projection, weights drawn from N(0, 0.02) (§4.1);
+- dropout 0.1 on embeddings, residual branches and attention probabilities (§4.1);
+- Adam with decoupled weight decay, 2000 updates of warm-up, then a cosine to zero (§4.1).
+Kept: the norm stands after each residual sum (post-norm), and none follows the last block.
+
+Map: Eq. 1 objective | Eq. 2 GPT1, Block | §4.1 PRESETS["paper"], init_weights, build_optimizer,
+learning_rate, standardize (the cleaning of text), get_batch (the sequences of 512 tokens).
+Legend: B batch, T positions, D width, H heads, E = D / H, F hidden width, V vocabulary.
+Conventions: T + 1 tokens make T inputs and T targets; loss in nats per target; target -100 is none.
+
+Run: python gpt1.py                         # a laptop: the preset demo
+     torchrun --nproc_per_node=8 gpt1.py    # GPUs: the preset small
+     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
+         gpt1.py --preset paper --data books/ --tokenizer ranks.tiktoken --out /shared/gpt1
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import inspect
+import json
+import lzma
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import sysconfig
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import tiktoken
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.elastic.multiprocessing.errors import record
+
+# ---------------------------------------- Config ----------------------------------------
+
+@dataclasses.dataclass
+class Config:
+    """The run. Every field is a flag of the command line, and its comment is the flag's help."""
+
+    # Model, §4.1 "Model specifications"
+    vocab_size: int = 0  # V, entries of the vocabulary; 0: as many as the tokenizer has
+    context: int = 512  # positions that the model can see
+    dim: int = 768  # D, width of the residual stream
+    n_layers: int = 12  # blocks
+    n_heads: int = 12  # H, attention heads
+    hidden_dim: int = 3072  # F, width of the feed-forward layer
+    dropout: float = 0.1  # on embeddings, residual branches and attention probabilities
+    # Data
+    data: str = ""  # text, token shards, or a directory of either; empty: Python's own library
+    tokenizer: str = ""  # bytes, gpt2, cl100k_base, o200k_base, or a rank file; empty: bytes
+    standardize: bool = False  # clean text as the paper does: spaced punctuation, lower case
+    seq_len: int = 0  # T, tokens of a training sequence; 0: the context
+    # Optimization, §4.1
+    batch_size: int = 64  # sequences of one update, over all ranks
+    micro_batch: int = 0  # sequences of one forward pass on one rank, at most; 0: the rank's share
+    epochs: float = 100.0  # passes over the training windows, where steps is 0
+    steps: int = 0  # updates; 0: as many as epochs needs
+    lr: float = 2.5e-4  # largest learning rate
+    warmup_steps: int = 2000  # updates of linear warm-up
+    adam: Literal["torch", "released"] = "torch"  # torch's AdamW, or the released code's Adam
+    weight_decay: float = 0.01  # decoupled, on matrices and embeddings
+    clip: float = 1.0  # largest norm of the gradient; 0: no clipping
+    seed: int = 0  # of weights, data order and dropout
+    # Machine
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    compile: bool = False  # compile each block
+    recompute: Literal["none", "block"] = "none"  # block: keep only its input for the backward pass
+    timeout: int = 600  # seconds until a collective gives up on a lost rank
+    dry_run: bool = False  # print what the run would need, and exit
+    world_size: int = 1  # ranks that dry_run plans for
+    # Reports and files
+    log_every: int = 10  # updates between log lines
+    val_every: int = 1000  # updates between validations
+    val_batches: int = 16  # held-out batches of one validation, at most
+    prompt: str = ""  # text that the sample continues; empty: the start of the held-out text
+    out: str = ""  # directory for checkpoints, metrics.jsonl, config.json; empty: none are written
+    save_every: int = 1000  # updates between checkpoints
+    resume: bool = False  # go on from the newest checkpoint in out
+    init: str = ""  # Hugging Face checkpoint directory to start from
+    export: str = ""  # directory to write the model to as a Hugging Face checkpoint
+    write_tokens: str = ""  # directory to write the data to as token shards; then exit
+
+PRESETS = {
+    # A CPU, about a minute. No dropout: the run is far shorter than one pass over the corpus.
+    "demo": dict(
+        context=128, dim=128, n_layers=4, n_heads=4, hidden_dim=512, dropout=0.0, batch_size=24,
+        steps=800, lr=3e-3, warmup_steps=80, log_every=50,
+    ),
+    # A GPU of 24 GB or a node of them, minutes: the paper's shape, over bytes.
+    "small": dict(micro_batch=16, steps=1500, warmup_steps=200, compile=True, val_every=500),
+    # §4.1: 12 blocks of width 768, context 512, batch 64, 100 epochs; 116,534,784 parameters.
+    "paper": dict(vocab_size=40478, standardize=True, micro_batch=16, compile=True),
+}  # fmt: skip
+ARCHITECTURE = ("vocab_size", "context", "dim", "n_layers", "n_heads", "hidden_dim")
+SPECIALS = ("<|endoftext|>",)  # the first one ends a document in a stream of tokens
+PATTERN = (  # how GPT-4 and Llama 3 split text into words, for files of ranks
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# ---------------------------------------- Model ----------------------------------------
+
+class CausalSelfAttention(nn.Module):
+    """softmax(q kᵀ / sqrt(E)) v over present and past, [B, T, D] -> [B, T, D], with dropout on the
+    probabilities and on the output (§4.1)."""
+
+    def __init__(self, dim, n_heads, dropout):
+        super().__init__()
+        self.n_heads, self.dropout = n_heads, dropout
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, T, D = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.n_heads, D // self.n_heads)  # [B, T, 3, H, E]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, T, E] each
+        p = self.dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)  # [B, H, T, E]
+        x = self.out(x.transpose(1, 2).reshape(B, T, D))  # [B, T, D]
+        return F.dropout(x, self.dropout, self.training)
+
+class MLP(nn.Module):
+    """GELU(x W_fc + b_fc) W_pr + b_pr, [B, T, D] -> [B, T, D]; the released code's tanh GELU."""
+
+    def __init__(self, dim, hidden_dim, dropout):
+        super().__init__()
+        self.dropout = dropout
+        self.up = nn.Linear(dim, hidden_dim)
+        self.down = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x):
+        x = F.gelu(self.up(x), approximate="tanh")  # [B, T, F]
+        return F.dropout(self.down(x), self.dropout, self.training)  # [B, T, D]
+
+class Block(nn.Module):
+    """transformer_block of Eq. 2, post-norm: n = LN(x + attention(x)), LN(n + MLP(n)); [B, T, D]."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.attn = CausalSelfAttention(cfg.dim, cfg.n_heads, cfg.dropout)
+        self.norm1 = nn.LayerNorm(cfg.dim, eps=1e-5)
+        self.mlp = MLP(cfg.dim, cfg.hidden_dim, cfg.dropout)
+        self.norm2 = nn.LayerNorm(cfg.dim, eps=1e-5)
+
+    def forward(self, x):
+        x = self.norm1(x + self.attn(x))
+        return self.norm2(x + self.mlp(x))
+
+class GPT1(nn.Module):
+    """Eq. 2, tokens [B, T] -> logits [B, T, V]; the softmax shares W_e with the token embedding."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.dropout, self.recompute = cfg.dropout, cfg.recompute
+        self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.dim)  # W_e
+        self.position_embedding = nn.Embedding(cfg.context, cfg.dim)  # W_p
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+
+    def forward(self, tokens):
+        positions = self.position_embedding.weight[: tokens.shape[1]]  # [T, D]
+        # Undisclosed: what embedding dropout drops. The released fine-tuning code drops entries of
+        # both tables, the softmax's included; here, as in every later model, it drops their sum.
+        x = F.dropout(self.token_embedding(tokens) + positions, self.dropout, self.training)  # h_0
+        for block in self.blocks:
+            if self.recompute == "block" and self.training:
+                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)  # h_l
+            else:
+                x = block(x)
+        return F.linear(x, self.token_embedding.weight)  # h_n W_eᵀ, [B, T, V]
+
+def init_weights(model, cfg):
+    """§4.1: N(0, 0.02) for matrices and embeddings, biases 0, gains 1. A parameter is drawn from
+    (seed, its name), so that every layout starts from the same numbers."""
+    for name, p in model.named_parameters():
+        if re.search(r"(_embedding|qkv|out|up|down)\.weight$", name):
+            generator = torch.Generator().manual_seed(stable_hash(cfg.seed, name))
+            p.data.copy_(torch.empty(p.shape).normal_(0.0, 0.02, generator=generator))
+        elif re.search(r"(qkv|out|up|down|norm[12])\.bias$", name):
+            nn.init.zeros_(p)
+        elif re.search(r"norm[12]\.weight$", name):
+            nn.init.ones_(p)
+        else:
+            raise ValueError(f"no rule initialises {name}")
+
+def count_parameters(model):
+    """(total, activated) parameters; the tied softmax counts once, a dense model activates all."""
+    total = sum(p.numel() for p in model.parameters())
+    return total, total
+
+def flops_per_token(cfg):
+    """Training FLOPs per token: 2 per weight of a matrix product forward, twice that backward.
+    Attention counts as causal, (T + 1) / 2 keys a query, half of what the full square gives."""
+    weights = cfg.n_layers * (4 * cfg.dim**2 + 2 * cfg.dim * cfg.hidden_dim)
+    attention = cfg.n_layers * 2 * cfg.dim * ((cfg.seq_len or cfg.context) + 1) / 2  # q kᵀ, A v
+    return 6 * (weights + attention + cfg.vocab_size * cfg.dim)
+
+# ---------------------------------------- Data ----------------------------------------
+
+def standardize(text):
+    """The cleaning of §4.1, as in the released code: plain dashes, spaces around punctuation,
+    white space collapsed, lower case."""
+    # Departure: without ftfy and spaCy, which are packages of their own; tiktoken's byte-level BPE
+    # stands for the 40,000 merges over characters. The paper's perplexity of 18.4 does not compare.
+    text = text.translate({0x2014: "-", 0x2013: "-", 0x2015: "-", 0x2026: "...", 0xB4: "'"})
+    runs = r'(-+|~+|!+|"+|;+|\?+|\++|,+|\)+|\(+|/+|\*+|\[+|\]+|}+|{+|\|+|_+)'
+    text = re.sub(r"\s*\n\s*", " \n ", re.sub(runs, r" \1 ", text))
+    return re.sub(r"[^\S\n]+", " ", text).strip().lower()
+
+def get_batch(corpus, first, n, cfg):
+    """Sequences first ... first + n - 1 of the run, whatever the ranks or the moment: tokens and
+    targets [n, T], and the counts n_targets and n_bytes (of the targets' text)."""
+    # Undisclosed: how windows lie to the borders of books. One that crosses a border keeps its
+    # longest piece: a sequence is contiguous text of one book, and borders cost no vocabulary.
+    tokens = np.zeros((n, cfg.seq_len or cfg.context), np.int64)
+    targets = np.full_like(tokens, -100)
+    for row in range(n):
+        window = corpus.window(first + row, tokens.shape[1], cfg.seed)  # [T + 1]
+        ends = np.flatnonzero(np.concatenate(([True], window == corpus.separator, [True])))
+        i = np.diff(ends).argmax()
+        piece = window[ends[i] : ends[i + 1] - 1]
+        tokens[row, : len(piece) - 1] = piece[:-1]
+        targets[row, : len(piece) - 1] = piece[1:]
+    scored = targets[targets >= 0]
+    counts = {"n_targets": scored.size, "n_bytes": int(corpus.token_bytes[scored].sum())}
+    return {"tokens": torch.from_numpy(tokens), "targets": torch.from_numpy(targets), **counts}
+
+# ---------------------------------------- Objective ----------------------------------------
+
+def objective(model, batch, cfg):
+    """Eq. 1 as a loss, with metrics: the sum of -log P(u_i | u_{i-k} ... u_{i-1}) over the batch's
+    targets, divided by batch["n_targets"], the count of the whole global batch."""
+    with torch.autocast(batch["tokens"].device.type, torch.bfloat16, cfg.precision == "bf16"):
+        logits = model(batch["tokens"]).float().flatten(0, 1)  # [B * T, V]
+    nats = F.cross_entropy(logits, batch["targets"].flatten(), reduction="sum")
+    return nats / batch["n_targets"], {}
+
+# ---------------------------------------- Optimizer ----------------------------------------
+
+class ReleasedAdam(torch.optim.Optimizer):
+    """Adam as the released code has it: against torch's AdamW, eps joins the uncorrected sqrt(v),
+    and the bias correction multiplies the decoupled decay too."""
+
+    def __init__(self, params, **settings):
+        super().__init__(params, settings)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if not state:
+                    state.update(t=torch.tensor(0), m=torch.zeros_like(p), v=torch.zeros_like(p))
+                state["t"] += 1
+                t = state["t"].item()
+                m = state["m"].lerp_(p.grad, 1 - beta1)
+                v = state["v"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                update = m / (v.sqrt() + group["eps"]) + group["weight_decay"] * p
+                p.sub_(update, alpha=group["lr"] * math.sqrt(1 - beta2**t) / (1 - beta1**t))
+
+def build_optimizer(model, cfg):
+    """§4.1: Adam, with the "modified L2" of Loshchilov and Hutter on all weights that are neither
+    bias nor gain, embeddings included."""
+    groups = [
+        dict(params=[p for p in model.parameters() if p.ndim > 1], weight_decay=cfg.weight_decay),
+        dict(params=[p for p in model.parameters() if p.ndim <= 1], weight_decay=0.0),
+    ]
+    # Undisclosed: betas and eps; the released fine-tuning code has these, Adam's own.
+    settings = dict(lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8)
+    if cfg.adam == "released":
+        return ReleasedAdam(groups, **settings)
+    return torch.optim.AdamW(groups, **settings, fused=True)
+
+def learning_rate(step, cfg):
+    """§4.1: linear from 0, then a cosine to 0; step counts the updates made before. As released,
+    the cosine spans the whole run, so that the warm-up meets it just below the peak."""
+    if step <= cfg.warmup_steps:
+        return cfg.lr * step / max(cfg.warmup_steps, 1)
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
+
+# ---------------------------------------- Precision ----------------------------------------
+
+# Parameters, gradients and Adam's moments are fp32. Under bf16, autocast (in objective) runs matrix
+# products and attention in bf16; norms, residual sums and the loss stay fp32.
+# Departure: the released code is fp32 throughout; on a GPU that is --precision fp32.
+
+PEAK_FLOPS = {  # dense bf16, by the device's exact name; a device not listed gets no MFU
+    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA B200": 2250e12,
+}  # fmt: skip
+
+# ---------------------------------------- Parallelism ----------------------------------------
+
+def parallelize(model, cfg, mesh):
+    """Synchronous data parallelism, as released: each rank has a copy, gradients are averaged."""
+    if cfg.compile:
+        for block in model.blocks:
+            block.compile()
+    if mesh.size() == 1:
+        return model
+    return nn.parallel.DistributedDataParallel(
+        model, process_group=mesh.get_group(), gradient_as_bucket_view=True
+    )
+
+def memory_per_rank(cfg):
+    """Bytes on one rank of cfg.world_size at the end of an eager forward pass, by kind."""
+    with torch.device("meta"):
+        n, _ = count_parameters(GPT1(cfg))
+    share = cfg.batch_size // cfg.world_size
+    positions = min(cfg.micro_batch or share, share) * (cfg.seq_len or cfg.context)
+    # Kept per position and block: inputs of both norms (fp32); inputs of the four products, q, k, v
+    # and GELU's input (in the products' precision); a byte an entry of the two dropout masks.
+    size = 2 if cfg.precision == "bf16" else 4
+    block = 8 * cfg.dim + size * (6 * cfg.dim + 2 * cfg.hidden_dim)
+    block += 2 * cfg.dim * (cfg.dropout > 0)
+    if cfg.recompute == "block":  # every block's input, and one block at a time in full
+        block = 4 * cfg.dim + block / cfg.n_layers
+    head = size * cfg.dim + 4 * cfg.vocab_size  # the last product's input, the loss's softmax
+    activations = int(positions * (cfg.n_layers * block + head))
+    return {"parameters": 4 * n, "gradients": 4 * n, "optimizer": 8 * n, "activations": activations}
+
+# ---------------------------------------- Checkpoint ----------------------------------------
+
+HF_NAMES = {  # ours: Hugging Face's
+    "token_embedding": "tokens_embed", "position_embedding": "positions_embed", "blocks": "h",
+    "attn.qkv": "attn.c_attn", "attn.out": "attn.c_proj", "norm1": "ln_1", "norm2": "ln_2",
+    "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj",
+}  # fmt: skip
+
+def hf_tensors(model):
+    """(Hugging Face's name, our tensor seen in Hugging Face's layout) of each parameter."""
+    for name, p in model.named_parameters():
+        for ours, theirs in HF_NAMES.items():
+            name = name.replace(ours, theirs)
+        yield name, p.data.T if ".c_" in name and p.ndim == 2 else p.data  # Conv1D is [in, out]
+
+def from_hf(path):
+    """(model, cfg) from the directory of an OpenAIGPTLMHeadModel: config.json, *.safetensors."""
+    from safetensors.torch import load_file
+
+    theirs = json.loads((Path(path) / "config.json").read_text())
+    names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+    shape = {ours: theirs[name] for ours, name in zip(ARCHITECTURE, names)}
+    cfg = Config(**shape, hidden_dim=4 * theirs["n_embd"])
+    tensors = {}
+    for file in Path(path).glob("*.safetensors"):
+        tensors.update({k.removeprefix("transformer."): v for k, v in load_file(file).items()})
+    model = GPT1(cfg)
+    for name, tensor in hf_tensors(model):
+        tensor.copy_(tensors[name])
+    return model, cfg
+
+def to_hf(model, cfg, path):
+    """Writes model to the directory path as an OpenAIGPTLMHeadModel."""
+    from safetensors.torch import save_file
+
+    if cfg.hidden_dim != 4 * cfg.dim:
+        raise ValueError(f"--export: the class has F = 4 D, not {cfg.hidden_dim} with {cfg.dim}")
+    config = dict(
+        architectures=["OpenAIGPTLMHeadModel"], model_type="openai-gpt", vocab_size=cfg.vocab_size,
+        n_positions=cfg.context, n_embd=cfg.dim, n_layer=cfg.n_layers, n_head=cfg.n_heads,
+        afn="gelu", resid_pdrop=cfg.dropout, embd_pdrop=cfg.dropout, attn_pdrop=cfg.dropout,
+    )  # fmt: skip
+    tensors = {f"transformer.{k}": v.cpu().contiguous() for k, v in hf_tensors(model)}
+    Path(path).mkdir(parents=True, exist_ok=True)
+    (Path(path) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file(tensors, Path(path) / "model.safetensors", metadata={"format": "pt"})
+
+def save_checkpoint(out, model, optimizer, state):
+    """Writes model, optimizer and state to out/step_N, of which the two newest stay. The name comes
+    with a rename at the end, so that a process killed at any moment leaves whole checkpoints."""
+    final = Path(out) / f"step_{state['step']:09d}"
+    partial = final.with_suffix(".tmp")
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+    dist.barrier()
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": moments, "state": state}, checkpoint_id=partial)
+    if dist.get_rank() == 0:
+        partial.rename(final)
+        for old in sorted(Path(out).glob("step_*[0-9]"))[:-2]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+def load_checkpoint(out, resume, model, optimizer, state):
+    """Fills model, optimizer and state from the newest checkpoint in out if --resume or a restart
+    by torchrun asks for it; ValueError if there is none, or one that nobody asked for."""
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    found = sorted(Path(out).glob("step_*[0-9]"))
+    if not found and resume and not restarted:
+        raise ValueError(f"--resume: {out} has no checkpoint")
+    if found and not resume and not restarted:
+        raise ValueError(f"{out} has checkpoints: --resume goes on, another --out starts anew")
+    if not found:
+        return
+    weights, moments = get_state_dict(model, optimizer)
+    loaded = {"model": weights, "optimizer": moments, "state": dict(state)}
+    try:
+        dcp.load(loaded, checkpoint_id=found[-1])
+    except dcp.api.CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise ValueError(f"{found[-1]} does not fit or is damaged: {cause}") from error
+    if loaded["state"]["seed"] != state["seed"]:
+        raise ValueError(f"{found[-1]} was made with --seed {loaded['state']['seed']}")
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    state.update(loaded["state"])
+
+# ---------------------------------------- Training ----------------------------------------
+
+def sum_over_ranks(*numbers, device):
+    """The numbers, each summed over all ranks, as floats."""
+    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+def next_batches(corpus, first, cfg, device):
+    """This rank's micro-batches of the global batch that begins at sequence `first`, on the device;
+    their counts (n_...) are those of the global batch."""
+    share = cfg.batch_size // dist.get_world_size()
+    micro = min(cfg.micro_batch or share, share)
+    start = first + dist.get_rank() * share
+    batches = [get_batch(corpus, start + i, micro, cfg) for i in range(0, share, micro)]
+    names = [name for name in batches[0] if name.startswith("n_")]
+    sums = sum_over_ranks(*(sum(b.pop(name) for b in batches) for name in names), device=device)
+    return [{k: v.to(device) for k, v in b.items()} | dict(zip(names, sums)) for b in batches]
+
+def accumulate_gradients(model, batches, cfg):
+    """Adds the global batch's gradient to the parameters; returns this rank's part of the loss."""
+    total, ranks = 0.0, dist.get_world_size()
+    for i, batch in enumerate(batches):
+        alone = ranks > 1 and i < len(batches) - 1  # ranks meet once, in the last micro-batch
+        with model.no_sync() if alone else contextlib.nullcontext():
+            loss, _ = objective(model, batch, cfg)
+            (loss * ranks).backward()  # DDP averages over ranks what is an average already
+        total += loss.detach()
+    return total
+
+@torch.no_grad()
+def validate(model, corpus, step, cfg, device):
+    """Prints nats per target and bits per byte of corpus; after training, lzma's bits as well."""
+    model.eval()
+    nats = n_targets = n_bytes = 0.0
+    n_batches = min(cfg.val_batches, corpus.n_windows(cfg.seq_len) // cfg.batch_size)
+    for i in range(n_batches):
+        batches = next_batches(corpus, i * cfg.batch_size, cfg, device)
+        loss = sum(objective(model, batch, cfg)[0] for batch in batches)
+        nats += sum_over_ranks(loss, device=device)[0] * batches[0]["n_targets"]
+        n_targets += batches[0]["n_targets"]
+        n_bytes += batches[0]["n_bytes"]
+    model.train()
+    line = f"val {step} | loss {nats / n_targets:.4f} | bpb {bits_per_byte(nats, n_bytes)}"
+    text = corpus.text(n_batches * cfg.batch_size * cfg.seq_len)
+    if step == cfg.steps and text:
+        line += f" | lzma {8 * len(lzma.compress(text, preset=9)) / len(text):.3f}"
+    print(line, flush=True)
+
+@torch.no_grad()
+def sample(model, ids, n, vocab_size, cfg):
+    """ids and n more, drawn at temperature 0.8 from the first vocab_size entries of the softmax."""
+    model.eval()
+    device = model.token_embedding.weight.device
+    torch.manual_seed(cfg.seed)
+    for _ in range(n):
+        tokens = torch.tensor([ids[-cfg.context :]], device=device)  # [1, T]
+        with torch.autocast(device.type, torch.bfloat16, cfg.precision == "bf16"):
+            logits = model(tokens)[0, -1, :vocab_size].float()
+        ids = ids + torch.multinomial((logits / 0.8).softmax(-1), 1).tolist()
+    return ids
+
+def check(cfg, ranks):
+    """Raises ValueError for a configuration that cannot run on that many ranks."""
+    for field in dataclasses.fields(cfg):
+        low = 0 if field.default == 0 or field.type is float or field.name == "warmup_steps" else 1
+        if field.type in (int, float) and not getattr(cfg, field.name) >= low:
+            raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is below {low}")
+    share = cfg.batch_size // ranks
+    micro = min(cfg.micro_batch or share, share)
+    for wrong, message in (
+        (cfg.dim % cfg.n_heads, f"{cfg.n_heads} heads do not divide the width {cfg.dim}"),
+        (cfg.seq_len > cfg.context, f"--seq_len {cfg.seq_len} exceeds --context {cfg.context}"),
+        (cfg.dropout >= 1, f"--dropout {cfg.dropout} leaves nothing"),
+        (cfg.batch_size % ranks, f"{ranks} ranks do not divide --batch_size {cfg.batch_size}"),
+        (micro and share % micro, f"--micro_batch {micro} does not divide {share}, a rank's share"),
+        (cfg.resume and not cfg.out, "--resume needs --out"),
+    ):
+        if wrong:
+            raise ValueError(message)
+
+def dry_run(cfg):
+    """Prints parameters, FLOPs per token and bytes per rank, from shapes alone."""
+    cfg.vocab_size = cfg.vocab_size or load_tokenizer(cfg.tokenizer or "bytes", SPECIALS).n_vocab
+    check(cfg, cfg.world_size)
+    with torch.device("meta"):
+        total, activated = count_parameters(GPT1(cfg))
+    print(f"parameters {total:,} | activated {activated:,}")
+    print(f"FLOPs per token {flops_per_token(cfg):.4g} | 6 N D gives {6 * activated:.4g}")
+    memory = memory_per_rank(cfg)
+    for kind, size in (memory | {"sum": sum(memory.values())}).items():
+        print(f"{kind:12} {size / 2**30:8.3f} GiB on each of {cfg.world_size} ranks")
+
+def train(model, optimizer, corpus, heldout, state, cfg, device):
+    """Updates until cfg.steps, or until SIGTERM or SIGINT; state says how far it came."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp",))
+    replicas = parallelize(model, cfg, mesh)
+    signals, stopped, skipped, pace = [], False, 0, 0.0
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda *received: signals.append(received))
+    while state["step"] < cfg.steps and not stopped:
+        if state["step"] % cfg.val_every == 0:
+            validate(model, heldout, state["step"], cfg, device)
+        started = time.perf_counter()
+        torch.manual_seed(stable_hash(cfg.seed, state["step"], dist.get_rank()))  # of dropout
+        batches = next_batches(corpus, state["sequences"] + state["offset"], cfg, device)
+        loss = accumulate_gradients(replicas, batches, cfg)
+        loss, stopped = sum_over_ranks(loss, len(signals), device=device)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf).item()
+        lr = learning_rate(state["step"], cfg)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad()
+        skipped = 0 if finite else skipped + 1
+        state["step"] += 1
+        state["sequences" if finite else "offset"] += cfg.batch_size
+        state["tokens"] += finite * cfg.batch_size * cfg.seq_len
+        seconds = time.perf_counter() - started
+        pace = 0.9 * (pace or seconds) + 0.1 * seconds
+        bpb = bits_per_byte(loss * batches[0]["n_targets"], batches[0]["n_bytes"])
+        row = dict(step=state["step"], loss=loss, bpb=bpb, lr=lr, grad=norm, tokens=state["tokens"])
+        log_step(row, pace, cfg, device)
+        if skipped:
+            print(f"step {row['step']} skipped: its loss or gradient is not finite", flush=True)
+        if skipped == 3:
+            raise ValueError(f"steps {row['step'] - 2} to {row['step']} were not finite")
+        if cfg.out and (row["step"] % cfg.save_every == 0 or row["step"] == cfg.steps or stopped):
+            save_checkpoint(cfg.out, model, optimizer, state)
+
+@record
+def main(argv=None):
+    """Reads the command line and the data, builds or resumes the run, trains, exports, samples."""
+    with one_line_mistakes():
+        cfg = parse(argv)
+        if cfg.dry_run:
+            return dry_run(cfg)
+        documents = read_documents(cfg.data)
+        if cfg.standardize:
+            documents = ((name, standardize(text)) for name, text in documents)
+        known = cfg.tokenizer or not shard_paths(cfg.data)
+        tokenizer = load_tokenizer(cfg.tokenizer or "bytes", SPECIALS) if known else None
+        if cfg.write_tokens:
+            return write_tokens(cfg.write_tokens, tokenize(documents, tokenizer))
+        device, ranks = launch(cfg.timeout)
+        if cfg.init:
+            source, theirs = from_hf(cfg.init)
+            cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in ARCHITECTURE})
+        check(cfg, ranks)
+        for folder in filter(None, (cfg.out, cfg.export)):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        cfg.seq_len = cfg.seq_len or cfg.context
+        sizes = (cfg.vocab_size, cfg.batch_size, cfg.seq_len)
+        corpus, heldout = load_corpora(cfg.data, tokenize(documents, tokenizer), tokenizer, *sizes)
+        cfg.vocab_size, windows = corpus.vocab_size, corpus.n_windows(cfg.seq_len)
+        cfg.steps = cfg.steps or math.ceil(cfg.epochs * windows / cfg.batch_size)
+
+        model = GPT1(cfg)
+        init_weights(model, cfg)
+        if cfg.init:
+            model.load_state_dict(source.state_dict())
+        optimizer = build_optimizer(model.to(device), cfg)
+        state = {"step": 0, "sequences": 0, "tokens": 0, "offset": 0, "seed": cfg.seed}
+        if cfg.out:
+            load_checkpoint(cfg.out, cfg.resume, model, optimizer, state)
+            config = json.dumps(dataclasses.asdict(cfg), indent=2)
+            (Path(cfg.out) / "config.json").write_text(config + "\n")
+        total, activated = count_parameters(model)
+        print(
+            f"torch {torch.__version__} | {ranks} x {device.type} | {cfg.precision} | "
+            f"parameters {total:,} | activated {activated:,} | {flops_per_token(cfg):.3g} FLOPs per "
+            f"token | {cfg.batch_size * cfg.seq_len:,} tokens per step | {windows:,} windows",
+            flush=True,
+        )
+        train(model, optimizer, corpus, heldout, state, cfg, device)
+        if state["step"] < cfg.steps:
+            return print(f"stopped by a signal after step {state['step']}", flush=True)
+        validate(model, heldout, cfg.steps, cfg, device)
+        if cfg.export and dist.get_rank() == 0:
+            to_hf(model, cfg, cfg.export)
+        if tokenizer and dist.get_rank() == 0:
+            ids = tokenizer.encode_ordinary(cfg.prompt) or heldout.parts[0][:32].tolist()
+            print(tokenizer.decode(sample(model, ids, 256, tokenizer.n_vocab, cfg)), flush=True)
+
+# ---------------------------------------- Plumbing ----------------------------------------
+
+@contextlib.contextmanager
+def one_line_mistakes():
+    """Only rank 0 prints; what the user can mend is one line on stderr and exit status 2."""
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        with contextlib.redirect_stdout(open(os.devnull, "w") if rank else sys.stdout):
+            yield
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        time.sleep(5 * (rank > 0))  # if rank 0 fails too, torchrun ends the others before they speak
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+def parse(argv):
+    """Config from the command line: a preset, and the flags given over it."""
+
+    def mistake(message):
+        raise ValueError(message)
+
+    usage, summary = "%(prog)s [--preset NAME] [--FLAG VALUE ...]", __doc__.split("\n")[0]
+    parser = argparse.ArgumentParser(usage=usage, description=summary, allow_abbrev=False)
+    parser.error = mistake
+    preset = "small" if torch.cuda.is_available() else "demo"
+    parser.add_argument("--preset", choices=PRESETS, default=preset, help=f"(default: {preset})")
+    meanings = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
+    for field in dataclasses.fields(Config):
+        kind = dict(type=field.type)
+        if field.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        elif get_args(field.type):
+            kind = dict(choices=get_args(field.type))
+        about = f"{meanings[field.name]} (default: {field.default!r})"
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=about, **kind)
+    flags = vars(parser.parse_args(argv))
+    cfg = Config(**(PRESETS[flags.pop("preset")] | flags))
+    if cfg.precision == "auto":
+        cfg.precision = "bf16" if torch.cuda.is_available() else "fp32"
+    return cfg
+
+def launch(timeout):
+    """(device, number of ranks) after joining torchrun's process group, or one of a single rank."""
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "TORCHELASTIC_RESTART_COUNT": 0}
+    rank, ranks, local, restarts = (int(os.environ.get(k, v)) for k, v in names.items())
+    store, device, backend = dist.HashStore(), torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"rank {local} of this machine finds {torch.cuda.device_count()} GPUs")
+        device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    if ranks > 1:  # a name for each restart: its workers must not meet the addresses of the dead
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        store = dist.TCPStore(*address, is_master=hosts)
+        store = dist.PrefixStore(f"start {restarts}", store)
+    limit = timedelta(seconds=timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=limit)
+    return device, ranks
+
+def log_step(row, pace, cfg, device):
+    """Prints the first, each log_every-th and the last step, and adds it to metrics.jsonl; row has
+    step, loss, bpb, lr, grad and tokens, and pace is the seconds of a step, of late."""
+    step = row["step"]
+    if step % cfg.log_every and step not in (1, cfg.steps):
+        return
+    speed, left = cfg.batch_size * cfg.seq_len / pace, round((cfg.steps - step) * pace)
+    memory, mfu = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, ""
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device)
+        peak = dist.get_world_size() * PEAK_FLOPS.get(torch.cuda.get_device_name(device), math.inf)
+        mfu = f"mfu {speed * flops_per_token(cfg) / peak:.1%} | " if peak < math.inf else ""
+    print(
+        f"step {step}/{cfg.steps} | loss {row['loss']:.4f} | bpb {row['bpb'] or 'n/a'} | "
+        f"lr {row['lr']:.2e} | grad {row['grad']:.2f} | tokens {row['tokens'] / 1e6:.1f}M | "
+        f"{speed / 1e3:.1f}k tok/s | {mfu}mem {memory / 2**30:.1f}G | eta {left // 60}:{left % 60:02}",
+        flush=True,
+    )
+    if cfg.out and dist.get_rank() == 0:
+        finite = {k: v if v is not None and math.isfinite(v) else None for k, v in row.items()}
+        with open(Path(cfg.out) / "metrics.jsonl", "a") as file:
+            print(json.dumps(finite), file=file)
+
+def bits_per_byte(nats, n_bytes):
+    """nats over n_bytes of text in bits per byte, to three digits; None if n_bytes is unknown."""
+    return round(nats / math.log(2) / n_bytes, 3) if n_bytes else None
+
+def stable_hash(*key):
+    """64 bits that depend on the key alone: the seed of all that is drawn."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
+
+def shuffled(index, n, key):
+    """The image of index under a permutation of range(n) that key names: a Feistel network on the
+    bits of n, walked until it lands below n, which needs no memory however large n is."""
+    half = (n.bit_length() + 1) // 2
+    while True:
+        left, right = divmod(index, 1 << half)
+        for i in range(4):
+            left, right = right, left ^ stable_hash(key, i, right) % (1 << half)
+        index = (left << half) + right
+        if index < n:
+            return index
+
+class Corpus:
+    """Token streams, in memory or memory-mapped, one array a part. Documents end with `separator`
+    (-1: unknown); token_bytes [V] is the length of each id's text (0: unknown)."""
+
+    def __init__(self, parts, tokenizer, vocab_size, in_order):
+        self.parts, self.tokenizer, self.in_order = parts, tokenizer, in_order
+        self.vocab_size, self.token_bytes = vocab_size, np.zeros(vocab_size, np.int64)
+        self.separator = tokenizer.encode_single_token(SPECIALS[0]) if tokenizer else -1
+        for text, i in tokenizer._mergeable_ranks.items() if tokenizer else ():
+            self.token_bytes[i] = len(text)
+
+    def n_windows(self, length):
+        """Windows of length + 1 ids in an epoch."""
+        return sum(max(len(part) // length - 1, 0) for part in self.parts)
+
+    def window(self, index, length, seed):
+        """Window `index` of the run, length + 1 ids. An epoch has each window once, in an order and
+        at a phase (ids before the first window) of its own; in_order, it has neither."""
+        n = self.n_windows(length)
+        epoch, index = divmod(index, n)
+        phase = 0 if self.in_order else stable_hash(seed, epoch) % length
+        index = index if self.in_order else shuffled(index, n, (seed, epoch))
+        for part in self.parts:
+            n = max(len(part) // length - 1, 0)
+            if index < n:
+                break
+            index -= n
+        start = phase + index * length
+        ids = part[start : start + length + 1].astype(np.int64)
+        if ids.max() >= self.vocab_size:
+            raise ValueError(f"the data has token id {ids.max()}, but V is {self.vocab_size}")
+        return ids
+
+    def text(self, n):
+        """The text of the first n ids as bytes; nothing where the tokenizer is unknown."""
+        ids = self.parts[0][: n if self.tokenizer else 0]
+        return b"" if not len(ids) else self.tokenizer.decode_bytes(ids[ids != self.separator].tolist())
+
+def load_corpora(path, documents, tokenizer, vocab_size, batch_size, length):
+    """(training, held-out) Corpus. Held out is the end of the stream: one document in twenty, since
+    they come in the order of their hashes; of shards or a single document, the last 5 %."""
+    least = tokenizer.n_vocab if tokenizer else 1
+    vocab_size = vocab_size or least
+    if vocab_size < least or not tokenizer and vocab_size == 1:
+        raise ValueError(f"--vocab_size {vocab_size} is too small, or --tokenizer is missing")
+    parts, cut = [open_shard(file) for file in shard_paths(path)], 0
+    if not parts:
+        hashed = sorted(((stable_hash(name), ids) for name, ids in documents), key=lambda x: x[0])
+        cut = sum(len(ids) for key, ids in hashed if key < 0.95 * 2**64)
+        parts = [np.concatenate([ids for _, ids in hashed])]
+    total, least = sum(map(len, parts)), (batch_size + 1) * length
+    if min(cut, total - cut) < least:
+        cut = total - max(total // 20, least)
+    if cut < least:
+        raise ValueError(
+            f"{path} has {total:,} tokens, but a batch of {batch_size} x {length} to train on and "
+            f"one to hold out take {2 * least:,}"
+        )
+    ends = np.cumsum([len(part) for part in parts])
+    cuts = [min(max(cut - (end - len(part)), 0), len(part)) for part, end in zip(parts, ends)]
+    train = [part[:at] for part, at in zip(parts, cuts)]
+    held = [part[at:] for part, at in zip(parts, cuts) if at < len(part)]
+    return Corpus(train, tokenizer, vocab_size, False), Corpus(held, tokenizer, vocab_size, True)
+
+def read_documents(path):
+    """(name, text) of each document: a file (.txt, .md, .py), a line of a .jsonl file, or all of a
+    directory; without a path, the modules of Python's standard library."""
+    root = Path(path or sysconfig.get_paths()["stdlib"])
+    kinds = (".txt", ".md", ".py", ".jsonl") if path else (".py",)
+    skip = set() if path else {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+    files = [file for file in sorted(root.rglob("*")) if file.suffix in kinds]
+    files = [file for file in files if not skip & set(file.relative_to(root).parts)]
+    if not root.is_dir():
+        files = [root]
+    if not files:
+        raise ValueError(f"{root} has no file of {', '.join(kinds)}")
+    for file in files:
+        where, wanted = file, "UTF-8 text"
+        try:
+            if file.suffix != ".jsonl":
+                text = file.read_text("utf-8", errors="strict" if path else "ignore")
+                yield file.relative_to(root).as_posix(), text
+                continue
+            for number, line in enumerate(file.open("rb"), 1):
+                where, wanted = f"{file}, line {number},", 'a JSON object with a string "text"'
+                text = "".join(json.loads(line)["text"])
+                yield text, text
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{where} is not {wanted}: {error}") from error
+
+def load_tokenizer(name, specials):
+    """tiktoken.Encoding of the 256 `bytes`, of one of tiktoken's own names or of a file of ranks,
+    with those special tokens that it lacks behind its last id."""
+    known = {}
+    if name == "bytes":
+        pattern, ranks = r"[\s\S]", {bytes([i]): i for i in range(256)}
+    elif os.path.exists(name):
+        pattern, ranks = PATTERN, tiktoken.load.load_tiktoken_bpe(name)
+    else:
+        try:
+            base = tiktoken.get_encoding(name)
+        except OSError as error:
+            raise ValueError(f"tokenizer {name} is not cached and cannot be fetched") from error
+        pattern, ranks, known = base._pat_str, base._mergeable_ranks, base._special_tokens
+    if not all(bytes([i]) in ranks for i in range(256)):
+        raise ValueError(f"tokenizer {name} lacks some of the 256 single bytes")
+    for token in specials:
+        known = {token: max([*ranks.values(), *known.values()]) + 1} | known
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=known)
+
+def tokenize(documents, tokenizer):
+    """(name, ids, the separator behind them) of each (name, text)."""
+    separator = tokenizer.encode_single_token(SPECIALS[0])
+    for name, text in documents:
+        ids = np.append(tokenizer.encode_to_numpy(text, disallowed_special=()), separator)
+        yield name, ids.astype(np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32)
+
+def write_tokens(folder, documents):
+    """Writes tokenized documents to folder as .npy shards of 2**27 ids or a document more."""
+    if shard_paths(folder):
+        raise ValueError(f"--write_tokens: {folder} has shards already")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    shard, size, n_shards = [], 0, 0
+    for name, ids in documents:
+        shard.append(ids)
+        size += len(ids)
+        if size >= 2**27:
+            np.save(Path(folder) / f"tokens_{n_shards:05d}.npy", np.concatenate(shard))
+            shard, size, n_shards = [], 0, n_shards + 1
+    if shard:
+        np.save(Path(folder) / f"tokens_{n_shards:05d}.npy", np.concatenate(shard))
+
+def shard_paths(path):
+    """The token shards at path, a file or a directory, in order."""
+    files = sorted(Path(path).iterdir()) if os.path.isdir(path) else [Path(path)]
+    return [file for file in files if file.suffix in (".npy", ".bin")]
+
+def open_shard(path):
+    """Memory-maps a shard: .npy of uint16 or uint32, or .bin, uint16 behind 256 int32 of header."""
+    if path.suffix == ".npy":
+        try:
+            ids = np.load(path, mmap_mode="r")
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path} is no .npy file: {error}") from error
+        if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32):
+            raise ValueError(f"{path} is {ids.dtype} {ids.shape}, not one row of uint16 or uint32")
+        return ids
+    header = np.fromfile(path, np.int32, 256)
+    if len(header) < 256 or (header[0], header[1]) != (20240520, 1):
+        raise ValueError(f"{path} has not the header of a .bin shard")
+    if path.stat().st_size != 1024 + 2 * header[2]:
+        raise ValueError(f"{path} is longer or shorter than the {header[2]} tokens of its header")
+    return np.memmap(path, np.uint16, "r", 1024)
+
+if __name__ == "__main__":
+    main()
