@@ -20,6 +20,7 @@ Run: python gpt1.py                         # a laptop: the preset demo
 """
 
 import argparse
+import base64
 import contextlib
 import dataclasses
 import hashlib
@@ -322,7 +323,7 @@ def parallelize(model, cfg, mesh):
     )
 
 def memory_per_rank(cfg):
-    """Bytes on one rank of cfg.world_size at the end of an eager forward pass, by kind."""
+    """Bytes on one rank of cfg.world_size as an eager backward pass begins, by kind."""
     with torch.device("meta"):
         n, _ = count_parameters(GPT1(cfg))
     share = cfg.batch_size // cfg.world_size
@@ -423,6 +424,10 @@ def load_checkpoint(out, resume, model, optimizer, state):
         raise ValueError(f"{found[-1]} was made with --seed {loaded['state']['seed']}")
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     state.update(loaded["state"])
+    log = Path(out) / "metrics.jsonl"
+    if dist.get_rank() == 0 and log.exists():  # the steps behind the checkpoint will be logged again
+        rows = [row for row in log.read_text().splitlines(True) if row.endswith("}\n")]
+        log.write_text("".join(row for row in rows if json.loads(row)["step"] <= state["step"]))
 
 # ---------------------------------------- Training ----------------------------------------
 
@@ -467,7 +472,7 @@ def validate(model, corpus, step, cfg, device):
         n_targets += batches[0]["n_targets"]
         n_bytes += batches[0]["n_bytes"]
     model.train()
-    line = f"val {step} | loss {nats / n_targets:.4f} | bpb {bits_per_byte(nats, n_bytes)}"
+    line = f"val {step} | loss {nats / n_targets:.4f} | bpb {bits_per_byte(nats, n_bytes) or 'n/a'}"
     text = corpus.text(n_batches * cfg.batch_size * cfg.seq_len)
     if step == cfg.steps and text:
         line += f" | lzma {8 * len(lzma.compress(text, preset=9)) / len(text):.3f}"
@@ -621,7 +626,7 @@ def one_line_mistakes():
             yield
     except (OSError, ValueError, ModuleNotFoundError) as error:
         time.sleep(5 * (rank > 0))  # if rank 0 fails too, torchrun ends the others before they speak
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
         if dist.is_initialized():
@@ -756,11 +761,11 @@ class Corpus:
 def load_corpora(path, documents, tokenizer, vocab_size, batch_size, length):
     """(training, held-out) Corpus. Held out is the end of the stream: one document in twenty, since
     they come in the order of their hashes; of shards or a single document, the last 5 %."""
-    least = tokenizer.n_vocab if tokenizer else 1
-    vocab_size = vocab_size or least
-    if vocab_size < least or not tokenizer and vocab_size == 1:
-        raise ValueError(f"--vocab_size {vocab_size} is too small, or --tokenizer is missing")
     parts, cut = [open_shard(file) for file in shard_paths(path)], 0
+    n_vocab = tokenizer.n_vocab if tokenizer else 1
+    vocab_size = vocab_size or (tokenizer.n_vocab if tokenizer else 0)
+    if vocab_size < n_vocab:
+        raise ValueError(f"--vocab_size {vocab_size} is too small, or --tokenizer is missing")
     if not parts:
         hashed = sorted(((stable_hash(name), ids) for name, ids in documents), key=lambda x: x[0])
         cut = sum(len(ids) for key, ids in hashed if key < 0.95 * 2**64)
@@ -770,8 +775,8 @@ def load_corpora(path, documents, tokenizer, vocab_size, batch_size, length):
         cut = total - max(total // 20, least)
     if cut < least:
         raise ValueError(
-            f"{path} has {total:,} tokens, but a batch of {batch_size} x {length} to train on and "
-            f"one to hold out take {2 * least:,}"
+            f"{path} is too short, {total:,} tokens: a batch of {batch_size} x {length} to train on "
+            f"and one to hold out take {2 * least:,}"
         )
     ends = np.cumsum([len(part) for part in parts])
     cuts = [min(max(cut - (end - len(part)), 0), len(part)) for part, end in zip(parts, ends)]
@@ -809,16 +814,17 @@ def load_tokenizer(name, specials):
     """tiktoken.Encoding of the 256 `bytes`, of one of tiktoken's own names or of a file of ranks,
     with those special tokens that it lacks behind its last id."""
     known = {}
-    if name == "bytes":
-        pattern, ranks = r"[\s\S]", {bytes([i]): i for i in range(256)}
-    elif os.path.exists(name):
-        pattern, ranks = PATTERN, tiktoken.load.load_tiktoken_bpe(name)
-    else:
-        try:
+    try:
+        if name == "bytes":
+            pattern, ranks = r"[\s\S]", {bytes([i]): i for i in range(256)}
+        elif os.path.exists(name):  # not by tiktoken's loader: its cache keeps the first file of a name
+            pattern, lines = PATTERN, Path(name).read_bytes().splitlines()
+            ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
+        else:
             base = tiktoken.get_encoding(name)
-        except OSError as error:
-            raise ValueError(f"tokenizer {name} is not cached and cannot be fetched") from error
-        pattern, ranks, known = base._pat_str, base._mergeable_ranks, base._special_tokens
+            pattern, ranks, known = base._pat_str, base._mergeable_ranks, base._special_tokens
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer {name}: no file of ranks, nor to be had from tiktoken") from error
     if not all(bytes([i]) in ranks for i in range(256)):
         raise ValueError(f"tokenizer {name} lacks some of the 256 single bytes")
     for token in specials:

@@ -1,0 +1,105 @@
+"""A pool of processes that act as ranks: starting them is most of a multi-rank test's cost, so all
+tests share one. Every wait has a timeout; a hang is a failure that names the rank."""
+import importlib
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+
+import torch
+import torch.distributed as dist
+
+
+def serve(connection):
+    """A worker: runs what it is sent, answers (True, result) or (False, traceback)."""
+    torch.set_num_threads(1)
+    while (job := connection.recv()) is not None:
+        environment, function, args = job
+        os.environ.update(environment)
+        try:
+            answer = True, function(*args)
+        except BaseException:
+            answer = False, traceback.format_exc()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        connection.send(answer)
+
+
+class Ranks:
+    """run(n, function, *args) calls function(*args) in n processes with torchrun's environment."""
+
+    def __init__(self, size):
+        self.size, self.workers = size, []
+
+    def start(self):
+        context = multiprocessing.get_context("spawn")
+        for _ in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(theirs,), daemon=True)
+            process.start()
+            self.workers.append((process, ours))
+
+    def run(self, n, function, *args, timeout=60):
+        """The results by rank; RuntimeError with the traceback of the first rank that failed."""
+        if not self.workers:
+            self.start()
+            timeout += 60
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for rank, (_, connection) in enumerate(self.workers[:n]):
+            environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=n, MASTER_PORT=port, MASTER_ADDR="127.0.0.1")
+            connection.send(({k: str(v) for k, v in environment.items()}, function, args))
+        deadline, results = time.monotonic() + timeout, []
+        for rank, (_, connection) in enumerate(self.workers[:n]):
+            if not connection.poll(max(deadline - time.monotonic(), 0)):
+                self.close()
+                raise RuntimeError(f"rank {rank} of {n} gave no answer within {timeout} s")
+            good, result = connection.recv()
+            if not good:
+                self.close()
+                raise RuntimeError(f"rank {rank} of {n} failed:\n{result}")
+            results.append(result)
+        return results
+
+    def close(self):
+        """Kills the workers; the next run starts new ones."""
+        for process, _ in self.workers:
+            process.kill()
+        self.workers = []
+
+
+def make_corpora(module, cfg):
+    """Corpora of made-up documents, many shorter than a window, so that targets are not all counted."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(3, 40, (300,), generator=generator).tolist()
+    texts = ("".join(chr(97 + (i * k) % 26) for k in range(n)) for i, n in enumerate(lengths))
+    tokenizer = module.load_tokenizer("bytes", module.SPECIALS)
+    documents = module.tokenize(((f"{i}", text) for i, text in enumerate(texts)), tokenizer)
+    return module.load_corpora("", documents, tokenizer, cfg.vocab_size, cfg.batch_size, cfg.seq_len)
+
+
+def make_model(module, row, cfg):
+    """The model as initialised, then every gain and bias moved off its 1 or 0."""
+    model = getattr(module, row.model)(cfg)
+    module.init_weights(model, cfg)
+    with torch.no_grad():
+        for i, p in enumerate(p for p in model.parameters() if p.ndim == 1):
+            p += 0.1 * torch.sin(torch.arange(p.numel()) + i)
+    return model
+
+
+def gradients(name, row, overrides):
+    """Loss and gradients of one global batch, as the script itself computes them on this rank."""
+    module = importlib.import_module(name)
+    device, ranks = module.launch(30)
+    cfg = module.Config(**{**row.tiny, **overrides})
+    corpus, _ = make_corpora(module, cfg)
+    model = make_model(module, row, cfg)
+    mesh = module.init_device_mesh(device.type, (ranks,), mesh_dim_names=("dp",))
+    replicas = module.parallelize(model, cfg, mesh)
+    batches = module.next_batches(corpus, 3, cfg, device)
+    loss = module.accumulate_gradients(replicas, batches, cfg)
+    (loss,) = module.sum_over_ranks(loss, device=device)
+    return loss, {name: p.grad.numpy() for name, p in model.named_parameters()}

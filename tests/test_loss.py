@@ -1,0 +1,50 @@
+"""What the loss is before training, and that training lowers it on the corpus that is always there."""
+import json
+import math
+import signal
+
+import pytest
+import torch
+from ranks import make_corpora
+
+
+def test_first_loss_on_random_tokens(script):
+    """N(0, 0.02) logits know nothing of random targets: ln V, within what chance leaves."""
+    module, row = script
+    cfg = module.Config(**row.tiny)
+    model = getattr(module, row.model)(cfg)
+    module.init_weights(model, cfg)
+    tokens = torch.randint(cfg.vocab_size, (64, 8), generator=torch.Generator().manual_seed(0))
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "n_targets": tokens[:, 1:].numel()}
+    loss, _ = module.objective(model, batch, cfg)
+    assert loss.item() == pytest.approx(math.log(cfg.vocab_size), abs=0.1)
+
+
+def test_loss_counts_targets_not_batches(script):
+    """A batch of two unequal halves: its loss weighs each target alike, and ignored ones nothing."""
+    module, row = script
+    cfg = module.Config(**row.tiny)
+    model = getattr(module, row.model)(cfg)
+    module.init_weights(model, cfg)
+    batch = module.get_batch(make_corpora(module, cfg)[0], 0, 8, cfg)
+    nats = -model(batch["tokens"]).log_softmax(-1).double()
+    targets = batch["targets"]
+    every = [nats[b, t, targets[b, t]].item() for b in range(8) for t in range(cfg.seq_len) if targets[b, t] >= 0]
+    assert batch["n_targets"] == len(every) < targets.numel()
+    loss, _ = module.objective(model, batch, cfg)
+    assert loss.item() == pytest.approx(sum(every) / len(every), rel=1e-6)
+
+
+@pytest.mark.parametrize("flags", [[], ["--adam", "released"], ["--precision", "bf16", "--recompute", "block"]])
+def test_thirty_steps_on_the_embedded_corpus(script, tmp_path, flags, capsys):
+    module, row = script
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    module.main(["--preset", "demo", "--steps", "30", "--warmup_steps", "10", "--val_batches", "1", "--log_every", "1",
+                 "--out", str(tmp_path / "run"), *flags])  # fmt: skip
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == list(range(1, 31))
+    assert rows[0]["loss"] - sum(r["loss"] for r in rows[-5:]) / 5 > row.falls
+    assert rows[-1]["bpb"] == pytest.approx(rows[-1]["loss"] / math.log(2), abs=1e-3)  # a byte a token
+    assert rows[-1]["tokens"] == 30 * 24 * 128

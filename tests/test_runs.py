@@ -1,0 +1,396 @@
+"""The command line as people use it: torchrun, kill and resume, signals, shards, bad input."""
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import SCRIPTS
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+NAMES = list(SCRIPTS)
+SMALL = ["--preset", "demo", "--batch_size", "4", "--dim", "48", "--hidden_dim", "64", "--context", "16",
+         "--val_batches", "1", "--log_every", "1", "--warmup_steps", "2", "--timeout", "30"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text("".join(f"line {i} says {i * i}\n" for i in range(2000)))
+    return str(path)
+
+
+def command(name, *flags, ranks=0, restarts=0):
+    launcher = [sys.executable]
+    if ranks:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        launcher += [f"--max-restarts={restarts}"]
+    script = name if "/" in name else str(ROOT / f"{name}.py")
+    return [*launcher, script, *map(str, flags)]
+
+
+def run(name, *flags, timeout=90, **how):
+    return subprocess.run(command(name, *flags, **how), capture_output=True, text=True, timeout=timeout)
+
+
+def start(name, *flags, **how):
+    return subprocess.Popen(
+        command(name, *flags, **how), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def wait_for(pattern, folder, process, seconds=60):
+    """Until folder has a path that matches; fails if the process ends or the time is up first."""
+    deadline = time.monotonic() + seconds
+    while not list(folder.glob(pattern)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"no {pattern} within {seconds} s"
+        time.sleep(0.001)
+
+
+def final_tensors(out):
+    """Every tensor of the newest checkpoint, weights and moments, by name."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    newest = sorted(out.glob("step_*[0-9]"))[-1]
+    dcp_to_torch_save(newest, out / "whole.pt")
+    flat, stack = {}, [("", torch.load(out / "whole.pt"))]
+    while stack:
+        prefix, value = stack.pop()
+        if isinstance(value, dict):
+            stack += [(f"{prefix}/{key}", item) for key, item in value.items()]
+        elif torch.is_tensor(value):
+            flat[prefix] = value
+    assert len(flat) > 50
+    return flat, newest.name
+
+
+def same(first, second):
+    (a, name_a), (b, name_b) = first, second
+    return name_a == name_b and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_demo_under_torchrun(name):
+    done = run(name, "--steps", 4, "--log_every", 2, "--val_batches", 1, ranks=2)
+    assert done.returncode == 0, done.stderr
+    line = r"step {}/4 \| loss \d+\.\d{{4}} \| bpb \d+\.\d+ \| lr \S+ \| grad \S+ \| tokens \S+M \| \S+k tok/s \| mem \S+G \| eta \d+:\d\d"
+    assert [len(re.findall(line.format(i), done.stdout)) for i in (1, 2, 3, 4)] == [1, 1, 0, 1]
+    assert len(re.findall(r"^val 0 \| loss \d+\.\d+ \| bpb \d+\.\d+$", done.stdout, re.M)) == 1
+    final = re.search(r"^val 4 \| loss \d+\.\d+ \| bpb \d+\.\d+ \| lzma \d\.\d+\n(.*)", done.stdout, re.M | re.S)
+    assert len(final[1]) > 100, "a sample ends the run"
+    assert "2 x cpu" in done.stdout
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_killed_and_resumed_ends_the_same_bit_for_bit(name, text, tmp_path):
+    """SIGKILL in the middle of a save, then at a random moment; dropout on, so that its seeds count."""
+    flags = [*SMALL, "--data", text, "--dropout", "0.1", "--steps", 60, "--save_every", 5, "--val_every", 1000]
+    flags[flags.index("--dim") + 1] = "192"  # so that a save takes a while
+    flags[flags.index("--log_every") + 1] = "5"
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run(name, *flags, "--out", whole).returncode == 0
+    kills, resume = [], []
+    for moment in ("step_*.tmp", "random"):
+        process = start(name, *flags, "--out", broken, *resume)
+        wait_for("step_*[0-9]", broken, process)  # there is something to resume from
+        before = len(list(broken.glob("step_*[0-9]")))
+        if moment != "random":
+            wait_for(moment, broken, process)
+        else:
+            time.sleep(4 + np.random.default_rng().random())
+        process.kill()
+        kills.append(process.wait())
+        resume = ["--resume"]
+        assert before
+    assert kills[0] == -signal.SIGKILL
+    last = run(name, *flags, "--out", broken, "--resume")
+    assert last.returncode == 0, last.stderr
+    assert same(final_tensors(whole), final_tensors(broken))
+    rows = [[json.loads(r) for r in (out / "metrics.jsonl").read_text().splitlines()] for out in (whole, broken)]
+    assert rows[0] == rows[1], "the resumed log is that of the whole run"
+    assert len(list(broken.glob("step_*"))) == 2, "two checkpoints stay, and nothing partial"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_torchrun_restarts_after_a_killed_worker(name, text, tmp_path):
+    flags = [*SMALL, "--data", text, "--steps", 300, "--save_every", 20, "--val_every", 1000]
+    assert run(name, *flags, "--out", tmp_path / "whole", ranks=2).returncode == 0
+    process = start(name, *flags, "--out", tmp_path / "broken", ranks=2, restarts=2)
+    wait_for("step_*[0-9]", tmp_path / "broken", process)
+    children = f"/proc/{process.pid}/task/{process.pid}/children"
+    os.kill(int(pathlib.Path(children).read_text().split()[-1]), signal.SIGKILL)
+    output, errors = process.communicate(timeout=90)
+    assert process.returncode == 0, errors
+    assert output.count("tokens per step") == 2, "it started twice"
+    assert same(final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "broken"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_signal_saves_and_another_number_of_ranks_goes_on(name, text, tmp_path):
+    flags = [*SMALL, "--data", text, "--steps", 200, "--save_every", 1000, "--val_every", 1000]
+    assert run(name, *flags, "--out", tmp_path / "whole").returncode == 0
+    process = start(name, *flags, "--out", tmp_path / "broken")
+    wait_for("metrics.jsonl", tmp_path / "broken", process)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    step = int(re.search(r"stopped by a signal after step (\d+)", output)[1])
+    assert 0 < step < 200 and (tmp_path / "broken" / f"step_{step:09}").exists()
+    assert run(name, *flags, "--out", tmp_path / "broken", "--resume", ranks=2).returncode == 0
+    rows = [json.loads(r)["loss"] for r in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()]
+    reference = [json.loads(r)["loss"] for r in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert rows == pytest.approx(reference, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_failing_rank_ends_the_run_with_its_error(name, text, tmp_path):
+    script = tmp_path / "broken_rank.py"
+    script.write_text(
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import {name} as m\n"
+        "inner = m.objective\n"
+        "def objective(*args):\n"
+        "    if os.environ['RANK'] == '1': raise RuntimeError('deliberate failure')\n"
+        "    return inner(*args)\n"
+        "m.objective = objective\n"
+        "m.main(sys.argv[1:])\n"
+    )
+    before = time.monotonic()
+    done = run(str(script), *SMALL, "--data", text, "--steps", 5, ranks=2)
+    assert done.returncode != 0 and time.monotonic() - before < 60
+    assert "deliberate failure" in done.stderr
+
+
+# In this process
+
+
+@pytest.fixture
+def main(script, monkeypatch, capsys):
+    """main(*flags) -> (exit status, stdout, stderr) of the script, with signal handlers put back."""
+    module, _ = script
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def call(*flags):
+        status = 0
+        try:
+            module.main([str(flag) for flag in flags])
+        except SystemExit as error:
+            status = error.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    yield call
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+
+
+def write_bin(path, header, n):
+    words = np.zeros(256, np.int32)
+    words[:3] = header
+    path.write_bytes(words.tobytes() + bytes(n))
+
+
+def mistakes(folder, text):
+    """(flags, what the one line on stderr must say)."""
+    (folder / "empty.txt").touch()
+    (folder / "directory").mkdir()
+    (folder / "latin.txt").write_bytes(b"caf\xe9 " * 1000)
+    (folder / "broken.jsonl").write_text('{"text": "good"}\n{"text": "bad\n')
+    (folder / "no_text.jsonl").write_text('{"text": "good"}\n{"txt": "bad"}\n')
+    (folder / "short.txt").write_text("too short")
+    (folder / "ranks.txt").write_text("IQ== 0\n")
+    write_bin(folder / "magic.bin", (1, 1, 8), 16)
+    write_bin(folder / "odd.bin", (20240520, 1, 8), 15)
+    np.save(folder / "ids.npy", np.full(5000, 300, np.uint16))
+    np.save(folder / "floats.npy", np.zeros(5000))
+    (folder / "garbage.npy").write_bytes(b"garbage")
+    data = lambda name: ["--data", folder / name]  # noqa: E731
+    return [
+        (["--no_such_flag"], "no_such_flag"),
+        (["--steps", "many"], "--steps"),
+        (["--preset", "huge"], "huge"),
+        (data("missing.txt"), "missing.txt"),
+        (data("empty.txt"), "empty.txt is too short"),
+        (data("directory"), "no file of .txt"),
+        (data("latin.txt"), "latin.txt is not UTF-8"),
+        (data("broken.jsonl"), "broken.jsonl, line 2"),
+        (data("no_text.jsonl"), "no_text.jsonl, line 2"),
+        (data("short.txt"), "short.txt is too short, 10 tokens"),
+        (data("magic.bin"), "header"),
+        (data("odd.bin"), "8 tokens"),
+        (data("floats.npy"), "float64"),
+        (data("garbage.npy"), "garbage.npy"),
+        ([*data("ids.npy"), "--tokenizer", "bytes"], "token id 300"),
+        (data("ids.npy"), "--tokenizer is missing"),
+        ([*data("ids.npy"), "--tokenizer", "bytes", "--vocab_size", "100"], "--vocab_size 100"),
+        (["--tokenizer", "no_such_tokenizer"], "no_such_tokenizer"),
+        (["--tokenizer", folder / "ranks.txt"], "256 single bytes"),
+        (["--seq_len", "17"], "--seq_len 17"),
+        (["--batch_size", "0"], "--batch_size 0"),
+        (["--micro_batch", "3"], "--micro_batch 3"),
+        (["--n_heads", "5"], "5 heads"),
+        (["--dropout", "1.5"], "--dropout 1.5"),
+        (["--lr", "nan"], "--lr nan"),
+        (["--out", f"{text}/below"], text),
+        (["--export", f"{text}/below"], text),
+        (["--resume"], "--out"),
+        (["--out", folder / "fresh", "--resume"], "no checkpoint"),
+        (["--init", folder / "directory"], "config.json"),
+        (["--dry_run", "--world_size", "3"], "3 ranks"),
+    ]
+
+
+def test_mistakes_end_in_one_line_and_status_2(main, text, tmp_path):
+    for flags, phrase in mistakes(tmp_path, text):
+        given = [*SMALL, "--data", text, *flags]
+        if "--preset" in flags:
+            given = flags
+        status, out, err = main(*given)
+        assert status == 2 and phrase in err and len(err.splitlines()) == 1, (flags, status, err)
+        assert "step 1" not in out, "a mistake is found before training"
+
+
+def test_tokenizer_that_is_not_there_is_one_line(main, monkeypatch, tmp_path):
+    """As without a network: tiktoken's download raises a kind of OSError."""
+    import tiktoken
+
+    def offline(name):
+        raise ConnectionError("a long story\nin several lines")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    status, _, err = main("--tokenizer", "gpt2")
+    assert status == 2 and "gpt2" in err and len(err.splitlines()) == 1
+
+
+def test_checkpoints_that_do_not_fit(main, text, tmp_path):
+    flags = [*SMALL, "--data", text, "--steps", 2, "--out", tmp_path]
+    assert main(*flags)[0] == 0
+    for extra, phrase in (([], "--resume"), (["--resume", "--seed", 1], "--seed 0"), (["--resume", "--dim", "24"], "Size mismatch"),
+                          (["--resume", "--n_layers", "5"], "blocks.4")):  # fmt: skip
+        status, _, err = main(*flags, *extra)
+        assert status == 2 and phrase in err and len(err.splitlines()) == 1, (extra, err)
+    assert main(*flags, "--resume")[0] == 0, "there is nothing left to do, and that is no mistake"
+    (shard,) = (tmp_path / "step_000000002").glob("*.distcp")
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    status, _, err = main(*flags, "--resume")
+    assert status == 2 and "damaged" in err and len(err.splitlines()) == 1
+    (tmp_path / "step_000000002" / ".metadata").unlink()
+    status, _, err = main(*flags, "--resume")
+    assert status == 2 and "damaged" in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("bad, status", [((3, 4), 0), ((3, 4, 5), 2)])
+def test_steps_that_are_not_finite(main, script, text, tmp_path, monkeypatch, bad, status):
+    """A skipped step leaves weights and moments alone; three in a row end the run."""
+    module, _ = script
+    inner, calls, weights = module.objective, [], {}
+
+    def objective(model, batch, cfg):
+        loss, metrics = inner(model, batch, cfg)
+        if model.training:
+            calls.append(1)
+            weights[len(calls)] = [p.detach().clone() for p in model.parameters()]
+        return loss * (float("nan") if model.training and len(calls) in bad else 1.0), metrics
+
+    monkeypatch.setattr(module, "objective", objective)
+    found, out, err = main(*SMALL, "--data", text, "--steps", 8, "--out", tmp_path, "--save_every", 2)
+    assert found == status and out.count("skipped") == len(bad)
+    assert all(torch.equal(a, b) for a, b in zip(weights[3], weights[5])), "steps 3 and 4 changed nothing"
+    assert not all(torch.equal(a, b) for a, b in zip(weights[2], weights[3]))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["loss"] is None for r in rows] == [r["step"] in bad for r in rows]
+    newest = sorted(tmp_path.glob("step_*"))[-1].name
+    assert newest == ("step_000000008" if status == 0 else "step_000000004")
+    if status:
+        assert "3 to 5" in err and len(err.splitlines()) == 1
+    else:
+        state = {"step": 0, "sequences": 0, "tokens": 0, "offset": 0, "seed": 0}
+        torch.distributed.checkpoint.load({"state": state}, checkpoint_id=tmp_path / newest)
+        assert state == {"step": 8, "sequences": 24, "tokens": 6 * 64, "offset": 8, "seed": 0}
+
+
+def test_write_tokens_then_train_on_them(main, text, tmp_path):
+    flags = [*SMALL, "--steps", 2]
+    assert main("--data", text, "--write_tokens", tmp_path / "shards")[0] == 0
+    (shard,) = (tmp_path / "shards").iterdir()
+    ids = np.load(shard)
+    assert ids.dtype == np.uint16 and ids[-1] == 256
+    assert bytes(ids[:-1].astype(np.uint8)).decode() == pathlib.Path(text).read_text()
+    status, out, _ = main(*flags, "--data", tmp_path / "shards", "--tokenizer", "bytes")
+    assert status == 0 and " bpb n/a" not in out
+    status, out, _ = main(*flags, "--data", tmp_path / "shards", "--vocab_size", "300")
+    assert status == 0 and out.count("bpb n/a") == 4 and "lzma" not in out, "the tokenizer is unknown"
+    words = np.zeros(256, np.int32)
+    words[:3] = 20240520, 1, len(ids)
+    (tmp_path / "shards.bin").write_bytes(words.tobytes() + ids.tobytes())
+    losses = [main(*flags, "--data", path, "--tokenizer", "bytes")[1].split("val 2")[1].split("tok/s")[0]
+              for path in (tmp_path / "shards", tmp_path / "shards.bin")]  # fmt: skip
+    assert losses[0] == losses[1]
+
+
+def test_documents_of_a_directory_and_of_jsonl(script, tmp_path):
+    module, _ = script
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "b.md").write_text("second é")
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "c.jsonl").write_text('{"text": "third"}\n{"text": "fourth", "more": 1}\n')
+    (tmp_path / "d.csv").write_text("not text")
+    names, texts = zip(*module.read_documents(str(tmp_path)))
+    assert texts == ("first", "third", "fourth", "second é") and names[0] == "a.txt" and names[3] == "deep/b.md"
+
+
+def test_embedded_corpus_is_the_standard_library(script):
+    module, _ = script
+    documents = dict(module.read_documents(""))
+    assert len(documents) > 400 and sum(map(len, documents.values())) > 5e6
+    assert "argparse.py" in documents
+    assert not any(re.search(r"(^|/)(tests?|site-packages)/", name) for name in documents)
+
+
+def test_a_gigabyte_opens_at_once(script, tmp_path):
+    """In a process of its own: what it holds in memory is what the test is about."""
+    code = f"""
+import resource, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import {script[0].__name__} as m
+tokenizer = m.load_tokenizer("bytes", m.SPECIALS)
+before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+train, held = m.load_corpora(sys.argv[1], iter(()), tokenizer, 0, 64, 512)
+batch = m.get_batch(train, 10**6, 64, m.Config())
+print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, train.n_windows(512))
+"""
+    ids = np.lib.format.open_memmap(tmp_path / "large.npy", "w+", np.uint16, (2**29,))  # zeros, sparse
+    del ids
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    seconds, kilobytes, windows = map(float, done.stdout.split())
+    assert seconds < 1 and kilobytes < 50_000 and windows > 990_000
+
+
+def test_tokenizers(script, tmp_path):
+    import base64
+
+    module, _ = script
+    tokenizer = module.load_tokenizer("bytes", module.SPECIALS)
+    assert tokenizer.encode("aé<|endoftext|>", allowed_special="all") == [97, 195, 169, 256]
+    ranks = [bytes([i]) for i in range(256)] + [b"th", b"the", b" the"]
+    path = tmp_path / "ranks.tiktoken"
+    path.write_text("".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(ranks)))
+    tokenizer = module.load_tokenizer(str(path), ("<|one|>", "<|two|>"))
+    assert tokenizer.encode_ordinary("the the") == [257, 258]
+    assert tokenizer.n_vocab == 261 and tokenizer.encode_single_token("<|two|>") == 260
+
+
+def test_dry_run_prints_every_preset(main, script):
+    for preset, count in script[1].counts.items():
+        status, out, _ = main("--preset", preset, "--dry_run", "--world_size", 4)
+        assert status == 0 and f"parameters {count:,} | activated {count:,}" in out
+        sizes = {k: float(v) for k, v in re.findall(r"^(\w+) +([\d.]+) GiB", out, re.M)}
+        assert sizes["parameters"] == sizes["gradients"] == pytest.approx(4 * count / 2**30, abs=1e-3)
+        assert sizes["optimizer"] == pytest.approx(8 * count / 2**30, abs=1e-3) and sizes["activations"] > 0

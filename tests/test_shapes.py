@@ -1,0 +1,289 @@
+"""Shapes, masks, counts, schedules, and the worked examples of the papers' specifications."""
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SCRIPTS
+from ranks import make_corpora, make_model
+
+
+def build(module, row, **overrides):
+    cfg = module.Config(**{**row.tiny, **overrides})
+    return make_model(module, row, cfg).eval(), cfg
+
+
+def test_logits_shape_and_who_sees_whom(script):
+    module, row = script
+    model, cfg = build(module, row)
+    tokens = torch.randint(256, (2, cfg.seq_len), generator=torch.Generator().manual_seed(0))
+    logits = model(tokens)
+    assert logits.shape == (2, cfg.seq_len, cfg.vocab_size) and logits.dtype == torch.float32
+    for j in range(cfg.seq_len):
+        changed = tokens.clone()
+        changed[0, j] = (changed[0, j] + 1) % 256
+        moved = (model(changed) != logits).any(-1)
+        assert moved[0].tolist() == [i >= j for i in range(cfg.seq_len)]
+        assert not moved[1].any()
+
+
+def test_parameter_counts(script):
+    module, row = script
+    assert row.counts.keys() == module.PRESETS.keys(), "every preset has its count"
+    for preset, count in row.counts.items():
+        cfg = module.Config(**{"vocab_size": 257, **module.PRESETS[preset]})
+        with torch.device("meta"):
+            model = getattr(module, row.model)(cfg)
+        assert module.count_parameters(model)[0] == count, preset
+
+
+def test_schedule(script):
+    module, row = script
+    overrides, rates = row.schedule
+    cfg = module.Config(**overrides)
+    for step, rate in rates.items():
+        assert module.learning_rate(step, cfg) == pytest.approx(rate, rel=1e-5, abs=1e-9), step
+
+
+def test_flops_are_those_of_the_matrix_products(script):
+    """The counter sees the full square of attention, flops_per_token half of it and the diagonal."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    module, row = script
+    cfg = module.Config(**{**row.tiny, "seq_len": 0})
+    with torch.device("meta"):
+        model = getattr(module, row.model)(cfg)
+        tokens = torch.zeros(2, cfg.context, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens).sum().backward()
+    unseen = 12 * cfg.n_layers * cfg.dim * (cfg.context - (cfg.context + 1) / 2)
+    # nothing needs the gradient of the first product's input but the embedding below it
+    assert counter.get_total_flops() / tokens.numel() == pytest.approx(module.flops_per_token(cfg) + unseen)
+
+
+@pytest.mark.parametrize("overrides", [dict(), dict(precision="bf16"), dict(recompute="block")])
+def test_activation_bytes(script, overrides):
+    """memory_per_rank against what autograd keeps, at a size where statistics and weights are small."""
+    module, row = script
+    sizes = {**row.tiny, "dim": 96, "hidden_dim": 320, "context": 64, "seq_len": 0, **overrides}
+    cfg = module.Config(**sizes)
+    model, kept = make_model(module, row, cfg), {}
+    weights = {p.data_ptr() for p in model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and tensor.numel() > cfg.dim * cfg.hidden_dim:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    tokens = torch.randint(257, (8, 64))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        module.objective(model, {"tokens": tokens, "targets": tokens, "n_targets": 512}, cfg)
+    expected = module.memory_per_rank(cfg)["activations"]
+    if cfg.recompute == "block":  # the block that backward will recompute is not there yet
+        one, two = ({**sizes, "recompute": "none", "n_layers": n} for n in (1, 2))
+        expected += module.memory_per_rank(module.Config(**one))["activations"]
+        expected -= module.memory_per_rank(module.Config(**two))["activations"]
+    assert sum(size for size, _ in kept.values()) == pytest.approx(expected, rel=0.03)
+
+
+# Data
+
+
+def test_batches_depend_on_nothing_but_the_sequences(script):
+    module, row = script
+    cfg = module.Config(**row.tiny)
+    corpus, _ = make_corpora(module, cfg)
+    whole = module.get_batch(corpus, 5, 8, cfg)
+    parts = [module.get_batch(corpus, 5 + i, n, cfg) for i, n in ((0, 3), (3, 1), (4, 4))]
+    for name in whole:
+        if name.startswith("n_"):
+            assert whole[name] == sum(part[name] for part in parts)
+        else:
+            assert torch.equal(whole[name], torch.cat([part[name] for part in parts]))
+
+
+def test_an_epoch_has_every_window_once(script):
+    module, row = script
+    length, ids = 7, np.arange(1000, dtype=np.uint16)  # every id says where it stands
+    corpus = module.Corpus([ids[:300], ids[300:305], ids[305:]], None, 1000, in_order=False)
+    n, orders, phases = corpus.n_windows(length), [], set()
+    assert n == (300 - 7) // 7 + (695 - 7) // 7
+    for epoch in range(4):
+        windows = [corpus.window(epoch * n + i, length, seed=4).tolist() for i in range(n)]
+        assert all(w == list(range(w[0], w[0] + length + 1)) for w in windows)
+        starts = [w[0] for w in windows]
+        phase = min(starts)
+        first = range(phase, phase + 7 * ((300 - 7) // 7), 7)
+        second = range(305 + phase, 305 + phase + 7 * ((695 - 7) // 7), 7)
+        assert phase < 7 and sorted(starts) == [*first, *second]
+        orders.append(starts)
+        phases.add(phase)
+    assert len(phases) > 1 and all(order != sorted(order) for order in orders)
+    assert [s - min(orders[0]) for s in orders[0]] != [s - min(orders[1]) for s in orders[1]]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 16, 17, 1000])
+def test_shuffle_is_a_permutation(script, n):
+    module, _ = script
+    order = [module.shuffled(i, n, "key") for i in range(n)]
+    assert sorted(order) == list(range(n))
+    if n == 1000:
+        assert abs(np.corrcoef(order, range(n))[0, 1]) < 0.1
+        assert order != [module.shuffled(i, n, "other") for i in range(n)]
+
+
+def test_held_out_documents_are_chosen_by_name(script):
+    module, row = script
+    cfg = module.Config(**{**row.tiny, "batch_size": 1})
+    tokenizer = module.load_tokenizer("bytes", module.SPECIALS)
+    texts = {f"{i:03}": f"document {i:03} " + "x" * 50 for i in range(400)}
+
+    def held_out(names):
+        documents = module.tokenize(((name, texts[name]) for name in names), tokenizer)
+        train, held = module.load_corpora("", documents, tokenizer, 0, 1, 7)
+        first, second = (str(bytes(np.concatenate(c.parts).astype(np.uint8))) for c in (train, held))
+        found = {name for name in names if f"document {name} " in second}
+        assert all((f"document {name} " in first) != (name in found) for name in names)
+        return found
+
+    every = held_out(list(texts))
+    assert 5 < len(every) < 45
+    assert held_out([name for name in texts if name > "100"]) == {name for name in every if name > "100"}
+
+
+# GPT-1
+
+
+@pytest.fixture
+def gpt1():
+    import gpt1
+
+    return gpt1, SCRIPTS["gpt1"]
+
+
+def test_gpt1_golden_value(gpt1):
+    """The specification's golden value, computed there with the reference implementation."""
+    module, _ = gpt1
+    cfg = module.Config(vocab_size=96, context=32, dim=64, n_layers=2, n_heads=4, hidden_dim=256, dropout=0.0)
+    model = module.GPT1(cfg)
+    assert module.count_parameters(model)[0] == 108_160
+    for k, (name, p) in enumerate(module.hf_tensors(model)):  # in the reference's order and layout
+        order = GOLDEN_ORDER(cfg).index(name)
+        j = torch.arange(p.numel(), dtype=torch.float64)
+        values = 0.1 * torch.sin(0.37 * j + order) + (".ln_" in name and name.endswith("weight"))
+        p.copy_(values.view(p.shape))
+    tokens = (torch.arange(32) * 7 + 3).view(2, 16) % 96
+    logits = model(tokens)
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "n_targets": 30}
+    assert module.objective(model, batch, cfg)[0].item() == pytest.approx(9.240197, abs=2e-5)
+    assert logits[0, 0, :3].tolist() == pytest.approx([3.2696603, -3.0907639, -3.9977272], abs=2e-5)
+    assert logits[1, 15, 95].item() == pytest.approx(-2.0817057, abs=2e-5)
+
+
+def GOLDEN_ORDER(cfg):
+    block = [f"{module}.{kind}" for module in ("attn.c_attn", "attn.c_proj", "ln_1", "mlp.c_fc", "mlp.c_proj", "ln_2")
+             for kind in ("weight", "bias")]
+    names = ["tokens_embed.weight", "positions_embed.weight"]
+    return names + [f"h.{i}.{name}" for i in range(cfg.n_layers) for name in block]
+
+
+def test_gpt1_inputs_and_labels(gpt1):
+    """ids [5, 9, 2, 7] -> inputs [5, 9, 2], labels [9, 2, 7]."""
+    module, _ = gpt1
+    corpus = module.Corpus([np.array([5, 9, 2, 7, 0, 0], np.uint16)], None, 10, in_order=True)
+    cfg = module.Config(seq_len=3)
+    batch = module.get_batch(corpus, 0, 1, cfg)
+    assert batch["tokens"].tolist() == [[5, 9, 2]] and batch["targets"].tolist() == [[9, 2, 7]]
+
+
+def test_gpt1_windows_stay_in_one_document(gpt1):
+    """Against a plain search: the first of the longest runs between separators, and no separator."""
+    module, row = gpt1
+    cfg = module.Config(**row.tiny)
+    corpus, _ = make_corpora(module, cfg)
+    for i in range(200):
+        window = corpus.window(i, cfg.seq_len, cfg.seed).tolist()
+        runs = [[]]
+        for token in window:
+            runs.append([]) if token == 256 else runs[-1].append(token)
+        run = max(runs, key=len)
+        batch = module.get_batch(corpus, i, 1, cfg)
+        targets = batch["targets"][0].tolist()
+        assert targets == run[1:] + [-100] * (cfg.seq_len - len(run[1:]))
+        assert batch["tokens"][0].tolist()[: len(run) - 1] == run[:-1]
+        assert batch["n_targets"] == batch["n_bytes"] == max(len(run) - 1, 0)
+
+
+def test_gpt1_zero_weights_know_nothing(gpt1):
+    module, row = gpt1
+    model = module.GPT1(module.Config(**{**row.tiny, "vocab_size": 40478}))
+    for p in model.parameters():
+        torch.nn.init.zeros_(p)
+    batch = {"tokens": torch.ones(1, 4, dtype=torch.long), "targets": torch.ones(1, 4, dtype=torch.long), "n_targets": 4}
+    assert module.objective(model, batch, module.Config())[0].item() == pytest.approx(10.6085, abs=1e-4)
+
+
+def test_gpt1_initialisation(gpt1):
+    module, row = gpt1
+    cfg = module.Config(**{**row.tiny, "dim": 96, "hidden_dim": 384})
+    model = module.GPT1(cfg)
+    module.init_weights(model, cfg)
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            assert p.std().item() == pytest.approx(0.02, rel=0.1) and abs(p.mean().item()) < 2e-3, name
+        else:
+            assert p.unique().tolist() == [float("norm" in name and "weight" in name)], name
+    model.blocks.add_module("stranger", torch.nn.Conv1d(1, 1, 1))
+    with pytest.raises(ValueError, match="stranger"):
+        module.init_weights(model, cfg)
+
+
+@pytest.mark.parametrize("adam, values", [("released", (0.9989968384, 0.9987281507)), ("torch", (0.99899, 0.9987136731))])
+def test_gpt1_adam(gpt1, adam, values):
+    """p = 1, lr 1e-3, decay 0.01, gradients 0.5 and -0.25: as released, and as torch has it."""
+    module, _ = gpt1
+    model = torch.nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    torch.nn.init.ones_(model.weight)
+    optimizer = module.build_optimizer(model, module.Config(lr=1e-3, adam=adam))
+    for gradient, value in zip((0.5, -0.25), values):
+        model.weight.grad = torch.full((1, 1), gradient, dtype=torch.float64)
+        optimizer.step()
+        assert model.weight.item() == pytest.approx(value, abs=1e-10)
+
+
+def test_gpt1_decays_matrices_and_embeddings_only(gpt1):
+    module, row = gpt1
+    model = module.GPT1(module.Config(**row.tiny))
+    decayed, others = module.build_optimizer(model, module.Config()).param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.01, 0.0)
+    names = {p: name for name, p in model.named_parameters()}
+    assert {names[p] for p in others["params"]} == {n for n in names.values() if n.endswith("bias") or "norm" in n}
+    assert len(decayed["params"]) + len(others["params"]) == len(names)
+
+
+def test_gpt1_standardize(gpt1):
+    module, _ = gpt1
+    text = "“It’s—well…”\t(so he  said)\n\n\n  NO!! 3*4_x \\ end "
+    assert module.standardize(text) == "“it’s - well...” ( so he said ) \n no !! 3 * 4 _ x \\ end"
+
+
+def test_gpt1_dropout_falls_where_the_paper_has_it(gpt1):
+    """Embeddings, both branches and the probabilities; none in eval mode."""
+    module, row = gpt1
+    cfg = module.Config(**{**row.tiny, "dropout": 0.5})
+    model = make_model(module, row, cfg)
+    tokens = torch.randint(256, (2, 7))
+    calls = []
+    dropout, sdpa = F.dropout, F.scaled_dot_product_attention
+    try:
+        F.dropout = lambda x, p, training: calls.append((p, training)) or dropout(x, p, training)
+        F.scaled_dot_product_attention = lambda *a, dropout_p, **k: calls.append(dropout_p) or sdpa(*a, dropout_p=dropout_p, **k)
+        model(tokens)
+        assert calls == [(0.5, True)] + cfg.n_layers * [0.5, (0.5, True), (0.5, True)]
+        calls.clear()
+        model.eval()(tokens)
+        assert calls == [(0.5, False)] + cfg.n_layers * [0.0, (0.5, False), (0.5, False)]
+    finally:
+        F.dropout, F.scaled_dot_product_attention = dropout, sdpa
