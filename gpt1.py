@@ -101,17 +101,17 @@ class Config:
     write_tokens: str = ""  # directory to write the data to as token shards; then exit
 
 PRESETS = {
-    # A CPU, about a minute. No dropout: the run is far shorter than one pass over the corpus.
+    # A CPU, a minute. Shallow, since deep post-norm learns slowly at first; no dropout in a run that
+    # is shorter than one pass over its corpus; 24 sequences, for 1, 2, 3, 4, 6 or 8 ranks.
     "demo": dict(
-        context=128, dim=128, n_layers=4, n_heads=4, hidden_dim=512, dropout=0.0, batch_size=24,
-        steps=800, lr=3e-3, warmup_steps=80, log_every=50,
+        context=128, dim=96, n_layers=2, n_heads=3, hidden_dim=384, dropout=0.0, batch_size=24,
+        steps=1000, lr=6e-3, warmup_steps=100, log_every=50,
     ),
     # A GPU of 24 GB or a node of them, minutes: the paper's shape, over bytes.
     "small": dict(micro_batch=16, steps=1500, warmup_steps=200, compile=True, val_every=500),
     # §4.1: 12 blocks of width 768, context 512, batch 64, 100 epochs; 116,534,784 parameters.
     "paper": dict(vocab_size=40478, standardize=True, micro_batch=16, compile=True),
 }  # fmt: skip
-ARCHITECTURE = ("vocab_size", "context", "dim", "n_layers", "n_heads", "hidden_dim")
 SPECIALS = ("<|endoftext|>",)  # the first one ends a document in a stream of tokens
 PATTERN = (  # how GPT-4 and Llama 3 split text into words, for files of ranks
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -153,7 +153,7 @@ class MLP(nn.Module):
         return F.dropout(self.down(x), self.dropout, self.training)  # [B, T, D]
 
 class Block(nn.Module):
-    """transformer_block of Eq. 2, post-norm: n = LN(x + attention(x)), LN(n + MLP(n)); [B, T, D]."""
+    """transformer_block of Eq. 2, [B, T, D] -> [B, T, D]; the norm follows each residual sum."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -163,8 +163,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(cfg.dim, eps=1e-5)
 
     def forward(self, x):
-        x = self.norm1(x + self.attn(x))
-        return self.norm2(x + self.mlp(x))
+        n = self.norm1(x + self.attn(x))
+        return self.norm2(n + self.mlp(n))
 
 class GPT1(nn.Module):
     """Eq. 2, tokens [B, T] -> logits [B, T, V]; the softmax shares W_e with the token embedding."""
@@ -178,15 +178,16 @@ class GPT1(nn.Module):
 
     def forward(self, tokens):
         positions = self.position_embedding.weight[: tokens.shape[1]]  # [T, D]
+        x = self.token_embedding(tokens) + positions  # Eq. 2, h_0 = U W_e + W_p: [B, T, D]
         # Undisclosed: what embedding dropout drops. The released fine-tuning code drops entries of
         # both tables, the softmax's included; here, as in every later model, it drops their sum.
-        x = F.dropout(self.token_embedding(tokens) + positions, self.dropout, self.training)  # h_0
-        for block in self.blocks:
+        x = F.dropout(x, self.dropout, self.training)
+        for block in self.blocks:  # Eq. 2, h_l = transformer_block(h_{l-1})
             if self.recompute == "block" and self.training:
-                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)  # h_l
+                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
-        return F.linear(x, self.token_embedding.weight)  # h_n W_eᵀ, [B, T, V]
+        return F.linear(x, self.token_embedding.weight)  # Eq. 2, h_n W_eᵀ: [B, T, V]
 
 def init_weights(model, cfg):
     """§4.1: N(0, 0.02) for matrices and embeddings, biases 0, gains 1. A parameter is drawn from
@@ -251,7 +252,7 @@ def objective(model, batch, cfg):
     targets, divided by batch["n_targets"], the count of the whole global batch."""
     with torch.autocast(batch["tokens"].device.type, torch.bfloat16, cfg.precision == "bf16"):
         logits = model(batch["tokens"]).float().flatten(0, 1)  # [B * T, V]
-    nats = F.cross_entropy(logits, batch["targets"].flatten(), reduction="sum")
+    nats = F.cross_entropy(logits, batch["targets"].flatten(), reduction="sum")  # Eq. 1, -L1
     return nats / batch["n_targets"], {}
 
 # ---------------------------------------- Optimizer ----------------------------------------
@@ -285,7 +286,7 @@ def build_optimizer(model, cfg):
         dict(params=[p for p in model.parameters() if p.ndim > 1], weight_decay=cfg.weight_decay),
         dict(params=[p for p in model.parameters() if p.ndim <= 1], weight_decay=0.0),
     ]
-    # Undisclosed: betas and eps; the released fine-tuning code has these, Adam's own.
+    # Undisclosed: betas, eps and clipping; these and --clip 1 are from the released fine-tuning.
     settings = dict(lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8)
     if cfg.adam == "released":
         return ReleasedAdam(groups, **settings)
@@ -318,9 +319,11 @@ def parallelize(model, cfg, mesh):
             block.compile()
     if mesh.size() == 1:
         return model
+    whole = cfg.micro_batch == 0 or cfg.micro_batch >= cfg.batch_size // mesh.size()
     return nn.parallel.DistributedDataParallel(
-        model, process_group=mesh.get_group(), gradient_as_bucket_view=True
-    )
+        model, process_group=mesh.get_group(), gradient_as_bucket_view=True,
+        static_graph=whole,  # faster, and wrong under no_sync(): only where nothing accumulates
+    )  # fmt: skip
 
 def memory_per_rank(cfg):
     """Bytes on one rank of cfg.world_size as an eager backward pass begins, by kind."""
@@ -341,7 +344,11 @@ def memory_per_rank(cfg):
 
 # ---------------------------------------- Checkpoint ----------------------------------------
 
-HF_NAMES = {  # ours: Hugging Face's
+HF_CONFIG = {  # ours: Hugging Face's
+    "vocab_size": "vocab_size", "context": "n_positions", "dim": "n_embd", "n_layers": "n_layer",
+    "n_heads": "n_head",
+}  # fmt: skip
+HF_NAMES = {
     "token_embedding": "tokens_embed", "position_embedding": "positions_embed", "blocks": "h",
     "attn.qkv": "attn.c_attn", "attn.out": "attn.c_proj", "norm1": "ln_1", "norm2": "ln_2",
     "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj",
@@ -359,9 +366,8 @@ def from_hf(path):
     from safetensors.torch import load_file
 
     theirs = json.loads((Path(path) / "config.json").read_text())
-    names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
-    shape = {ours: theirs[name] for ours, name in zip(ARCHITECTURE, names)}
-    cfg = Config(**shape, hidden_dim=4 * theirs["n_embd"])
+    cfg = Config(**{ours: theirs[name] for ours, name in HF_CONFIG.items()})
+    cfg.hidden_dim = 4 * cfg.dim
     tensors = {}
     for file in Path(path).glob("*.safetensors"):
         tensors.update({k.removeprefix("transformer."): v for k, v in load_file(file).items()})
@@ -376,11 +382,9 @@ def to_hf(model, cfg, path):
 
     if cfg.hidden_dim != 4 * cfg.dim:
         raise ValueError(f"--export: the class has F = 4 D, not {cfg.hidden_dim} with {cfg.dim}")
-    config = dict(
-        architectures=["OpenAIGPTLMHeadModel"], model_type="openai-gpt", vocab_size=cfg.vocab_size,
-        n_positions=cfg.context, n_embd=cfg.dim, n_layer=cfg.n_layers, n_head=cfg.n_heads,
-        afn="gelu", resid_pdrop=cfg.dropout, embd_pdrop=cfg.dropout, attn_pdrop=cfg.dropout,
-    )  # fmt: skip
+    config = {theirs: getattr(cfg, ours) for ours, theirs in HF_CONFIG.items()}
+    config |= dict(architectures=["OpenAIGPTLMHeadModel"], model_type="openai-gpt", afn="gelu")
+    config |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), cfg.dropout)
     tensors = {f"transformer.{k}": v.cpu().contiguous() for k, v in hf_tensors(model)}
     Path(path).mkdir(parents=True, exist_ok=True)
     (Path(path) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -391,6 +395,8 @@ def save_checkpoint(out, model, optimizer, state):
     with a rename at the end, so that a process killed at any moment leaves whole checkpoints."""
     final = Path(out) / f"step_{state['step']:09d}"
     partial = final.with_suffix(".tmp")
+    if final.exists():
+        return
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
     dist.barrier()
@@ -411,21 +417,20 @@ def load_checkpoint(out, resume, model, optimizer, state):
         raise ValueError(f"--resume: {out} has no checkpoint")
     if found and not resume and not restarted:
         raise ValueError(f"{out} has checkpoints: --resume goes on, another --out starts anew")
-    if not found:
-        return
-    weights, moments = get_state_dict(model, optimizer)
-    loaded = {"model": weights, "optimizer": moments, "state": dict(state)}
-    try:
-        dcp.load(loaded, checkpoint_id=found[-1])
-    except dcp.api.CheckpointException as error:
-        cause, _ = next(iter(error.failures.values()))
-        raise ValueError(f"{found[-1]} does not fit or is damaged: {cause}") from error
-    if loaded["state"]["seed"] != state["seed"]:
-        raise ValueError(f"{found[-1]} was made with --seed {loaded['state']['seed']}")
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-    state.update(loaded["state"])
+    for path in found[-1:]:
+        weights, moments = get_state_dict(model, optimizer)
+        loaded = {"model": weights, "optimizer": moments, "state": dict(state)}
+        try:
+            dcp.load(loaded, checkpoint_id=path)
+        except dcp.api.CheckpointException as error:
+            cause, _ = next(iter(error.failures.values()))
+            raise ValueError(f"{path} does not fit or is damaged: {cause}") from error
+        if loaded["state"]["seed"] != state["seed"]:
+            raise ValueError(f"{path} was made with --seed {loaded['state']['seed']}")
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+        state.update(loaded["state"])
     log = Path(out) / "metrics.jsonl"
-    if dist.get_rank() == 0 and log.exists():  # the steps behind the checkpoint will be logged again
+    if dist.get_rank() == 0 and log.exists():  # what lies behind the checkpoint comes again
         rows = [row for row in log.read_text().splitlines(True) if row.endswith("}\n")]
         log.write_text("".join(row for row in rows if json.loads(row)["step"] <= state["step"]))
 
@@ -437,15 +442,18 @@ def sum_over_ranks(*numbers, device):
     dist.all_reduce(sums)
     return sums.tolist()
 
-def next_batches(corpus, first, cfg, device):
+def next_batches(corpus, first, stop, cfg, device):
     """This rank's micro-batches of the global batch that begins at sequence `first`, on the device;
-    their counts (n_...) are those of the global batch."""
+    their counts (n_...) are those of the global batch. None if any rank was told to stop."""
     share = cfg.batch_size // dist.get_world_size()
     micro = min(cfg.micro_batch or share, share)
     start = first + dist.get_rank() * share
     batches = [get_batch(corpus, start + i, micro, cfg) for i in range(0, share, micro)]
     names = [name for name in batches[0] if name.startswith("n_")]
-    sums = sum_over_ranks(*(sum(b.pop(name) for b in batches) for name in names), device=device)
+    sums = (sum(batch.pop(name) for batch in batches) for name in names)
+    stop, *sums = sum_over_ranks(stop, *sums, device=device)
+    if stop:
+        return None
     return [{k: v.to(device) for k, v in b.items()} | dict(zip(names, sums)) for b in batches]
 
 def accumulate_gradients(model, batches, cfg):
@@ -466,7 +474,7 @@ def validate(model, corpus, step, cfg, device):
     nats = n_targets = n_bytes = 0.0
     n_batches = min(cfg.val_batches, corpus.n_windows(cfg.seq_len) // cfg.batch_size)
     for i in range(n_batches):
-        batches = next_batches(corpus, i * cfg.batch_size, cfg, device)
+        batches = next_batches(corpus, i * cfg.batch_size, False, cfg, device)
         loss = sum(objective(model, batch, cfg)[0] for batch in batches)
         nats += sum_over_ranks(loss, device=device)[0] * batches[0]["n_targets"]
         n_targets += batches[0]["n_targets"]
@@ -478,6 +486,7 @@ def validate(model, corpus, step, cfg, device):
         line += f" | lzma {8 * len(lzma.compress(text, preset=9)) / len(text):.3f}"
     print(line, flush=True)
 
+@torch.compiler.set_stance("force_eager")  # a compiled block would compile for every length
 @torch.no_grad()
 def sample(model, ids, n, vocab_size, cfg):
     """ids and n more, drawn at temperature 0.8 from the first vocab_size entries of the softmax."""
@@ -526,40 +535,46 @@ def train(model, optimizer, corpus, heldout, state, cfg, device):
     """Updates until cfg.steps, or until SIGTERM or SIGINT; state says how far it came."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp",))
     replicas = parallelize(model, cfg, mesh)
-    signals, stopped, skipped, pace = [], False, 0, 0.0
+    signals, skipped, pace = [], 0, 0.0
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *received: signals.append(received))
-    while state["step"] < cfg.steps and not stopped:
+    while state["step"] < cfg.steps:
         if state["step"] % cfg.val_every == 0:
             validate(model, heldout, state["step"], cfg, device)
         started = time.perf_counter()
+        first = state["sequences"] + state["offset"]
+        batches = next_batches(corpus, first, bool(signals), cfg, device)
+        if batches is None:
+            break
         torch.manual_seed(stable_hash(cfg.seed, state["step"], dist.get_rank()))  # of dropout
-        batches = next_batches(corpus, state["sequences"] + state["offset"], cfg, device)
         loss = accumulate_gradients(replicas, batches, cfg)
-        loss, stopped = sum_over_ranks(loss, len(signals), device=device)
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf).item()
         lr = learning_rate(state["step"], cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        finite = math.isfinite(loss) and math.isfinite(norm)
+        finite = math.isfinite(norm)  # the same on all ranks; a loss that is not finite shows here
         if finite:
             optimizer.step()
         optimizer.zero_grad()
-        skipped = 0 if finite else skipped + 1
         state["step"] += 1
         state["sequences" if finite else "offset"] += cfg.batch_size
         state["tokens"] += finite * cfg.batch_size * cfg.seq_len
         seconds = time.perf_counter() - started
         pace = 0.9 * (pace or seconds) + 0.1 * seconds
-        bpb = bits_per_byte(loss * batches[0]["n_targets"], batches[0]["n_bytes"])
-        row = dict(step=state["step"], loss=loss, bpb=bpb, lr=lr, grad=norm, tokens=state["tokens"])
-        log_step(row, pace, cfg, device)
+        if state["step"] % cfg.log_every == 0 or state["step"] in (1, cfg.steps):
+            (loss,) = sum_over_ranks(loss, device=device)
+            bpb = bits_per_byte(loss * batches[0]["n_targets"], batches[0]["n_bytes"])
+            row = {"step": state["step"], "loss": loss, "bpb": bpb, "lr": lr, "grad": norm}
+            log_step({**row, "tokens": state["tokens"]}, pace, cfg, device)
+        skipped = 0 if finite else skipped + 1
         if skipped:
-            print(f"step {row['step']} skipped: its loss or gradient is not finite", flush=True)
+            print(f"step {state['step']} skipped: its gradient is not finite", flush=True)
         if skipped == 3:
-            raise ValueError(f"steps {row['step'] - 2} to {row['step']} were not finite")
-        if cfg.out and (row["step"] % cfg.save_every == 0 or row["step"] == cfg.steps or stopped):
+            raise ValueError(f"three steps to {state['step']} had no finite gradient")
+        if cfg.out and state["step"] % cfg.save_every == 0:
             save_checkpoint(cfg.out, model, optimizer, state)
+    if cfg.out:
+        save_checkpoint(cfg.out, model, optimizer, state)
 
 @record
 def main(argv=None):
@@ -578,12 +593,13 @@ def main(argv=None):
         device, ranks = launch(cfg.timeout)
         if cfg.init:
             source, theirs = from_hf(cfg.init)
-            cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in ARCHITECTURE})
+            shape = {name: getattr(theirs, name) for name in (*HF_CONFIG, "hidden_dim")}
+            cfg = dataclasses.replace(cfg, **shape)
         check(cfg, ranks)
         for folder in filter(None, (cfg.out, cfg.export)):
             Path(folder).mkdir(parents=True, exist_ok=True)
         cfg.seq_len = cfg.seq_len or cfg.context
-        sizes = (cfg.vocab_size, cfg.batch_size, cfg.seq_len)
+        tokens, sizes = cfg.batch_size * cfg.seq_len, (cfg.vocab_size, cfg.batch_size, cfg.seq_len)
         corpus, heldout = load_corpora(cfg.data, tokenize(documents, tokenizer), tokenizer, *sizes)
         cfg.vocab_size, windows = corpus.vocab_size, corpus.n_windows(cfg.seq_len)
         cfg.steps = cfg.steps or math.ceil(cfg.epochs * windows / cfg.batch_size)
@@ -596,15 +612,13 @@ def main(argv=None):
         state = {"step": 0, "sequences": 0, "tokens": 0, "offset": 0, "seed": cfg.seed}
         if cfg.out:
             load_checkpoint(cfg.out, cfg.resume, model, optimizer, state)
+        if cfg.out and dist.get_rank() == 0:
             config = json.dumps(dataclasses.asdict(cfg), indent=2)
             (Path(cfg.out) / "config.json").write_text(config + "\n")
         total, activated = count_parameters(model)
-        print(
-            f"torch {torch.__version__} | {ranks} x {device.type} | {cfg.precision} | "
-            f"parameters {total:,} | activated {activated:,} | {flops_per_token(cfg):.3g} FLOPs per "
-            f"token | {cfg.batch_size * cfg.seq_len:,} tokens per step | {windows:,} windows",
-            flush=True,
-        )
+        print(f"torch {torch.__version__} | {ranks} x {device.type} {cfg.precision} | ", end="")
+        print(f"parameters {total:,} | activated {activated:,} | {windows:,} windows | ", end="")
+        print(f"{flops_per_token(cfg):.3g} FLOPs a token | {tokens:,} tokens a step", flush=True)
         train(model, optimizer, corpus, heldout, state, cfg, device)
         if state["step"] < cfg.steps:
             return print(f"stopped by a signal after step {state['step']}", flush=True)
@@ -625,7 +639,7 @@ def one_line_mistakes():
         with contextlib.redirect_stdout(open(os.devnull, "w") if rank else sys.stdout):
             yield
     except (OSError, ValueError, ModuleNotFoundError) as error:
-        time.sleep(5 * (rank > 0))  # if rank 0 fails too, torchrun ends the others before they speak
+        time.sleep(5 * (rank > 0))  # where rank 0 fails too, torchrun ends the others meanwhile
         print(f"{Path(__file__).name}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
@@ -678,12 +692,10 @@ def launch(timeout):
     return device, ranks
 
 def log_step(row, pace, cfg, device):
-    """Prints the first, each log_every-th and the last step, and adds it to metrics.jsonl; row has
-    step, loss, bpb, lr, grad and tokens, and pace is the seconds of a step, of late."""
-    step = row["step"]
-    if step % cfg.log_every and step not in (1, cfg.steps):
-        return
-    speed, left = cfg.batch_size * cfg.seq_len / pace, round((cfg.steps - step) * pace)
+    """Prints row, which has step, loss, bpb, lr, grad and tokens, and adds it to metrics.jsonl;
+    pace is how many seconds a step has taken of late."""
+    step, speed = row["step"], cfg.batch_size * cfg.seq_len / pace
+    left = round((cfg.steps - step) * pace)
     memory, mfu = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, ""
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
@@ -692,9 +704,9 @@ def log_step(row, pace, cfg, device):
     print(
         f"step {step}/{cfg.steps} | loss {row['loss']:.4f} | bpb {row['bpb'] or 'n/a'} | "
         f"lr {row['lr']:.2e} | grad {row['grad']:.2f} | tokens {row['tokens'] / 1e6:.1f}M | "
-        f"{speed / 1e3:.1f}k tok/s | {mfu}mem {memory / 2**30:.1f}G | eta {left // 60}:{left % 60:02}",
-        flush=True,
-    )
+        f"{speed / 1e3:.1f}k tok/s | {mfu}mem {memory / 2**30:.1f}G | "
+        f"eta {left // 60}:{left % 60:02}", flush=True,
+    )  # fmt: skip
     if cfg.out and dist.get_rank() == 0:
         finite = {k: v if v is not None and math.isfinite(v) else None for k, v in row.items()}
         with open(Path(cfg.out) / "metrics.jsonl", "a") as file:
@@ -755,8 +767,10 @@ class Corpus:
 
     def text(self, n):
         """The text of the first n ids as bytes; nothing where the tokenizer is unknown."""
-        ids = self.parts[0][: n if self.tokenizer else 0]
-        return b"" if not len(ids) else self.tokenizer.decode_bytes(ids[ids != self.separator].tolist())
+        if not self.tokenizer:
+            return b""
+        ids = self.parts[0][:n]
+        return self.tokenizer.decode_bytes(ids[ids != self.separator].tolist())
 
 def load_corpora(path, documents, tokenizer, vocab_size, batch_size, length):
     """(training, held-out) Corpus. Held out is the end of the stream: one document in twenty, since
@@ -775,8 +789,8 @@ def load_corpora(path, documents, tokenizer, vocab_size, batch_size, length):
         cut = total - max(total // 20, least)
     if cut < least:
         raise ValueError(
-            f"{path} is too short, {total:,} tokens: a batch of {batch_size} x {length} to train on "
-            f"and one to hold out take {2 * least:,}"
+            f"{path} is too short, {total:,} tokens: a batch of {batch_size} x {length} to train "
+            f"on and one to hold out take {2 * least:,}"
         )
     ends = np.cumsum([len(part) for part in parts])
     cuts = [min(max(cut - (end - len(part)), 0), len(part)) for part, end in zip(parts, ends)]
@@ -817,14 +831,14 @@ def load_tokenizer(name, specials):
     try:
         if name == "bytes":
             pattern, ranks = r"[\s\S]", {bytes([i]): i for i in range(256)}
-        elif os.path.exists(name):  # not by tiktoken's loader: its cache keeps the first file of a name
+        elif os.path.exists(name):  # tiktoken's own loader would cache the first file of a name
             pattern, lines = PATTERN, Path(name).read_bytes().splitlines()
             ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
         else:
             base = tiktoken.get_encoding(name)
             pattern, ranks, known = base._pat_str, base._mergeable_ranks, base._special_tokens
     except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer {name}: no file of ranks, nor to be had from tiktoken") from error
+        raise ValueError(f"tokenizer {name}: no file of ranks, and not to be had") from error
     if not all(bytes([i]) in ranks for i in range(256)):
         raise ValueError(f"tokenizer {name} lacks some of the 256 single bytes")
     for token in specials:

@@ -99,7 +99,7 @@ def gradients(name, row, overrides):
     model = make_model(module, row, cfg)
     mesh = module.init_device_mesh(device.type, (ranks,), mesh_dim_names=("dp",))
     replicas = module.parallelize(model, cfg, mesh)
-    batches = module.next_batches(corpus, 3, cfg, device)
+    batches = module.next_batches(corpus, 3, False, cfg, device)
     loss = module.accumulate_gradients(replicas, batches, cfg)
     (loss,) = module.sum_over_ranks(loss, device=device)
     return loss, {name: p.grad.numpy() for name, p in model.named_parameters()}

@@ -66,7 +66,7 @@ def test_reads_what_hugging_face_writes(script, tmp_path):
             p.normal_(0, 0.1)
     theirs.save_pretrained(tmp_path)
     ours, read = module.from_hf(tmp_path)
-    assert all(getattr(read, name) == getattr(cfg, name) for name in module.ARCHITECTURE)
+    assert all(getattr(read, name) == getattr(cfg, name) for name in (*module.HF_CONFIG, "hidden_dim"))
     tokens = torch.randint(cfg.vocab_size, (2, cfg.context))
     close(ours.eval()(tokens), theirs(tokens).logits)
 
@@ -76,7 +76,7 @@ def test_export_then_init_on_the_command_line(script, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("a text that repeats itself, " * 300)
     flags = ["--preset", "demo", "--data", str(text), "--batch_size", "2", "--dim", "32", "--hidden_dim", "128",
-             "--context", "16", "--val_batches", "1", "--lr", "0.01", "--warmup_steps", "1"]  # fmt: skip
+             "--context", "16", "--n_heads", "2", "--val_batches", "1", "--lr", "0.01", "--warmup_steps", "1"]  # fmt: skip
     module.main([*flags, "--steps", "20", "--export", str(tmp_path / "hf")])
     trained = capsys.readouterr().out.split("val 20 | loss ")[1].split()[0]
     module.main([*flags, "--dim", "8", "--steps", "1", "--init", str(tmp_path / "hf")])

@@ -1,0 +1,180 @@
+"""Speed and memory, side by side: python tests/benchmark.py gpt1 [--pairs 10]
+
+Each line compares the script (A) with something else (B) in interleaved pairs A B A B ... of one run
+and prints the medians. CPU time is the process's, over all its threads. Nothing here is asserted.
+"""
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import io
+import os
+import pathlib
+import re
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+STEPS = 5  # updates of one measurement
+
+
+class NanoBlock(nn.Module):
+    """A block as the books have it: what a careful reader would write down without help."""
+
+    def __init__(self, dim, n_heads, hidden_dim):
+        super().__init__()
+        self.n_heads = n_heads
+        self.c_attn, self.c_proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.c_fc, self.c_out = nn.Linear(dim, hidden_dim), nn.Linear(hidden_dim, dim)
+        self.ln_1, self.ln_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+
+    def forward(self, x):
+        B, T, D = x.shape
+        q, k, v = self.c_attn(x).split(D, dim=2)
+        q, k, v = (t.view(B, T, self.n_heads, D // self.n_heads).transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = self.ln_1(x + self.c_proj(y.transpose(1, 2).contiguous().view(B, T, D)))
+        return self.ln_2(x + self.c_out(F.gelu(self.c_fc(x), approximate="tanh")))
+
+
+class Nano(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(cfg.vocab_size, cfg.dim), nn.Embedding(cfg.context, cfg.dim)
+        self.h = nn.ModuleList(NanoBlock(cfg.dim, cfg.n_heads, cfg.hidden_dim) for _ in range(cfg.n_layers))
+
+    def forward(self, tokens):
+        x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1]))
+        for block in self.h:
+            x = block(x)
+        return x @ self.wte.weight.T
+
+
+def hugging_face(cfg):
+    from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
+
+    return OpenAIGPTLMHeadModel(
+        OpenAIGPTConfig(vocab_size=cfg.vocab_size, n_positions=cfg.context, n_embd=cfg.dim, n_layer=cfg.n_layers,
+                        n_head=cfg.n_heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    )  # fmt: skip
+
+
+def plain_loop(module, cfg, kind):
+    """step(): one update of a bare loop: no logs, no checks; the model is the script's or another."""
+    if kind == "bare":
+        model = module.GPT1(cfg)
+        module.init_weights(model, cfg)
+    else:
+        model = {"nano": Nano, "hf": hugging_face}[kind](cfg)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    data = torch.randint(cfg.vocab_size, (100_000,), dtype=torch.int32)
+
+    def step():
+        starts = torch.randint(len(data) - cfg.seq_len - 1, (cfg.batch_size,)).tolist()
+        window = torch.stack([data[i : i + cfg.seq_len + 1] for i in starts]).long()
+        logits = model(window[:, :-1])
+        logits = getattr(logits, "logits", logits)
+        loss = F.cross_entropy(logits.reshape(-1, cfg.vocab_size), window[:, 1:].reshape(-1))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return lambda: [step() for _ in range(STEPS)]
+
+
+def the_script(module, cfg):
+    """run(): STEPS updates through the script's own train, on made-up text."""
+    tokenizer = module.load_tokenizer("bytes", module.SPECIALS)
+    text = "".join(map(chr, torch.randint(32, 127, (400_000,)).tolist()))
+    documents = module.tokenize([("text", text)], tokenizer)
+    corpora = module.load_corpora("", documents, tokenizer, cfg.vocab_size, cfg.batch_size, cfg.seq_len)
+    model = module.GPT1(cfg)
+    module.init_weights(model, cfg)
+    optimizer = module.build_optimizer(model, cfg)
+    state = {"step": 1, "sequences": 0, "tokens": 0, "offset": 0, "seed": 0}  # step 0 would validate
+
+    def run():
+        now = dataclasses.replace(cfg, steps=state["step"] + STEPS)
+        with contextlib.redirect_stdout(io.StringIO()):
+            module.train(model, optimizer, *corpora, state, now, torch.device("cpu"))
+
+    return run
+
+
+def measure(run):
+    """(CPU seconds, wall seconds) of run()."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    run()
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def compare(title, a, b, pairs):
+    """Prints B's time over A's, so that above 1 means that the script is faster."""
+    a(), b()
+    rows = [(measure(a), measure(b)) for _ in range(pairs)]
+    for i, kind in enumerate(("CPU", "wall")):
+        mine, theirs = (statistics.median(row[j][i] for row in rows) for j in (0, 1))
+        ratio = statistics.median(row[1][i] / row[0][i] for row in rows)
+        each = 1000 / STEPS
+        print(f"{title:28} {kind:4} ms a step: script {mine * each:8.1f}, other {theirs * each:8.1f}, "
+              f"other / script {ratio:.3f}", flush=True)  # fmt: skip
+
+
+def peak_memory(kind, flags):
+    """Peak resident MiB of a fresh process that does nothing else."""
+    code = [sys.executable, __file__, *flags, "--measure_memory", kind]
+    return float(subprocess.run(code, capture_output=True, text=True, check=True).stdout)
+
+
+def throughput(name, ranks, threads):
+    """Tokens per second of the demo, the mean of its log lines but the first."""
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    flags = ["--steps", "160", "--log_every", "40", "--val_batches", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run([*launcher, str(ROOT / f"{name}.py"), *flags], capture_output=True, text=True, env=environment)
+    return statistics.mean(float(speed) for speed in re.findall(r"([\d.]+)k tok/s", done.stdout)[1:])
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("script")
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--measure_memory")
+    args = parser.parse_args()
+    module = importlib.import_module(args.script)
+    module.launch(60)
+    cfg = module.Config(vocab_size=257, context=512, dim=256, n_layers=4, n_heads=4, hidden_dim=1024, dropout=0.0,
+                        seq_len=512, batch_size=4, precision="fp32", val_every=10**9, warmup_steps=1)  # fmt: skip
+    if args.measure_memory:
+        kind = args.measure_memory
+        run = the_script(module, cfg) if kind == "script" else plain_loop(module, cfg, kind)
+        run(), run()
+        status = pathlib.Path("/proc/self/status").read_text()  # ru_maxrss would include the parent's
+        return print(int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, fp32, {args.pairs} pairs of {STEPS} steps, "
+          f"{cfg.n_layers} blocks of width {cfg.dim}, {cfg.batch_size} x {cfg.seq_len} tokens")  # fmt: skip
+    script = the_script(module, cfg)
+    for kind, title in (("bare", "bare loop, same model"), ("nano", "plain from-the-book loop"), ("hf", "Hugging Face's class")):
+        compare(title, script, plain_loop(module, cfg, kind), args.pairs)
+    memory = {kind: peak_memory(kind, [args.script]) for kind in ("script", "bare", "nano", "hf")}
+    print("peak MiB", ", ".join(f"{kind} {size:.0f}" for kind, size in memory.items()), end="; ")
+    print(f"script / bare {memory['script'] / memory['bare']:.3f}")
+    pairs = [(throughput(args.script, 2, 1), throughput(args.script, 1, 2)) for _ in range(max(args.pairs // 3, 1))]
+    two, one = (statistics.median(pair[i] for pair in pairs) for i in (0, 1))
+    ratio = statistics.median(a / b for a, b in pairs)
+    print(f"demo: 2 ranks x 1 thread {two:.1f}k tok/s, 1 rank x 2 threads {one:.1f}k tok/s, ratio {ratio:.3f}")
+
+
+if __name__ == "__main__":
+    main()
