@@ -26,6 +26,12 @@ def serve(connection):
         connection.send(answer)
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 class Ranks:
     """run(n, function, *args) calls function(*args) in n processes with torchrun's environment."""
 
@@ -45,9 +51,7 @@ class Ranks:
         if not self.workers:
             self.start()
             timeout += 60
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         for rank, (_, connection) in enumerate(self.workers[:n]):
             environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=n, MASTER_PORT=port, MASTER_ADDR="127.0.0.1")
             connection.send(({k: str(v) for k, v in environment.items()}, function, args))

@@ -189,6 +189,16 @@ def GOLDEN_ORDER(cfg):
     return names + [f"h.{i}.{name}" for i in range(cfg.n_layers) for name in block]
 
 
+def test_gpt1_gelu_is_the_tanh_form(gpt1):
+    """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), which erf's form misses by up to 5e-4."""
+    mlp = gpt1[0].MLP(1, 1, 0.0).double()
+    for p, value in zip(mlp.parameters(), (1.0, 0.0, 1.0, 0.0)):
+        torch.nn.init.constant_(p, value)
+    for x in (-2.7, -0.5, 0.3, 2.2):
+        expected = 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+        assert mlp(torch.tensor([x], dtype=torch.float64)).item() == pytest.approx(expected, abs=1e-12)
+
+
 def test_gpt1_inputs_and_labels(gpt1):
     """ids [5, 9, 2, 7] -> inputs [5, 9, 2], labels [9, 2, 7]."""
     module, _ = gpt1
