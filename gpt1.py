@@ -2,11 +2,12 @@
 
 New against its parent, the Transformer of Vaswani et al. (2017):
 - a decoder alone, trained as a left-to-right language model on unlabelled books (§3.1, Eq. 1, 2);
-- learned position embeddings, added once at the bottom, and no scaling by sqrt(D) (§4.1);
-- GELU in place of ReLU, biases on every projection, weights drawn from N(0, 0.02) (§4.1);
+- learned position embeddings (§4.1), added once at the bottom; no scaling by sqrt(D) (code);
+- GELU in place of ReLU, weights drawn from N(0, 0.02) (§4.1); a bias on every projection (code);
 - dropout 0.1 on embeddings, residual branches and attention probabilities (§4.1);
 - Adam with decoupled weight decay, 2000 updates of warm-up, then a cosine to zero (§4.1).
 Kept: the norm stands after each residual sum (post-norm), and none follows the last block.
+"Code" and "released" mean openai/finetune-transformer-lm; pre-training itself was never released.
 
 Map: Eq. 1 objective | Eq. 2 GPT1, Block | §4.1 PRESETS["paper"], init_weights, build_optimizer,
 learning_rate, standardize (the cleaning of text), get_batch (the sequences of 512 tokens).
@@ -24,7 +25,9 @@ import base64
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import inspect
+import itertools
 import json
 import lzma
 import math
@@ -32,12 +35,12 @@ import os
 import re
 import resource
 import shutil
-import signal
 import sys
 import sysconfig
 import time
 from datetime import timedelta
 from pathlib import Path
+from signal import SIGINT, SIGTERM, signal
 from typing import Literal, get_args
 
 import numpy as np
@@ -101,8 +104,8 @@ class Config:
     write_tokens: str = ""  # directory to write the data to as token shards; then exit
 
 PRESETS = {
-    # A CPU, a minute. Shallow, since deep post-norm learns slowly at first; no dropout in a run that
-    # is shorter than one pass over its corpus; 24 sequences, for 1, 2, 3, 4, 6 or 8 ranks.
+    # A CPU, a minute. Shallow, since deep post-norm is slow at first; no dropout in a run shorter
+    # than one pass over its corpus; 24 sequences, for 1, 2, 3, 4, 6 or 8 ranks.
     "demo": dict(
         context=128, dim=96, n_layers=2, n_heads=3, hidden_dim=384, dropout=0.0, batch_size=24,
         steps=1000, lr=6e-3, warmup_steps=100, log_every=50,
@@ -140,7 +143,9 @@ class CausalSelfAttention(nn.Module):
         return F.dropout(x, self.dropout, self.training)
 
 class MLP(nn.Module):
-    """GELU(x W_fc + b_fc) W_pr + b_pr, [B, T, D] -> [B, T, D]; the released code's tanh GELU."""
+    """GELU(x W_fc + b_fc) W_pr + b_pr, [B, T, D] -> [B, T, D] (§4.1)."""
+
+    # Undisclosed: the form of GELU. The released code has the tanh form.
 
     def __init__(self, dim, hidden_dim, dropout):
         super().__init__()
@@ -153,7 +158,8 @@ class MLP(nn.Module):
         return F.dropout(self.down(x), self.dropout, self.training)  # [B, T, D]
 
 class Block(nn.Module):
-    """transformer_block of Eq. 2, [B, T, D] -> [B, T, D]; the norm follows each residual sum."""
+    """transformer_block of Eq. 2, [B, T, D] -> [B, T, D]; the norm follows each residual sum (eps
+    as released)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -218,11 +224,12 @@ def flops_per_token(cfg):
 # ---------------------------------------- Data ----------------------------------------
 
 def standardize(text):
-    """The cleaning of §4.1, as in the released code: plain dashes, spaces around punctuation,
-    white space collapsed, lower case."""
-    # Departure: without ftfy and spaCy, which are packages of their own; tiktoken's byte-level BPE
-    # stands for the 40,000 merges over characters. The paper's perplexity of 18.4 does not compare.
-    text = text.translate({0x2014: "-", 0x2013: "-", 0x2015: "-", 0x2026: "...", 0xB4: "'"})
+    """Clean text as §4.1 mentions and the released text_utils does: plain quotes and dashes,
+    spaces around runs of punctuation (backslash is missed there too), single spaces, lower case."""
+    # Departure: of ftfy only the quotes, and no spaCy, which are packages of their own; tiktoken's
+    # byte-level BPE, not 40,000 merges of characters: the paper's perplexity 18.4 does not compare.
+    plain = ("'", "'", '"', '"', "-", "-", "-", "...", "'")
+    text = text.translate(dict(zip(map(ord, "‘’“”—–―…´"), plain)))
     runs = r'(-+|~+|!+|"+|;+|\?+|\++|,+|\)+|\(+|/+|\*+|\[+|\]+|}+|{+|\|+|_+)'
     text = re.sub(r"\s*\n\s*", " \n ", re.sub(runs, r" \1 ", text))
     return re.sub(r"[^\S\n]+", " ", text).strip().lower()
@@ -230,8 +237,10 @@ def standardize(text):
 def get_batch(corpus, first, n, cfg):
     """Sequences first ... first + n - 1 of the run, whatever the ranks or the moment: tokens and
     targets [n, T], and the counts n_targets and n_bytes (of the targets' text)."""
-    # Undisclosed: how windows lie to the borders of books. One that crosses a border keeps its
-    # longest piece: a sequence is contiguous text of one book, and borders cost no vocabulary.
+    # Undisclosed: how the "randomly sampled, contiguous sequences" lie. Here they are a grid whose
+    # phase and order change each epoch, drawn without replacement; T + 1 tokens give T targets (the
+    # released code scores T - 1 of T); one across a border of books keeps its longest piece: each
+    # sequence is text of one book, and no token, which the vocabulary lacks, marks the border.
     tokens = np.zeros((n, cfg.seq_len or cfg.context), np.int64)
     targets = np.full_like(tokens, -100)
     for row in range(n):
@@ -239,8 +248,8 @@ def get_batch(corpus, first, n, cfg):
         ends = np.flatnonzero(np.concatenate(([True], window == corpus.separator, [True])))
         i = np.diff(ends).argmax()
         piece = window[ends[i] : ends[i + 1] - 1]
-        tokens[row, : len(piece) - 1] = piece[:-1]
-        targets[row, : len(piece) - 1] = piece[1:]
+        length = max(len(piece) - 1, 0)
+        tokens[row, :length], targets[row, :length] = piece[:-1], piece[1:]
     scored = targets[targets >= 0]
     counts = {"n_targets": scored.size, "n_bytes": int(corpus.token_bytes[scored].sum())}
     return {"tokens": torch.from_numpy(tokens), "targets": torch.from_numpy(targets), **counts}
@@ -253,16 +262,13 @@ def objective(model, batch, cfg):
     with torch.autocast(batch["tokens"].device.type, torch.bfloat16, cfg.precision == "bf16"):
         logits = model(batch["tokens"]).float().flatten(0, 1)  # [B * T, V]
     nats = F.cross_entropy(logits, batch["targets"].flatten(), reduction="sum")  # Eq. 1, -L1
-    return nats / batch["n_targets"], {}
+    return nats / max(batch["n_targets"], 1), {}
 
 # ---------------------------------------- Optimizer ----------------------------------------
 
 class ReleasedAdam(torch.optim.Optimizer):
     """Adam as the released code has it: against torch's AdamW, eps joins the uncorrected sqrt(v),
     and the bias correction multiplies the decoupled decay too."""
-
-    def __init__(self, params, **settings):
-        super().__init__(params, settings)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -289,12 +295,14 @@ def build_optimizer(model, cfg):
     # Undisclosed: betas, eps and clipping; these and --clip 1 are from the released fine-tuning.
     settings = dict(lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8)
     if cfg.adam == "released":
-        return ReleasedAdam(groups, **settings)
+        return ReleasedAdam(groups, settings)
+    # Departure: torch's AdamW by default, which is fused, and differs as ReleasedAdam says.
     return torch.optim.AdamW(groups, **settings, fused=True)
 
 def learning_rate(step, cfg):
-    """§4.1: linear from 0, then a cosine to 0; step counts the updates made before. As released,
-    the cosine spans the whole run, so that the warm-up meets it just below the peak."""
+    """§4.1: linear from 0, then a cosine to 0; step counts the updates made before."""
+    # Undisclosed: the cosine's span. As in the released code it is the whole run, not what follows
+    # the warm-up, which therefore meets it just below the peak.
     if step <= cfg.warmup_steps:
         return cfg.lr * step / max(cfg.warmup_steps, 1)
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
@@ -303,7 +311,7 @@ def learning_rate(step, cfg):
 
 # Parameters, gradients and Adam's moments are fp32. Under bf16, autocast (in objective) runs matrix
 # products and attention in bf16; norms, residual sums and the loss stay fp32.
-# Departure: the released code is fp32 throughout; on a GPU that is --precision fp32.
+# Undisclosed: the paper's precision. The released code is fp32 throughout: --precision fp32.
 
 PEAK_FLOPS = {  # dense bf16, by the device's exact name; a device not listed gets no MFU
     "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989e12,
@@ -338,7 +346,7 @@ def memory_per_rank(cfg):
     block += 2 * cfg.dim * (cfg.dropout > 0)
     if cfg.recompute == "block":  # every block's input, and one block at a time in full
         block = 4 * cfg.dim + block / cfg.n_layers
-    head = size * cfg.dim + 4 * cfg.vocab_size  # the last product's input, the loss's softmax
+    head = size * cfg.dim + 4 * cfg.vocab_size  # last product's input, loss's softmax
     activations = int(positions * (cfg.n_layers * block + head))
     return {"parameters": 4 * n, "gradients": 4 * n, "optimizer": 8 * n, "activations": activations}
 
@@ -365,23 +373,23 @@ def from_hf(path):
     """(model, cfg) from the directory of an OpenAIGPTLMHeadModel: config.json, *.safetensors."""
     from safetensors.torch import load_file
 
-    theirs = json.loads((Path(path) / "config.json").read_text())
-    cfg = Config(**{ours: theirs[name] for ours, name in HF_CONFIG.items()})
-    cfg.hidden_dim = 4 * cfg.dim
-    tensors = {}
-    for file in Path(path).glob("*.safetensors"):
-        tensors.update({k.removeprefix("transformer."): v for k, v in load_file(file).items()})
-    model = GPT1(cfg)
-    for name, tensor in hf_tensors(model):
-        tensor.copy_(tensors[name])
+    try:
+        theirs = json.loads((Path(path) / "config.json").read_text())
+        cfg = Config(**{ours: theirs[name] for ours, name in HF_CONFIG.items()})
+        cfg.hidden_dim, tensors = 4 * cfg.dim, {}
+        for file in Path(path).glob("*.safetensors"):
+            tensors.update({k.removeprefix("transformer."): v for k, v in load_file(file).items()})
+        model = GPT1(cfg)
+        for name, tensor in hf_tensors(model):
+            tensor.copy_(tensors[name].view_as(tensor))
+    except Exception as error:
+        raise ValueError(f"{path} holds no OpenAIGPTLMHeadModel: {error!r}") from error
     return model, cfg
 
 def to_hf(model, cfg, path):
     """Writes model to the directory path as an OpenAIGPTLMHeadModel."""
     from safetensors.torch import save_file
 
-    if cfg.hidden_dim != 4 * cfg.dim:
-        raise ValueError(f"--export: the class has F = 4 D, not {cfg.hidden_dim} with {cfg.dim}")
     config = {theirs: getattr(cfg, ours) for ours, theirs in HF_CONFIG.items()}
     config |= dict(architectures=["OpenAIGPTLMHeadModel"], model_type="openai-gpt", afn="gelu")
     config |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), cfg.dropout)
@@ -395,13 +403,15 @@ def save_checkpoint(out, model, optimizer, state):
     with a rename at the end, so that a process killed at any moment leaves whole checkpoints."""
     final = Path(out) / f"step_{state['step']:09d}"
     partial = final.with_suffix(".tmp")
-    if final.exists():
-        return
     if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+        for remains in Path(out).glob("step_*.tmp"):
+            shutil.rmtree(remains)
     dist.barrier()
     weights, moments = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments, "state": state}, checkpoint_id=partial)
+    try:
+        dcp.save({"model": weights, "optimizer": moments, "state": state}, checkpoint_id=partial)
+    except dcp.api.CheckpointException as error:  # which is no Exception
+        raise OSError(f"cannot save {final}: {next(iter(error.failures.values()))[0]}") from error
     if dist.get_rank() == 0:
         partial.rename(final)
         for old in sorted(Path(out).glob("step_*[0-9]"))[:-2]:
@@ -412,22 +422,27 @@ def load_checkpoint(out, resume, model, optimizer, state):
     """Fills model, optimizer and state from the newest checkpoint in out if --resume or a restart
     by torchrun asks for it; ValueError if there is none, or one that nobody asked for."""
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    found = sorted(Path(out).glob("step_*[0-9]"))
+    listing = [sorted(Path(out).glob("step_*[0-9]"))]
+    dist.broadcast_object_list(listing)  # rank 0's, since network file systems show ranks old ones
+    (found,) = listing
     if not found and resume and not restarted:
         raise ValueError(f"--resume: {out} has no checkpoint")
     if found and not resume and not restarted:
         raise ValueError(f"{out} has checkpoints: --resume goes on, another --out starts anew")
     for path in found[-1:]:
+        settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         weights, moments = get_state_dict(model, optimizer)
         loaded = {"model": weights, "optimizer": moments, "state": dict(state)}
         try:
             dcp.load(loaded, checkpoint_id=path)
         except dcp.api.CheckpointException as error:
-            cause, _ = next(iter(error.failures.values()))
+            cause = next(iter(error.failures.values()))[0]
             raise ValueError(f"{path} does not fit or is damaged: {cause}") from error
         if loaded["state"]["seed"] != state["seed"]:
             raise ValueError(f"{path} was made with --seed {loaded['state']['seed']}")
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+        for group, setting in zip(optimizer.param_groups, settings):
+            group.update(setting)  # the flags count, not what they were
         state.update(loaded["state"])
     log = Path(out) / "metrics.jsonl"
     if dist.get_rank() == 0 and log.exists():  # what lies behind the checkpoint comes again
@@ -480,7 +495,8 @@ def validate(model, corpus, step, cfg, device):
         n_targets += batches[0]["n_targets"]
         n_bytes += batches[0]["n_bytes"]
     model.train()
-    line = f"val {step} | loss {nats / n_targets:.4f} | bpb {bits_per_byte(nats, n_bytes) or 'n/a'}"
+    bpb = bits_per_byte(nats, n_bytes)
+    line = f"val {step} | loss {nats / max(n_targets, 1):.4f} | bpb {bpb or 'n/a'}"
     text = corpus.text(n_batches * cfg.batch_size * cfg.seq_len)
     if step == cfg.steps and text:
         line += f" | lzma {8 * len(lzma.compress(text, preset=9)) / len(text):.3f}"
@@ -488,15 +504,15 @@ def validate(model, corpus, step, cfg, device):
 
 @torch.compiler.set_stance("force_eager")  # a compiled block would compile for every length
 @torch.no_grad()
-def sample(model, ids, n, vocab_size, cfg):
-    """ids and n more, drawn at temperature 0.8 from the first vocab_size entries of the softmax."""
+def sample(model, ids, n, known, cfg):
+    """ids and n more, drawn at temperature 0.8 from the softmax over those that known [V] allows."""
     model.eval()
     device = model.token_embedding.weight.device
     torch.manual_seed(cfg.seed)
     for _ in range(n):
-        tokens = torch.tensor([ids[-cfg.context :]], device=device)  # [1, T]
+        tokens = torch.tensor([ids[-(cfg.seq_len or cfg.context) :]], device=device)  # [1, T]
         with torch.autocast(device.type, torch.bfloat16, cfg.precision == "bf16"):
-            logits = model(tokens)[0, -1, :vocab_size].float()
+            logits = model(tokens)[0, -1].float().masked_fill(~known.to(device), -math.inf)  # [V]
         ids = ids + torch.multinomial((logits / 0.8).softmax(-1), 1).tolist()
     return ids
 
@@ -504,8 +520,8 @@ def check(cfg, ranks):
     """Raises ValueError for a configuration that cannot run on that many ranks."""
     for field in dataclasses.fields(cfg):
         low = 0 if field.default == 0 or field.type is float or field.name == "warmup_steps" else 1
-        if field.type in (int, float) and not getattr(cfg, field.name) >= low:
-            raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is below {low}")
+        if field.type in (int, float) and not low <= getattr(cfg, field.name) < math.inf:
+            raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {low} or more")
     share = cfg.batch_size // ranks
     micro = min(cfg.micro_batch or share, share)
     for wrong, message in (
@@ -515,6 +531,12 @@ def check(cfg, ranks):
         (cfg.batch_size % ranks, f"{ranks} ranks do not divide --batch_size {cfg.batch_size}"),
         (micro and share % micro, f"--micro_batch {micro} does not divide {share}, a rank's share"),
         (cfg.resume and not cfg.out, "--resume needs --out"),
+        (cfg.export and cfg.hidden_dim != 4 * cfg.dim, "--export: the class has F = 4 D"),
+        ((cfg.init or cfg.export) and not importlib.util.find_spec("safetensors"),
+         "--init and --export need the package safetensors: pip install safetensors"),
+        (cfg.write_tokens and ranks > 1, "--write_tokens is for one process, without torchrun"),
+        ((cfg.write_tokens or cfg.standardize) and shard_paths(cfg.data),
+         "--write_tokens and --standardize take text, and --data is token shards"),
     ):
         if wrong:
             raise ValueError(message)
@@ -526,7 +548,7 @@ def dry_run(cfg):
     with torch.device("meta"):
         total, activated = count_parameters(GPT1(cfg))
     print(f"parameters {total:,} | activated {activated:,}")
-    print(f"FLOPs per token {flops_per_token(cfg):.4g} | 6 N D gives {6 * activated:.4g}")
+    print(f"FLOPs per token {flops_per_token(cfg):.4g} | 6 N gives {6 * activated:.4g}")
     memory = memory_per_rank(cfg)
     for kind, size in (memory | {"sum": sum(memory.values())}).items():
         print(f"{kind:12} {size / 2**30:8.3f} GiB on each of {cfg.world_size} ranks")
@@ -535,9 +557,8 @@ def train(model, optimizer, corpus, heldout, state, cfg, device):
     """Updates until cfg.steps, or until SIGTERM or SIGINT; state says how far it came."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp",))
     replicas = parallelize(model, cfg, mesh)
-    signals, skipped, pace = [], 0, 0.0
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, lambda *received: signals.append(received))
+    signals, saved, skipped, pace = [], state["step"], 0, 0.0
+    handlers = {s: signal(s, lambda *s: signals.append(s)) for s in (SIGTERM, SIGINT)}
     while state["step"] < cfg.steps:
         if state["step"] % cfg.val_every == 0:
             validate(model, heldout, state["step"], cfg, device)
@@ -573,8 +594,11 @@ def train(model, optimizer, corpus, heldout, state, cfg, device):
             raise ValueError(f"three steps to {state['step']} had no finite gradient")
         if cfg.out and state["step"] % cfg.save_every == 0:
             save_checkpoint(cfg.out, model, optimizer, state)
-    if cfg.out:
+            saved = state["step"]
+    if cfg.out and saved < state["step"]:
         save_checkpoint(cfg.out, model, optimizer, state)
+    for signum, handler in handlers.items():
+        signal(signum, handler)
 
 @record
 def main(argv=None):
@@ -583,25 +607,27 @@ def main(argv=None):
         cfg = parse(argv)
         if cfg.dry_run:
             return dry_run(cfg)
+        if cfg.init:
+            source, theirs = from_hf(cfg.init)
+            shape = {name: getattr(theirs, name) for name in (*HF_CONFIG, "hidden_dim")}
+            cfg = dataclasses.replace(cfg, **shape)
+        check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
         documents = read_documents(cfg.data)
         if cfg.standardize:
             documents = ((name, standardize(text)) for name, text in documents)
         known = cfg.tokenizer or not shard_paths(cfg.data)
         tokenizer = load_tokenizer(cfg.tokenizer or "bytes", SPECIALS) if known else None
+        documents = tokenize(documents, tokenizer)
         if cfg.write_tokens:
-            return write_tokens(cfg.write_tokens, tokenize(documents, tokenizer))
+            return write_tokens(cfg.write_tokens, documents)
         device, ranks = launch(cfg.timeout)
-        if cfg.init:
-            source, theirs = from_hf(cfg.init)
-            shape = {name: getattr(theirs, name) for name in (*HF_CONFIG, "hidden_dim")}
-            cfg = dataclasses.replace(cfg, **shape)
-        check(cfg, ranks)
         for folder in filter(None, (cfg.out, cfg.export)):
             Path(folder).mkdir(parents=True, exist_ok=True)
         cfg.seq_len = cfg.seq_len or cfg.context
         tokens, sizes = cfg.batch_size * cfg.seq_len, (cfg.vocab_size, cfg.batch_size, cfg.seq_len)
-        corpus, heldout = load_corpora(cfg.data, tokenize(documents, tokenizer), tokenizer, *sizes)
+        corpus, heldout = load_corpora(cfg.data, documents, tokenizer, *sizes)
         cfg.vocab_size, windows = corpus.vocab_size, corpus.n_windows(cfg.seq_len)
+        # Undisclosed: the number of updates; it follows from the 100 epochs.
         cfg.steps = cfg.steps or math.ceil(cfg.epochs * windows / cfg.batch_size)
 
         model = GPT1(cfg)
@@ -612,11 +638,15 @@ def main(argv=None):
         state = {"step": 0, "sequences": 0, "tokens": 0, "offset": 0, "seed": cfg.seed}
         if cfg.out:
             load_checkpoint(cfg.out, cfg.resume, model, optimizer, state)
+        if state["step"] > cfg.steps:
+            raise ValueError(f"{cfg.out} is at step {state['step']}, behind --steps {cfg.steps}")
         if cfg.out and dist.get_rank() == 0:
             config = json.dumps(dataclasses.asdict(cfg), indent=2)
             (Path(cfg.out) / "config.json").write_text(config + "\n")
         total, activated = count_parameters(model)
-        print(f"torch {torch.__version__} | {ranks} x {device.type} {cfg.precision} | ", end="")
+        micro = min(cfg.micro_batch or cfg.batch_size, cfg.batch_size // ranks)
+        layout = f"{ranks} ranks x {cfg.batch_size // ranks // micro} x {micro} sequences"
+        print(f"torch {torch.__version__} | {device.type} {cfg.precision} | {layout} | ", end="")
         print(f"parameters {total:,} | activated {activated:,} | {windows:,} windows | ", end="")
         print(f"{flops_per_token(cfg):.3g} FLOPs a token | {tokens:,} tokens a step", flush=True)
         train(model, optimizer, corpus, heldout, state, cfg, device)
@@ -626,8 +656,11 @@ def main(argv=None):
         if cfg.export and dist.get_rank() == 0:
             to_hf(model, cfg, cfg.export)
         if tokenizer and dist.get_rank() == 0:
-            ids = tokenizer.encode_ordinary(cfg.prompt) or heldout.parts[0][:32].tolist()
-            print(tokenizer.decode(sample(model, ids, 256, tokenizer.n_vocab, cfg)), flush=True)
+            prompt = cfg.prompt or heldout.text(32).decode(errors="ignore")
+            prompt = standardize(prompt) if cfg.standardize else prompt
+            known = torch.from_numpy(heldout.token_bytes[: cfg.vocab_size] > 0)
+            ids = sample(model, tokenizer.encode_ordinary(prompt), 256, known, cfg)
+            print(tokenizer.decode(ids), flush=True)
 
 # ---------------------------------------- Plumbing ----------------------------------------
 
@@ -638,12 +671,12 @@ def one_line_mistakes():
     try:
         with contextlib.redirect_stdout(open(os.devnull, "w") if rank else sys.stdout):
             yield
-    except (OSError, ValueError, ModuleNotFoundError) as error:
+    except (OSError, ValueError) as error:
         time.sleep(5 * (rank > 0))  # where rank 0 fails too, torchrun ends the others meanwhile
         print(f"{Path(__file__).name}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
-    finally:
-        if dist.is_initialized():
+    finally:  # a rank that fails among others leaves at once: it must not wait for them here
+        if dist.is_initialized() and (dist.get_world_size() == 1 or not sys.exc_info()[0]):
             dist.destroy_process_group()
 
 def parse(argv):
@@ -696,11 +729,13 @@ def log_step(row, pace, cfg, device):
     pace is how many seconds a step has taken of late."""
     step, speed = row["step"], cfg.batch_size * cfg.seq_len / pace
     left = round((cfg.steps - step) * pace)
-    memory, mfu = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, ""
+    unit, mfu = 1 if sys.platform == "darwin" else 1024, ""
+    memory = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
         peak = dist.get_world_size() * PEAK_FLOPS.get(torch.cuda.get_device_name(device), math.inf)
-        mfu = f"mfu {speed * flops_per_token(cfg) / peak:.1%} | " if peak < math.inf else ""
+        if cfg.precision == "bf16" and peak < math.inf:
+            mfu = f"mfu {speed * flops_per_token(cfg) / peak:.1%} | "
     print(
         f"step {step}/{cfg.steps} | loss {row['loss']:.4f} | bpb {row['bpb'] or 'n/a'} | "
         f"lr {row['lr']:.2e} | grad {row['grad']:.2f} | tokens {row['tokens'] / 1e6:.1f}M | "
@@ -738,7 +773,8 @@ class Corpus:
 
     def __init__(self, parts, tokenizer, vocab_size, in_order):
         self.parts, self.tokenizer, self.in_order = parts, tokenizer, in_order
-        self.vocab_size, self.token_bytes = vocab_size, np.zeros(vocab_size, np.int64)
+        self.vocab_size, n_vocab = vocab_size, tokenizer.n_vocab if tokenizer else 0
+        self.token_bytes = np.zeros(max(vocab_size, n_vocab), np.int64)
         self.separator = tokenizer.encode_single_token(SPECIALS[0]) if tokenizer else -1
         for text, i in tokenizer._mergeable_ranks.items() if tokenizer else ():
             self.token_bytes[i] = len(text)
@@ -761,42 +797,44 @@ class Corpus:
             index -= n
         start = phase + index * length
         ids = part[start : start + length + 1].astype(np.int64)
-        if ids.max() >= self.vocab_size:
-            raise ValueError(f"the data has token id {ids.max()}, but V is {self.vocab_size}")
+        strange = ids[(ids >= self.vocab_size) & (ids != self.separator)]
+        if len(strange):
+            raise ValueError(f"the data has token id {strange[0]}, but V is {self.vocab_size}")
         return ids
 
     def text(self, n):
         """The text of the first n ids as bytes; nothing where the tokenizer is unknown."""
-        if not self.tokenizer:
-            return b""
-        ids = self.parts[0][:n]
-        return self.tokenizer.decode_bytes(ids[ids != self.separator].tolist())
+        ids = np.concatenate([part[:n] for part in self.parts])[:n]
+        ids = ids[self.token_bytes[ids] > 0].tolist()
+        return self.tokenizer.decode_bytes(ids) if self.tokenizer else b""
 
 def load_corpora(path, documents, tokenizer, vocab_size, batch_size, length):
     """(training, held-out) Corpus. Held out is the end of the stream: one document in twenty, since
     they come in the order of their hashes; of shards or a single document, the last 5 %."""
     parts, cut = [open_shard(file) for file in shard_paths(path)], 0
-    n_vocab = tokenizer.n_vocab if tokenizer else 1
     vocab_size = vocab_size or (tokenizer.n_vocab if tokenizer else 0)
-    if vocab_size < n_vocab:
+    if vocab_size <= max(tokenizer._mergeable_ranks.values() if tokenizer else [0]):
         raise ValueError(f"--vocab_size {vocab_size} is too small, or --tokenizer is missing")
     if not parts:
         hashed = sorted(((stable_hash(name), ids) for name, ids in documents), key=lambda x: x[0])
         cut = sum(len(ids) for key, ids in hashed if key < 0.95 * 2**64)
-        parts = [np.concatenate([ids for _, ids in hashed])]
+        parts = [np.concatenate([ids for _, ids in hashed] or [np.zeros(0, np.uint16)])]
     total, least = sum(map(len, parts)), (batch_size + 1) * length
     if min(cut, total - cut) < least:
-        cut = total - max(total // 20, least)
-    if cut < least:
+        cut = max(total - max(total // 20, least), 0)
+    train, held = [], []
+    for part in parts:
+        train.append(part[:cut])
+        held.append(part[cut:])
+        cut = max(cut - len(part), 0)
+    train = Corpus(train, tokenizer, vocab_size, in_order=False)
+    held = Corpus(held, tokenizer, vocab_size, in_order=True)
+    if min(train.n_windows(length), held.n_windows(length)) < batch_size:
         raise ValueError(
-            f"{path} is too short, {total:,} tokens: a batch of {batch_size} x {length} to train "
-            f"on and one to hold out take {2 * least:,}"
+            f"{path} is too short: {total:,} tokens in {len(parts)} parts do not hold a batch of "
+            f"{batch_size} x {length} to train on and another to hold out"
         )
-    ends = np.cumsum([len(part) for part in parts])
-    cuts = [min(max(cut - (end - len(part)), 0), len(part)) for part, end in zip(parts, ends)]
-    train = [part[:at] for part, at in zip(parts, cuts)]
-    held = [part[at:] for part, at in zip(parts, cuts) if at < len(part)]
-    return Corpus(train, tokenizer, vocab_size, False), Corpus(held, tokenizer, vocab_size, True)
+    return train, held
 
 def read_documents(path):
     """(name, text) of each document: a file (.txt, .md, .py), a line of a .jsonl file, or all of a
@@ -804,7 +842,7 @@ def read_documents(path):
     root = Path(path or sysconfig.get_paths()["stdlib"])
     kinds = (".txt", ".md", ".py", ".jsonl") if path else (".py",)
     skip = set() if path else {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-    files = [file for file in sorted(root.rglob("*")) if file.suffix in kinds]
+    files = [file for file in sorted(root.rglob("*")) if file.suffix in kinds and file.is_file()]
     files = [file for file in files if not skip & set(file.relative_to(root).parts)]
     if not root.is_dir():
         files = [root]
@@ -818,8 +856,12 @@ def read_documents(path):
                 yield file.relative_to(root).as_posix(), text
                 continue
             for number, line in enumerate(file.open("rb"), 1):
+                if not line.strip():
+                    continue
                 where, wanted = f"{file}, line {number},", 'a JSON object with a string "text"'
-                text = "".join(json.loads(line)["text"])
+                text = json.loads(line)["text"]
+                if not isinstance(text, str):
+                    raise TypeError(f"it is {text!r:.40}")
                 yield text, text
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{where} is not {wanted}: {error}") from error
@@ -831,7 +873,7 @@ def load_tokenizer(name, specials):
     try:
         if name == "bytes":
             pattern, ranks = r"[\s\S]", {bytes([i]): i for i in range(256)}
-        elif os.path.exists(name):  # tiktoken's own loader would cache the first file of a name
+        elif os.path.isfile(name):  # tiktoken's own loader would cache the first file of a name
             pattern, lines = PATTERN, Path(name).read_bytes().splitlines()
             ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
         else:
@@ -848,7 +890,7 @@ def load_tokenizer(name, specials):
 def tokenize(documents, tokenizer):
     """(name, ids, the separator behind them) of each (name, text)."""
     separator = tokenizer.encode_single_token(SPECIALS[0])
-    for name, text in documents:
+    for name, text in ((name, text) for name, text in documents if text):
         ids = np.append(tokenizer.encode_to_numpy(text, disallowed_special=()), separator)
         yield name, ids.astype(np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32)
 
@@ -857,15 +899,14 @@ def write_tokens(folder, documents):
     if shard_paths(folder):
         raise ValueError(f"--write_tokens: {folder} has shards already")
     Path(folder).mkdir(parents=True, exist_ok=True)
-    shard, size, n_shards = [], 0, 0
-    for name, ids in documents:
-        shard.append(ids)
-        size += len(ids)
-        if size >= 2**27:
-            np.save(Path(folder) / f"tokens_{n_shards:05d}.npy", np.concatenate(shard))
-            shard, size, n_shards = [], 0, n_shards + 1
-    if shard:
-        np.save(Path(folder) / f"tokens_{n_shards:05d}.npy", np.concatenate(shard))
+    for n in itertools.count():
+        shard, size = [], 0
+        while size < 2**27 and (document := next(documents, None)):
+            shard.append(document[1])
+            size += len(document[1])
+        if not shard:
+            return print(f"{n} shards in {folder}", flush=True)
+        np.save(Path(folder) / f"tokens_{n:05d}.npy", np.concatenate(shard))
 
 def shard_paths(path):
     """The token shards at path, a file or a directory, in order."""
@@ -885,7 +926,7 @@ def open_shard(path):
     header = np.fromfile(path, np.int32, 256)
     if len(header) < 256 or (header[0], header[1]) != (20240520, 1):
         raise ValueError(f"{path} has not the header of a .bin shard")
-    if path.stat().st_size != 1024 + 2 * header[2]:
+    if path.stat().st_size != 1024 + 2 * int(header[2]):
         raise ValueError(f"{path} is longer or shorter than the {header[2]} tokens of its header")
     return np.memmap(path, np.uint16, "r", 1024)
 

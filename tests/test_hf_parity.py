@@ -83,3 +83,12 @@ def test_export_then_init_on_the_command_line(script, tmp_path, capsys):
     assert capsys.readouterr().out.split("val 0 | loss ")[1].split()[0] == trained
     theirs = type(PEERS[module.__name__](module.Config(**row.tiny))).from_pretrained(tmp_path / "hf")
     assert theirs.config.vocab_size == 257
+
+
+def test_directories_that_hold_no_such_model(script, tmp_path):
+    module, _ = script
+    with pytest.raises(ValueError, match="holds no"):
+        module.from_hf(tmp_path)
+    (tmp_path / "config.json").write_text('{"vocab_size": 9, "n_positions": 9, "n_embd": 8, "n_layer": 1, "n_head": 2}')
+    with pytest.raises(ValueError, match="holds no"):
+        module.from_hf(tmp_path)
