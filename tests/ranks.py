@@ -97,11 +97,11 @@ def make_model(module, row, cfg):
 def gradients(name, row, overrides):
     """Loss and gradients of one global batch, as the script itself computes them on this rank."""
     module = importlib.import_module(name)
-    device, ranks = module.launch(30)
+    device = module.launch(30)
     cfg = module.Config(**{**row.tiny, **overrides})
     corpus, _ = make_corpora(module, cfg)
     model = make_model(module, row, cfg)
-    mesh = module.init_device_mesh(device.type, (ranks,), mesh_dim_names=("dp",))
+    mesh = module.init_device_mesh(device.type, (module.dist.get_world_size(),), mesh_dim_names=("dp",))
     replicas = module.parallelize(model, cfg, mesh)
     batches = module.next_batches(corpus, 3, False, cfg, device)
     loss = module.accumulate_gradients(replicas, batches, cfg)
