@@ -18,7 +18,8 @@ Run: python gpt1.py                         # a laptop: the preset demo
      torchrun --nproc_per_node=8 gpt1.py    # GPUs: the preset small
      torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
          gpt1.py --preset paper --data books/ --tokenizer ranks.tiktoken --out /shared/gpt1
-Expect: the demo's held-out bits per byte fall from 7.68 to 2.34 in a minute on two CPU cores (lzma: 2.06).
+Expect: in a minute on two CPU cores the demo's held-out bits per byte fall from 7.68 to 2.34
+(lzma needs 2.06), and it writes lines that look like Python.
 """
 
 import argparse
@@ -328,18 +329,17 @@ def parallelize(model, cfg, mesh):
             block.compile()
     if mesh.size() == 1:
         return model
-    whole = cfg.micro_batch == 0 or cfg.micro_batch >= cfg.batch_size // mesh.size()
+    steps, _ = split_batch(cfg, mesh.size())
     return nn.parallel.DistributedDataParallel(
         model, process_group=mesh.get_group(), gradient_as_bucket_view=True,
-        static_graph=whole,  # faster, and wrong under no_sync(): only where nothing accumulates
+        static_graph=steps == 1,  # it is faster, and wrong under the no_sync() of accumulation
     )  # fmt: skip
 
 def memory_per_rank(cfg):
     """Bytes on one rank of cfg.world_size as an eager backward pass begins, by kind."""
     with torch.device("meta"):
         n, _ = count_parameters(GPT1(cfg))
-    share = cfg.batch_size // cfg.world_size
-    positions = min(cfg.micro_batch or share, share) * (cfg.seq_len or cfg.context)
+    positions = split_batch(cfg, cfg.world_size)[1] * (cfg.seq_len or cfg.context)
     # Kept per position and block: inputs of both norms (fp32); inputs of the four products, q, k, v
     # and GELU's input (in the products' precision); a byte an entry of the two dropout masks.
     size = 2 if cfg.precision == "bf16" else 4
@@ -419,7 +419,7 @@ def save_checkpoint(out, model, optimizer, state):
             shutil.rmtree(old)
     dist.barrier()
 
-def load_checkpoint(out, resume, model, optimizer, state):
+def load_checkpoint(out, resume, steps, model, optimizer, state):
     """Fills model, optimizer and state from the newest checkpoint in out if --resume or a restart
     by torchrun asks for it; ValueError if there is none, or one that nobody asked for."""
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
@@ -439,8 +439,8 @@ def load_checkpoint(out, resume, model, optimizer, state):
         except dcp.api.CheckpointException as error:
             cause = next(iter(error.failures.values()))[0]
             raise ValueError(f"{path} does not fit or is damaged: {cause}") from error
-        if loaded["state"]["seed"] != state["seed"]:
-            raise ValueError(f"{path} was made with --seed {loaded['state']['seed']}")
+        if loaded["state"]["seed"] != state["seed"] or loaded["state"]["step"] > steps:
+            raise ValueError(f"{path} has --seed {loaded['state']['seed']}, or lies behind --steps")
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
         for group, setting in zip(optimizer.param_groups, settings):
             group.update(setting)  # the flags count, not what they were
@@ -452,6 +452,12 @@ def load_checkpoint(out, resume, model, optimizer, state):
 
 # ---------------------------------------- Training ----------------------------------------
 
+def split_batch(cfg, ranks):
+    """(steps, micro) such that batch_size = ranks x steps of accumulation x micro sequences."""
+    share = cfg.batch_size // ranks
+    micro = min(cfg.micro_batch or share, share)
+    return share // max(micro, 1), micro
+
 def sum_over_ranks(*numbers, device):
     """The numbers, each summed over all ranks, as floats."""
     sums = torch.tensor(numbers, dtype=torch.float64, device=device)
@@ -461,10 +467,9 @@ def sum_over_ranks(*numbers, device):
 def next_batches(corpus, first, stop, cfg, device):
     """This rank's micro-batches of the global batch that begins at sequence `first`, on the device;
     their counts (n_...) are those of the global batch. None if any rank was told to stop."""
-    share = cfg.batch_size // dist.get_world_size()
-    micro = min(cfg.micro_batch or share, share)
-    start = first + dist.get_rank() * share
-    batches = [get_batch(corpus, start + i, micro, cfg) for i in range(0, share, micro)]
+    steps, micro = split_batch(cfg, dist.get_world_size())
+    first += dist.get_rank() * steps * micro
+    batches = [get_batch(corpus, first + i * micro, micro, cfg) for i in range(steps)]
     names = [name for name in batches[0] if name.startswith("n_")]
     sums = (sum(batch.pop(name) for batch in batches) for name in names)
     stop, *sums = sum_over_ranks(stop, *sums, device=device)
@@ -506,7 +511,7 @@ def validate(model, corpus, step, cfg, device):
 @torch.compiler.set_stance("force_eager")  # a compiled block would compile for every length
 @torch.no_grad()
 def sample(model, ids, n, known, cfg):
-    """ids and n more, drawn at temperature 0.8 from the softmax over those that known [V] allows."""
+    """ids and n more, drawn at temperature 0.8 from the softmax over what known [V] allows."""
     model.eval()
     device = model.token_embedding.weight.device
     torch.manual_seed(cfg.seed)
@@ -523,14 +528,13 @@ def check(cfg, ranks):
         low = 0 if field.default == 0 or field.type is float or field.name == "warmup_steps" else 1
         if field.type in (int, float) and not low <= getattr(cfg, field.name) < math.inf:
             raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {low} or more")
-    share = cfg.batch_size // ranks
-    micro = min(cfg.micro_batch or share, share)
+    steps, micro = split_batch(cfg, ranks)
     for wrong, message in (
         (cfg.dim % cfg.n_heads, f"{cfg.n_heads} heads do not divide the width {cfg.dim}"),
         (cfg.seq_len > cfg.context, f"--seq_len {cfg.seq_len} exceeds --context {cfg.context}"),
         (cfg.dropout >= 1, f"--dropout {cfg.dropout} leaves nothing"),
-        (cfg.batch_size % ranks, f"{ranks} ranks do not divide --batch_size {cfg.batch_size}"),
-        (micro and share % micro, f"--micro_batch {micro} does not divide {share}, a rank's share"),
+        (ranks * steps * micro != cfg.batch_size,
+         f"--batch_size {cfg.batch_size} is not {ranks} ranks x micro-batches of {micro}"),
         (cfg.resume and not cfg.out, "--resume needs --out"),
         (cfg.export and cfg.hidden_dim != 4 * cfg.dim, "--export: the class has F = 4 D"),
         ((cfg.init or cfg.export) and not importlib.util.find_spec("safetensors"),
@@ -627,7 +631,7 @@ def main(argv=None):
         for folder in filter(None, (cfg.out, cfg.export)):
             Path(folder).mkdir(parents=True, exist_ok=True)
         cfg.seq_len = cfg.seq_len or cfg.context
-        tokens, sizes = cfg.batch_size * cfg.seq_len, (cfg.vocab_size, cfg.batch_size, cfg.seq_len)
+        sizes, tokens = (cfg.vocab_size, cfg.batch_size, cfg.seq_len), cfg.batch_size * cfg.seq_len
         corpus, heldout = load_corpora(cfg.data, documents, tokenizer, *sizes)
         cfg.vocab_size, windows = corpus.vocab_size, corpus.n_windows(cfg.seq_len)
         # Undisclosed: the number of updates; it follows from the 100 epochs.
@@ -640,18 +644,16 @@ def main(argv=None):
         optimizer = build_optimizer(model.to(device), cfg)
         state = {"step": 0, "sequences": 0, "tokens": 0, "offset": 0, "seed": cfg.seed}
         if cfg.out:
-            load_checkpoint(cfg.out, cfg.resume, model, optimizer, state)
-        if state["step"] > cfg.steps:
-            raise ValueError(f"{cfg.out} is at step {state['step']}, behind --steps {cfg.steps}")
+            load_checkpoint(cfg.out, cfg.resume, cfg.steps, model, optimizer, state)
         if cfg.out and dist.get_rank() == 0:
             config = json.dumps(dataclasses.asdict(cfg), indent=2)
             (Path(cfg.out) / "config.json").write_text(config + "\n")
         total, activated = count_parameters(model)
-        micro = min(cfg.micro_batch or cfg.batch_size, cfg.batch_size // ranks)
-        layout = f"{ranks} ranks x {cfg.batch_size // ranks // micro} x {micro} sequences"
-        print(f"torch {torch.__version__} | {device.type} {cfg.precision} | {layout} | ", end="")
-        print(f"parameters {total:,} | activated {activated:,} | {windows:,} windows | ", end="")
-        print(f"{flops_per_token(cfg):.3g} FLOPs a token | {tokens:,} tokens a step", flush=True)
+        steps, micro = split_batch(cfg, ranks)
+        print(f"torch {torch.__version__} | {device.type} {cfg.precision} | {windows:,} windows")
+        print(f"parameters {total:,} | activated {activated:,} | FLOPs per token", end=" ")
+        print(f"{flops_per_token(cfg):.3g} | tokens per step {tokens:,}", end=" ")
+        print(f"= {ranks} ranks x {steps} x {micro} sequences of {cfg.seq_len}", flush=True)
         train(model, optimizer, corpus, heldout, state, cfg, device)
         if state["step"] < cfg.steps:
             return print(f"stopped by a signal after step {state['step']}", flush=True)
@@ -659,8 +661,8 @@ def main(argv=None):
         if cfg.export and dist.get_rank() == 0:
             to_hf(model, cfg, cfg.export)
         if tokenizer and dist.get_rank() == 0:
-            prompt = cfg.prompt or heldout.text(32).decode(errors="ignore")
-            prompt = standardize(prompt) if cfg.standardize else prompt
+            prompt = standardize(cfg.prompt) if cfg.standardize else cfg.prompt
+            prompt = prompt or heldout.text(32).decode(errors="ignore")
             known = torch.from_numpy(heldout.token_bytes[: cfg.vocab_size] > 0)
             ids = sample(model, tokenizer.encode_ordinary(prompt), 256, known, cfg)
             print(tokenizer.decode(ids), flush=True)

@@ -83,7 +83,7 @@ def test_demo_under_torchrun(name):
     assert done.returncode == 0, done.stderr
     line = r"step {}/4 \| loss \d+\.\d{{4}} \| bpb \d+\.\d+ \| lr \S+ \| grad \S+ \| tokens \S+M \| \S+k tok/s \| mem \S+G \| eta \d+:\d\d"
     assert [len(re.findall(line.format(i), done.stdout)) for i in (1, 2, 3, 4)] == [1, 1, 0, 1]
-    assert "2 ranks x 1 x 12 sequences" in done.stdout
+    assert "2 ranks x 1 x 12 sequences of 128" in done.stdout
     assert len(re.findall(r"^val 0 \| loss \d+\.\d+ \| bpb \d+\.\d+$", done.stdout, re.M)) == 1
     final = re.search(r"^val 4 \| loss \d+\.\d+ \| bpb \d+\.\d+ \| lzma \d\.\d+\n(.*)", done.stdout, re.M | re.S)
     assert len(final[1]) > 100, "a sample ends the run"
@@ -127,7 +127,7 @@ def test_torchrun_restarts_after_a_killed_worker(name, text, tmp_path):
     os.kill(int(children.split()[-1]), signal.SIGKILL)
     output, errors = process.communicate(timeout=90)
     assert process.returncode == 0, errors
-    assert output.count("tokens a step") == 2, "it started twice"
+    assert output.count("tokens per step") == 2, "it started twice"
     assert same(final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "broken"))
 
 
@@ -241,7 +241,7 @@ def mistakes(folder, text):
         (["--tokenizer", folder / "ranks.txt"], "256 single bytes"),
         (["--seq_len", "17"], "--seq_len 17"),
         (["--batch_size", "0"], "--batch_size 0"),
-        (["--micro_batch", "3"], "--micro_batch 3"),
+        (["--micro_batch", "3"], "micro-batches of 3"),
         (["--n_heads", "5"], "5 heads"),
         (["--dropout", "1.5"], "--dropout 1.5"),
         (["--lr", "nan"], "--lr nan"),
@@ -290,7 +290,7 @@ def test_safetensors_missing_is_said_before_training(main, text, monkeypatch, tm
 def test_checkpoints_that_do_not_fit(main, text, tmp_path):
     flags = [*SMALL, "--data", text, "--steps", 2, "--out", tmp_path]
     assert main(*flags)[0] == 0
-    for extra, phrase in (([], "--resume"), (["--resume", "--seed", 1], "--seed 0"), (["--resume", "--dim", "24"], "Size mismatch"),
+    for extra, phrase in (([], "--resume"), (["--resume", "--seed", 1], "--seed 0"), (["--resume", "--steps", 1], "--steps"), (["--resume", "--dim", "24"], "Size mismatch"),
                           (["--resume", "--n_layers", "5"], "blocks.2")):  # fmt: skip
         status, _, err = main(*flags, *extra)
         assert status == 2 and phrase in err and len(err.splitlines()) == 1, (extra, err)
