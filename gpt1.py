@@ -648,9 +648,9 @@ def main(argv=None):
         if cfg.out and dist.get_rank() == 0:
             config = json.dumps(dataclasses.asdict(cfg), indent=2)
             (Path(cfg.out) / "config.json").write_text(config + "\n")
-        total, activated = count_parameters(model)
-        steps, micro = split_batch(cfg, ranks)
-        print(f"torch {torch.__version__} | {device.type} {cfg.precision} | {windows:,} windows")
+        (total, activated), (steps, micro) = count_parameters(model), split_batch(cfg, ranks)
+        print(f"python {sys.version.split()[0]} | torch {torch.__version__} |", end=" ")
+        print(f"{device.type} {cfg.precision} | {windows:,} windows to train on")
         print(f"parameters {total:,} | activated {activated:,} | FLOPs per token", end=" ")
         print(f"{flops_per_token(cfg):.3g} | tokens per step {tokens:,}", end=" ")
         print(f"= {ranks} ranks x {steps} x {micro} sequences of {cfg.seq_len}", flush=True)

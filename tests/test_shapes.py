@@ -105,6 +105,24 @@ def test_batches_depend_on_nothing_but_the_sequences(script):
             assert torch.equal(whole[name], torch.cat([part[name] for part in parts]))
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("micro_batch", [0, 1])
+def test_ranks_and_accumulation_share_out_the_same_sequences(script, monkeypatch, ranks, micro_batch):
+    module, row = script
+    cfg = module.Config(**{**row.tiny, "micro_batch": micro_batch})
+    corpus, _ = make_corpora(module, cfg)
+    monkeypatch.setattr(module.dist, "get_world_size", lambda: ranks)
+    monkeypatch.setattr(module, "sum_over_ranks", lambda *numbers, device: list(numbers))
+    found = []
+    for rank in range(ranks):
+        monkeypatch.setattr(module.dist, "get_rank", lambda: rank)
+        found += module.next_batches(corpus, 16, False, cfg, "cpu")
+    assert len(found) == (8 if micro_batch else ranks)
+    whole = module.get_batch(corpus, 16, 8, cfg)
+    for name in ("tokens", "targets"):
+        assert torch.equal(torch.cat([batch[name] for batch in found]), whole[name])
+
+
 def test_an_epoch_has_every_window_once(script):
     module, row = script
     length, ids = 7, np.arange(1000, dtype=np.uint16)  # every id says where it stands
