@@ -430,7 +430,8 @@ def load_checkpoint(out, resume, steps, model, optimizer, state):
         raise ValueError(f"--resume: {out} has no checkpoint")
     if found and not resume and not restarted:
         raise ValueError(f"{out} has checkpoints: --resume goes on, another --out starts anew")
-    for path in found[-1:]:
+    if found:
+        path = found[-1]
         settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         weights, moments = get_state_dict(model, optimizer)
         loaded = {"model": weights, "optimizer": moments, "state": dict(state)}
@@ -440,7 +441,7 @@ def load_checkpoint(out, resume, steps, model, optimizer, state):
             cause = next(iter(error.failures.values()))[0]
             raise ValueError(f"{path} does not fit or is damaged: {cause}") from error
         if loaded["state"]["seed"] != state["seed"] or loaded["state"]["step"] > steps:
-            raise ValueError(f"{path} has --seed {loaded['state']['seed']}, or lies behind --steps")
+            raise ValueError(f"{path} has --seed {loaded['state']['seed']} or is beyond --steps")
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
         for group, setting in zip(optimizer.param_groups, settings):
             group.update(setting)  # the flags count, not what they were
@@ -563,7 +564,7 @@ def train(model, optimizer, corpus, heldout, state, cfg, device):
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp",))
     replicas = parallelize(model, cfg, mesh)
     signals, saved, skipped, pace = [], state["step"], 0, 0.0
-    handlers = {s: signal(s, lambda *s: signals.append(s)) for s in (SIGTERM, SIGINT)}
+    handlers = {s: signal(s, lambda *_: signals.append(1)) for s in (SIGTERM, SIGINT)}
     while state["step"] < cfg.steps:
         if state["step"] % cfg.val_every == 0:
             validate(model, heldout, state["step"], cfg, device)
