@@ -304,6 +304,21 @@ def test_checkpoints_that_do_not_fit(main, text, tmp_path):
     assert status == 2 and "damaged" in err and len(err.splitlines()) == 1
 
 
+def test_a_save_that_fails_is_one_line_and_keeps_the_others(main, script, text, tmp_path, monkeypatch):
+    module, _ = script
+    flags = [*SMALL, "--data", text, "--out", tmp_path]
+    assert main(*flags, "--steps", 2)[0] == 0
+
+    def full(*args, **kwargs):
+        raise module.dcp.api.CheckpointException("save", {0: (OSError("No space left on device"), None)})
+
+    monkeypatch.setattr(module.dcp, "save", full)
+    status, _, err = main(*flags, "--steps", 4, "--resume")
+    assert status == 2 and "No space left" in err and len(err.splitlines()) == 1
+    monkeypatch.undo()
+    assert main(*flags, "--steps", 4, "--resume")[0] == 0
+
+
 @pytest.mark.parametrize("bad, status", [((3, 4), 0), ((3, 4, 5), 2)])
 def test_steps_that_are_not_finite(main, script, text, tmp_path, monkeypatch, bad, status):
     """A skipped step leaves weights and moments alone; three in a row end the run."""
