@@ -341,7 +341,7 @@ def memory_per_rank(cfg):
         n, _ = count_parameters(GPT1(cfg))
     positions = split_batch(cfg, cfg.world_size)[1] * (cfg.seq_len or cfg.context)
     # Kept per position and block: inputs of both norms (fp32); inputs of the four products, q, k, v
-    # and GELU's input (in the products' precision); a byte an entry of the two dropout masks.
+    # and GELU's input (in the products' precision); a byte an entry of a GPU's two dropout masks.
     size = 2 if cfg.precision == "bf16" else 4
     block = 8 * cfg.dim + size * (6 * cfg.dim + 2 * cfg.hidden_dim)
     block += 2 * cfg.dim * (cfg.dropout > 0)

@@ -46,14 +46,16 @@ class Ranks:
             process.start()
             self.workers.append((process, ours))
 
-    def run(self, n, function, *args, timeout=60):
-        """The results by rank; RuntimeError with the traceback of the first rank that failed."""
+    def run(self, n, function, *args, timeout=60, **more):
+        """The results by rank, with `more` in the environment; RuntimeError with the traceback of the first rank that failed."""
         if not self.workers:
             self.start()
             timeout += 60
         port = free_port()
         for rank, (_, connection) in enumerate(self.workers[:n]):
-            environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=n, MASTER_PORT=port, MASTER_ADDR="127.0.0.1")
+            environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=n, MASTER_PORT=port, MASTER_ADDR="127.0.0.1",
+                               TORCHELASTIC_RESTART_COUNT=0, TORCHELASTIC_USE_AGENT_STORE=False)  # fmt: skip
+            environment.update(more)
             connection.send(({k: str(v) for k, v in environment.items()}, function, args))
         deadline, results = time.monotonic() + timeout, []
         for rank, (_, connection) in enumerate(self.workers[:n]):

@@ -35,6 +35,25 @@ def test_layout_gives_one_ranks_gradients(ranks, name, n, overrides):
             assert np.abs(found[key] - g).max() <= limit, key
 
 
+def join(name):
+    """One sum over the group that the script's launch makes."""
+    module = importlib.import_module(name)
+    return module.sum_over_ranks(1, device=module.launch(30))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_each_restart_meets_under_a_name_of_its_own(ranks, name):
+    """Workers that torchrun restarts share its store with the dead ones, whose addresses are there."""
+    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for restart in ("0", "3"):
+        known = set(server.list_keys()) if restart == "3" else set()
+        environment = {"MASTER_PORT": str(server.port), "TORCHELASTIC_RESTART_COUNT": restart,
+                       "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
+        assert ranks.run(2, join, name, **environment) == [[2.0], [2.0]]
+        new = set(server.list_keys()) - known
+        assert new and all(key.startswith(f"start {restart}/") for key in new)
+
+
 def test_gradient_of_the_logits_is_p_minus_y(script):
     module, row = script
     cfg = module.Config(**row.tiny)
