@@ -26,6 +26,8 @@ import argparse
 import base64
 import contextlib
 import dataclasses
+import functools
+import glob
 import hashlib
 import importlib.util
 import inspect
@@ -117,7 +119,8 @@ PRESETS = {
     # §4.1: 12 blocks of width 768, context 512, batch 64, 100 epochs; 116,534,784 parameters.
     "paper": dict(vocab_size=40478, standardize=True, micro_batch=16, compile=True),
 }  # fmt: skip
-SPECIALS = ("<|endoftext|>",)  # the first one ends a document in a stream of tokens
+BEGIN, END = "", "<|endoftext|>"  # tokens around each document of a stream; BEGIN may be none
+SPECIALS = (END,)
 PATTERN = (  # how GPT-4 and Llama 3 split text into words, for files of ranks
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -126,8 +129,8 @@ PATTERN = (  # how GPT-4 and Llama 3 split text into words, for files of ranks
 # ---------------------------------------- Model ----------------------------------------
 
 class CausalSelfAttention(nn.Module):
-    """softmax(q kᵀ / sqrt(E)) v over present and past, [B, T, D] -> [B, T, D], with dropout on the
-    probabilities and on the output (§4.1)."""
+    """softmax(q kᵀ / sqrt(E)) v over present and past, [B, T, D] -> [B, T, D], with dropout on
+    the probabilities and on the output (§4.1)."""
 
     def __init__(self, dim, n_heads, dropout):
         super().__init__()
@@ -465,18 +468,21 @@ def sum_over_ranks(*numbers, device):
     dist.all_reduce(sums)
     return sums.tolist()
 
-def next_batches(corpus, first, stop, cfg, device):
-    """This rank's micro-batches of the global batch that begins at sequence `first`, on the device;
-    their counts (n_...) are those of the global batch. None if any rank was told to stop."""
-    steps, micro = split_batch(cfg, dist.get_world_size())
-    first += dist.get_rank() * steps * micro
+def next_batches(corpus, first, stop, cfg, device, rank, ranks):
+    """The micro-batches of data-parallel rank `rank` of `ranks` of the global batch that begins at
+    sequence `first`, on the device; their counts (n_...) are those of the global batch. None if
+    any rank was told to stop."""
+    steps, micro = split_batch(cfg, ranks)
+    first += rank * steps * micro
     batches = [get_batch(corpus, first + i * micro, micro, cfg) for i in range(steps)]
     names = [name for name in batches[0] if name.startswith("n_")]
     sums = (sum(batch.pop(name) for batch in batches) for name in names)
     stop, *sums = sum_over_ranks(stop, *sums, device=device)
     if stop:
         return None
-    return [{k: v.to(device) for k, v in b.items()} | dict(zip(names, sums)) for b in batches]
+    copies = dist.get_world_size() // ranks  # ranks of other kinds of parallelism: the same counts
+    counts = {name: count / copies for name, count in zip(names, sums)}
+    return [{k: v.to(device) for k, v in batch.items()} | counts for batch in batches]
 
 def accumulate_gradients(model, batches, cfg):
     """Adds the global batch's gradient to the parameters; returns this rank's part of the loss."""
@@ -490,18 +496,25 @@ def accumulate_gradients(model, batches, cfg):
     return total
 
 @torch.no_grad()
-def validate(model, corpus, step, cfg, device):
-    """Prints nats per target and bits per byte of corpus; after training, lzma's bits as well."""
+def evaluate(model, batches, cfg):
+    """This rank's part of the mean loss over a global batch, without dropout."""
     model.eval()
+    loss = sum(objective(model, batch, cfg)[0] for batch in batches)
+    model.train()
+    return loss
+
+def validate(loss_of, corpus, step, cfg, device, rank, ranks):
+    """Prints nats per target and bits per byte of corpus; after training, lzma's bits as well.
+    loss_of(batches) is this rank's part of the mean loss over a global batch."""
     nats = n_targets = n_bytes = 0.0
     n_batches = min(cfg.val_batches, corpus.n_windows(cfg.seq_len) // cfg.batch_size)
     for i in range(n_batches):
-        batches = next_batches(corpus, i * cfg.batch_size, False, cfg, device)
-        loss = sum(objective(model, batch, cfg)[0] for batch in batches)
-        nats += sum_over_ranks(loss, device=device)[0] * batches[0]["n_targets"]
+        first = i * cfg.batch_size
+        batches = next_batches(corpus, first, False, cfg, device, rank, ranks)
+        (loss,) = sum_over_ranks(loss_of(batches), device=device)
+        nats += loss * batches[0]["n_targets"]
         n_targets += batches[0]["n_targets"]
         n_bytes += batches[0]["n_bytes"]
-    model.train()
     bpb = f"{bits_per_byte(nats, n_bytes):.3f}".replace("nan", "n/a")
     line = f"val {step} | loss {nats / max(n_targets, 1):.4f} | bpb {bpb}"
     text = corpus.text(n_batches * cfg.batch_size * cfg.seq_len)
@@ -561,19 +574,20 @@ def dry_run(cfg):
 
 def train(model, optimizer, corpus, heldout, state, cfg, device):
     """Updates until cfg.steps, or until SIGTERM or SIGINT; state says how far it came."""
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp",))
-    replicas = parallelize(model, cfg, mesh)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh(device.type, (ranks,), mesh_dim_names=("dp",))
+    replicas, loss_of = parallelize(model, cfg, mesh), functools.partial(evaluate, model, cfg=cfg)
     signals, saved, skipped, pace = [], state["step"], 0, 0.0
     handlers = {s: signal(s, lambda *_: signals.append(1)) for s in (SIGTERM, SIGINT)}
     while state["step"] < cfg.steps:
         if state["step"] % cfg.val_every == 0:
-            validate(model, heldout, state["step"], cfg, device)
+            validate(loss_of, heldout, state["step"], cfg, device, rank, ranks)
         started = time.perf_counter()
         first = state["sequences"] + state["offset"]
-        batches = next_batches(corpus, first, bool(signals), cfg, device)
+        batches = next_batches(corpus, first, bool(signals), cfg, device, rank, ranks)
         if batches is None:
             break
-        torch.manual_seed(stable_hash(cfg.seed, state["step"], dist.get_rank()))  # of dropout
+        torch.manual_seed(stable_hash(cfg.seed, state["step"], rank))  # of dropout
         loss = accumulate_gradients(replicas, batches, cfg)
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf).item()
         lr = learning_rate(state["step"], cfg)
@@ -658,15 +672,15 @@ def main(argv=None):
         train(model, optimizer, corpus, heldout, state, cfg, device)
         if state["step"] < cfg.steps:
             return print(f"stopped by a signal after step {state['step']}", flush=True)
-        validate(model, heldout, cfg.steps, cfg, device)
+        loss_of = functools.partial(evaluate, model, cfg=cfg)
+        validate(loss_of, heldout, cfg.steps, cfg, device, dist.get_rank(), ranks)
         if cfg.export and dist.get_rank() == 0:
             to_hf(model, cfg, cfg.export)
         if tokenizer and dist.get_rank() == 0:
             prompt = standardize(cfg.prompt) if cfg.standardize else cfg.prompt
-            prompt = prompt or heldout.text(32).decode(errors="ignore")
+            ids = tokenizer.encode_ordinary(prompt or heldout.text(32).decode(errors="ignore"))
             known = torch.from_numpy(heldout.token_bytes[: cfg.vocab_size] > 0)
-            ids = sample(model, tokenizer.encode_ordinary(prompt), 256, known, cfg)
-            print(tokenizer.decode(ids), flush=True)
+            print(tokenizer.decode(sample(model, ids, 256, known, cfg)), flush=True)
 
 # ---------------------------------------- Plumbing ----------------------------------------
 
@@ -731,8 +745,8 @@ def launch(timeout):
     return device
 
 def log_step(row, pace, cfg, device):
-    """Prints row, which has step, loss, bpb, lr, grad and tokens, and adds it to metrics.jsonl;
-    pace is how many seconds a step has taken of late."""
+    """Prints row, which has step, loss, bpb, lr, grad and tokens, and what the script adds to them,
+    and writes it to metrics.jsonl; pace is how many seconds a step has taken of late."""
     step, speed = row["step"], cfg.batch_size * cfg.seq_len / pace
     left = round((cfg.steps - step) * pace)
     unit, mfu = 1 if sys.platform == "darwin" else 1024, ""
@@ -743,14 +757,15 @@ def log_step(row, pace, cfg, device):
         if cfg.precision == "bf16" and peak < math.inf:
             mfu = f"mfu {speed * flops_per_token(cfg) / peak:.1%} | "
     bpb = f"{row['bpb']:.3f}".replace("nan", "n/a")
+    more = "".join(f"{name} {value} | " for name, value in list(row.items())[6:])
     print(
         f"step {step}/{cfg.steps} | loss {row['loss']:.4f} | bpb {bpb} | "
         f"lr {row['lr']:.2e} | grad {row['grad']:.2f} | tokens {row['tokens'] / 1e6:.1f}M | "
-        f"{speed / 1e3:.1f}k tok/s | {mfu}mem {memory / 2**30:.1f}G | "
+        f"{more}{speed / 1e3:.1f}k tok/s | {mfu}mem {memory / 2**30:.1f}G | "
         f"eta {left // 60}:{left % 60:02}", flush=True,
     )  # fmt: skip
     if cfg.out and dist.get_rank() == 0:
-        finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
+        finite = {k: None if str(v) in ("nan", "inf", "-inf") else v for k, v in row.items()}
         with open(Path(cfg.out) / "metrics.jsonl", "a") as file:
             print(json.dumps(finite), file=file)
 
@@ -782,7 +797,7 @@ class Corpus:
         self.parts, self.tokenizer, self.in_order = parts, tokenizer, in_order
         self.vocab_size, n_vocab = vocab_size, tokenizer.n_vocab if tokenizer else 0
         self.token_bytes = np.zeros(max(vocab_size, n_vocab), np.int64)
-        self.separator = tokenizer.encode_single_token(SPECIALS[0]) if tokenizer else -1
+        self.separator = end_token(tokenizer) if tokenizer else -1
         for text, i in tokenizer._mergeable_ranks.items() if tokenizer else ():
             self.token_bytes[i] = len(text)
 
@@ -845,14 +860,14 @@ def load_corpora(path, documents, tokenizer, vocab_size, batch_size, length):
 
 def read_documents(path):
     """(name, text) of each document: a file (.txt, .md, .py), a line of a .jsonl file, or all of a
-    directory; without a path, the modules of Python's standard library."""
+    directory or a pattern; without a path, the modules of Python's standard library."""
     root = Path(path or sysconfig.get_paths()["stdlib"])
     kinds = (".txt", ".md", ".py", ".jsonl") if path else (".py",)
     skip = set() if path else {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-    files = [file for file in sorted(root.rglob("*")) if file.suffix in kinds and file.is_file()]
-    files = [file for file in files if not skip & set(file.relative_to(root).parts)]
-    if not root.is_dir():
-        files = [root]
+    root, files = (root, list_files(root)) if root.is_dir() else (root.parent, list_files(root))
+    if len(files) != 1:
+        files = [file for file in files if file.suffix in kinds]
+        files = [file for file in files if not skip & set(file.relative_to(root).parts)]
     if not files:
         raise ValueError(f"{root} has no file of {', '.join(kinds)}")
     for file in files:
@@ -894,12 +909,18 @@ def load_tokenizer(name, specials):
         known = {token: max([*ranks.values(), *known.values()]) + 1} | known
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=known)
 
+def end_token(tokenizer):
+    """The id that ends a document: the tokenizer's own <|endoftext|> if it has one, or END."""
+    return tokenizer._special_tokens.get("<|endoftext|>", tokenizer._special_tokens[END])
+
 def tokenize(documents, tokenizer):
-    """(name, ids, the separator behind them) of each (name, text)."""
-    separator = tokenizer.encode_single_token(SPECIALS[0])
+    """(name, ids between BEGIN, where the tokenizer has it, and END) of each (name, text)."""
+    kind = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
+    begin = [i for token, i in tokenizer._special_tokens.items() if token == BEGIN]
+    end = [end_token(tokenizer)]
     for name, text in ((name, text) for name, text in documents if text):
-        ids = np.append(tokenizer.encode_to_numpy(text, disallowed_special=()), separator)
-        yield name, ids.astype(np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32)
+        ids = tokenizer.encode_to_numpy(text, disallowed_special=())
+        yield name, np.concatenate((begin, ids, end)).astype(kind)
 
 def write_tokens(folder, documents):
     """Writes tokenized documents to folder as .npy shards of 2**27 ids or a document more."""
@@ -915,9 +936,15 @@ def write_tokens(folder, documents):
             return print(f"{n} shards in {folder}", flush=True)
         np.save(Path(folder) / f"tokens_{n:05d}.npy", np.concatenate(shard))
 
+def list_files(path):
+    """The files at path, in order: a file, all below a directory, or those of a pattern."""
+    if os.path.isdir(path):
+        return [file for file in sorted(Path(path).rglob("*")) if file.is_file()]
+    return [Path(file) for file in sorted(glob.glob(str(path), recursive=True)) or [path]]
+
 def shard_paths(path):
-    """The token shards at path, a file or a directory, in order."""
-    files = sorted(Path(path).iterdir()) if os.path.isdir(path) else [Path(path)]
+    """The token shards at path, if it is not empty, in order."""
+    files = list_files(path) if path else []
     return [file for file in files if file.suffix in (".npy", ".bin")]
 
 def open_shard(path):

@@ -21,6 +21,11 @@ class Row:
     schedule: tuple  # (overrides of Config, {step: learning rate})
     layouts: tuple  # (ranks, overrides of Config): all must give one rank's gradients
     falls: float  # nats that 30 steps of the demo's shape take off the loss, at least
+    batch: tuple  # (sequences, tokens of each) of the demo's first update
+    variants: tuple  # flags of the ways to train
+    small: dict  # flags of a run of seconds: updates of 4 sequences of 16 tokens
+    betas: tuple  # of Adam
+    prefix: str = "/model/"  # of a parameter's name in a checkpoint
 
 
 SCRIPTS = {
@@ -35,7 +40,35 @@ SCRIPTS = {
         layouts=((1, dict(micro_batch=8)), (1, dict(micro_batch=2)), (1, dict(micro_batch=1)),
                  (2, dict(micro_batch=4)), (2, dict(micro_batch=1)), (4, dict(micro_batch=2)),
                  (4, dict(micro_batch=1)), (2, dict(recompute="block"))),
-        falls=1.0,
+        falls=1.0, batch=(24, 128), betas=(0.9, 0.999),
+        variants=("", "--adam released", "--precision bf16 --recompute block"),
+        small=dict(batch_size=4, dim=48, hidden_dim=64, context=16, warmup_steps=2),
+    ),
+    "llama3": Row(
+        model="Llama3",
+        tiny=dict(vocab_size=264, dim=48, n_layers=3, n_heads=6, n_kv_heads=2, hidden_dim=80, seq_len=12,
+                  batch_size=8, rope_theta=100.0, precision="fp32", lr=1e-3, steps=5, warmup_steps=1,
+                  tokens=480.0),
+        counts={"1b": 1_235_814_400, "3b": 3_212_749_824, "8b": 8_030_261_248, "70b": 70_553_706_496,
+                "405b": 405_853_388_800, "qwen2_5_0.5b": 494_032_768, "qwen2_5_1.5b": 1_543_714_304,
+                "qwen2_5_3b": 3_085_938_688, "qwen2_5_7b": 7_615_616_512, "qwen2_5_14b": 14_770_033_664,
+                "qwen2_5_32b": 32_763_876_352, "qwen2_5_72b": 72_706_203_648,
+                "small": 83_000_064, "demo": 457_056},
+        # the specification's values for 405B, annealed in 2,384 updates of 16,777,216 tokens to zero
+        schedule=(dict(lr=8e-5, min_lr=8e-7, tokens=1.2e6 * 2**24, anneal_tokens=2384.0 * 2**24, cosine_steps=1_200_000),
+                  {0: 0.0, 4000: 4e-5, 8000: 8e-5, 604_000: 4.04e-5, 1_200_000: 8e-7, 1_201_192: 4e-7,
+                   1_202_384: 0.0}),
+        layouts=((1, dict(micro_batch=2)), (2, dict(dp=2, micro_batch=2)), (2, dict(dp_replicate=2)),
+                 (2, dict(tp=2)), (2, dict(tp=2, tied=True)), (2, dict(tp=2, qkv_bias=True)), (2, dict(cp=2)),
+                 (2, dict(cp=2, document_mask=False)), (2, dict(pp=2)), (2, dict(pp=2, tied=True)),
+                 (2, dict(pp=2, pp_chunks=2)), (2, dict(dp=2, recompute="block", micro_batch=1)),
+                 (4, dict(tp=2, pp=2)), (4, dict(cp=2, dp=2, micro_batch=2)), (4, dict(tp=2, cp=2, tied=True)),
+                 (4, dict(pp=2, dp=2, tied=True)), (4, dict(pp=2, dp=2, pp_chunks=2, recompute="block")),
+                 (4, dict(dp_replicate=2, dp=2)), (4, dict(dp_replicate=2, cp=2))),
+        falls=1.5, batch=(24, 64), betas=(0.9, 0.95),
+        variants=("", "--precision bf16 --recompute block", "--no-document_mask --tied --qkv_bias"),
+        small=dict(batch_size=4, dim=48, hidden_dim=64, seq_len=16, ramp="", warmup_steps=2, lr=1e-3),
+        prefix="/model/tp0.",
     ),
 }  # fmt: skip
 

@@ -103,9 +103,27 @@ def gradients(name, row, overrides):
     cfg = module.Config(**{**row.tiny, **overrides})
     corpus, _ = make_corpora(module, cfg)
     model = make_model(module, row, cfg)
+    if hasattr(module, "Pipeline"):
+        return pipeline_gradients(module, cfg, corpus, dict(model.named_parameters()), device)
     mesh = module.init_device_mesh(device.type, (module.dist.get_world_size(),), mesh_dim_names=("dp",))
     replicas = module.parallelize(model, cfg, mesh)
-    batches = module.next_batches(corpus, 3, False, cfg, device)
+    batches = module.next_batches(corpus, 3, False, cfg, device, dist.get_rank(), dist.get_world_size())
     loss = module.accumulate_gradients(replicas, batches, cfg)
     (loss,) = module.sum_over_ranks(loss, device=device)
-    return loss, {name: p.grad.numpy() for name, p in model.named_parameters()}
+    return loss, {name: p.grad.numpy() for name, p in model.named_parameters()}, None
+
+
+def pipeline_gradients(module, cfg, corpus, values, device):
+    """The same for a script whose model is laid out over ranks: the whole gradients of this rank's stages, and the norm
+    that would be clipped; values are the parameters to start from."""
+    cfg = module.fit_ranks(cfg, dist.get_world_size())
+    (phase,) = module.phases(cfg)
+    pipeline = module.Pipeline(cfg, module.make_mesh(cfg, device.type))
+    for key, p in pipeline.model.named_parameters():
+        value = values["token_embedding.weight" if key == "head.weight" and cfg.tied else key]
+        module.fill(key, p, value.detach(), pipeline.tp)
+    pipeline.enter(phase.cfg)
+    batches = module.next_batches(corpus, 3, False, phase.cfg, device, pipeline.data_rank, module.data_ranks(cfg))
+    norm, loss = module.clip_gradients(pipeline.model, pipeline.run(batches), phase.cfg, pipeline.mesh, device)
+    found = {key: module.whole_tensor(key, p.grad, pipeline.tp).numpy() for key, p in pipeline.model.named_parameters()}
+    return loss, found, norm

@@ -16,8 +16,13 @@ from ranks import free_port
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NAMES = list(SCRIPTS)
-SMALL = ["--preset", "demo", "--batch_size", "4", "--dim", "48", "--hidden_dim", "64", "--context", "16",
-         "--val_batches", "1", "--log_every", "1", "--warmup_steps", "2", "--timeout", "30"]  # fmt: skip
+DROPOUT = {"gpt1": ["--dropout", "0.1"], "llama3": []}  # so that its seeds count
+
+
+def small(name, **more):
+    """Flags of a run of seconds."""
+    flags = {"preset": "demo", "val_batches": 1, "log_every": 1, "timeout": 30, **SCRIPTS[name].small, **more}
+    return [f"--{flag}={value}" for flag, value in flags.items()]
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +86,10 @@ def same(first, second):
 def test_demo_under_torchrun(name):
     done = run(name, "--steps", 4, "--log_every", 2, "--val_batches", 1, ranks=2)
     assert done.returncode == 0, done.stderr
-    line = r"step {}/4 \| loss \d+\.\d{{4}} \| bpb \d+\.\d+ \| lr \S+ \| grad \S+ \| tokens \S+M \| \S+k tok/s \| mem \S+G \| eta \d+:\d\d"
+    line = (r"step {}/4 \| loss \d+\.\d{{4}} \| bpb \d+\.\d+ \| lr \S+ \| grad \S+ \| tokens \S+M \| (stage initial \| )?"
+            r"\S+k tok/s \| mem \S+G \| eta \d+:\d\d")  # fmt: skip
     assert [len(re.findall(line.format(i), done.stdout)) for i in (1, 2, 3, 4)] == [1, 1, 0, 1]
-    assert "2 ranks x 1 x 12 sequences of 128" in done.stdout
+    assert "2 ranks x 1 x {} sequences of {}".format(SCRIPTS[name].batch[0] // 2, SCRIPTS[name].batch[1]) in done.stdout
     assert len(re.findall(r"^val 0 \| loss \d+\.\d+ \| bpb \d+\.\d+$", done.stdout, re.M)) == 1
     final = re.search(r"^val 4 \| loss \d+\.\d+ \| bpb \d+\.\d+ \| lzma \d\.\d+\n(.*)", done.stdout, re.M | re.S)
     assert len(final[1]) > 100, "a sample ends the run"
@@ -91,10 +97,9 @@ def test_demo_under_torchrun(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_killed_and_resumed_ends_the_same_bit_for_bit(name, text, tmp_path):
-    """SIGKILL in the middle of a save, then at a random moment; dropout on, so that its seeds count."""
-    flags = [*SMALL, "--data", text, "--dropout", "0.1", "--steps", 60, "--save_every", 5, "--val_every", 1000]
-    flags[flags.index("--dim") + 1] = "192"  # so that a save takes a while
-    flags[flags.index("--log_every") + 1] = "5"
+    """SIGKILL in the middle of a save, then at a random moment."""
+    wide = small(name, dim=192, log_every=5)  # so that a save takes a while
+    flags = [*wide, "--data", text, *DROPOUT[name], "--steps", 60, "--save_every", 5, "--val_every", 1000]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert run(name, *flags, "--out", whole).returncode == 0
     resume = []
@@ -119,7 +124,7 @@ def test_killed_and_resumed_ends_the_same_bit_for_bit(name, text, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_torchrun_restarts_after_a_killed_worker(name, text, tmp_path):
-    flags = [*SMALL, "--data", text, "--steps", 300, "--save_every", 20, "--val_every", 1000]
+    flags = [*small(name), "--data", text, "--steps", 300, "--save_every", 20, "--val_every", 1000]
     assert run(name, *flags, "--out", tmp_path / "whole", ranks=2).returncode == 0
     process = start(name, *flags, "--out", tmp_path / "broken", ranks=2, restarts=2, rendezvous=f"--master_port={free_port()}")
     wait_for("step_*[0-9]", tmp_path / "broken", process)
@@ -127,14 +132,14 @@ def test_torchrun_restarts_after_a_killed_worker(name, text, tmp_path):
     os.kill(int(children.split()[-1]), signal.SIGKILL)
     output, errors = process.communicate(timeout=90)
     assert process.returncode == 0, errors
-    assert output.count("tokens per step") == 2, "it started twice"
+    assert output.count("| torch ") == 2, "it started twice"
     assert same(final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "broken"))
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_signal_saves_and_another_number_of_ranks_goes_on(name, signum, text, tmp_path):
-    flags = [*SMALL, "--data", text, "--steps", 200, "--save_every", 1000, "--val_every", 1000]
+    flags = [*small(name), "--data", text, "--steps", 200, "--save_every", 1000, "--val_every", 1000]
     assert run(name, *flags, "--out", tmp_path / "whole").returncode == 0
     process = start(name, *flags, "--out", tmp_path / "broken")
     wait_for("metrics.jsonl", tmp_path / "broken", process)
@@ -163,7 +168,7 @@ def test_a_failing_rank_ends_the_run_with_its_error(name, text, tmp_path):
         "m.main(sys.argv[1:])\n"
     )
     before = time.monotonic()
-    done = run(str(script), *SMALL, "--data", text, "--steps", 5, ranks=2)
+    done = run(str(script), *small(name), "--data", text, "--steps", 5, ranks=2)
     assert done.returncode != 0 and time.monotonic() - before < 60
     assert "deliberate failure" in done.stderr
 
@@ -197,6 +202,40 @@ def write_bin(path, header, n):
     path.write_bytes(words.tobytes() + bytes(n))
 
 
+OWN_MISTAKES = {  # of one script: flags, and what the line must say
+    "gpt1": [
+        ("--seq_len 17", "--seq_len 17"), ("--dropout 1.5", "--dropout 1.5"), ("--export DIR/hf", "F = 4 D"),
+        ("--data DIR/ids.npy --standardize", "token shards"), ("--batch_size 0", "--batch_size 0"),
+        ("--data DIR/many --tokenizer bytes", "in 300 parts"), ("--dry_run --world_size 3", "3 ranks"),
+        ("--data DIR/short.txt", "short.txt is too short: 10 tokens"),
+        ("--data DIR/empty.txt", "empty.txt is too short: 0 tokens"),
+    ],
+    "llama3": [
+        ("--tp 2", "are not 1 ranks"), ("--dp 3", "are not 1 ranks"), ("--n_kv_heads 3", "3 key-value heads"),
+        ("--dry_run --world_size 4 --tp 4", "--tp 4 does not divide 2 key-value heads"),
+        ("--dry_run --world_size 2 --tp 2 --vocab_size 257", "--vocab_size 257"),
+        ("--dry_run --world_size 2 --tp 2 --hidden_dim 81", "--hidden_dim 81"),
+        ("--dry_run --world_size 2 --cp 2 --seq_len 18", "--cp 2 needs a multiple of 4"),
+        ("--dry_run --world_size 8 --pp 8 --micro_batch 1", "4 layers, embedding and head are fewer than 8 stages"),
+        ("--dry_run --world_size 2 --pp 2 --micro_batch 4", "1 micro-batches are fewer than --pp 2"),
+        ("--dry_run --world_size 3 --pp 3 --batch_size 7 --pp_chunks 2 --micro_batch 1", "7 micro-batches are not 2 equal rounds"),
+        ("--dry_run --world_size 3", "not 3 data-parallel ranks"),
+        ("--data 0:TEXT", "the weight of TEXT is 0"), ("--data=-1:TEXT", "the weight of TEXT is -1"),
+        ("--data half:TEXT", "is not WEIGHT:PATH"), ("--data nan:TEXT", "the weight of TEXT is nan"),
+        ("--data 0.5:TEXT,0.5:DIR/none.txt", "DIR/none.txt"), ("--data DIR/*.none", "DIR/*.none"),
+        ("--data 1:TEXT,1e-9:DIR/latin.txt", "weight of DIR/latin.txt is too small"),
+        ("--anneal_data DIR/none.txt", "DIR/none.txt"), ("--data TEXT;soon;TEXT", "soon"),
+        ("--data TEXT,DIR/latin.txt --write_tokens DIR/w", "one corpus, not a mix"),
+        ("--ramp 64*24:1e5", "--ramp: 64*24:1e5 is not LENGTHxSEQUENCES:TOKENS"), ("--long_lengths long", "--long_lengths"),
+        ("--tokens 0 --long_tokens 0 --anneal_tokens 0", "not a single update"),
+        ("--init DIR/no_weights", "holds no Llama or Qwen2 model"),
+        ("--data DIR/short.txt", "short.txt is too short: 11 tokens"),
+        ("--data DIR/empty.txt", "empty.txt is too short: 0 tokens"),
+        ("--data DIR/many --tokenizer bytes --long_tokens 0", "in 300 parts"),
+    ],
+}  # fmt: skip
+
+
 def mistakes(folder, text):
     """(flags, what the one line on stderr must say)."""
     (folder / "empty.txt").touch()
@@ -223,42 +262,35 @@ def mistakes(folder, text):
         (["--steps", "many"], "--steps"),
         (["--preset", "huge"], "huge"),
         (data("missing.txt"), "missing.txt"),
-        (data("empty.txt"), "empty.txt is too short: 0 tokens"),
         (data("directory"), "no file of .txt"),
         (data("latin.txt"), "latin.txt is not UTF-8"),
         (data("broken.jsonl"), "broken.jsonl, line 2"),
         (data("no_text.jsonl"), "no_text.jsonl, line 2"),
-        (data("short.txt"), "short.txt is too short: 10 tokens"),
         (data("magic.bin"), "header"),
         (data("odd.bin"), "8 tokens"),
         (data("floats.npy"), "float64"),
         (data("garbage.npy"), "garbage.npy"),
         ([*data("ids.npy"), "--tokenizer", "bytes"], "token id 300"),
         (data("ids.npy"), "--tokenizer is missing"),
-        ([*data("many"), "--tokenizer", "bytes"], "in 300 parts"),
         ([*data("ids.npy"), "--tokenizer", "bytes", "--vocab_size", "100"], "--vocab_size 100"),
         (["--tokenizer", "no_such_tokenizer"], "no_such_tokenizer"),
         (["--tokenizer", folder / "ranks.txt"], "256 single bytes"),
-        (["--seq_len", "17"], "--seq_len 17"),
-        (["--batch_size", "0"], "--batch_size 0"),
         (["--micro_batch", "3"], "micro-batches of 3"),
         (["--n_heads", "5"], "5 heads"),
-        (["--dropout", "1.5"], "--dropout 1.5"),
         (["--lr", "nan"], "--lr nan"),
         (["--out", f"{text}/below"], text),
         (["--resume"], "--out"),
         (["--out", folder / "fresh", "--resume"], "no checkpoint"),
-        (["--export", folder / "hf"], "F = 4 D"),
         (data("empty_files"), "too short"),
         ([*data("ids.npy"), "--write_tokens", folder / "w"], "token shards"),
-        ([*data("ids.npy"), "--standardize"], "token shards"),
-        (["--dry_run", "--world_size", "3"], "3 ranks"),
     ]
 
 
-def test_mistakes_end_in_one_line_and_status_2(main, text, tmp_path):
-    for flags, phrase in mistakes(tmp_path, text):
-        given = [*SMALL, "--data", text, *flags]
+def test_mistakes_end_in_one_line_and_status_2(main, script, text, tmp_path):
+    own = [(line.replace("DIR", str(tmp_path)).replace("TEXT", text).split(), phrase.replace("DIR", str(tmp_path)).replace("TEXT", text))
+           for line, phrase in OWN_MISTAKES[script[0].__name__]]  # fmt: skip
+    for flags, phrase in mistakes(tmp_path, text) + own:
+        given = [*small(script[0].__name__), "--data", text, *flags]
         if "--preset" in flags:
             given = flags
         status, out, err = main(*given)
@@ -278,20 +310,20 @@ def test_tokenizer_that_is_not_there_is_one_line(main, monkeypatch, tmp_path):
     assert status == 2 and "gpt2" in err and len(err.splitlines()) == 1
 
 
-def test_safetensors_missing_is_said_before_training(main, text, monkeypatch, tmp_path):
+def test_safetensors_missing_is_said_before_training(main, script, text, monkeypatch, tmp_path):
     import importlib.util
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for flag in ("--init", "--export"):
-        status, out, err = main(*SMALL, "--hidden_dim", 192, "--data", text, flag, tmp_path / "hf")
+        status, out, err = main(*small(script[0].__name__), "--hidden_dim", 192, "--data", text, flag, tmp_path / "hf")
         assert status == 2 and "pip install safetensors" in err and "step" not in out
 
 
-def test_checkpoints_that_do_not_fit(main, text, tmp_path):
-    flags = [*SMALL, "--data", text, "--steps", 2, "--out", tmp_path]
+def test_checkpoints_that_do_not_fit(main, script, text, tmp_path):
+    flags = [*small(script[0].__name__), "--data", text, "--steps", 2, "--out", tmp_path]
     assert main(*flags)[0] == 0
     for extra, phrase in (([], "--resume"), (["--resume", "--seed", 1], "--seed 0"), (["--resume", "--steps", 1], "--steps"), (["--resume", "--dim", "24"], "Size mismatch"),
-                          (["--resume", "--n_layers", "5"], "blocks.2")):  # fmt: skip
+                          (["--resume", "--n_layers", "5"], "blocks.")):  # fmt: skip
         status, _, err = main(*flags, *extra)
         assert status == 2 and phrase in err and len(err.splitlines()) == 1, (extra, err)
     assert main(*flags, "--resume")[0] == 0, "there is nothing left to do, and that is no mistake"
@@ -306,7 +338,7 @@ def test_checkpoints_that_do_not_fit(main, text, tmp_path):
 
 def test_a_save_that_fails_is_one_line_and_keeps_the_others(main, script, text, tmp_path, monkeypatch):
     module, _ = script
-    flags = [*SMALL, "--data", text, "--out", tmp_path]
+    flags = [*small(script[0].__name__), "--data", text, "--out", tmp_path]
     assert main(*flags, "--steps", 2)[0] == 0
 
     def full(*args, **kwargs):
@@ -323,23 +355,25 @@ def test_a_save_that_fails_is_one_line_and_keeps_the_others(main, script, text, 
 def test_steps_that_are_not_finite(main, script, text, tmp_path, monkeypatch, bad, status):
     """A skipped step leaves weights and moments alone; three in a row end the run."""
     module, _ = script
+    if status and module.__name__ == "llama3":
+        pytest.skip("goes back to a checkpoint instead: test_llama3_goes_back_and_past_the_data")
     inner, get_batch, calls, weights, firsts = module.objective, module.get_batch, [], {}, []
 
     def recorded(corpus, first, n, cfg):
-        if not corpus.in_order:
+        if not getattr(corpus, "in_order", False):
             firsts.append(first)
         return get_batch(corpus, first, n, cfg)
 
     def objective(model, batch, cfg):
         loss, metrics = inner(model, batch, cfg)
-        if model.training:
+        if torch.is_grad_enabled():
             calls.append(1)
             weights[len(calls)] = [p.detach().clone() for p in model.parameters()]
-        return loss * (float("nan") if model.training and len(calls) in bad else 1.0), metrics
+        return loss * (float("nan") if torch.is_grad_enabled() and len(calls) in bad else 1.0), metrics
 
     monkeypatch.setattr(module, "objective", objective)
     monkeypatch.setattr(module, "get_batch", recorded)
-    found, out, err = main(*SMALL, "--data", text, "--steps", 8, "--out", tmp_path, "--save_every", 2)
+    found, out, err = main(*small(script[0].__name__), "--data", text, "--steps", 8, "--out", tmp_path, "--save_every", 2)
     assert found == status and out.count("skipped") == len(bad)
     assert all(torch.equal(a, b) for a, b in zip(weights[3], weights[5])), "steps 3 and 4 changed nothing"
     assert not all(torch.equal(a, b) for a, b in zip(weights[2], weights[3]))
@@ -353,16 +387,19 @@ def test_steps_that_are_not_finite(main, script, text, tmp_path, monkeypatch, ba
     else:
         state = {"step": 0, "sequences": 0, "tokens": 0, "offset": 0, "seed": 0}
         torch.distributed.checkpoint.load({"state": state}, checkpoint_id=tmp_path / newest)
-        assert state == {"step": 8, "sequences": 24, "tokens": 6 * 64, "offset": 8, "seed": 0}
+        # what llama3 skips, its steps count already: only going back adds to the offset
+        offset = 0 if module.__name__ == "llama3" else 8
+        assert state == {"step": 8, "sequences": 24, "tokens": 6 * 64, "offset": offset, "seed": 0}
 
 
-def test_write_tokens_then_train_on_them(main, text, tmp_path):
-    flags = [*SMALL, "--steps", 2]
+def test_write_tokens_then_train_on_them(main, script, text, tmp_path):
+    flags = [*small(script[0].__name__), "--steps", 2]
     assert main("--data", text, "--write_tokens", tmp_path / "shards")[0] == 0
     (shard,) = (tmp_path / "shards").iterdir()
     ids = np.load(shard)
-    assert ids.dtype == np.uint16 and ids[-1] == 256
-    assert bytes(ids[:-1].astype(np.uint8)).decode() == pathlib.Path(text).read_text()
+    specials = [256 + script[0].SPECIALS.index(token) for token in (script[0].BEGIN, script[0].END) if token]
+    assert ids.dtype == np.uint16 and ids[ids >= 256].tolist() == specials and ids[-1] == specials[-1]
+    assert bytes(ids[ids < 256].astype(np.uint8)).decode() == pathlib.Path(text).read_text()
     status, out, _ = main(*flags, "--data", tmp_path / "shards", "--tokenizer", "bytes")
     assert status == 0 and " bpb n/a" not in out
     status, out, _ = main(*flags, "--data", tmp_path / "shards", "--vocab_size", "300")
@@ -419,7 +456,8 @@ def test_tokenizers(script, tmp_path):
 
     module, _ = script
     tokenizer = module.load_tokenizer("bytes", module.SPECIALS)
-    assert tokenizer.encode("aé<|endoftext|>", allowed_special="all") == [97, 195, 169, 256]
+    end = 256 + module.SPECIALS.index(module.END)
+    assert tokenizer.encode(f"aé{module.END}", allowed_special="all") == [97, 195, 169, end]
     ranks = [bytes([i]) for i in range(256)] + [b"th", b"the", b" the"]
     path = tmp_path / "ranks.tiktoken"
     path.write_text("".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(ranks)))
@@ -431,39 +469,45 @@ def test_tokenizers(script, tmp_path):
 def test_training_is_what_it_says(main, script, text, tmp_path):
     """Three updates against a plain loop in float64: data, rate, clipping, AdamW, and the val line."""
     module, row = script
-    flags = [*SMALL, "--data", text, "--steps", 3, "--clip", 0.1, "--weight_decay", 0.3, "--micro_batch", 2]
+    flags = [*small(script[0].__name__), "--data", text, "--steps", 3, "--clip", 0.1, "--weight_decay", 0.3, "--micro_batch", 2]
     _, out, _ = main(*flags, "--out", tmp_path, "--prompt", "line 7 says")
     assert "line 7 says" in out.split("lzma")[1], "the sample continues the prompt"
     cfg = module.Config(**json.loads((tmp_path / "config.json").read_text()))
-    tokenizer = module.load_tokenizer("bytes", module.SPECIALS)
-    documents = module.tokenize(module.read_documents(text), tokenizer)
-    corpus, heldout = module.load_corpora(text, documents, tokenizer, 0, cfg.batch_size, cfg.seq_len)
+    if module.__name__ == "llama3":
+        plan = module.phases(cfg)[:1]
+        cfg = plan[0].cfg
+        (corpus,), heldout = module.load_mixtures(plan, module.load_specials(cfg))
+    else:
+        tokenizer = module.load_tokenizer("bytes", module.SPECIALS)
+        documents = module.tokenize(module.read_documents(text), tokenizer)
+        corpus, heldout = module.load_corpora(text, documents, tokenizer, 0, cfg.batch_size, cfg.seq_len)
     model = getattr(module, row.model)(cfg)
     module.init_weights(model, cfg)
     model.double()
     moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in model.parameters()}
 
     def nats(batch):
-        logits = model(batch["tokens"]).flatten(0, 1)
+        logits = model(*(batch[key] for key in ("tokens", "documents") if key in batch)).flatten(0, 1)
         return torch.nn.functional.cross_entropy(logits, batch["targets"].flatten())
 
     for step in range(3):
         grads = torch.autograd.grad(nats(module.get_batch(corpus, 4 * step, 4, cfg)), list(model.parameters()))
         scale = 0.1 / torch.sqrt(sum(g.square().sum() for g in grads))
         assert scale < 1, "there is something to clip"
-        rate = 6e-3 * step / 2  # two updates of warm-up, none of them at the peak yet
+        rate = cfg.lr * step / 2  # two updates of warm-up, none of them at the peak yet
+        b1, b2 = row.betas
         with torch.no_grad():
             for (p, (m, v)), g in zip(moments.items(), grads):
-                m.mul_(0.9).add_(0.1 * scale * g)
-                v.mul_(0.999).add_(0.001 * (scale * g) ** 2)
+                m.mul_(b1).add_((1 - b1) * scale * g)
+                v.mul_(b2).add_((1 - b2) * (scale * g) ** 2)
                 p *= 1 - rate * 0.3 * (p.ndim > 1)
-                p -= rate * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+                p -= rate * (m / (1 - b1 ** (step + 1))) / ((v / (1 - b2 ** (step + 1))).sqrt() + 1e-8)
     expected = nats(module.get_batch(heldout, 0, 4, cfg)).item()
     assert float(re.search(r"val 3 \| loss ([\d.]+)", out)[1]) == pytest.approx(expected, abs=2e-4)
     weights, _ = final_tensors(tmp_path)
     for name, p in model.named_parameters():
         if ".qkv.bias" not in name:  # the keys' bias has no gradient but noise, which Adam enlarges
-            torch.testing.assert_close(weights[f"/model/{name}"].double(), p.data, atol=2e-5, rtol=0)
+            torch.testing.assert_close(weights[row.prefix + name].double(), p.data, atol=2e-5, rtol=0)
 
 
 def test_help_has_every_field_with_its_meaning(main, script):
@@ -476,16 +520,139 @@ def test_help_has_every_field_with_its_meaning(main, script):
     assert status == 0 and "sequences of one update, over all ranks" in words
 
 
-def test_epochs_give_the_number_of_steps(main, text, tmp_path):
-    _, out, _ = main(*SMALL, "--data", text, "--steps", 0, "--epochs", "0.013", "--out", tmp_path)
+@pytest.mark.parametrize("script", ["gpt1"], indirect=True)
+def test_epochs_give_the_number_of_steps(main, script, text, tmp_path):
+    _, out, _ = main(*small("gpt1"), "--data", text, "--steps", 0, "--epochs", "0.013", "--out", tmp_path)
     windows = int(re.search(r"([\d,]+) windows", out)[1].replace(",", ""))
     assert json.loads((tmp_path / "config.json").read_text())["steps"] == -(-13 * windows // 4000) > 1
 
 
 def test_dry_run_prints_every_preset(main, script):
-    for preset, count in script[1].counts.items():
+    """Copies of the model in one script, shards of it in the other."""
+    module, row = script
+    shards = 4 if module.__name__ == "llama3" else 1
+    for preset, count in row.counts.items():
         status, out, _ = main("--preset", preset, "--dry_run", "--world_size", 4)
         assert status == 0 and f"parameters {count:,} | activated {count:,}" in out
-        sizes = {k: float(v) for k, v in re.findall(r"^(\w+) +([\d.]+) GiB", out, re.M)}
-        assert sizes["parameters"] == sizes["gradients"] == pytest.approx(4 * count / 2**30, abs=1e-3)
-        assert sizes["optimizer"] == pytest.approx(8 * count / 2**30, abs=1e-3) and sizes["activations"] > 0
+        sizes = {k: float(v) for k, v in re.findall(r"(\w+) +([\d.]+) GiB", out)}
+        assert sizes["parameters"] == sizes["gradients"] == pytest.approx(4 * count / shards / 2**30, rel=1e-3, abs=1e-3)
+        assert sizes["optimizer"] == pytest.approx(8 * count / shards / 2**30, rel=1e-3, abs=1e-3) and sizes["activations"] > 0
+
+
+# Llama 3
+
+STAGES = ["--ramp=8x4:640", "--tokens=2560", "--long_lengths=32", "--long_tokens=640", "--anneal_tokens=1280", "--average=4"]
+
+
+def losses(folder):
+    return [json.loads(row)["loss"] for row in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def llama3_flags(text):
+    return [*small("llama3", batch_size=8), "--data", text, *STAGES, "--save_every", 7, "--val_every", 1000]
+
+
+def test_llama3_stages_layouts_and_resumes(llama3_flags, tmp_path):
+    """All three stages on one rank; then 2 data-parallel ranks into the initial stage, 4 of two kinds through the
+    long-context stage into annealing, and 1 to the end."""
+    whole = run("llama3", *llama3_flags, "--out", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    stages = [json.loads(row)["stage"] for row in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert stages == 35 * ["initial"] + 5 * ["long-context"] + 10 * ["annealing"]
+    assert re.search(r"^needle 32 \| [01]\.\d{3} of", whole.stdout, re.M) and "rope llama3 x 2" in whole.stdout
+    out = ["--out", tmp_path / "parts"]
+    assert run("llama3", *llama3_flags, *out, "--steps", 9, ranks=2).returncode == 0
+    for steps, ranks, layout in ((44, 4, ["--cp", 2]), (0, 1, [])):
+        done = run("llama3", *llama3_flags, *out, *layout, "--steps", steps, "--resume", ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+    final = [re.search(r"val 50 \| loss (\S+)", output)[1] for output in (whole.stdout, done.stdout)]
+    assert float(final[0]) == pytest.approx(float(final[1]), rel=1e-4)
+
+
+@pytest.mark.parametrize("layout", [["--tp", 2, "--dp", 2], ["--pp", 2, "--tp", 2], ["--pp", 2, "--dp", 2, "--tied"]])
+def test_llama3_export_and_init_under_layouts(llama3_flags, layout, tmp_path):
+    """From one layout to a plain directory, from there to one rank and back: the same held-out loss, and a sample."""
+    pytest.importorskip("safetensors")
+    first = run("llama3", *llama3_flags, *layout, "--steps", 3, "--export", tmp_path / "hf", ranks=4)
+    assert first.returncode == 0, first.stderr
+    loss = re.search(r"val 3 \| loss (\S+)", first.stdout)[1]
+    for flags, ranks in (([], 0), (layout, 4)):
+        done = run("llama3", *llama3_flags, *flags, "--steps", 1, "--init", tmp_path / "hf", ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        assert float(re.search(r"val 0 \| loss (\S+)", done.stdout)[1]) == pytest.approx(float(loss), rel=2e-5)
+        assert len(done.stdout.split("lzma")[1]) > 100, "a sample ends the run"
+
+
+@pytest.fixture
+def llama3_main(monkeypatch):
+    import llama3
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    return llama3
+
+
+@pytest.mark.parametrize("kind, last", [("spike", 146), ("nan", 46)])
+def test_llama3_goes_back_and_past_the_data(llama3_main, capsys, text, tmp_path, kind, last):
+    """A window of noise among easy text, or three losses of nan: back to the checkpoint six updates before, and no
+    sequence since then comes again."""
+    module, drawn = llama3_main, []
+    inner, objective, calls = module.get_batch, module.objective, []
+
+    def get_batch(corpus, first, n, cfg):
+        batch = inner(corpus, first, n, cfg)
+        if isinstance(corpus, module.Mixture):
+            drawn.append(first)
+            if kind == "spike" and first == (last - 1) * 4:
+                batch["tokens"] = torch.randint(256, batch["tokens"].shape)
+                batch["targets"] = torch.randint(256, batch["targets"].shape)
+        return batch
+
+    def losses(model, batch, cfg):
+        loss, metrics = objective(model, batch, cfg)
+        calls.extend([1] * torch.is_grad_enabled())
+        return loss * (math.nan if kind == "nan" and torch.is_grad_enabled() and last - 3 < len(calls) <= last else 1), metrics
+
+    import math
+
+    module.get_batch, module.objective = get_batch, losses
+    try:
+        module.main([*small("llama3", lr=6e-3), "--data", text, "--steps", str(last + 14), "--save_every", "20", "--out", str(tmp_path)])
+    finally:
+        module.get_batch, module.objective = inner, objective
+    out = capsys.readouterr().out
+    assert out.count(f"back to step {last - 6}, and past 24 sequences") == 1 and f"step {last} skipped" in out
+    assert drawn == [4 * i for i in range(last + 20)]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, last + 15)) and all(row["loss"] for row in rows)
+
+
+def test_llama3_that_keeps_spiking_ends(llama3_main, capsys, text, tmp_path):
+    module, objective = llama3_main, llama3_main.objective
+    module.objective = lambda *args: (objective(*args)[0] * (float("nan") if calls.append(1) or len(calls) > 46 else 1), {"hits": 0})
+    calls = []
+    try:
+        with pytest.raises(SystemExit):
+            module.main([*small("llama3"), "--data", text, "--steps", "60", "--save_every", "20", "--out", str(tmp_path)])
+    finally:
+        module.objective = objective
+    out, err = capsys.readouterr()
+    assert out.count("back to step 40") == 2 and "three times back to step 40" in err and len(err.splitlines()) == 1
+
+
+def test_llama3_mixes_of_files_patterns_and_shards(llama3_main, capsys, text, tmp_path):
+    """A mix by weight of a pattern, a directory and shards, another for annealing; the whole says how far it is into each."""
+    for i in range(3):
+        (tmp_path / f"part{i}.jsonl").write_text("".join(json.dumps({"text": f"document {j} " * 30}) + "\n" for j in range(60)))
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "a.py").write_text("print('hello')\n" * 2000)
+    np.save(tmp_path / "ids.npy", np.resize(np.arange(65, 91, dtype=np.uint16), 20_000))
+    mix = f"0.5:{tmp_path}/part*.jsonl,0.3:{tmp_path}/code,0.2:{tmp_path}/ids.npy"
+    flags = [*small("llama3", batch_size=8), *STAGES]
+    llama3_main.main([*flags, "--data", f"{mix};1500;{text},{tmp_path}/code", "--anneal_data", str(tmp_path / "ids.npy")])
+    out = capsys.readouterr().out
+    for line in (r"  50.0% .*part\*.jsonl, from epoch 0.000", r"  30.0% .*code, from", r"  20.0% .*ids.npy", r"  50.0% .*text.txt, from epoch 0.000",
+                 r"  50.0% .*code, from epoch 0\.[1-9]"):  # fmt: skip
+        assert re.search(f"^{line}", out, re.M), (line, out)
+    assert "annealing to step 50" in out
