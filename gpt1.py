@@ -864,12 +864,14 @@ def read_documents(path):
     root = Path(path or sysconfig.get_paths()["stdlib"])
     kinds = (".txt", ".md", ".py", ".jsonl") if path else (".py",)
     skip = set() if path else {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-    root, files = (root, list_files(root)) if root.is_dir() else (root.parent, list_files(root))
-    if len(files) != 1:
-        files = [file for file in files if file.suffix in kinds]
+    files = list_files(root)
+    if not root.is_dir():  # names are relative to the directory before the pattern
+        root = Path(re.split(r"[*?[]", f"{root}")[0] + "*").parent
+    if files != [Path(path)]:
+        files = [file for file in files if file.suffix in kinds and file.is_file()]
         files = [file for file in files if not skip & set(file.relative_to(root).parts)]
     if not files:
-        raise ValueError(f"{root} has no file of {', '.join(kinds)}")
+        raise ValueError(f"{path or root} has no file of {', '.join(kinds)}")
     for file in files:
         where, wanted = file, "UTF-8 text"
         try:
@@ -905,6 +907,8 @@ def load_tokenizer(name, specials):
         raise ValueError(f"tokenizer {name}: no file of ranks, and not to be had") from error
     if not all(bytes([i]) in ranks for i in range(256)):
         raise ValueError(f"tokenizer {name} lacks some of the 256 single bytes")
+    if len(set(ranks.values())) < len(ranks) or min(ranks.values()) < 0:
+        raise ValueError(f"tokenizer {name} has a rank twice, or one below 0")
     for token in specials:
         known = {token: max([*ranks.values(), *known.values()]) + 1} | known
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=known)

@@ -168,18 +168,18 @@ SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim")
 PRESETS = {
     # A CPU, a minute: the ramp, one longer length and the annealing.
     "demo": dict(
-        dim=96, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=256, seq_len=128, batch_size=48,
-        ramp="64x24:1e5,128x24:6e5", tokens=2.6e6, long_lengths="256", long_tokens=6e5,
-        anneal_tokens=6e5, rope_scaling="llama3", rope_factor=2.0, rope_original=128, lr=6e-3,
-        min_lr=6e-5, warmup_steps=60, cosine_steps=900, log_every=50,
+        dim=96, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=256, seq_len=64, batch_size=48,
+        ramp="32x24:3e4,64x24:2e5", tokens=1.1e6, long_lengths="128", long_tokens=2e5,
+        anneal_tokens=3e5, rope_scaling="llama3", rope_factor=2.0, rope_original=64, lr=8e-3,
+        min_lr=8e-5, warmup_steps=60, cosine_steps=700, log_every=50,
     ),
     # A GPU of 24 GB or a node of them, minutes: 83M parameters over bytes.
     "small": dict(
         dim=768, n_layers=12, n_heads=12, n_kv_heads=4, hidden_dim=2304, seq_len=1024,
         batch_size=96, ramp="512x48:4e6,1024x48:2e7", tokens=1.4e8, long_lengths="2048,4096",
         long_tokens=3e7, anneal_tokens=3e7, rope_scaling="llama3", rope_factor=4.0,
-        rope_original=1024, lr=1e-3, min_lr=1e-5, warmup_steps=200, cosine_steps=2700, val_every=500, micro_batch=12,
-        compile=True,
+        rope_original=1024, lr=1e-3, min_lr=1e-5, warmup_steps=200, cosine_steps=2700,
+        val_every=500, micro_batch=12, compile=True,
     ),
     # Llama 3.2's published configurations and 9T tokens. Undisclosed: their rates and batches.
     # Departure: from scratch and from text, not pruned from 8b and distilled.
@@ -223,16 +223,18 @@ class Phase:
 def phases(cfg):
     """§3.4, the run as a list of Phase: the initial stage with its ramp and its mixes, the lengths
     of the long-context stage, annealing. Tokens measure all of them, rounded to updates."""
-    # Departure: the paper goes on to the next length once short evaluations are back and needles are
-    # found (§3.4.2); here tokens decide, and needle_rate only reports.
-    rows, lengths = [], cfg.long_lengths.split(",") if cfg.long_lengths and cfg.long_tokens else []
+    # Departure: the paper goes on to the next length once short evaluations are back and needles
+    # are found (§3.4.2); here tokens decide, and needle_rate only reports.
+    rows, number = [], r"\d+\.?\d*(?:e\+?\d+)?"
+    lengths = cfg.long_lengths.split(",") if cfg.long_lengths and cfg.long_tokens else []
     if not all(re.fullmatch(r"[1-9]\d*", length) for length in lengths):
         raise ValueError(f"--long_lengths {cfg.long_lengths} is not LENGTH,...")
     lengths = [int(length) for length in lengths]
     for part in filter(None, cfg.ramp.split(",")):
-        if not (found := re.fullmatch(r"([1-9]\d*)x([1-9]\d*):([\d.e+]+)", part)):
+        if not (found := re.fullmatch(rf"([1-9]\d*)x([1-9]\d*):({number})", part)):
             raise ValueError(f"--ramp: {part} is not LENGTHxSEQUENCES:TOKENS")
-        rows.append(("initial", int(found[1]), int(found[2]), float(found[3])))
+        until = min(float(found[3]), cfg.tokens)
+        rows.append(("initial", int(found[1]), int(found[2]), until))
     rows.append(("initial", cfg.seq_len, cfg.batch_size, cfg.tokens))
     later = [("long-context", length, cfg.long_tokens / len(lengths)) for length in lengths]
     later += [("annealing", (lengths or [cfg.seq_len])[-1], cfg.anneal_tokens)]
@@ -241,9 +243,10 @@ def phases(cfg):
         if cfg.seq_len * cfg.batch_size % length and sequences > 8:
             sequences -= sequences % 8
         rows.append((stage, length, sequences, rows[-1][3] + tokens))
-    mixes, starts = cfg.data.split(";")[::2], [0.0, *map(float, cfg.data.split(";")[1::2])]
-    if len(mixes) != len(starts) or starts != sorted(starts):
-        raise ValueError(f"--data {cfg.data} is not MIX;TOKENS;MIX;TOKENS;MIX... in order")
+    mixes, starts = cfg.data.split(";")[::2], ["0", *cfg.data.split(";")[1::2]]
+    starts = [float(start) if re.fullmatch(number, start) else math.nan for start in starts]
+    if len(mixes) != len(starts) or not all(a < b for a, b in itertools.pairwise(starts)):
+        raise ValueError(f"--data {cfg.data} is not MIX;TOKENS;MIX;TOKENS;MIX..., in order")
     plan, done, first = [], 0.0, 0
     for stage, length, sequences, until in rows:
         for cut in [*(start for start in starts if done < start < until), until]:
@@ -613,37 +616,40 @@ def parse_mix(text):
         raise ValueError(f"the weight of {min(mix, key=mix.get)} is too small")
     return mix
 
-def load_mixtures(plan, tokenizer):
-    """(a Mixture for each Phase of plan, the held-out Corpus of the first). Each length has an order
-    of its own, in which no phase draws a window of a corpus that another drew, in an epoch."""
+def load_mixtures(cfg, tokenizer):
+    """(a Mixture for each of the run's phases, held-out Corpus of its first mix). Each length has
+    an order of its own, in which no phase draws a window that another drew, within an epoch."""
     # Undisclosed: whether the longer stages see text of the initial stage again. Here they may.
+    plan, corpora, spent, mixtures, last = phases(cfg), {}, {}, [], None
     length = max(phase.cfg.seq_len for phase in plan)
     batch = math.ceil(max(phase.cfg.seq_len * phase.cfg.batch_size for phase in plan) / length)
-    corpora, spent, mixtures, last = {}, {}, [], None
-    for phase in plan:
-        cfg, mix = phase.cfg, parse_mix(phase.cfg.data)
+    common = parse_mix(cfg.data.split(";")[0])
+    for mix in (common, *(parse_mix(phase.cfg.data) for phase in plan)):
         for path in (path for path in mix if path not in corpora):
             documents = [] if shard_paths(path) else tokenize(read_documents(path), tokenizer)
             sizes = cfg.vocab_size, math.ceil(batch * mix[path]), length
             corpora[path] = load_corpora(path, documents, tokenizer, *sizes)
-        if (cfg.data, cfg.seq_len) != last:  # else the last phase's mixture goes on
-            first, last = 0, (cfg.data, cfg.seq_len)
-            starts = [spent.get((path, cfg.seq_len), 0) for path in mix]
-        mixture = Mixture(mix, [corpora[path][0] for path in mix], starts, first)
-        mixtures.append(mixture)
-        n = (phase.end - phase.first) * cfg.batch_size
-        spent.update(((path, cfg.seq_len), i) for path, i in zip(mix, mixture.spent(n)))
+    for phase in plan:
+        now, mix = phase.cfg, parse_mix(phase.cfg.data)
+        if (now.data, now.seq_len) != last:  # else the last phase's mixture goes on
+            first, last = 0, (now.data, now.seq_len)
+            starts = [spent.get((path, now.seq_len), 0) for path in mix]
+        mixtures.append(Mixture(mix, [corpora[path][0] for path in mix], starts, first))
+        n = (phase.end - phase.first) * now.batch_size
+        spent.update(((path, now.seq_len), i) for path, i in zip(mix, mixtures[-1].spent(n)))
         first += n
-    parts, mix = [], parse_mix(plan[0].cfg.data)  # of a validation every corpus has its share
-    held = {path: sum(map(len, corpora[path][1].parts)) for path in mix}
-    whole = min((held[path] - length) / mix[path] for path in mix)
-    whole = min(whole, plan[0].cfg.val_batches * batch * length)
-    for path in mix:
-        left = (math.ceil(whole * mix[path] / length) + 1) * length
-        for part in corpora[path][1].parts:
-            parts.append(part[:left])
-            left = max(left - len(part), 0)
-    return mixtures, Corpus(parts, tokenizer, plan[0].cfg.vocab_size, in_order=True)
+    # held out: batch by batch of the longest sequences, in which every corpus has its share
+    pieces = {path: (math.ceil(batch * common[path]) + 1) * length for path in common}
+    held = {path: corpora[path][1].parts for path in common}
+    rounds = min(sum(map(len, held[path])) // size for path, size in pieces.items())
+    parts = []
+    for i in range(min(rounds, cfg.val_batches)):
+        for path, size in pieces.items():
+            start = i * size
+            for part in held[path]:
+                parts.append(part[max(start, 0) : max(start + size, 0)])
+                start -= len(part)
+    return mixtures, Corpus(parts, tokenizer, cfg.vocab_size, in_order=True)
 
 def get_batch(corpus, first, n, cfg):
     """Sequences first ... first + n - 1 of the phase, whatever the ranks or the moment: tokens,
@@ -762,7 +768,8 @@ def make_mesh(cfg, device_type):
 def fit_ranks(cfg, ranks):
     """cfg with dp, where it is 0, as the ranks that are left, and chunks of a pipeline only."""
     others = cfg.tp * cfg.cp * cfg.pp * cfg.dp_replicate
-    if ranks % others or (cfg.dp and cfg.dp * others != ranks):
+    sizes = (cfg.tp, cfg.cp, cfg.pp, cfg.dp_replicate)
+    if min(sizes) < 1 or ranks % others or (cfg.dp and cfg.dp * others != ranks):
         sizes = f"tp {cfg.tp} x cp {cfg.cp} x pp {cfg.pp} x dp_replicate {cfg.dp_replicate}"
         raise ValueError(f"{sizes} x dp {cfg.dp or 'any'} are not {ranks} ranks")
     chunks = cfg.pp_chunks if cfg.pp > 1 else 1
@@ -1023,6 +1030,8 @@ def hf_file(name):
 
 def read_hf_config(path):
     """Config of the LlamaForCausalLM or Qwen2ForCausalLM in a directory."""
+    if not importlib.util.find_spec("safetensors"):
+        raise ValueError("--init needs the package safetensors: pip install safetensors")
     try:
         theirs = json.loads((Path(path) / "config.json").read_text())
         cfg = Config(**{ours: theirs[name] for ours, name in HF_CONFIG.items()})
@@ -1309,8 +1318,9 @@ def check(cfg, ranks):
             raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {low} or more")
     stages = cfg.pp * cfg.pp_chunks
     for wrong, message in (
-        (cfg.dim % (2 * cfg.n_heads),
-         f"{cfg.n_heads} heads do not divide the width {cfg.dim} into even parts"),
+        (cfg.dim % (2 * cfg.n_heads) or cfg.dim < 4 * cfg.n_heads,
+         f"{cfg.n_heads} heads do not divide the width {cfg.dim} into even parts of 4 or more"),
+        (cfg.rope_theta <= 1, f"--rope_theta {cfg.rope_theta} is not above 1"),
         (cfg.n_heads % cfg.n_kv_heads,
          f"{cfg.n_kv_heads} key-value heads do not divide {cfg.n_heads} heads"),
         (cfg.n_kv_heads % cfg.tp,
@@ -1321,8 +1331,8 @@ def check(cfg, ranks):
         (stages > cfg.n_layers + 2,
          f"{cfg.n_layers} layers, embedding and head are fewer than {stages} stages"),
         (cfg.resume and not cfg.out, "--resume needs --out"),
-        ((cfg.init or cfg.export) and not importlib.util.find_spec("safetensors"),
-         "--init and --export need the package safetensors: pip install safetensors"),
+        (cfg.export and not importlib.util.find_spec("safetensors"),
+         "--export needs the package safetensors: pip install safetensors"),
         (cfg.write_tokens and ranks > 1, "--write_tokens is for one process, without torchrun"),
         (cfg.write_tokens and (";" in cfg.data or len(parse_mix(cfg.data)) > 1),
          "--write_tokens takes one corpus, not a mix"),
@@ -1346,7 +1356,8 @@ def check_phase(phase):
     for wrong, message in (
         (data_ranks(cfg) * steps * micro != cfg.batch_size or not cfg.batch_size,
          f"not {data_ranks(cfg)} data-parallel ranks x micro-batches of {micro}"),
-        (cfg.cp > 1 and cfg.seq_len % (2 * cfg.cp), f"--cp {cfg.cp} needs a multiple of {2 * cfg.cp}"),
+        (cfg.cp > 1 and cfg.seq_len % (2 * cfg.cp),
+         f"--cp {cfg.cp} needs a multiple of {2 * cfg.cp}"),
         (cfg.pp > 1 and cfg.pp_chunks == 1 and steps < cfg.pp,
          f"{steps} micro-batches are fewer than --pp {cfg.pp}: see --micro_batch, --pp_chunks"),
         (cfg.pp_chunks > 1 and steps % rounds,
@@ -1356,15 +1367,15 @@ def check_phase(phase):
             raise ValueError(f"{where}: {message}")
     for path in filter(None, parse_mix(cfg.data)):
         if not all(map(os.path.exists, list_files(path))):
-            raise ValueError(f"--data: there is no {path}")
+            raise ValueError(f"--data or --anneal_data: there is no {path}")
 
 def dry_run(cfg):
     """Prints parameters, FLOPs per token, bytes on the rank that needs most, and for each phase its
     activations and the pipeline's bubble, or why the layout cannot run it; from shapes alone."""
     cfg = fit_ranks(cfg, cfg.world_size)
     cfg.vocab_size = cfg.vocab_size or -(-load_specials(cfg).n_vocab // 8) * 8
-    plan = phases(cfg)
     check(dataclasses.replace(cfg, steps=1), cfg.world_size)
+    plan = phases(cfg)
     with torch.device("meta"):
         total, activated = count_parameters(Llama3(cfg))
     print(f"parameters {total:,} | activated {activated:,}")
@@ -1422,7 +1433,7 @@ def go_back(pipeline, optimizer, state, returns, cfg):
     if returns == 3:
         raise ValueError(f"three times back to step {state['step']}, and on to step {step}")
     skipped = (step - state["step"]) * pipeline.cfg.batch_size
-    state["offset"] = offset + skipped
+    state["offset"], state["bad"], state["watched"] = offset + skipped, 0, 0
     print(f"back to step {state['step']}, and past {skipped} sequences", flush=True)
 
 def train_in_stages(pipeline, optimizer, data, state, cfg, device):
@@ -1509,31 +1520,36 @@ def main(argv=None):
     """Reads the command line and the data, builds or resumes the run, trains, exports, samples."""
     with one_line_mistakes():
         cfg = parse(argv)
-        if cfg.dry_run:
-            return dry_run(cfg)
-        ranks = int(os.environ.get("WORLD_SIZE", 1))
-        cfg = fit_ranks(cfg, ranks)
-        check(cfg, ranks)
         if cfg.init:
             theirs, same = read_hf_config(cfg.init), [*HF_CONFIG, "qkv_bias", "rope_theta"]
             if theirs.rope_scaling != "none":  # else the stages may extend what is not yet
                 same += ["rope_scaling", "rope_factor", "rope_original", "rope_from"]
             cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in same})
-            check(cfg, ranks)
+        if cfg.dry_run:
+            return dry_run(cfg)
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        cfg = fit_ranks(cfg, ranks)
+        check(cfg, ranks)
         paths = {path for phase in phases(cfg) for path in parse_mix(phase.cfg.data)}
         known = cfg.tokenizer or not all(shard_paths(path) for path in paths)
         tokenizer = load_specials(cfg) if known else None
         if cfg.write_tokens:
             return write_tokens(cfg.write_tokens, tokenize(read_documents(cfg.data), tokenizer))
-        if tokenizer and not cfg.vocab_size:
-            cfg.vocab_size = -(-tokenizer.n_vocab // 8) * 8
-            check(cfg, ranks)
-        cfg.steps = min(cfg.steps or math.inf, phases(cfg)[-1].end)
-        plan = [phase for phase in phases(cfg) if phase.first < cfg.steps]
+        least = tokenizer.n_vocab if tokenizer else 1
+        if cfg.vocab_size < least and (cfg.vocab_size or not tokenizer):
+            small = f"--vocab_size {cfg.vocab_size} is too small"
+            raise ValueError(f"{small}, or --tokenizer is missing")
+        cfg.vocab_size = cfg.vocab_size or -(-least // 8) * 8
+        check(cfg, ranks)
+        if not tokenizer:
+            print("without --tokenizer there are no borders of documents, and no mask")
         device = launch(cfg.timeout)
         for folder in filter(None, (cfg.out, cfg.export)):
             Path(folder).mkdir(parents=True, exist_ok=True)
-        data = plan, *load_mixtures(plan, tokenizer)
+        cfg.steps = min(cfg.steps or math.inf, phases(cfg)[-1].end)
+        mixtures, heldout = load_mixtures(cfg, tokenizer)
+        plan = [phase for phase in phases(cfg) if phase.first < cfg.steps]
+        data = plan, mixtures, heldout
 
         pipeline = Pipeline(cfg, make_mesh(cfg, device.type), cfg.anneal_tokens > 0)
         init_weights(pipeline.model, cfg, pipeline.tp)
@@ -1741,12 +1757,14 @@ def read_documents(path):
     root = Path(path or sysconfig.get_paths()["stdlib"])
     kinds = (".txt", ".md", ".py", ".jsonl") if path else (".py",)
     skip = set() if path else {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-    root, files = (root, list_files(root)) if root.is_dir() else (root.parent, list_files(root))
-    if len(files) != 1:
-        files = [file for file in files if file.suffix in kinds]
+    files = list_files(root)
+    if not root.is_dir():  # names are relative to the directory before the pattern
+        root = Path(re.split(r"[*?[]", f"{root}")[0] + "*").parent
+    if files != [Path(path)]:
+        files = [file for file in files if file.suffix in kinds and file.is_file()]
         files = [file for file in files if not skip & set(file.relative_to(root).parts)]
     if not files:
-        raise ValueError(f"{root} has no file of {', '.join(kinds)}")
+        raise ValueError(f"{path or root} has no file of {', '.join(kinds)}")
     for file in files:
         where, wanted = file, "UTF-8 text"
         try:
@@ -1782,6 +1800,8 @@ def load_tokenizer(name, specials):
         raise ValueError(f"tokenizer {name}: no file of ranks, and not to be had") from error
     if not all(bytes([i]) in ranks for i in range(256)):
         raise ValueError(f"tokenizer {name} lacks some of the 256 single bytes")
+    if len(set(ranks.values())) < len(ranks) or min(ranks.values()) < 0:
+        raise ValueError(f"tokenizer {name} has a rank twice, or one below 0")
     for token in specials:
         known = {token: max([*ranks.values(), *known.values()]) + 1} | known
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=known)

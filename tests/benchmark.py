@@ -1,4 +1,4 @@
-"""Speed and memory, side by side: python tests/benchmark.py gpt1 [--pairs 10]
+"""Speed and memory, side by side: python tests/benchmark.py gpt1|llama3 [--pairs 10]
 
 Each line compares the script (A) with something else (B) in interleaved pairs A B A B ... of one run
 and prints the medians. CPU time is the process's, over all its threads. Nothing here is asserted.
@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 STEPS = 5  # updates of one measurement
 
 
@@ -58,8 +58,14 @@ class Nano(nn.Module):
 
 
 def hugging_face(cfg):
-    from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
+    from transformers import LlamaConfig, LlamaForCausalLM, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
+    if hasattr(cfg, "n_kv_heads"):
+        return LlamaForCausalLM(
+            LlamaConfig(vocab_size=cfg.vocab_size, hidden_size=cfg.dim, intermediate_size=cfg.hidden_dim,
+                        num_hidden_layers=cfg.n_layers, num_attention_heads=cfg.n_heads, num_key_value_heads=cfg.n_kv_heads,
+                        max_position_embeddings=cfg.seq_len, rope_parameters=dict(rope_type="default", rope_theta=5e5))
+        )  # fmt: skip
     return OpenAIGPTLMHeadModel(
         OpenAIGPTConfig(vocab_size=cfg.vocab_size, n_positions=cfg.context, n_embd=cfg.dim, n_layer=cfg.n_layers,
                         n_head=cfg.n_heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
@@ -110,6 +116,29 @@ def the_script(module, cfg):
     return run
 
 
+def the_pipeline(module, cfg):
+    """run(): STEPS updates through llama3.py's own loop, on documents of some 200 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    texts = ("".join(map(chr, torch.randint(32, 127, (200,), generator=generator).tolist())) for _ in range(3000))
+    tokenizer = module.load_specials(cfg)
+    documents = module.tokenize(((str(i), text) for i, text in enumerate(texts)), tokenizer)
+    cfg = module.fit_ranks(dataclasses.replace(cfg, tokens=1e12), 1)
+    corpora = module.load_corpora("", documents, tokenizer, cfg.vocab_size, cfg.batch_size, cfg.seq_len)
+    plan = module.phases(cfg)
+    mixture = module.Mixture({"": 1.0}, [corpora[0]], [0], 0)
+    pipeline = module.Pipeline(cfg, module.make_mesh(cfg, "cpu"))
+    module.init_weights(pipeline.model, cfg)
+    optimizer = module.build_optimizer(pipeline.model, cfg)
+    state = dict.fromkeys(("sequences", "tokens", "offset", "seed", "bad", "watched", "loss_mean", "loss_variance"), 0) | {"step": 1}
+
+    def run():
+        now = dataclasses.replace(cfg, steps=state["step"] + STEPS, spike=0.0)
+        with contextlib.redirect_stdout(io.StringIO()):
+            module.train_in_stages(pipeline, optimizer, (plan, [mixture], corpora[1]), state, now, torch.device("cpu"))
+
+    return run
+
+
 def measure(run):
     """(CPU seconds, wall seconds) of run()."""
     cpu, wall = time.process_time(), time.perf_counter()
@@ -129,6 +158,11 @@ def compare(title, a, b, pairs):
               f"other / script {ratio:.3f}", flush=True)  # fmt: skip
 
 
+def peak_of_this_process():
+    status = pathlib.Path("/proc/self/status").read_text()  # ru_maxrss would include the parent's
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
+
+
 def peak_memory(kind, flags):
     """Peak resident MiB of a fresh process that does nothing else."""
     code = [sys.executable, __file__, *flags, "--measure_memory", kind]
@@ -146,6 +180,43 @@ def throughput(name, ranks, threads):
     return statistics.mean(float(speed) for speed in re.findall(r"([\d.]+)k tok/s", done.stdout)[1:])
 
 
+def held_on_ranks(name):
+    """MiB of parameters, gradients, optimizer and average that a rank of 1, 2 and 4 data-parallel ones holds."""
+    from conftest import SCRIPTS
+    from ranks import Ranks
+    from test_gradients import held_bytes
+
+    pool, found = Ranks(4), []
+    overrides = dict(dim=256, n_layers=4, n_heads=4, hidden_dim=768, anneal_tokens=96.0)
+    for ranks in (1, 2, 4):
+        held = pool.run(ranks, held_bytes, name, SCRIPTS[name], overrides)
+        found.append(max(sum(kinds.values()) for kinds, _ in held) / 2**20)
+    pool.close()
+    print("held by a rank of 1, 2, 4:", ", ".join(f"{size:.2f} MiB" for size in found),
+          "| times ranks, of one rank's:", ", ".join(f"{n * size / found[0]:.3f}" for n, size in zip((1, 2, 4), found)))
+
+
+def llama3_main(module, args):
+    shape = dict(vocab_size=264, dim=512, n_layers=8, n_heads=8, n_kv_heads=2, hidden_dim=1408, precision="fp32",
+                 val_every=10**9, warmup_steps=1, document_mask=False)  # fmt: skip
+    cfg = module.Config(**shape, seq_len=512, batch_size=4)
+    if args.measure_memory:
+        kind = args.measure_memory
+        run = the_pipeline(module, cfg) if kind == "script" else plain_loop(module, cfg, kind)
+        run(), run()
+        return print(peak_of_this_process())
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, fp32, {args.pairs} pairs of {STEPS} steps, "
+          f"{cfg.n_layers} blocks of width {cfg.dim}, {cfg.batch_size} x {cfg.seq_len} tokens")  # fmt: skip
+    compare("Hugging Face's class", the_pipeline(module, cfg), plain_loop(module, cfg, "hf"), args.pairs)
+    memory = {kind: peak_memory(kind, [args.script]) for kind in ("script", "hf")}
+    print("peak MiB", ", ".join(f"{kind} {size:.0f}" for kind, size in memory.items()), end="; ")
+    print(f"script / hf {memory['script'] / memory['hf']:.3f}")
+    long = dataclasses.replace(cfg, seq_len=2048, batch_size=1, n_layers=4)
+    packed = dataclasses.replace(long, document_mask=True)
+    compare("packed, against plain causal", the_pipeline(module, long), the_pipeline(module, packed), max(args.pairs // 2, 3))
+    held_on_ranks(args.script)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("script")
@@ -154,14 +225,15 @@ def main():
     args = parser.parse_args()
     module = importlib.import_module(args.script)
     module.launch(60)
+    if args.script == "llama3":
+        return llama3_main(module, args)
     cfg = module.Config(vocab_size=257, context=512, dim=256, n_layers=4, n_heads=4, hidden_dim=1024, dropout=0.0,
                         seq_len=512, batch_size=4, precision="fp32", val_every=10**9, warmup_steps=1)  # fmt: skip
     if args.measure_memory:
         kind = args.measure_memory
         run = the_script(module, cfg) if kind == "script" else plain_loop(module, cfg, kind)
         run(), run()
-        status = pathlib.Path("/proc/self/status").read_text()  # ru_maxrss would include the parent's
-        return print(int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024)
+        return print(peak_of_this_process())
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, fp32, {args.pairs} pairs of {STEPS} steps, "
           f"{cfg.n_layers} blocks of width {cfg.dim}, {cfg.batch_size} x {cfg.seq_len} tokens")  # fmt: skip
     script = the_script(module, cfg)

@@ -53,7 +53,7 @@ SCRIPTS = {
                 "405b": 405_853_388_800, "qwen2_5_0.5b": 494_032_768, "qwen2_5_1.5b": 1_543_714_304,
                 "qwen2_5_3b": 3_085_938_688, "qwen2_5_7b": 7_615_616_512, "qwen2_5_14b": 14_770_033_664,
                 "qwen2_5_32b": 32_763_876_352, "qwen2_5_72b": 72_706_203_648,
-                "small": 83_000_064, "demo": 457_056},
+                "small": 83_000_064, "demo": 355_488},
         # the specification's values for 405B, annealed in 2,384 updates of 16,777,216 tokens to zero
         schedule=(dict(lr=8e-5, min_lr=8e-7, tokens=1.2e6 * 2**24, anneal_tokens=2384.0 * 2**24, cosine_steps=1_200_000),
                   {0: 0.0, 4000: 4e-5, 8000: 8e-5, 604_000: 4.04e-5, 1_200_000: 8e-7, 1_201_192: 4e-7,
@@ -65,9 +65,10 @@ SCRIPTS = {
                  (4, dict(tp=2, pp=2)), (4, dict(cp=2, dp=2, micro_batch=2)), (4, dict(tp=2, cp=2, tied=True)),
                  (4, dict(pp=2, dp=2, tied=True)), (4, dict(pp=2, dp=2, pp_chunks=2, recompute="block")),
                  (4, dict(dp_replicate=2, dp=2)), (4, dict(dp_replicate=2, cp=2))),
-        falls=1.5, batch=(24, 64), betas=(0.9, 0.95),
+        falls=1.5, batch=(24, 32), betas=(0.9, 0.95),
         variants=("", "--precision bf16 --recompute block", "--no-document_mask --tied --qkv_bias"),
-        small=dict(batch_size=4, dim=48, hidden_dim=64, seq_len=16, ramp="", warmup_steps=2, lr=1e-3),
+        small=dict(batch_size=4, dim=48, hidden_dim=64, seq_len=16, ramp="", long_lengths="32",
+                   warmup_steps=2, lr=1e-3),
         prefix="/model/tp0.",
     ),
 }  # fmt: skip

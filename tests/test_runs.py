@@ -1,4 +1,5 @@
 """The command line as people use it: torchrun, kill and resume, signals, shards, bad input."""
+import base64
 import json
 import os
 import pathlib
@@ -224,8 +225,12 @@ OWN_MISTAKES = {  # of one script: flags, and what the line must say
         ("--data half:TEXT", "is not WEIGHT:PATH"), ("--data nan:TEXT", "the weight of TEXT is nan"),
         ("--data 0.5:TEXT,0.5:DIR/none.txt", "DIR/none.txt"), ("--data DIR/*.none", "DIR/*.none"),
         ("--data 1:TEXT,1e-9:DIR/latin.txt", "weight of DIR/latin.txt is too small"),
-        ("--anneal_data DIR/none.txt", "DIR/none.txt"), ("--data TEXT;soon;TEXT", "soon"),
+        ("--anneal_data DIR/none.txt", "DIR/none.txt"), ("--data TEXT;soon;TEXT", "is not MIX;TOKENS;MIX"), ("--data TEXT;9;TEXT;8;TEXT", "in order"), ("--data TEXT;9", "in order"),
         ("--data TEXT,DIR/latin.txt --write_tokens DIR/w", "one corpus, not a mix"),
+        ("--tp 0", "tp 0"), ("--dry_run --pp 0", "pp 0"), ("--dry_run --tokens inf", "--tokens inf"), ("--vocab_size 256 --no-bos", "--vocab_size 256"),
+        ("--dim 8", "even parts of 4"), ("--rope_theta 1", "--rope_theta 1.0"), ("--rope_factor 0.5", "--rope_factor 0.5"),
+        ("--tokenizer DIR/twice.txt", "a rank twice"), ("--ramp 16x4:1.2.3", "--ramp: 16x4:1.2.3"), ("--ramp 0x4:1e5", "--ramp: 0x4"),
+        ("--long_lengths 1000000", "not 1 data-parallel ranks"), ("--data DIR/no*", "no file of .txt"),
         ("--ramp 64*24:1e5", "--ramp: 64*24:1e5 is not LENGTHxSEQUENCES:TOKENS"), ("--long_lengths long", "--long_lengths"),
         ("--tokens 0 --long_tokens 0 --anneal_tokens 0", "not a single update"),
         ("--init DIR/no_weights", "holds no Llama or Qwen2 model"),
@@ -251,6 +256,8 @@ def mistakes(folder, text):
     (folder / "no_text.jsonl").write_text('{"text": "good"}\n{"txt": "bad"}\n')
     (folder / "short.txt").write_text("too short")
     (folder / "ranks.txt").write_text("IQ== 0\n")
+    every = [base64.b64encode(bytes([i])).decode() for i in range(256)]
+    (folder / "twice.txt").write_text("".join(f"{token} {min(i, 254)}\n" for i, token in enumerate(every)))
     write_bin(folder / "magic.bin", (1, 1, 8), 16)
     write_bin(folder / "odd.bin", (20240520, 1, 8), 15)
     np.save(folder / "ids.npy", np.full(5000, 300, np.uint16))
@@ -323,7 +330,7 @@ def test_checkpoints_that_do_not_fit(main, script, text, tmp_path):
     flags = [*small(script[0].__name__), "--data", text, "--steps", 2, "--out", tmp_path]
     assert main(*flags)[0] == 0
     for extra, phrase in (([], "--resume"), (["--resume", "--seed", 1], "--seed 0"), (["--resume", "--steps", 1], "--steps"), (["--resume", "--dim", "24"], "Size mismatch"),
-                          (["--resume", "--n_layers", "5"], "blocks.")):  # fmt: skip
+                          (["--resume", "--n_layers", "5"], "blocks")):  # fmt: skip
         status, _, err = main(*flags, *extra)
         assert status == 2 and phrase in err and len(err.splitlines()) == 1, (extra, err)
     assert main(*flags, "--resume")[0] == 0, "there is nothing left to do, and that is no mistake"
@@ -474,9 +481,8 @@ def test_training_is_what_it_says(main, script, text, tmp_path):
     assert "line 7 says" in out.split("lzma")[1], "the sample continues the prompt"
     cfg = module.Config(**json.loads((tmp_path / "config.json").read_text()))
     if module.__name__ == "llama3":
-        plan = module.phases(cfg)[:1]
-        cfg = plan[0].cfg
-        (corpus,), heldout = module.load_mixtures(plan, module.load_specials(cfg))
+        cfg = module.phases(cfg)[0].cfg
+        (corpus, *_), heldout = module.load_mixtures(cfg, module.load_specials(cfg))
     else:
         tokenizer = module.load_tokenizer("bytes", module.SPECIALS)
         documents = module.tokenize(module.read_documents(text), tokenizer)

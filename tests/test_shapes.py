@@ -527,7 +527,7 @@ def test_llama3_phases_do_not_draw_a_window_twice(llama3, tmp_path):
     cfg = module.Config(data=f"0.7:{a},0.3:{b};6000;{b},{a}", anneal_data=str(b), vocab_size=60_000, seq_len=10, batch_size=40,
                         ramp="10x20:3000", tokens=16_000, anneal_tokens=4000, val_batches=1)  # fmt: skip
     plan = module.phases(cfg)
-    mixtures, heldout = module.load_mixtures(plan, None)
+    mixtures, heldout = module.load_mixtures(cfg, None)
     assert len(plan) == 4
     seen = []
     for phase, mixture in zip(plan, mixtures):
