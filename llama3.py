@@ -1535,13 +1535,12 @@ def main(argv=None):
         tokenizer = load_specials(cfg) if known else None
         if cfg.write_tokens:
             return write_tokens(cfg.write_tokens, tokenize(read_documents(cfg.data), tokenizer))
-        least = tokenizer.n_vocab if tokenizer else 1
-        if cfg.vocab_size < least and (cfg.vocab_size or not tokenizer):
-            small = f"--vocab_size {cfg.vocab_size} is too small"
-            raise ValueError(f"{small}, or --tokenizer is missing")
-        cfg.vocab_size = cfg.vocab_size or -(-least // 8) * 8
-        check(cfg, ranks)
-        if not tokenizer:
+        if tokenizer:
+            cfg.vocab_size = cfg.vocab_size or -(-tokenizer.n_vocab // 8) * 8
+            if cfg.vocab_size < tokenizer.n_vocab:
+                raise ValueError(f"--vocab_size {cfg.vocab_size} is below {tokenizer.n_vocab}")
+            check(cfg, ranks)
+        else:
             print("without --tokenizer there are no borders of documents, and no mask")
         device = launch(cfg.timeout)
         for folder in filter(None, (cfg.out, cfg.export)):

@@ -125,7 +125,7 @@ def test_killed_and_resumed_ends_the_same_bit_for_bit(name, text, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_torchrun_restarts_after_a_killed_worker(name, text, tmp_path):
-    flags = [*small(name), "--data", text, "--steps", 300, "--save_every", 20, "--val_every", 1000]
+    flags = [*small(name), "--data", text, "--steps", 100, "--save_every", 10, "--val_every", 1000]
     assert run(name, *flags, "--out", tmp_path / "whole", ranks=2).returncode == 0
     process = start(name, *flags, "--out", tmp_path / "broken", ranks=2, restarts=2, rendezvous=f"--master_port={free_port()}")
     wait_for("step_*[0-9]", tmp_path / "broken", process)
@@ -137,10 +137,9 @@ def test_torchrun_restarts_after_a_killed_worker(name, text, tmp_path):
     assert same(final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "broken"))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name, signum", [*((name, signal.SIGTERM) for name in NAMES), ("gpt1", signal.SIGINT)])
 def test_a_signal_saves_and_another_number_of_ranks_goes_on(name, signum, text, tmp_path):
-    flags = [*small(name), "--data", text, "--steps", 200, "--save_every", 1000, "--val_every", 1000]
+    flags = [*small(name), "--data", text, "--steps", 80, "--save_every", 1000, "--val_every", 1000]
     assert run(name, *flags, "--out", tmp_path / "whole").returncode == 0
     process = start(name, *flags, "--out", tmp_path / "broken")
     wait_for("metrics.jsonl", tmp_path / "broken", process)
@@ -149,7 +148,7 @@ def test_a_signal_saves_and_another_number_of_ranks_goes_on(name, signum, text, 
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     step = int(re.search(r"stopped by a signal after step (\d+)", output)[1])
-    assert 0 < step < 200 and (tmp_path / "broken" / f"step_{step:09}").exists()
+    assert 0 < step < 80 and (tmp_path / "broken" / f"step_{step:09}").exists()
     assert run(name, *flags, "--out", tmp_path / "broken", "--resume", "--micro_batch", 1, ranks=2).returncode == 0
     rows = [json.loads(r)["loss"] for r in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()]
     reference = [json.loads(r)["loss"] for r in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
@@ -302,7 +301,7 @@ def test_mistakes_end_in_one_line_and_status_2(main, script, text, tmp_path):
             given = flags
         status, out, err = main(*given)
         assert status == 2 and phrase in err and len(err.splitlines()) == 1, (flags, status, err)
-        assert "step 1" not in out, "a mistake is found before training"
+        assert "step 1/" not in out, "a mistake is found before training"
 
 
 def test_tokenizer_that_is_not_there_is_one_line(main, monkeypatch, tmp_path):
@@ -577,7 +576,7 @@ def test_llama3_stages_layouts_and_resumes(llama3_flags, tmp_path):
     assert float(final[0]) == pytest.approx(float(final[1]), rel=1e-4)
 
 
-@pytest.mark.parametrize("layout", [["--tp", 2, "--dp", 2], ["--pp", 2, "--tp", 2], ["--pp", 2, "--dp", 2, "--tied"]])
+@pytest.mark.parametrize("layout", [["--pp", 2, "--tp", 2], ["--pp", 2, "--dp", 2, "--tied"]])
 def test_llama3_export_and_init_under_layouts(llama3_flags, layout, tmp_path):
     """From one layout to a plain directory, from there to one rank and back: the same held-out loss, and a sample."""
     pytest.importorskip("safetensors")
