@@ -230,7 +230,7 @@ OWN_MISTAKES = {  # of one script: flags, and what the line must say
         ("--tp 0", "tp 0"), ("--dry_run --pp 0", "pp 0"), ("--dry_run --tokens inf", "--tokens inf"), ("--vocab_size 256 --no-bos", "--vocab_size 256"),
         ("--dim 8", "even parts of 4"), ("--rope_theta 1", "--rope_theta 1.0"), ("--rope_factor 0.5", "--rope_factor 0.5"),
         ("--tokenizer DIR/twice.txt", "a rank twice"), ("--ramp 16x4:1.2.3", "--ramp: 16x4:1.2.3"), ("--ramp 0x4:1e5", "--ramp: 0x4"),
-        ("--long_lengths 1000000", "not 1 data-parallel ranks"), ("--data DIR/no*", "no file of .txt"),
+        ("--long_lengths 1000000", "not 1 data-parallel ranks"), ("--data DIR/direc*", "no file of .txt"),
         ("--ramp 64*24:1e5", "--ramp: 64*24:1e5 is not LENGTHxSEQUENCES:TOKENS"), ("--long_lengths long", "--long_lengths"),
         ("--tokens 0 --long_tokens 0 --anneal_tokens 0", "not a single update"),
         ("--init DIR/no_weights", "holds no Llama or Qwen2 model"),
