@@ -125,7 +125,7 @@ def test_killed_and_resumed_ends_the_same_bit_for_bit(name, text, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_torchrun_restarts_after_a_killed_worker(name, text, tmp_path):
-    flags = [*small(name), "--data", text, "--steps", 100, "--save_every", 10, "--val_every", 1000]
+    flags = [*small(name), "--data", text, "--steps", 150, "--save_every", 10, "--val_every", 1000]
     assert run(name, *flags, "--out", tmp_path / "whole", ranks=2).returncode == 0
     process = start(name, *flags, "--out", tmp_path / "broken", ranks=2, restarts=2, rendezvous=f"--master_port={free_port()}")
     wait_for("step_*[0-9]", tmp_path / "broken", process)
@@ -139,7 +139,8 @@ def test_torchrun_restarts_after_a_killed_worker(name, text, tmp_path):
 
 @pytest.mark.parametrize("name, signum", [*((name, signal.SIGTERM) for name in NAMES), ("gpt1", signal.SIGINT)])
 def test_a_signal_saves_and_another_number_of_ranks_goes_on(name, signum, text, tmp_path):
-    flags = [*small(name), "--data", text, "--steps", 80, "--save_every", 1000, "--val_every", 1000]
+    steps = 200 if name == "gpt1" else 100  # sharded ranks are slow on a CPU
+    flags = [*small(name), "--data", text, "--steps", steps, "--save_every", 1000, "--val_every", 1000]
     assert run(name, *flags, "--out", tmp_path / "whole").returncode == 0
     process = start(name, *flags, "--out", tmp_path / "broken")
     wait_for("metrics.jsonl", tmp_path / "broken", process)
@@ -148,7 +149,7 @@ def test_a_signal_saves_and_another_number_of_ranks_goes_on(name, signum, text, 
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     step = int(re.search(r"stopped by a signal after step (\d+)", output)[1])
-    assert 0 < step < 80 and (tmp_path / "broken" / f"step_{step:09}").exists()
+    assert 0 < step < steps and (tmp_path / "broken" / f"step_{step:09}").exists()
     assert run(name, *flags, "--out", tmp_path / "broken", "--resume", "--micro_batch", 1, ranks=2).returncode == 0
     rows = [json.loads(r)["loss"] for r in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()]
     reference = [json.loads(r)["loss"] for r in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
