@@ -456,6 +456,9 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """§3.2, [B, T, D] -> [B, T, D]: attention and feed-forward, each behind a norm and added."""
 
+    # Undisclosed: whether tensor-parallel ranks share the norms' positions (sequence parallelism is
+    # cited, not said to be used). They do not: each has all, and their activations are not cut.
+
     def __init__(self, cfg, tp=None, cp=None):
         super().__init__()
         heads = cfg.n_heads, cfg.n_kv_heads, cfg.qkv_bias
@@ -700,8 +703,8 @@ def objective(model, batch, cfg):
 
 def build_optimizer(model, cfg):
     """§3.4.1: AdamW."""
-    # Undisclosed: betas, eps, decay, clipping. These, and --clip 1, are what Llama 2 printed, but
-    # for its eps of 1e-5.
+    # Undisclosed: betas, eps, decay, clipping. These, and --clip 1, are Llama 2's, but for eps: it
+    # printed 1e-5.
     groups = [
         dict(params=[p for p in model.parameters() if p.ndim > 1], weight_decay=cfg.weight_decay),
         dict(params=[p for p in model.parameters() if p.ndim <= 1], weight_decay=0.0),
