@@ -1,4 +1,4 @@
-"""Speed and memory, side by side: python tests/benchmark.py gpt1|llama3 [--pairs 10]
+"""Speed and memory, side by side: python tests/benchmark.py gpt1|llama3|deepseek_v3 [--pairs 10]
 
 Each line compares the script (A) with something else (B) in interleaved pairs A B A B ... of one run
 and prints the medians. CPU time is the process's, over all its threads. Nothing here is asserted.
@@ -58,8 +58,12 @@ class Nano(nn.Module):
 
 
 def hugging_face(cfg):
-    from transformers import LlamaConfig, LlamaForCausalLM, OpenAIGPTConfig, OpenAIGPTLMHeadModel
+    from transformers import DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
+    if hasattr(cfg, "n_experts"):
+        from test_hf_parity import deepseek_config
+
+        return DeepseekV3ForCausalLM(deepseek_config(cfg))
     if hasattr(cfg, "n_kv_heads"):
         return LlamaForCausalLM(
             LlamaConfig(vocab_size=cfg.vocab_size, hidden_size=cfg.dim, intermediate_size=cfg.hidden_dim,
@@ -137,6 +141,41 @@ def the_pipeline(module, cfg):
             module.train_in_stages(pipeline, optimizer, (plan, [mixture], corpora[1]), state, now, torch.device("cpu"))
 
     return run
+
+
+def the_dualpipe(module, cfg):
+    """run(): STEPS updates through deepseek_v3.py's own loop, on documents of some 200 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    texts = ("".join(map(chr, torch.randint(32, 127, (200,), generator=generator).tolist())) for _ in range(3000))
+    tokenizer = module.load_tokenizer("bytes", module.SPECIALS)
+    documents = module.tokenize(((str(i), text) for i, text in enumerate(texts)), tokenizer)
+    cfg = module.fit_layout(dataclasses.replace(cfg, tokens=1e12), 1)
+    corpora = module.load_corpora("", documents, tokenizer, cfg.vocab_size, cfg.batch_size, cfg.seq_len)
+    pipe = module.DualPipe(cfg, module.expert_mesh(cfg, "cpu"))
+    module.init_weights(pipe.model, cfg)
+    pipe.share(cfg)
+    optimizer = module.build_optimizer(pipe.zero, cfg)
+    state = dict.fromkeys(("sequences", "tokens", "offset", "seed", "bad", "n_documents", "n_fim", "n_cut"), 0) | {"step": 1}
+
+    def run():
+        now = dataclasses.replace(cfg, steps=state["step"] + STEPS)
+        with contextlib.redirect_stdout(io.StringIO()):
+            module.train_by_tokens(pipe, optimizer, *corpora, state, now, torch.device("cpu"))
+
+    return run
+
+
+def one_pass(module, cfg):
+    """run(): forward and backward of the model alone, STEPS times."""
+    model, tokens = module.DeepSeekV3(cfg), torch.randint(256, (cfg.batch_size, cfg.seq_len))
+    module.init_weights(model, cfg)
+    batch = dict(tokens=tokens, targets=tokens, n_targets=tokens.numel(), n_sequences=len(tokens))
+
+    def step():
+        module.objective(model, batch, cfg)[0].backward()
+        model.zero_grad()
+
+    return lambda: [step() for _ in range(STEPS)]
 
 
 def measure(run):
@@ -217,6 +256,25 @@ def llama3_main(module, args):
     held_on_ranks(args.script)
 
 
+def deepseek_v3_main(module, args):
+    cfg = module.Config(vocab_size=4096, dim=256, n_layers=4, n_dense=1, hidden_dim=704, n_heads=4, q_rank=128, kv_rank=64, head_dim=64,
+                        rope_dim=32, n_experts=32, n_shared=1, expert_dim=128, top_k=4, n_groups=4, groups_kept=2, mtp="none",
+                        seq_len=256, batch_size=8, precision="fp32", val_every=10**9, warmup_steps=1, init_std=0.02)  # fmt: skip
+    if args.measure_memory:
+        kind = args.measure_memory
+        run = the_dualpipe(module, cfg) if kind == "script" else plain_loop(module, cfg, kind)
+        run(), run()
+        return print(peak_of_this_process())
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, fp32, {args.pairs} pairs of {STEPS} steps, "
+          f"{cfg.n_layers} blocks of width {cfg.dim}, {cfg.n_experts} experts, {cfg.batch_size} x {cfg.seq_len} tokens")  # fmt: skip
+    compare("Hugging Face's class", the_dualpipe(module, cfg), plain_loop(module, cfg, "hf"), args.pairs)
+    memory = {kind: peak_memory(kind, [args.script]) for kind in ("script", "hf")}
+    print("peak MiB", ", ".join(f"{kind} {size:.0f}" for kind, size in memory.items()), end="; ")
+    print(f"script / hf {memory['script'] / memory['hf']:.3f}")
+    twice = dataclasses.replace(cfg, n_experts=64)
+    compare("64 experts, against 32", one_pass(module, cfg), one_pass(module, twice), max(args.pairs // 2, 3))
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("script")
@@ -227,6 +285,8 @@ def main():
     module.launch(60)
     if args.script == "llama3":
         return llama3_main(module, args)
+    if args.script == "deepseek_v3":
+        return deepseek_v3_main(module, args)
     cfg = module.Config(vocab_size=257, context=512, dim=256, n_layers=4, n_heads=4, hidden_dim=1024, dropout=0.0,
                         seq_len=512, batch_size=4, precision="fp32", val_every=10**9, warmup_steps=1)  # fmt: skip
     if args.measure_memory:

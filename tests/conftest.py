@@ -26,7 +26,10 @@ class Row:
     small: dict  # flags of a run of seconds: updates of 4 sequences of 16 tokens
     betas: tuple  # of Adam
     prefix: str = "/model/"  # of a parameter's name in a checkpoint
+    plain: dict = dataclasses.field(default_factory=dict)  # a Config whose objective is next-token loss alone
 
+
+FEW = "--n_layers 2 --n_experts 4 --n_groups 2 --groups_kept 1 --top_k 2"  # experts: slow in bf16 on a CPU
 
 SCRIPTS = {
     "gpt1": Row(
@@ -70,6 +73,29 @@ SCRIPTS = {
         small=dict(batch_size=4, dim=48, hidden_dim=64, seq_len=16, ramp="", long_lengths="32",
                    warmup_steps=2, lr=1e-3),
         prefix="/model/tp0.",
+    ),
+    "deepseek_v3": Row(
+        model="DeepSeekV3",
+        tiny=dict(vocab_size=260, dim=24, n_layers=4, n_dense=1, hidden_dim=40, n_heads=3, q_rank=20, kv_rank=28,
+                  head_dim=10, rope_dim=6, init_std=0.1, n_experts=12, n_shared=2, expert_dim=16, top_k=3, n_groups=4,
+                  groups_kept=2, balance_loss=0.01, rope_theta=100.0, seq_len=11, batch_size=8, precision="fp32", lr=1e-3,
+                  warmup_steps=1, tokens=440.0, pack=16),
+        counts={"671b": 671_026_404_352, "236b": 235_741_434_880, "16b": 15_706_484_224, "27b": 27_033_546_240,
+                "9b": 9_171_818_880, "3b": 2_969_982_208, "small": 242_819_328, "demo": 831_120},
+        # 12,582,912 tokens an update without a ramp; the specification's values of the cosine, then the two tails
+        schedule=(dict(lr=2.2e-4, tokens=14.8e6 * 4096 * 3072, batch_size=3072, long="32768x1920:1000"),
+                  {0: 0.0, 1000: 1.1e-4, 2000: 2.2e-4, 9_999_999: 2.2e-4, 11_075_000: 1.91004e-4, 12_150_000: 1.21e-4,
+                   13_225_000: 5.09964e-5, 14_300_000: 2.2e-5, 14_632_999: 2.2e-5, 14_633_001: 7.3e-6, 14_800_500: 7.3e-6}),
+        layouts=((1, dict(micro_batch=2)), (2, dict(ep=2)), (4, dict(ep=4)), (2, dict(dp=2)), (4, dict(dp=4)),
+                 (2, dict(pp=2)), (4, dict(pp=2, ep=2)), (4, dict(pp=2, dp=2)), (4, dict(dp=2, ep=2, micro_batch=1)),
+                 (2, dict(pp=2, mtp="none")), (2, dict(pp=2, mtp="parallel", q_rank=0)), (2, dict(ep=2, recompute="paper")),
+                 (2, dict(pp=2, recompute="paper")), (2, dict(ep=2, recompute="block")),
+                 (4, dict(pp=2, ep=2, recompute="block"))),
+        falls=1.5, batch=(24, 64), betas=(0.9, 0.95),
+        variants=("", f"--precision bf16 --recompute block {FEW}", f"--precision fp8 --recompute paper {FEW}",
+                  f"--mtp parallel --q_rank 0 {FEW}"),
+        small=dict(batch_size=4, first_batch=4, dim=48, hidden_dim=64, seq_len=16, long="", warmup_steps=2, lr=1e-3),
+        plain=dict(mtp="none", balance_loss=0.0, init_std=0.02),
     ),
 }  # fmt: skip
 

@@ -1,9 +1,13 @@
 """A pool of processes that act as ranks: starting them is most of a multi-rank test's cost, so all
 tests share one. Every wait has a timeout; a hang is a failure that names the rank."""
+import contextlib
 import importlib
+import io
 import multiprocessing
 import os
+import pathlib
 import socket
+import tempfile
 import time
 import traceback
 
@@ -76,6 +80,55 @@ class Ranks:
         self.workers = []
 
 
+def run_main(name, flags):
+    """(exit status, stdout, stderr) of the script's main on this rank, as after a start of its own."""
+    status, streams = 0, (io.StringIO(), io.StringIO())
+    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+        try:
+            importlib.import_module(name).main([str(flag) for flag in flags])
+        except SystemExit as error:
+            status = error.code
+    return status, *(stream.getvalue() for stream in streams)
+
+
+def as_a_process(name, flags, out, err):
+    """What a process of its own does: the script, with its output in files."""
+    os.setsid()
+    for path, descriptor in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    importlib.import_module(name).main(list(flags))
+
+
+class Process:
+    """A script in a process of its own, forked from one that has imported torch already, with the part of Popen that tests use."""
+
+    server = multiprocessing.get_context("forkserver")
+
+    def __init__(self, name, flags):
+        self.server.set_forkserver_preload(["gpt1", "llama3", "deepseek_v3"])
+        self.files = [tempfile.mkstemp()[1] for _ in range(2)]
+        self.process = self.server.Process(target=as_a_process, args=(name, [str(flag) for flag in flags], *self.files))
+        self.process.start()
+        self.pid, self.kill = self.process.pid, self.process.kill
+        self.send_signal = lambda signum: os.kill(self.pid, signum)
+
+    def poll(self):
+        return self.process.exitcode
+
+    def wait(self, timeout=60):
+        self.process.join(timeout)
+        return self.process.exitcode
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
+
+    def communicate(self, timeout=60):
+        """(stdout, stderr) once it has ended."""
+        self.wait(timeout)
+        return tuple(pathlib.Path(path).read_text() for path in self.files)
+
+
 def make_corpora(module, cfg):
     """Corpora of made-up documents, many shorter than a window, so that targets are not all counted."""
     generator = torch.Generator().manual_seed(1)
@@ -93,6 +146,9 @@ def make_model(module, row, cfg):
     with torch.no_grad():
         for i, p in enumerate(p for p in model.parameters() if p.ndim == 1):
             p += 0.1 * torch.sin(torch.arange(p.numel()) + i)
+        for i, (name, b) in enumerate(model.named_buffers()):
+            if name.endswith("router.bias"):
+                b += 0.02 * torch.sin(torch.arange(b.numel()) + i)
     return model
 
 
@@ -103,6 +159,8 @@ def gradients(name, row, overrides):
     cfg = module.Config(**{**row.tiny, **overrides})
     corpus, _ = make_corpora(module, cfg)
     model = make_model(module, row, cfg)
+    if hasattr(module, "DualPipe"):
+        return expert_gradients(module, cfg, corpus, model.state_dict(), device)
     if hasattr(module, "Pipeline"):
         return pipeline_gradients(module, cfg, corpus, dict(model.named_parameters()), device)
     mesh = module.init_device_mesh(device.type, (module.dist.get_world_size(),), mesh_dim_names=("dp",))
@@ -127,3 +185,30 @@ def pipeline_gradients(module, cfg, corpus, values, device):
     norm, loss = module.clip_gradients(pipeline.model, pipeline.run(batches), phase.cfg, pipeline.mesh, device)
     found = {key: module.whole_tensor(key, p.grad, pipeline.tp).numpy() for key, p in pipeline.model.named_parameters()}
     return loss, found, norm
+
+
+def expert_gradients(module, cfg, corpus, values, device):
+    """The same for a script whose experts are laid out over ranks; with them go the balancing biases after an update."""
+    cfg = module.fit_layout(cfg, dist.get_world_size())
+    (stage,) = module.plan(cfg)
+    pipe = module.DualPipe(cfg, module.expert_mesh(cfg, device.type))
+    rank, ranks = pipe.mesh["ep"].get_local_rank(), pipe.mesh["ep"].size()
+    for key, tensor in [*pipe.model.named_parameters(), *pipe.model.named_buffers()]:
+        if not key.endswith("load"):
+            value = values[key]
+            tensor.data.copy_(value.chunk(ranks)[rank] if module.is_expert(key) else value)
+    for router in pipe.routers:
+        router.load.zero_()
+    pipe.share(cfg)
+    pipe.enter(stage.cfg)
+    batches = module.next_batches(corpus, 3, False, stage.cfg, device, pipe.data_rank, module.reading_ranks(cfg))
+    pipe.run(batches)
+    pipe.zero.reduce()
+    norm, main, ahead = pipe.zero.clip(pipe.main, pipe.ahead, limit=cfg.clip, device=device)
+    loads = module.update_biases(pipe.routers, 0.01, pipe.zero.data.get_group())
+    found = {key: value.numpy() for key, value in pipe.model.named_buffers() if key.endswith("router.bias")}
+    for key, master in pipe.zero.masters.items():
+        whole, shape = master.grad, values[key].shape
+        whole = whole.full_tensor() if hasattr(whole, "full_tensor") else whole
+        found[key] = whole.view(shape).numpy()
+    return main + cfg.mtp_weight * ahead, found, norm

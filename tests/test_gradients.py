@@ -16,9 +16,18 @@ def reference(name, overrides):
     module, row = importlib.import_module(name), SCRIPTS[name]
     cfg = module.Config(**{**row.tiny, **overrides})
     batch = module.get_batch(make_corpora(module, cfg)[0], 3, cfg.batch_size, cfg)
-    if getattr(cfg, "document_mask", True):
+    if getattr(cfg, "document_mask", name != "deepseek_v3"):  # which packs without a gap
         assert 0 < batch["n_targets"] < batch["targets"].numel(), "some targets must not count"
     model = make_model(module, row, cfg)
+    if name == "deepseek_v3":  # its terms are tested one by one in test_loss.py
+        loss, metrics = module.objective(model, batch, cfg)
+        loss.backward()
+        found = {key: p.grad.numpy() for key, p in model.named_parameters()}
+        for key, router in ((key, m) for key, m in model.named_modules() if isinstance(m, module.Router)):
+            positions = batch["tokens"].shape[0] * (batch["tokens"].shape[1] - key.startswith("mtp"))
+            assert router.load.sum() == cfg.top_k * positions
+            found[key + ".bias"] = (router.bias + 0.01 * torch.sign(router.load.mean() - router.load)).numpy()
+        return (metrics["main"] + cfg.mtp_weight * metrics["mtp"]).item(), found
     inputs = [batch[key] for key in ("tokens", "documents") if key in batch]
     loss = F.cross_entropy(model(*inputs).flatten(0, 1), batch["targets"].flatten())
     loss.backward()
@@ -29,7 +38,7 @@ def reference(name, overrides):
 def test_layout_gives_one_ranks_gradients(ranks, name, n, overrides):
     expected_loss, expected = reference(name, overrides)
     largest, seen = max(np.abs(g).max() for g in expected.values()), set()
-    whole = np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in expected.values()))
+    whole = np.sqrt(sum(np.square(g, dtype=np.float64).sum() for key, g in expected.items() if "router.bias" not in key))
     for loss, found, norm in ranks.run(n, gradients, name, SCRIPTS[name], overrides):
         assert loss == pytest.approx(expected_loss, rel=1e-5)
         assert norm is None or norm == pytest.approx(whole, rel=1e-5)
@@ -39,6 +48,9 @@ def test_layout_gives_one_ranks_gradients(ranks, name, n, overrides):
                 assert key == "head.weight" and overrides["tied"]
                 key = "token_embedding.weight"
                 seen.remove("head.weight")
+            if key.endswith("router.bias"):
+                assert np.array_equal(g, expected[key]), key
+                continue
             limit = 1e-5 * max(np.abs(expected[key]).max(), 1e-3 * largest)
             scale = min(1, 1 / (whole + 1e-6)) if norm is not None else 1  # these are clipped to 1
             assert np.abs(g - scale * expected[key]).max() <= limit * scale, key
@@ -66,11 +78,11 @@ def test_each_restart_meets_under_a_name_of_its_own(ranks, name):
 
 def test_gradient_of_the_logits_is_p_minus_y(script):
     module, row = script
-    cfg = module.Config(**row.tiny)
+    cfg = module.Config(**row.tiny | row.plain)
     batch = module.get_batch(make_corpora(module, cfg)[0], 0, 4, cfg)
     logits = torch.randn(*batch["tokens"].shape, cfg.vocab_size, requires_grad=True)
     model = lambda *inputs: logits  # noqa: E731
-    model.tp = None
+    model.tp, model.modules = None, list
     loss, _ = module.objective(model, batch, cfg)
     loss.backward()
     counted = (batch["targets"] >= 0)[..., None]

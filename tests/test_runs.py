@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import SCRIPTS
-from ranks import free_port
+from ranks import Process, free_port, run_main
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NAMES = list(SCRIPTS)
-DROPOUT = {"gpt1": ["--dropout", "0.1"], "llama3": []}  # so that its seeds count
+DROPOUT = {"gpt1": ["--dropout", "0.1"], "llama3": [], "deepseek_v3": []}  # so that its seeds count
 
 
 def small(name, **more):
@@ -44,13 +44,31 @@ def command(name, *flags, ranks=0, restarts=0, rendezvous="--standalone"):
 
 
 def run(name, *flags, timeout=90, **how):
+    if not how:
+        process = Process(name, flags)
+        process.stdout, process.stderr = process.communicate(timeout)
+        return process
     return subprocess.run(command(name, *flags, **how), capture_output=True, text=True, timeout=timeout)
 
 
 def start(name, *flags, **how):
+    if not how:
+        return Process(name, flags)
     return subprocess.Popen(
         command(name, *flags, **how), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
+
+
+@pytest.fixture
+def together(ranks):
+    """together(n, name, *flags): stdout of the script on n ranks, which started long ago."""
+
+    def call(n, name, *flags):
+        (status, out, err), *others = ranks.run(n, run_main, name, [str(flag) for flag in flags], timeout=120)
+        assert status == 0 and not any(other[0] for other in others), (err, *(other[2] for other in others))
+        return out
+
+    return call
 
 
 def wait_for(pattern, folder, process, seconds=60):
@@ -88,7 +106,7 @@ def same(first, second):
 def test_demo_under_torchrun(name):
     done = run(name, "--steps", 4, "--log_every", 2, "--val_batches", 1, ranks=2)
     assert done.returncode == 0, done.stderr
-    line = (r"step {}/4 \| loss \d+\.\d{{4}} \| bpb \d+\.\d+ \| lr \S+ \| grad \S+ \| tokens \S+M \| (stage initial \| )?"
+    line = (r"step {}/4 \| loss \d+\.\d{{4}} \| bpb \d+\.\d+ \| lr \S+ \| grad \S+ \| tokens \S+M \| ((stage|mtp|max_load|min_load) \S+ \| )*"
             r"\S+k tok/s \| mem \S+G \| eta \d+:\d\d")  # fmt: skip
     assert [len(re.findall(line.format(i), done.stdout)) for i in (1, 2, 3, 4)] == [1, 1, 0, 1]
     assert "2 ranks x 1 x {} sequences of {}".format(SCRIPTS[name].batch[0] // 2, SCRIPTS[name].batch[1]) in done.stdout
@@ -125,9 +143,10 @@ def test_killed_and_resumed_ends_the_same_bit_for_bit(name, text, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_torchrun_restarts_after_a_killed_worker(name, text, tmp_path):
-    flags = [*small(name), "--data", text, "--steps", 60, "--save_every", 10, "--val_every", 1000]
-    assert run(name, *flags, "--out", tmp_path / "whole", ranks=2).returncode == 0
+def test_torchrun_restarts_after_a_killed_worker(together, name, text, tmp_path):
+    steps = 60 if name == "gpt1" else 40  # sharded ranks are slow on a CPU
+    flags = [*small(name), "--data", text, "--steps", steps, "--save_every", 10, "--val_every", 1000]
+    together(2, name, *flags, "--out", tmp_path / "whole")
     process = start(name, *flags, "--out", tmp_path / "broken", ranks=2, restarts=2, rendezvous=f"--master_port={free_port()}")
     wait_for("step_*[0-9]", tmp_path / "broken", process)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
@@ -139,7 +158,7 @@ def test_torchrun_restarts_after_a_killed_worker(name, text, tmp_path):
 
 
 @pytest.mark.parametrize("name, signum", [*((name, signal.SIGTERM) for name in NAMES), ("gpt1", signal.SIGINT)])
-def test_a_signal_saves_and_another_number_of_ranks_goes_on(name, signum, text, tmp_path):
+def test_a_signal_saves_and_another_number_of_ranks_goes_on(together, name, signum, text, tmp_path):
     steps = 80 if name == "gpt1" else 40  # sharded ranks are slow on a CPU
     flags = [*small(name), "--data", text, "--steps", steps, "--save_every", 1000, "--val_every", 1000]
     assert run(name, *flags, "--out", tmp_path / "whole").returncode == 0
@@ -150,7 +169,7 @@ def test_a_signal_saves_and_another_number_of_ranks_goes_on(name, signum, text, 
     assert process.returncode == 0, errors
     step = int(re.search(r"stopped by a signal after step (\d+)", output)[1])
     assert 0 < step < steps and (tmp_path / "broken" / f"step_{step:09}").exists()
-    assert run(name, *flags, "--out", tmp_path / "broken", "--resume", "--micro_batch", 1, ranks=2).returncode == 0
+    together(2, name, *flags, "--out", tmp_path / "broken", "--resume", "--micro_batch", 1)
     rows = [json.loads(r)["loss"] for r in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()]
     reference = [json.loads(r)["loss"] for r in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert rows == pytest.approx(reference, rel=1e-4)
@@ -205,14 +224,14 @@ def write_bin(path, header, n):
 
 OWN_MISTAKES = {  # of one script: flags, and what the line must say
     "gpt1": [
-        ("--seq_len 17", "--seq_len 17"), ("--dropout 1.5", "--dropout 1.5"), ("--export DIR/hf", "F = 4 D"),
+        ("--seq_len 17", "--seq_len 17"), ("--n_heads 5", "5 heads"), ("--dropout 1.5", "--dropout 1.5"), ("--export DIR/hf", "F = 4 D"),
         ("--data DIR/ids.npy --standardize", "token shards"), ("--batch_size 0", "--batch_size 0"),
         ("--data DIR/many --tokenizer bytes", "in 300 parts"), ("--dry_run --world_size 3", "3 ranks"),
         ("--data DIR/short.txt", "short.txt is too short: 10 tokens"),
         ("--data DIR/empty.txt", "empty.txt is too short: 0 tokens"),
     ],
     "llama3": [
-        ("--tp 2", "are not 1 ranks"), ("--dp 3", "are not 1 ranks"), ("--n_kv_heads 3", "3 key-value heads"),
+        ("--tp 2", "are not 1 ranks"), ("--n_heads 5", "5 heads"), ("--dp 3", "are not 1 ranks"), ("--n_kv_heads 3", "3 key-value heads"),
         ("--dry_run --world_size 4 --tp 4", "--tp 4 does not divide 2 key-value heads"),
         ("--dry_run --world_size 2 --tp 2 --vocab_size 257", "--vocab_size 257"),
         ("--dry_run --world_size 2 --tp 2 --hidden_dim 81", "--hidden_dim 81"),
@@ -238,6 +257,18 @@ OWN_MISTAKES = {  # of one script: flags, and what the line must say
         ("--data DIR/short.txt", "short.txt is too short: 11 tokens"),
         ("--data DIR/empty.txt", "empty.txt is too short: 0 tokens"),
         ("--data DIR/many --tokenizer bytes --long_tokens 0", "in 300 parts"),
+    ],
+    "deepseek_v3": [
+        ("--pp 2", "are not 1 ranks"), ("--ep 3", "are not 1 ranks"), ("--dp 2", "are not 1 ranks"), ("--pp 0", "pp 0"),
+        ("--dry_run --world_size 3 --ep 3", "--ep 3 does not divide 16 experts"), ("--top_k 9", "--top_k 9 is more than 2 groups of 4"),
+        ("--n_groups 3", "3 groups do not divide 16 experts"), ("--groups_kept 5", "--groups_kept 5"), ("--n_dense 4", "--n_dense 4"),
+        ("--rope_dim 7", "--rope_dim 7 is odd"), ("--rope_theta 1", "--rope_theta 1.0"), ("--rope_factor 0.5", "--rope_factor 0.5"),
+        ("--long 32:4", "is not LENGTHxSEQUENCES:STEPS"), ("--fim 1.5", "--fim"), ("--ema 1", "--ema 1.0"), ("--dim 20", "multiples of 8"),
+        ("--first_batch 9", "--first_batch 9"), ("--tokens 0", "not a single update"), ("--recompute paper --compile", "--recompute paper"),
+        ("--dry_run --world_size 8 --pp 8", "fewer than 16 stages"), ("--export DIR/hf --mtp parallel", "--mtp parallel"),
+        ("--init DIR/no_weights", "holds no DeepSeek-V3 model"), ("--tokenizer DIR/twice.txt", "a rank twice"),
+        ("--data DIR/short.txt", "short.txt is too short: 10 tokens"), ("--data DIR/empty.txt", "empty.txt is too short: 0 tokens"),
+        ("--data DIR/many --tokenizer bytes", "in 300 parts"), ("--data DIR/*.none", "DIR/*.none"), ("--vocab_size 256", "--vocab_size 256"),
     ],
 }  # fmt: skip
 
@@ -284,7 +315,6 @@ def mistakes(folder, text):
         (["--tokenizer", "no_such_tokenizer"], "no_such_tokenizer"),
         (["--tokenizer", folder / "ranks.txt"], "256 single bytes"),
         (["--micro_batch", "3"], "micro-batches of 3"),
-        (["--n_heads", "5"], "5 heads"),
         (["--lr", "nan"], "--lr nan"),
         (["--out", f"{text}/below"], text),
         (["--resume"], "--out"),
@@ -379,7 +409,8 @@ def test_steps_that_are_not_finite(main, script, text, tmp_path, monkeypatch, ba
         if torch.is_grad_enabled():
             calls.append(1)
             weights[len(calls)] = [p.detach().clone() for p in model.parameters()]
-        return loss * (float("nan") if torch.is_grad_enabled() and len(calls) in bad else 1.0), metrics
+        factor = float("nan") if torch.is_grad_enabled() and len(calls) in bad else 1.0
+        return loss * factor, {name: value * (factor if name == "main" else 1.0) for name, value in metrics.items()}
 
     monkeypatch.setattr(module, "objective", objective)
     monkeypatch.setattr(module, "get_batch", recorded)
@@ -480,6 +511,8 @@ def test_training_is_what_it_says(main, script, text, tmp_path):
     """Three updates against a plain loop in float64: data, rate, clipping, AdamW, and the val line."""
     module, row = script
     flags = [*small(script[0].__name__), "--data", text, "--steps", 3, "--clip", 0.1, "--weight_decay", 0.3, "--micro_batch", 2]
+    if hasattr(module, "MoE"):  # next-token loss alone, and experts that the biases do not move
+        flags += ["--mtp", "none", "--balance_loss", 0, "--gamma", 0]
     _, out, _ = main(*flags, "--out", tmp_path, "--prompt", "line 7 says")
     assert "line 7 says" in out.split("lzma")[1], "the sample continues the prompt"
     cfg = module.Config(**json.loads((tmp_path / "config.json").read_text()))
@@ -492,7 +525,8 @@ def test_training_is_what_it_says(main, script, text, tmp_path):
         corpus, heldout = module.load_corpora(text, documents, tokenizer, 0, cfg.batch_size, cfg.seq_len)
     model = getattr(module, row.model)(cfg)
     module.init_weights(model, cfg)
-    model.double()
+    if not hasattr(module, "MoE"):  # whose grouped products are fp32 at most
+        model.double()
     moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in model.parameters()}
 
     def nats(batch):
@@ -516,7 +550,8 @@ def test_training_is_what_it_says(main, script, text, tmp_path):
     weights, _ = final_tensors(tmp_path)
     for name, p in model.named_parameters():
         if ".qkv.bias" not in name:  # the keys' bias has no gradient but noise, which Adam enlarges
-            torch.testing.assert_close(weights[row.prefix + name].double(), p.data, atol=2e-5, rtol=0)
+            name = name.replace(".", "/") if hasattr(module, "MoE") else name
+            torch.testing.assert_close(weights[row.prefix + name].type_as(p).view_as(p), p.data, atol=2e-5, rtol=0)
 
 
 def test_help_has_every_field_with_its_meaning(main, script):
@@ -541,7 +576,13 @@ def test_dry_run_prints_every_preset(main, script):
     module, row = script
     shards = 4 if module.__name__ == "llama3" else 1
     for preset, count in row.counts.items():
-        status, out, _ = main("--preset", preset, "--dry_run", "--world_size", 4)
+        if preset in ("236b", "27b", "9b"):  # as 671b and 3b, in more layers
+            continue
+        layout = ["--world_size", 4] if preset != "671b" else ["--world_size", 2048, "--pp", 16, "--ep", 64]
+        status, out, _ = main("--preset", preset, "--dry_run", *layout)
+        if hasattr(module, "MoE"):
+            assert status == 0 and f"parameters {count:,} | activated" in out and "80 GB" in out
+            continue
         assert status == 0 and f"parameters {count:,} | activated {count:,}" in out
         sizes = {k: float(v) for k, v in re.findall(r"(\w+) +([\d.]+) GiB", out)}
         assert sizes["parameters"] == sizes["gradients"] == pytest.approx(4 * count / shards / 2**30, rel=1e-3, abs=1e-3)
@@ -562,36 +603,34 @@ def llama3_flags(text):
     return [*small("llama3", batch_size=8), "--data", text, *STAGES, "--save_every", 7, "--val_every", 1000]
 
 
-def test_llama3_stages_layouts_and_resumes(llama3_flags, tmp_path):
+def test_llama3_stages_layouts_and_resumes(together, llama3_flags, tmp_path):
     """All three stages on one rank; then 2 data-parallel ranks into the initial stage, 4 of two kinds through the
     long-context stage into annealing, and 1 to the end."""
-    whole = run("llama3", *llama3_flags, "--out", tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
+    short = ["--ramp=8x4:320", "--tokens=1216", "--long_tokens=384", "--anneal_tokens=640"]
+    llama3_flags += short
+    whole = together(1, "llama3", *llama3_flags, "--out", tmp_path / "whole")
     stages = [json.loads(row)["stage"] for row in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert stages == 35 * ["initial"] + 5 * ["long-context"] + 10 * ["annealing"]
-    assert re.search(r"^needle 32 \| [01]\.\d{3} of", whole.stdout, re.M) and "rope llama3 x 2" in whole.stdout
+    assert stages == 17 * ["initial"] + 3 * ["long-context"] + 5 * ["annealing"]
+    assert re.search(r"^needle 32 \| [01]\.\d{3} of", whole, re.M) and "rope llama3 x 2" in whole
     out = ["--out", tmp_path / "parts"]
-    assert run("llama3", *llama3_flags, *out, "--steps", 9, ranks=2).returncode == 0
-    for steps, ranks, layout in ((44, 4, ["--cp", 2]), (0, 1, [])):
-        done = run("llama3", *llama3_flags, *out, *layout, "--steps", steps, "--resume", ranks=ranks)
-        assert done.returncode == 0, done.stderr
+    together(2, "llama3", *llama3_flags, *out, "--steps", 5)
+    for steps, ranks, layout in ((22, 4, ["--cp", 2]), (0, 1, [])):
+        done = together(ranks, "llama3", *llama3_flags, *out, *layout, "--steps", steps, "--resume")
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
-    final = [re.search(r"val 50 \| loss (\S+)", output)[1] for output in (whole.stdout, done.stdout)]
+    final = [re.search(r"val 25 \| loss (\S+)", output)[1] for output in (whole, done)]
     assert float(final[0]) == pytest.approx(float(final[1]), rel=1e-4)
 
 
 @pytest.mark.parametrize("layout", [["--pp", 2, "--tp", 2], ["--pp", 2, "--dp", 2, "--tied"]])
-def test_llama3_export_and_init_under_layouts(llama3_flags, layout, tmp_path):
+def test_llama3_export_and_init_under_layouts(together, llama3_flags, layout, tmp_path):
     """From one layout to a plain directory, from there to one rank and back: the same held-out loss, and a sample."""
     pytest.importorskip("safetensors")
-    first = run("llama3", *llama3_flags, *layout, "--steps", 3, "--export", tmp_path / "hf", ranks=4)
-    assert first.returncode == 0, first.stderr
-    loss = re.search(r"val 3 \| loss (\S+)", first.stdout)[1]
-    for flags, ranks in (([], 0), (layout, 4)):
-        done = run("llama3", *llama3_flags, *flags, "--steps", 1, "--init", tmp_path / "hf", ranks=ranks)
-        assert done.returncode == 0, done.stderr
-        assert float(re.search(r"val 0 \| loss (\S+)", done.stdout)[1]) == pytest.approx(float(loss), rel=2e-5)
-        assert len(done.stdout.split("lzma")[1]) > 100, "a sample ends the run"
+    first = together(4, "llama3", *llama3_flags, *layout, "--steps", 3, "--export", tmp_path / "hf")
+    loss = re.search(r"val 3 \| loss (\S+)", first)[1]
+    for flags, ranks in (([], 1), (layout, 4)):
+        done = together(ranks, "llama3", *llama3_flags, *flags, "--steps", 1, "--init", tmp_path / "hf")
+        assert float(re.search(r"val 0 \| loss (\S+)", done)[1]) == pytest.approx(float(loss), rel=2e-5)
+        assert len(done.split("lzma")[1]) > 100, "a sample ends the run"
 
 
 @pytest.fixture
@@ -665,3 +704,67 @@ def test_llama3_mixes_of_files_patterns_and_shards(llama3_main, capsys, text, tm
                  r"  50.0% .*code, from epoch 0\.[1-9]"):  # fmt: skip
         assert re.search(f"^{line}", out, re.M), (line, out)
     assert "annealing to step 50" in out
+
+
+# DeepSeek-V3's layouts
+
+V3 = dict(batch_size=16, first_batch=8, batch_multiple=8, ramp_tokens=512, tokens=2048, long="32x8:4", rope_original=16, pack=16)
+
+
+@pytest.fixture
+def v3_flags(text):
+    return [*small("deepseek_v3", **V3), "--data", text, "--save_every", 7, "--val_every", 1000]
+
+
+def test_deepseek_v3_layouts_resume_from_each_other(together, v3_flags, tmp_path):
+    """Batch ramp, pre-training and extension on one rank; then experts on 2 ranks, a pipeline of 2 x 2 over the border of the
+    extension, and one rank to the end. The balancing biases go along."""
+    whole = together(1, "deepseek_v3", *v3_flags, "--out", tmp_path / "whole")
+    assert "rope unscaled" in whole and "rope YaRN x 2" in whole
+    out = ["--out", tmp_path / "parts"]
+    together(2, "deepseek_v3", *v3_flags, *out, "--steps", 5, "--micro_batch", 1)
+    for steps, ranks, layout in ((11, 4, ["--pp", 2, "--micro_batch", 1]), (0, 1, ["--micro_batch", 2])):
+        done = together(ranks, "deepseek_v3", *v3_flags, *out, *layout, "--steps", steps, "--resume")
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+    assert len(losses(tmp_path / "parts")) == 14
+    first, second = (final_tensors(tmp_path / name)[0] for name in ("whole", "parts"))
+    assert first.keys() == second.keys()
+    biases = [key for key in first if key.endswith("router/bias")]
+    assert len(biases) == 3 and all(first[key].any() for key in biases)
+    apart = sum((first[key] - second[key]).abs().gt(1e-6).sum().item() for key in biases)
+    assert apart <= 2, "a load at the mean may round either way"
+    for output in (whole, done):
+        assert re.search(r"documents [\d,]+ \| filled in the middle [\d,]+ \| cut by the packing", output)
+        assert len(output.split("lzma")[1]) > 100, "a sample ends the run"
+    final = [float(re.search(r"val \d+ \| loss (\S+) .* lzma", output)[1]) for output in (whole, done)]
+    assert final[0] == pytest.approx(final[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_deepseek_v3_low_precision_resumes_bit_for_bit(v3_flags, precision, tmp_path, monkeypatch):
+    """bf16 weights with fp32 masters, under fp8 with bf16 moments; and the moving average of the weights."""
+    import deepseek_v3
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    np.save(tmp_path / "ids.npy", np.resize(np.arange(97, 123, dtype=np.uint16), 9000))  # without a tokenizer there is no sample
+    flags = [*map(str, v3_flags), "--precision", precision, "--recompute", "paper", "--ema", "0.9", "--lr", "0.003"]
+    flags += ["--data", str(tmp_path / "ids.npy"), "--vocab_size", "260"]
+    for name, steps in (("whole", [6]), ("parts", [3, 6])):
+        for i, step in enumerate(steps):
+            deepseek_v3.main([*flags, "--out", str(tmp_path / name), "--steps", str(step), *["--resume"] * i])
+    first, second = final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "parts")
+    assert same(first, second)
+    moments = [value.dtype for key, value in first[0].items() if "exp_avg" in key]
+    assert set(moments) == {torch.bfloat16 if precision == "fp8" else torch.float32}
+    weights = {value.dtype for key, value in first[0].items() if key.startswith("/model/")}
+    assert weights == {torch.float32} and sum("average" in key for key in first[0]) > 20
+
+
+def test_deepseek_v3_export_and_init_under_a_layout(together, v3_flags, tmp_path):
+    """From a pipeline with experts on two ranks to a plain directory, and from there to one rank."""
+    pytest.importorskip("safetensors")
+    layout = ["--pp", 2, "--micro_batch", 1, "--long="]
+    first = together(4, "deepseek_v3", *v3_flags, *layout, "--steps", 3, "--export", tmp_path / "hf")
+    loss = re.search(r"val 3 \| loss (\S+)", first)[1]
+    done = together(1, "deepseek_v3", *v3_flags, "--steps", 1, "--init", tmp_path / "hf")
+    assert float(re.search(r"val 0 \| loss (\S+)", done)[1]) == pytest.approx(float(loss), rel=2e-5)
