@@ -993,3 +993,35 @@ def test_deepseek_v3_splits_joined_tokens(v3):
     ids = np.array([259, 256] * 500 + [261])
     out, _ = v3.prepare_document(ids, tokenizer, 0.0, 0.1, "key")
     assert 30 < (out == 10).sum() < 70 and tokenizer.decode(out.tolist()) == tokenizer.decode(ids.tolist())
+
+
+def test_deepseek_v3_quantizes_as_the_recipe_says(v3, monkeypatch):
+    """Tile, power-of-two scale or not, and floor of every cast: forward, then backward."""
+    calls, inner = [], v3.quantize
+
+    def spy(x, rows, columns, powers=False, least=1e-4):
+        calls.append((rows, columns, powers, least))
+        return inner(x, rows, columns, powers, least)
+
+    monkeypatch.setattr(v3, "quantize", spy)
+    monkeypatch.setattr(v3, "quantize_gradient", lambda *args, **how: spy(*args, **how, least=1e-30))
+    tile, block, column, small = (1, 128), (128, 128), (128, 1), 1e-30
+    layer = v3.FP8Linear(128, 128, bias=False)
+    for wide in (False, True):  # the output projection of attention
+        calls.clear()
+        layer.wide_cache = wide
+        layer(torch.randn(128, 128, requires_grad=True)).sum().backward()
+        assert sorted(calls[:2]) == [(*tile, wide, 1e-4), (*block, False, 1e-4)]
+        assert sorted(calls[2:]) == sorted([(*block, False, 1e-4), (*tile, False, small), (*tile, False, small), (*tile, wide, 1e-4)])
+    experts = v3.Experts(2, 128, 128, fp8=True)
+    experts.gate_up.data.normal_(), experts.down.data.normal_()
+    calls.clear()
+    experts(torch.randn(256, 128, requires_grad=True), torch.tensor([100, 256], dtype=torch.int32)).sum().backward()
+    forward, backward = calls[:5], calls[5:]
+    # the input before dispatch; both matrices; the SwiGLU's output, and its input for the cache
+    assert sorted(forward) == sorted([(*tile, True, 1e-4), *[(*block, False, 1e-4)] * 2, *[(*tile, False, 1e-4)] * 2])
+    # the gradient before the down-projection keeps its powers along tokens, and so does the input
+    assert sorted(backward) == sorted([
+        (*tile, True, small), (*block, False, 1e-4), (*column, True, small), (*column, False, 1e-4),
+        (*tile, False, small), (*block, False, 1e-4), (*column, False, small), (*column, True, 1e-4),
+    ])  # fmt: skip
