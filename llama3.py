@@ -572,7 +572,7 @@ def flops_per_token(cfg):
 # ---------------------------------------- Data ----------------------------------------
 
 class Mixture:
-    """§3.1.2: corpora drawn by weight, a sequence at a time. Of each block of 1,000 sequences every
+    """Corpora drawn by weight, a sequence at a time. Of each block of 1,000 sequences every
     corpus has its exact share, in an order that the seed shuffles, so that its own position is
     arithmetic. starts are the windows of each corpus that are spent already, and first the
     sequences that earlier phases drew from this mixture."""
@@ -620,6 +620,20 @@ def parse_mix(text):
         raise ValueError(f"the weight of {min(mix, key=mix.get)} is too small")
     return mix
 
+def mix_held_out(mix, heldout, batch, length, most):
+    """Parts of the held-out corpora of a mix, batch by batch of sequences of `length`, in which
+    every corpus has its share; `most` batches at most."""
+    sizes = {path: (math.ceil(batch * mix[path]) + 1) * length for path in mix}
+    rounds = min(sum(map(len, heldout[path].parts)) // size for path, size in sizes.items())
+    parts = []
+    for i in range(min(rounds, most)):
+        for path, size in sizes.items():
+            start = i * size
+            for part in heldout[path].parts:
+                parts.append(part[max(start, 0) : max(start + size, 0)])
+                start -= len(part)
+    return parts
+
 def load_mixtures(cfg, tokenizer):
     """(a Mixture for each of the run's phases, held-out Corpus of its first mix). Each length has
     an order of its own, in which no phase draws a window that another drew, within an epoch."""
@@ -642,17 +656,8 @@ def load_mixtures(cfg, tokenizer):
         n = (phase.end - phase.first) * now.batch_size
         spent.update(((path, now.seq_len), i) for path, i in zip(mix, mixtures[-1].spent(n)))
         first += n
-    # held out: batch by batch of the longest sequences, in which every corpus has its share
-    pieces = {path: (math.ceil(batch * common[path]) + 1) * length for path in common}
-    held = {path: corpora[path][1].parts for path in common}
-    rounds = min(sum(map(len, held[path])) // size for path, size in pieces.items())
-    parts = []
-    for i in range(min(rounds, cfg.val_batches)):
-        for path, size in pieces.items():
-            start = i * size
-            for part in held[path]:
-                parts.append(part[max(start, 0) : max(start + size, 0)])
-                start -= len(part)
+    heldout = {path: corpora[path][1] for path in common}
+    parts = mix_held_out(common, heldout, batch, length, cfg.val_batches)
     return mixtures, Corpus(parts, tokenizer, cfg.vocab_size, in_order=True)
 
 def get_batch(corpus, first, n, cfg):

@@ -1,4 +1,4 @@
-"""Speed and memory, side by side: python tests/benchmark.py gpt1|llama3|deepseek_v3 [--pairs 10]
+"""Speed and memory, side by side: python tests/benchmark.py gpt1|gpt3|llama3|deepseek_v3 [--pairs 10]
 
 Each line compares the script (A) with something else (B) in interleaved pairs A B A B ... of one run
 and prints the medians. CPU time is the process's, over all its threads. Nothing here is asserted.
@@ -57,9 +57,51 @@ class Nano(nn.Module):
         return x @ self.wte.weight.T
 
 
-def hugging_face(cfg):
-    from transformers import DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM, OpenAIGPTConfig, OpenAIGPTLMHeadModel
+class BookBlock(nn.Module):
+    """GPT-2's block, the norm before each branch, as the books have it."""
 
+    def __init__(self, dim, n_heads, hidden_dim):
+        super().__init__()
+        self.n_heads = n_heads
+        self.ln_1, self.ln_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.c_attn, self.c_proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.c_fc, self.c_out = nn.Linear(dim, hidden_dim), nn.Linear(hidden_dim, dim)
+
+    def forward(self, x):
+        B, T, D = x.shape
+        q, k, v = self.c_attn(self.ln_1(x)).split(D, dim=2)
+        q, k, v = (t.view(B, T, self.n_heads, D // self.n_heads).transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.c_proj(y.transpose(1, 2).contiguous().view(B, T, D))
+        return x + self.c_out(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh"))
+
+
+class Book(nn.Module):
+    """GPT-2."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(cfg.vocab_size, cfg.dim), nn.Embedding(cfg.seq_len, cfg.dim)
+        self.h = nn.ModuleList(BookBlock(cfg.dim, cfg.n_heads, cfg.hidden_dim) for _ in range(cfg.n_layers))
+        self.ln_f, self.head = nn.LayerNorm(cfg.dim), nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
+        self.head.weight = self.wte.weight
+
+    def forward(self, tokens):
+        x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1]))
+        for block in self.h:
+            x = block(x)
+        return self.head(self.ln_f(x))
+
+
+def hugging_face(cfg):
+    from transformers import DeepseekV3ForCausalLM, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OpenAIGPTConfig, OpenAIGPTLMHeadModel
+
+    if hasattr(cfg, "band"):
+        from test_hf_parity import gpt2_config
+
+        config = gpt2_config(cfg)
+        config._attn_implementation = "sdpa"
+        return GPT2LMHeadModel(config)
     if hasattr(cfg, "n_experts"):
         from test_hf_parity import deepseek_config
 
@@ -82,15 +124,18 @@ def plain_loop(module, cfg, kind):
         model = module.GPT1(cfg)
         module.init_weights(model, cfg)
     else:
-        model = {"nano": Nano, "hf": hugging_face}[kind](cfg)
+        model = {"nano": Nano, "book": Book, "hf": hugging_face}[kind](cfg)
+    if cfg.compile:
+        model = torch.compile(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     data = torch.randint(cfg.vocab_size, (100_000,), dtype=torch.int32)
 
     def step():
         starts = torch.randint(len(data) - cfg.seq_len - 1, (cfg.batch_size,)).tolist()
         window = torch.stack([data[i : i + cfg.seq_len + 1] for i in starts]).long()
-        logits = model(window[:, :-1])
-        logits = getattr(logits, "logits", logits)
+        with torch.autocast("cpu", torch.bfloat16, cfg.precision == "bf16"):
+            logits = model(window[:, :-1])
+        logits = getattr(logits, "logits", logits).float()
         loss = F.cross_entropy(logits.reshape(-1, cfg.vocab_size), window[:, 1:].reshape(-1))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -163,6 +208,55 @@ def the_dualpipe(module, cfg):
             module.train_by_tokens(pipe, optimizer, *corpora, state, now, torch.device("cpu"))
 
     return run
+
+
+def the_model_parallel(module, cfg):
+    """run(): STEPS updates through gpt3.py's own loop, on made-up text."""
+    tokenizer = module.load_tokenizer("bytes", module.SPECIALS)
+    text = "".join(map(chr, torch.randint(32, 127, (400_000,)).tolist()))
+    documents = module.tokenize([("text", text)], tokenizer)
+    cfg = module.lay_out(dataclasses.replace(cfg, tokens=1e12), 1)
+    corpus, heldout = module.load_corpora("", documents, tokenizer, cfg.vocab_size, cfg.batch_size, cfg.seq_len)
+    mixture = module.Mixture({"": 1.0}, [corpus], [0], 0)
+    parallel = module.ModelParallel(cfg, torch.device("cpu"))
+    module.init_weights(parallel.model, cfg)
+    optimizer = module.build_optimizer(parallel.model, cfg)
+    state = dict.fromkeys(("sequences", "tokens", "offset", "seed", "bad", "clean"), 0) | {"step": 1, "scale": 1.0}
+
+    def run():
+        now = dataclasses.replace(cfg, steps=state["step"] + STEPS)
+        with contextlib.redirect_stdout(io.StringIO()):
+            module.train_with_ramp(parallel, optimizer, mixture, heldout, state, now)
+
+    return run
+
+
+def gpt3_main(module, args):
+    """fp32 and bf16, eager and compiled, against both peers; then one attention call, banded against dense."""
+    dense = dict(vocab_size=4096, seq_len=512, dim=256, n_layers=6, n_heads=4, hidden_dim=1024, band=0, batch_size=4, first_batch=0,
+                 val_every=10**9)  # fmt: skip
+    flags = args.measure_memory.split(",") if args.measure_memory else []
+    for precision, compiles in (("fp32", False), ("bf16", False), ("fp32", True), ("bf16", True)):
+        column = f"{precision} {'compiled' if compiles else 'eager'}"
+        cfg = module.Config(**dense, precision=precision, compile=compiles)
+        if flags:
+            if flags[1:] == [column]:
+                run = the_model_parallel(module, cfg) if flags[0] == "script" else plain_loop(module, cfg, flags[0])
+                run(), run()
+                return print(peak_of_this_process())
+            continue
+        script = the_model_parallel(module, cfg)
+        for kind, title in (("book", "from-the-book loop"), ("hf", "Hugging Face's class")):
+            compare(f"{column}, {title}", script, plain_loop(module, cfg, kind), args.pairs)
+        memory = {kind: peak_memory(f"{kind},{column}", [args.script]) for kind in ("script", "book", "hf")}
+        print(f"{column}, peak MiB", ", ".join(f"{kind} {size:.0f}" for kind, size in memory.items()))
+    q, k, v = torch.randn(3, 1, 12, 2048, 64, requires_grad=True)
+    masks = {band: module.banded_mask(2048, band, torch.device("cpu")) for band in (128,)}
+
+    def call(mask):
+        return lambda: [module.attend(q, k, v, mask).sum().backward() for _ in range(STEPS)]
+
+    compare("attention at 2,048, dense, against a band of 128", call(None), call(masks[128]), args.pairs)
 
 
 def one_pass(module, cfg):
@@ -283,6 +377,8 @@ def main():
     args = parser.parse_args()
     module = importlib.import_module(args.script)
     module.launch(60)
+    if args.script == "gpt3":
+        return gpt3_main(module, args)
     if args.script == "llama3":
         return llama3_main(module, args)
     if args.script == "deepseek_v3":

@@ -26,6 +26,7 @@ class Row:
     small: dict  # flags of a run of seconds: updates of 4 sequences of 16 tokens
     betas: tuple  # of Adam
     prefix: str = "/model/"  # of a parameter's name in a checkpoint
+    warm: str = "--warmup_steps 10"  # flags for ten updates of warm-up of the demo
     plain: dict = dataclasses.field(default_factory=dict)  # a Config whose objective is next-token loss alone
 
 
@@ -46,6 +47,56 @@ SCRIPTS = {
         falls=1.0, batch=(24, 128), betas=(0.9, 0.999),
         variants=("", "--adam released", "--precision bf16 --recompute block"),
         small=dict(batch_size=4, dim=48, hidden_dim=64, context=16, warmup_steps=2),
+    ),
+    "gpt3": Row(
+        model="GPT3",
+        tiny=dict(vocab_size=257, seq_len=7, dim=24, n_layers=4, n_heads=4, hidden_dim=80, band=3, batch_size=8, first_batch=0,
+                  precision="fp32", lr=1e-3, tokens=280.0, warmup_tokens=56.0),
+        counts={"gpt2": 124_439_808, "gpt2_medium": 354_823_168, "gpt2_large": 774_030_080, "gpt2_xl": 1_557_611_200,
+                "125m": 125_226_240, "350m": 355_871_744, "760m": 760_300_032, "1.3b": 1_315_723_264, "2.7b": 2_651_553_280,
+                "6.7b": 6_658_404_352, "13b": 12_853_386_240, "175b": 174_604_259_328, "small": 86_039_808, "demo": 446_080},
+        # the specification's values for 175B, in tokens
+        schedule=(dict(lr=0.6e-4), {0: 0.0, 187.5e6: 3e-5, 375e6: 6e-5, 10e9: 5.981708e-5, 130e9: 3.306126e-5,
+                                    200e9: 1.280897e-5, 260e9: 6e-6, 300e9: 6e-6}),
+        layouts=((1, dict(micro_batch=2)), (2, dict(tp=2)), (2, dict(pp=2)), (2, dict(dp=2)), (4, dict(tp=2, pp=2)),
+                 (4, dict(tp=2, dp=2, micro_batch=1)), (4, dict(pp=2, dp=2)), (4, dict(tp=4)), (4, dict(pp=4, micro_batch=1)),
+                 (1, dict(micro_batch=2, noise_scale=True)), (2, dict(dp=2, micro_batch=1, noise_scale=True)),
+                 (2, dict(dp=2, recompute="block")), (2, dict(pp=2, recompute="block", banded="even"))),
+        falls=1.5, batch=(24, 128), betas=(0.9, 0.95),
+        variants=("--tokenizer bytes", "--tokenizer bytes --precision bf16 --recompute block",
+                  "--tokenizer bytes --precision fp16 --dim 24 --hidden_dim 96"),  # fp16 is slow on a CPU
+        small=dict(tokenizer="", batch_size=4, first_batch=0, batch_multiple=1, dim=48, hidden_dim=64, seq_len=16,
+                   warmup_tokens=128, lr=1e-3),
+        prefix="/model/tp0.", warm="--warmup_tokens 30720",
+    ),
+    "chinchilla": Row(
+        model="Chinchilla",
+        tiny=dict(vocab_size=257, dim=24, n_layers=2, n_heads=3, head_dim=10, hidden_dim=80, seq_len=7, batch_size=8,
+                  precision="fp32", lr=1e-3, steps=5, warmup_steps=1),
+        # 32000 D + L (5 D HE + 8 D D + 2 HE + 4 D + 3 D) + D: Table A9 to 0.6M; the published in millions, else over bytes
+        counts={"44m": 43_684_352, "57m": 57_297_024, "74m": 73_786_240, "90m": 89_777_920, "106m": 105_769_600,
+                "117m": 116_672_256, "140m": 139_696_128, "163m": 162_720_000, "175m": 174_898_304,
+                "196m": 195_787_648, "217m": 216_676_992, "251m": 251_020_288, "278m": 278_301_696,
+                "306m": 305_583_104, "425m": 424_554_240, "489m": 488_486_400, "509m": 509_182_080,
+                "552m": 552_418_560, "587m": 586_536_192, "632m": 632_162_304, "664m": 663_890_304,
+                "724m": 724_216_320, "816m": 816_270_336, "893m": 892_596_992, "1018m": 1_017_884_672,
+                "1143m": 1_143_172_352, "1266m": 1_265_514_496, "1424m": 1_424_268_160, "1429m": 1_429_147_648,
+                "1593m": 1_592_780_800, "1609m": 1_608_990_976, "1731m": 1_730_453_760, "1794m": 1_793_713_792,
+                "2007m": 2_006_574_336, "2283m": 2_282_694_912, "2298m": 2_297_638_400, "2639m": 2_638_517_760,
+                "2980m": 2_979_397_120, "3530m": 3_530_291_328, "3802m": 3_802_199_808, "4084m": 4_083_545_472,
+                "4516m": 4_515_904_512, "6796m": 6_795_410_944, "9293m": 9_292_984_320, "11452m": 11_451_550_208,
+                "12295m": 12_294_941_184, "12569m": 12_568_695_808, "13735m": 13_735_124_480, "14940m": 14_940_099_584,
+                "16183m": 16_183_009_280, "gopher_44m": 43_684_352, "gopher_117m": 116_672_256,
+                "gopher_417m": 417_369_600, "gopher_1.4b": 1_374_603_264, "gopher_7.1b": 7_111_577_600,
+                "70b": 70_061_268_992, "280b": 279_708_975_104, "demo": 73_152, "small": 5_191_680},
+        # 0.1 + 0.45 (1 + cos(pi step / steps)) behind the warm-up from 1e-7
+        schedule=(dict(lr=1.0, steps=100_000, warmup_steps=2000),
+                  {0: 1e-7, 1000: 0.5, 2000: 1.0, 2001: 0.999111, 25_000: 0.868198, 50_000: 0.55, 99_999: 0.1}),
+        layouts=((1, dict(micro_batch=8)), (1, dict(micro_batch=2)), (1, dict(micro_batch=1)), (2, dict(micro_batch=4)),
+                 (2, dict(micro_batch=1)), (4, dict(micro_batch=2)), (4, dict(micro_batch=1)), (2, dict(recompute="block"))),
+        falls=1.0, batch=(24, 32), betas=(0.9, 0.95),
+        variants=("", "--precision bf16 --recompute block"),
+        small=dict(sweep="", batch_size=4, dim=48, hidden_dim=64, seq_len=16, warmup_steps=2, lr=1e-3),
     ),
     "llama3": Row(
         model="Llama3",
@@ -98,6 +149,10 @@ SCRIPTS = {
         plain=dict(mtp="none", balance_loss=0.0, init_std=0.02),
     ),
 }  # fmt: skip
+
+
+# for what has one text in all scripts, which test_house.py sees to: one of them is enough
+SHARED = pytest.mark.parametrize("script", ["gpt1"], indirect=True)
 
 
 @pytest.fixture(params=SCRIPTS)

@@ -105,7 +105,7 @@ class Process:
     server = multiprocessing.get_context("forkserver")
 
     def __init__(self, name, flags):
-        self.server.set_forkserver_preload(["gpt1", "llama3", "deepseek_v3"])
+        self.server.set_forkserver_preload(["gpt1", "gpt3", "chinchilla", "llama3", "deepseek_v3"])
         self.files = [tempfile.mkstemp()[1] for _ in range(2)]
         self.process = self.server.Process(target=as_a_process, args=(name, [str(flag) for flag in flags], *self.files))
         self.process.start()
@@ -163,6 +163,8 @@ def gradients(name, row, overrides):
         return expert_gradients(module, cfg, corpus, model.state_dict(), device)
     if hasattr(module, "Pipeline"):
         return pipeline_gradients(module, cfg, corpus, dict(model.named_parameters()), device)
+    if hasattr(module, "ModelParallel"):
+        return split_gradients(module, cfg, corpus, dict(model.named_parameters()), device)
     mesh = module.init_device_mesh(device.type, (module.dist.get_world_size(),), mesh_dim_names=("dp",))
     replicas = module.parallelize(model, cfg, mesh)
     batches = module.next_batches(corpus, 3, False, cfg, device, dist.get_rank(), dist.get_world_size())
@@ -184,6 +186,28 @@ def pipeline_gradients(module, cfg, corpus, values, device):
     batches = module.next_batches(corpus, 3, False, phase.cfg, device, pipeline.data_rank, module.data_ranks(cfg))
     norm, loss = module.clip_gradients(pipeline.model, pipeline.run(batches), phase.cfg, pipeline.mesh, device)
     found = {key: module.whole_tensor(key, p.grad, pipeline.tp).numpy() for key, p in pipeline.model.named_parameters()}
+    return loss, found, norm
+
+
+def split_gradients(module, cfg, corpus, values, device):
+    """The same for a script that splits matrices and layers, and pads the vocabulary to its ranks."""
+    cfg = module.lay_out(cfg, dist.get_world_size())
+    parallel = module.ModelParallel(cfg, device)
+    for key, p in parallel.model.named_parameters():
+        value = values["token_embedding.weight" if key == "head.weight" else key].detach()
+        rows = module.whole_shape(key, p, parallel.tp)[0]
+        padded = torch.zeros(rows, *value.shape[1:])
+        padded[: len(value)] = value
+        module.fill(key, p, padded, parallel.tp)
+    batches = module.next_batches(corpus, 3, False, cfg, device, parallel.data_rank, cfg.dp)
+    loss, _ = parallel.run(batches)
+    norm, loss = module.gradient_norm(parallel.model, loss, parallel.mesh, device)
+    found = {key: module.whole_tensor(key, p.grad, parallel.tp) for key, p in parallel.model.named_parameters()}
+    for key, g in found.items():
+        if key.startswith(("token_embedding", "head")):
+            assert not g[cfg.vocab_size :].any(), "padding has no gradient"
+            g = g[: cfg.vocab_size]
+        found[key] = (g / max(1, norm)).numpy()
     return loss, found, norm
 
 

@@ -16,7 +16,7 @@ def reference(name, overrides):
     module, row = importlib.import_module(name), SCRIPTS[name]
     cfg = module.Config(**{**row.tiny, **overrides})
     batch = module.get_batch(make_corpora(module, cfg)[0], 3, cfg.batch_size, cfg)
-    if getattr(cfg, "document_mask", name != "deepseek_v3"):  # which packs without a gap
+    if getattr(cfg, "document_mask", name == "gpt1"):  # the others fill every row
         assert 0 < batch["n_targets"] < batch["targets"].numel(), "some targets must not count"
     model = make_model(module, row, cfg)
     if name == "deepseek_v3":  # its terms are tested one by one in test_loss.py
@@ -45,7 +45,7 @@ def test_layout_gives_one_ranks_gradients(ranks, name, n, overrides):
         seen |= found.keys()
         for key, g in found.items():
             if key not in expected:  # a copy of the tied embedding, on a stage without it
-                assert key == "head.weight" and overrides["tied"]
+                assert key == "head.weight" and overrides.get("tied", name == "gpt3")
                 key = "token_embedding.weight"
                 seen.remove("head.weight")
             if key.endswith("router.bias"):
@@ -63,7 +63,7 @@ def join(name):
     return module.sum_over_ranks(1, device=module.launch(30))
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", ["gpt1"])  # launch has one text in all
 def test_each_restart_meets_under_a_name_of_its_own(ranks, name):
     """Workers that torchrun restarts share its store with the dead ones, whose addresses are there."""
     server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -2,6 +2,7 @@
 import base64
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import re
@@ -13,12 +14,13 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS
+from conftest import SCRIPTS, SHARED
 from ranks import Process, free_port, run_main
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NAMES = list(SCRIPTS)
-DROPOUT = {"gpt1": ["--dropout", "0.1"], "llama3": [], "deepseek_v3": []}  # so that its seeds count
+LOOPS = [name for name in NAMES if name != "chinchilla"]  # whose loop is gpt1's
+DROPOUT = {"gpt1": ["--dropout", "0.1"], "gpt3": ["--dropout", "0.1"], "chinchilla": [], "llama3": [], "deepseek_v3": []}  # so that its seeds count
 
 
 def small(name, **more):
@@ -106,7 +108,7 @@ def same(first, second):
 def test_demo_under_torchrun(name):
     done = run(name, "--steps", 4, "--log_every", 2, "--val_batches", 1, ranks=2)
     assert done.returncode == 0, done.stderr
-    line = (r"step {}/4 \| loss \d+\.\d{{4}} \| bpb \d+\.\d+ \| lr \S+ \| grad \S+ \| tokens \S+M \| ((stage|mtp|max_load|min_load) \S+ \| )*"
+    line = (r"step {}/4 \| loss \d+\.\d{{4}} \| bpb \d+\.\d+ \| lr \S+ \| grad \S+ \| tokens \S+M \| ((stage|batch|mtp|max_load|min_load) \S+ \| )*"
             r"\S+k tok/s \| mem \S+G \| eta \d+:\d\d")  # fmt: skip
     assert [len(re.findall(line.format(i), done.stdout)) for i in (1, 2, 3, 4)] == [1, 1, 0, 1]
     assert "2 ranks x 1 x {} sequences of {}".format(SCRIPTS[name].batch[0] // 2, SCRIPTS[name].batch[1]) in done.stdout
@@ -115,7 +117,7 @@ def test_demo_under_torchrun(name):
     assert len(final[1]) > 100, "a sample ends the run"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LOOPS)
 def test_killed_and_resumed_ends_the_same_bit_for_bit(name, text, tmp_path):
     """SIGKILL in the middle of a save, then at a random moment."""
     wide = small(name, dim=192, log_every=5)  # so that a save takes a while
@@ -142,7 +144,7 @@ def test_killed_and_resumed_ends_the_same_bit_for_bit(name, text, tmp_path):
     assert len(list(broken.glob("step_*"))) == 2, "two checkpoints stay, and nothing partial"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["gpt1", "deepseek_v3"])
 def test_torchrun_restarts_after_a_killed_worker(together, name, text, tmp_path):
     steps = 60 if name == "gpt1" else 40  # sharded ranks are slow on a CPU
     flags = [*small(name), "--data", text, "--steps", steps, "--save_every", 10, "--val_every", 1000]
@@ -157,7 +159,7 @@ def test_torchrun_restarts_after_a_killed_worker(together, name, text, tmp_path)
     assert same(final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "broken"))
 
 
-@pytest.mark.parametrize("name, signum", [*((name, signal.SIGTERM) for name in NAMES), ("gpt1", signal.SIGINT)])
+@pytest.mark.parametrize("name, signum", [*((name, signal.SIGTERM) for name in LOOPS), ("gpt1", signal.SIGINT)])
 def test_a_signal_saves_and_another_number_of_ranks_goes_on(together, name, signum, text, tmp_path):
     steps = 80 if name == "gpt1" else 40  # sharded ranks are slow on a CPU
     flags = [*small(name), "--data", text, "--steps", steps, "--save_every", 1000, "--val_every", 1000]
@@ -175,7 +177,7 @@ def test_a_signal_saves_and_another_number_of_ranks_goes_on(together, name, sign
     assert rows == pytest.approx(reference, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["gpt1", "gpt3"])
 def test_a_failing_rank_ends_the_run_with_its_error(name, text, tmp_path):
     script = tmp_path / "broken_rank.py"
     script.write_text(
@@ -229,6 +231,30 @@ OWN_MISTAKES = {  # of one script: flags, and what the line must say
         ("--data DIR/many --tokenizer bytes", "in 300 parts"), ("--dry_run --world_size 3", "3 ranks"),
         ("--data DIR/short.txt", "short.txt is too short: 10 tokens"),
         ("--data DIR/empty.txt", "empty.txt is too short: 0 tokens"),
+    ],
+    "gpt3": [
+        ("--tp 2", "are not 1 ranks"), ("--pp 0", "pp 0"), ("--dp 3", "are not 1 ranks"), ("--n_heads 5", "5 heads"), ("--dropout 1", "--dropout 1.0"),
+        ("--dry_run --world_size 4 --tp 4 --n_heads 6", "--tp 4 does not divide 6 heads"), ("--dry_run --world_size 2 --tp 2 --hidden_dim 81", "--hidden_dim 81"),
+        ("--dry_run --world_size 8 --pp 8", "fewer than --pp 8"), ("--dry_run --world_size 2 --pp 2 --micro_batch 4", "1 micro-batches are fewer"),
+        ("--dry_run --world_size 3", "not 3 data-parallel ranks"), ("--tokenizer bpe:256", "256 entries"), ("--tokenizer bpe:many", "is not bpe:N"),
+        ("--tokenizer bpe:300 --data DIR/ids.npy", "learned from text"), ("--train_tokenizer 300", "needs --out"), ("--train_tokenizer 200 --tokenizer bpe:999 --out DIR/t", "200 entries"),
+        ("--tokenizer bpe:999999", "no more than"), ("--noise_scale", "--noise_scale needs --micro_batch"),
+        ("--noise_scale --dry_run --world_size 2 --pp 2 --micro_batch 1", "--noise_scale does not work with --pp"),
+        ("--first_batch 8", "--first_batch 8"), ("--batch_multiple 3", "multiples of 3"), ("--tokens 0", "not a single update"), ("--banded all", "banded"),
+        ("--data 0:TEXT", "the weight of TEXT is 0"), ("--data half:TEXT", "is not WEIGHT:PATH"), ("--data TEXT,DIR/none.txt", "DIR/none.txt"),
+        ("--data TEXT,DIR/latin.txt --write_tokens DIR/w", "one corpus, not a mix"), ("--vocab_size 256", "--vocab_size 256 is below 257"),
+        ("--init DIR/no_weights", "holds no GPT-2 model"), ("--tokenizer DIR/twice.txt", "a rank twice"), ("--data DIR/short.txt", "short.txt is too short: 10 tokens"),
+        ("--data DIR/empty.txt", "empty.txt is too short: 0 tokens"), ("--data DIR/many --tokenizer bytes", "in 300 parts"),
+    ],
+    "chinchilla": [
+        ("--cosine 0.5", "--cosine 0.5"), ("--dim 47", "--dim 47 is odd"), ("--batch_size 0", "--batch_size 0"), ("--batch_size 6 --second_batch 9 --micro_batch 2", "--second_batch 9"),
+        ("--sweep 1e9 --sizes=", "--sweep needs --sizes"), ("--sweep 1e9,x --sizes 12x2", "is not FLOPS,... and"), ("--sweep 1e9 --sizes 16", "is not FLOPS,... and"),
+        ("--sweep 1e9 --sizes 12x2x3", "is not FLOPS,... and"), ("--sweep=-1e9 --sizes 12x2", "is not FLOPS,... and"), ("--sweep 1e9 --sizes 20x2", "do not divide the width 20"),
+        ("--sweep 1e3 --sizes 12x2", "1000 FLOPs are not one update of 12x2"), ("--sweep 1e9 --export DIR/hf", "single run"), ("--sweep 1e9 --second_batch 8", "single run"),
+        ("--mismatched_cosine", "part of a sweep"), ("--inference_tokens 1e9", "needs --budget"), ("--plot DIR/p", "--plot"), ("--budget inf", "--budget inf"),
+        ("--fit DIR/none.csv", "none.csv"), ("--dry_run --world_size 3", "3 ranks"), ("--data DIR/short.txt", "short.txt is too short: 10 tokens"),
+        ("--data DIR/empty.txt", "empty.txt is too short: 0 tokens"), ("--data DIR/many --tokenizer bytes", "in 300 parts"),
+        ("--init DIR/no_weights", "holds no Chinchilla model"), ("--vocab_size 256", "--vocab_size 256"),
     ],
     "llama3": [
         ("--tp 2", "are not 1 ranks"), ("--n_heads 5", "5 heads"), ("--dp 3", "are not 1 ranks"), ("--n_kv_heads 3", "3 key-value heads"),
@@ -435,7 +461,7 @@ def test_steps_that_are_not_finite(main, script, text, tmp_path, monkeypatch, ba
 
 def test_write_tokens_then_train_on_them(main, script, text, tmp_path):
     flags = [*small(script[0].__name__), "--steps", 2]
-    assert main("--data", text, "--write_tokens", tmp_path / "shards")[0] == 0
+    assert main(*flags, "--data", text, "--write_tokens", tmp_path / "shards")[0] == 0
     (shard,) = (tmp_path / "shards").iterdir()
     ids = np.load(shard)
     specials = [256 + script[0].SPECIALS.index(token) for token in (script[0].BEGIN, script[0].END) if token]
@@ -453,6 +479,7 @@ def test_write_tokens_then_train_on_them(main, script, text, tmp_path):
     assert losses[0] == losses[1]
 
 
+@SHARED
 def test_documents_of_a_directory_and_of_jsonl(script, tmp_path):
     module, _ = script
     (tmp_path / "deep").mkdir()
@@ -465,6 +492,7 @@ def test_documents_of_a_directory_and_of_jsonl(script, tmp_path):
     assert texts == ("first", "third", "fourth", "second é") and names[0] == "a.txt" and names[3] == "deep/b.md"
 
 
+@SHARED
 def test_embedded_corpus_is_the_standard_library(script):
     module, _ = script
     documents = dict(module.read_documents(""))
@@ -473,6 +501,7 @@ def test_embedded_corpus_is_the_standard_library(script):
     assert not any(re.search(r"(^|/)(tests?|site-packages)/", name) for name in documents)
 
 
+@SHARED
 def test_a_gigabyte_opens_at_once(script, tmp_path):
     """In a process of its own: what it holds in memory is what the test is about."""
     code = f"""
@@ -492,6 +521,7 @@ print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru
     assert seconds < 10 and kilobytes < 50_000 and windows > 990_000
 
 
+@SHARED
 def test_tokenizers(script, tmp_path):
     import base64
 
@@ -516,7 +546,9 @@ def test_training_is_what_it_says(main, script, text, tmp_path):
     _, out, _ = main(*flags, "--out", tmp_path, "--prompt", "line 7 says")
     assert "line 7 says" in out.split("lzma")[1], "the sample continues the prompt"
     cfg = module.Config(**json.loads((tmp_path / "config.json").read_text()))
-    if module.__name__ == "llama3":
+    if module.__name__ == "gpt3":
+        corpus, heldout = module.load_mixture(cfg, module.make_tokenizer(cfg))
+    elif module.__name__ == "llama3":
         cfg = module.phases(cfg)[0].cfg
         (corpus, *_), heldout = module.load_mixtures(cfg, module.load_specials(cfg))
     else:
@@ -574,11 +606,13 @@ def test_epochs_give_the_number_of_steps(main, script, text, tmp_path):
 def test_dry_run_prints_every_preset(main, script):
     """Copies of the model in one script, shards of it in the other."""
     module, row = script
-    shards = 4 if module.__name__ == "llama3" else 1
+    shards = 4 if module.__name__ in ("gpt3", "llama3") else 1
     for preset, count in row.counts.items():
         if preset in ("236b", "27b", "9b"):  # as 671b and 3b, in more layers
             continue
-        layout = ["--world_size", 4] if preset != "671b" else ["--world_size", 2048, "--pp", 16, "--ep", 64]
+        if module.__name__ == "chinchilla" and preset not in ("demo", "small", "44m", "70b"):  # of 59
+            continue
+        layout = ["--world_size", 4, *["--tokenizer="] * (module.__name__ == "gpt3")] if preset != "671b" else ["--world_size", 2048, "--pp", 16, "--ep", 64]
         status, out, _ = main("--preset", preset, "--dry_run", *layout)
         if hasattr(module, "MoE"):
             assert status == 0 and f"parameters {count:,} | activated" in out and "80 GB" in out
@@ -662,8 +696,6 @@ def test_llama3_goes_back_and_past_the_data(llama3_main, capsys, text, tmp_path,
         calls.extend([1] * torch.is_grad_enabled())
         return loss * (math.nan if kind == "nan" and torch.is_grad_enabled() and last - 3 < len(calls) <= last else 1), metrics
 
-    import math
-
     module.get_batch, module.objective = get_batch, losses
     try:
         module.main([*small("llama3", lr=6e-3), "--data", text, "--steps", str(last + 14), "--save_every", "20", "--out", str(tmp_path)])
@@ -704,6 +736,144 @@ def test_llama3_mixes_of_files_patterns_and_shards(llama3_main, capsys, text, tm
                  r"  50.0% .*code, from epoch 0\.[1-9]"):  # fmt: skip
         assert re.search(f"^{line}", out, re.M), (line, out)
     assert "annealing to step 50" in out
+
+
+# GPT-3
+
+RAMP = dict(batch_size=8, first_batch=4, batch_multiple=4, ramp_tokens=640, tokens=1600, micro_batch=1)
+
+
+@pytest.fixture
+def gpt3_main(monkeypatch):
+    import gpt3
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    return gpt3
+
+
+def test_gpt3_ramp_and_layouts_give_the_same_run(together, text, tmp_path):
+    """Batches of 4 and 8, on one rank and cut in every way: the same losses, the same probes, and through --export the
+    same held-out loss elsewhere."""
+    flags = [*small("gpt3", **RAMP), "--data", text, "--lr", 0.01, "--val_every", 1000, "--seq_len", 40]
+    whole = together(1, "gpt3", *flags, "--out", tmp_path / "whole")
+    sizes = [json.loads(row)["batch"] for row in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert sizes == [4, 4, 4, 4, 8, 8, 8], "the ramp ends at 640 tokens, the run at 1,600"
+    find = lambda out: re.search(r"val 7 \| loss (\S+).*?1 shots \| (\S+) nats.*?8 shots \| n/a", out, re.S).groups()  # noqa: E731
+    export = ["--export", tmp_path / "hf"] if importlib.util.find_spec("safetensors") else []
+    for ranks, layout in ((2, ["--dp", 2]), (4, ["--tp", 2, "--pp", 2, *export])):
+        done = together(ranks, "gpt3", *flags, *layout, "--out", tmp_path / f"on{ranks}")
+        assert losses(tmp_path / f"on{ranks}") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+        assert [float(x) for x in find(done)] == pytest.approx([float(x) for x in find(whole)], rel=1e-3)
+        assert re.search(r"^loss by position \| 0-3 \S+ \| 4-7 \S+ \| 8-15 \S+ \| 16-31 \S+ \| 32-39 \S+$", done, re.M)
+    for ranks, layout in ((1, []), (2, ["--tp", 2])) if export else ():
+        done = together(ranks, "gpt3", *flags, *layout, "--steps", 1, "--init", tmp_path / "hf")
+        assert float(re.search(r"val 0 \| loss (\S+)", done)[1]) == pytest.approx(float(find(whole)[0]), rel=1e-4)
+
+
+def test_gpt3_logs_the_noise_scale(together, text, tmp_path):
+    """The first micro-batch of all ranks, which on two ranks are other sequences, against the whole batch, computed apart."""
+    import gpt3
+
+    flags = [*small("gpt3", batch_size=8, seq_len=64), "--data", text, "--steps", 2, "--noise_scale", "--val_every", 1000]
+    for ranks, micro, some in ((1, 2, (0, 1)), (2, 1, (0, 4))):
+        out = tmp_path / str(ranks)
+        together(ranks, "gpt3", *flags, "--micro_batch", micro, "--out", out)
+        noises = [json.loads(row)["noise"] for row in (out / "metrics.jsonl").read_text().splitlines()]
+        cfg = gpt3.Config(**json.loads((out / "config.json").read_text()))
+        corpus, _ = gpt3.load_mixture(cfg, gpt3.make_tokenizer(cfg))
+        model, averages = gpt3.GPT3(cfg), [0, 0]
+        gpt3.init_weights(model, cfg)
+        for step in range(2):  # the first update's rate is 0: the second has the same weights
+            batch, squares = gpt3.get_batch(corpus, 8 * step, 8, cfg), []
+            for rows in (list(some), list(range(8))):
+                loss = torch.nn.functional.cross_entropy(model(batch["tokens"][rows]).flatten(0, 1), batch["targets"][rows].flatten())
+                grads = torch.autograd.grad(loss, list(model.parameters()))
+                squares.append(sum(g.double().square().sum() for g in grads).item())
+            square, trace = (8 * squares[1] - 2 * squares[0]) / 6, (squares[0] - squares[1]) / (1 / 2 - 1 / 8)
+            averages = [0.99 * averages[0] + 0.01 * square, 0.99 * averages[1] + 0.01 * trace]
+            assert noises[step] == round(averages[1] / averages[0] * cfg.seq_len)
+
+
+def test_gpt3_loss_scale(gpt3_main, capsys, text, tmp_path, monkeypatch):
+    """A gradient that overflows halves the scale and is tried again on the same data; 1,000 clean steps double it."""
+    inner, get_batch, calls, firsts = gpt3_main.objective, gpt3_main.get_batch, [], []
+
+    def objective(model, batch, cfg):
+        loss, metrics = inner(model, batch, cfg)
+        calls.extend([1] * torch.is_grad_enabled())
+        if torch.is_grad_enabled() and len(calls) in (3, 4):  # only the gradient overflows
+            loss = loss.clone()
+            loss.register_hook(lambda gradient: gradient * math.inf)
+        return loss * (math.nan if torch.is_grad_enabled() and len(calls) == 7 else 1.0), metrics
+
+    def recorded(corpus, first, n, cfg):
+        firsts.extend([first] * (not getattr(corpus, "in_order", False)))
+        return get_batch(corpus, first, n, cfg)
+
+    monkeypatch.setattr(gpt3_main, "objective", objective)
+    monkeypatch.setattr(gpt3_main, "get_batch", recorded)
+    flags = [*small("gpt3"), "--data", text, "--precision", "fp16", "--n_layers", "2", "--prompt", "x"]
+    gpt3_main.main([*flags, "--steps", "5", "--out", str(tmp_path / "run")])
+    out = capsys.readouterr().out
+    assert re.findall(r"step (\d+) overflows: loss scale (\d+)", out) == [("3", "32768"), ("3", "16384")]
+    assert len(calls) == 7 and firsts == [0, 4, 8, 12, 16]
+    assert out.count("skipped") == 1 and "step 5 skipped" in out, "a loss that is not finite is no overflow"
+    rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["scale"] for row in rows] == [65536, 65536, 16384, 16384, 16384] and rows[-1]["tokens"] == 4 * 64
+    assert all(0.1 < row["grad"] < 10 for row in rows[:4]), "the norm is that of the gradient, unscaled"
+    for steps, precision, scale in ((6, "bf16", None), (7, "fp16", 65536)):  # it begins and ends with the precision
+        gpt3_main.main([*flags, "--precision", precision, "--steps", str(steps), "--out", str(tmp_path / "run"), "--resume"])
+        row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+        assert (row["step"], row.get("scale")) == (steps, scale)
+    monkeypatch.setattr(gpt3_main, "load_checkpoint", lambda *args: args[-1].update(clean=997, step=0))
+    gpt3_main.main([*flags, "--steps", "5", "--out", str(tmp_path / "more")])
+    rows = [json.loads(row)["scale"] for row in (tmp_path / "more" / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [65536, 65536, 131072, 131072, 131072]
+
+
+def test_gpt3_fp16_follows_fp32(gpt3_main, capsys, text, tmp_path):
+    flags = [*small("gpt3"), "--data", text, "--steps", "4", "--n_layers", "2", "--lr", "0.003", "--prompt", "x"]
+    for precision in ("fp16", "fp32"):
+        gpt3_main.main([*flags, "--precision", precision, "--out", str(tmp_path / precision)])
+    assert losses(tmp_path / "fp16") == pytest.approx(losses(tmp_path / "fp32"), rel=2e-3)
+    assert losses(tmp_path / "fp16") != losses(tmp_path / "fp32")
+
+
+def test_gpt3_learns_a_tokenizer_and_trains_with_one(gpt3_main, capsys, tmp_path):
+    (tmp_path / "text.txt").write_text("".join(f"the number {i} is not {i * i}, is it?\n" for i in range(3000)))
+    data = ["--data", str(tmp_path / "text.txt")]
+    gpt3_main.main([*data, "--train_tokenizer", "400", "--out", str(tmp_path / "out")])
+    assert "400 entries" in capsys.readouterr().out and [f.name for f in (tmp_path / "out").iterdir()] == ["ranks.tiktoken"]
+    flags = [*small("gpt3"), *data, "--steps", "2"]
+    gpt3_main.main([*flags, "--tokenizer", str(tmp_path / "out" / "ranks.tiktoken")])
+    first = capsys.readouterr().out
+    gpt3_main.main([*flags, "--tokenizer", "bpe:400", "--out", str(tmp_path / "run")])
+    second = capsys.readouterr().out
+    assert (tmp_path / "run" / "ranks.tiktoken").read_text() == (tmp_path / "out" / "ranks.tiktoken").read_text()
+    clean = lambda out: re.sub(r"[\d.]+k tok/s.*", "", out)  # noqa: E731
+    assert clean(first) == clean(second) and "val 2" in first
+    learned = (tmp_path / "run" / "ranks.tiktoken").read_text()
+    (tmp_path / "text.txt").write_text("another text, " * 5000)
+    gpt3_main.main([*flags, "--tokenizer", "bpe:400", "--out", str(tmp_path / "run"), "--resume", "--steps", "3"])
+    assert (tmp_path / "run" / "ranks.tiktoken").read_text() == learned, "a run keeps its tokenizer"
+    for more, phrase in ((["--tokenizer", "bpe:300"], "400 entries, and not 300"), (["--train_tokenizer", "300"], "already")):
+        with pytest.raises(SystemExit):
+            gpt3_main.main([*flags, *more, "--out", str(tmp_path / "run")])
+        assert phrase in capsys.readouterr().err
+    assert (tmp_path / "run" / "ranks.tiktoken").read_text() == learned
+    gpt3_main.main([*data, "--tokenizer", "bpe:260", "--write_tokens", str(tmp_path / "shards")])
+    assert sorted(f.name for f in (tmp_path / "shards").iterdir()) == ["ranks.tiktoken", "tokens_00000.npy"]
+    loss, bpb = map(float, re.search(r"val 2 \| loss (\S+) \| bpb (\S+)", first).groups())
+    assert bpb < 0.6 * loss / math.log(2), "a token is worth several bytes"
+
+
+def test_gpt3_mix_says_its_epochs(gpt3_main, capsys, text, tmp_path):
+    np.save(tmp_path / "ids.npy", np.resize(np.arange(65, 91, dtype=np.uint16), 2000))
+    gpt3_main.main([*small("gpt3", batch_size=8, tokens=4096), "--steps", "2", "--data", f"0.75:{text},0.25:{tmp_path}/ids.npy"])
+    out = capsys.readouterr().out
+    windows = 2000 * 0.95 // 16 - 1
+    epochs = float(re.search(r"^  25.0% .*ids.npy, (\S+) epochs$", out, re.M)[1])
+    assert epochs == pytest.approx(0.25 * 256 / windows, abs=0.02) and re.search(r"^  75.0% .*text.txt, 0\.\d\d epochs$", out, re.M)
 
 
 # DeepSeek-V3's layouts

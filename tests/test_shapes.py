@@ -1,11 +1,12 @@
 """Shapes, masks, counts, schedules, and the worked examples of the papers' specifications."""
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SCRIPTS
+from conftest import SCRIPTS, SHARED
 from ranks import make_corpora, make_model
 
 
@@ -18,7 +19,8 @@ def test_logits_shape_and_who_sees_whom(script):
     module, row = script
     model, cfg = build(module, row)
     noise = 1e-5 if hasattr(module, "MoE") else 0  # of products whose rows are grouped by expert
-    for T in (cfg.seq_len, getattr(cfg, "context", 2 * cfg.seq_len)):
+    most = cfg.seq_len if hasattr(module, "ModelParallel") else getattr(cfg, "context", 2 * cfg.seq_len)
+    for T in (cfg.seq_len, most):
         tokens = torch.randint(256, (2, T), generator=torch.Generator().manual_seed(0))
         logits = model(tokens)
         assert logits.shape == (2, T, cfg.vocab_size) and logits.dtype == torch.float32
@@ -60,10 +62,16 @@ def test_flops_are_those_of_the_matrix_products(script):
     with FlopCounterMode(display=False) as counter:
         model(tokens).sum().backward()
     unseen = 12 * cfg.n_layers * cfg.dim * (cfg.seq_len - (cfg.seq_len + 1) / 2)
+    if hasattr(cfg, "band"):  # two of the four layers see at most three positions
+        causal, banded = (sum(min(i + 1, most) for i in range(7)) / 7 for most in (7, 3))
+        unseen = 12 * cfg.dim * (4 * cfg.seq_len - 2 * causal - 2 * banded)
     if hasattr(module, "MoE"):  # queries, keys and padded values are as wide as each other
         wide, seen = 2 * (cfg.head_dim + cfg.rope_dim), (2 * cfg.head_dim + cfg.rope_dim)
         unseen = 6 * cfg.n_layers * cfg.n_heads * (wide * cfg.seq_len - seen * (cfg.seq_len + 1) / 2)
         unseen += 6 * (cfg.n_layers - cfg.n_dense) * cfg.top_k * cfg.dim  # weights of the experts: no product of matrices
+    if module.__name__ == "chinchilla":  # three products of T x T, and that of distances, once for the two sequences
+        width = cfg.n_heads * cfg.head_dim
+        unseen = 18 * cfg.n_layers * width * (cfg.seq_len - (cfg.seq_len + 1) / 2) + 4 * cfg.n_layers * cfg.dim * width / 2
     # nothing needs the gradient of the first product's input but the embedding below it
     assert counter.get_total_flops() / tokens.numel() == pytest.approx(module.flops_per_token(cfg) + unseen)
 
@@ -74,6 +82,7 @@ def test_activation_bytes(script, overrides):
     module, row = script
     sizes = {**row.tiny, "dim": 96, "hidden_dim": 320, "seq_len": 64, **overrides}
     sizes |= {"context": 64} if "context" in sizes else {}
+    sizes |= {"head_dim": 32} if hasattr(module, "RelativeAttention") else {}
     cfg = module.Config(**sizes)
     model, kept = make_model(module, row, cfg), {}
     for name, p in model.named_parameters() if hasattr(module, "keeps_bf16") else ():
@@ -130,6 +139,7 @@ def test_ranks_and_accumulation_share_out_the_same_sequences(script, monkeypatch
         assert torch.equal(torch.cat([batch[name] for batch in found]), whole[name])
 
 
+@SHARED
 def test_an_epoch_has_every_window_once(script):
     module, row = script
     length, ids = 7, np.arange(1000, dtype=np.uint16)  # every id says where it stands
@@ -150,6 +160,7 @@ def test_an_epoch_has_every_window_once(script):
     assert [s - min(orders[0]) for s in orders[0]] != [s - min(orders[1]) for s in orders[1]]
 
 
+@SHARED
 @pytest.mark.parametrize("n", [1, 2, 3, 16, 17, 1000])
 def test_shuffle_is_a_permutation(script, n):
     module, _ = script
@@ -160,6 +171,7 @@ def test_shuffle_is_a_permutation(script, n):
         assert order != [module.shuffled(i, n, "other") for i in range(n)]
 
 
+@SHARED
 def test_held_out_documents_are_chosen_by_name(script):
     module, row = script
     cfg = module.Config(**{**row.tiny, "batch_size": 1})
@@ -352,6 +364,238 @@ def test_gpt1_dropout_falls_where_the_paper_has_it(gpt1):
         assert calls == [(0.5, False)] + cfg.n_layers * [0.0, (0.5, False), (0.5, False)]
     finally:
         F.dropout, F.scaled_dot_product_attention = dropout, sdpa
+
+
+# GPT-3
+
+
+@pytest.fixture
+def gpt3():
+    import gpt3
+
+    return gpt3, SCRIPTS["gpt3"]
+
+
+def test_gpt3_banded_mask(gpt3):
+    """The specification's example, T = 8 and band = 3, and its counts of attended pairs at T = 2,048."""
+    module, _ = gpt3
+    expected = ["1.......", "11......", "111.....", ".111....", "..111...", "...111..", "....111.", ".....111"]
+    mask = module.banded_mask(8, 3, torch.device("cpu"))
+    assert ["".join(".1"[int(seen)] for seen in row) for row in mask] == expected
+    for band, pairs in ((128, 254_016), (256, 491_648), (2048, 2_098_176)):
+        assert module.banded_mask(2048, band, torch.device("cpu")).sum() == pairs
+
+
+@pytest.mark.parametrize("banded, first", [("odd", 1), ("even", 0)])
+def test_gpt3_banded_layers_reach_back_only_so_far(gpt3, banded, first):
+    """Through two banded layers a position depends on those less than 2 (band - 1) before it, and all of them; one dense
+    layer among them, and it depends on all."""
+    module, row = gpt3
+    cfg = module.Config(**{**row.tiny, "seq_len": 12, "banded": banded})
+    tokens = torch.randint(256, (1, 12), generator=torch.Generator().manual_seed(0))
+    for layers, reach in (((first, first + 2), 2 * (cfg.band - 1)), ((first, 1 - first), 12)):
+        torch.manual_seed(0)
+        model = module.GPT3(cfg, layers)
+        for j in range(12):
+            changed = tokens.clone()
+            changed[0, j] = (changed[0, j] + 1) % 256
+            moved = (model(changed) != model(tokens)).any(-1)[0]
+            assert moved.tolist() == [0 <= i - j <= reach for i in range(12)]
+
+
+def test_gpt3_block_mask_is_the_dense_one(gpt3, monkeypatch):
+    """The mask of the kernel that skips blocks, which trains on GPUs only: built and run forward here, uncompiled."""
+    from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+    module, _ = gpt3
+    monkeypatch.setattr(module, "flex_kernels", lambda: (flex_attention, lambda *args, device: create_block_mask(*args, device="cpu")))
+    mask = module.banded_mask.__wrapped__(512, 70, torch.device("cuda"))
+    assert isinstance(mask, BlockMask) and mask.sparsity() > 30
+    q, k, v = torch.randn(3, 2, 4, 512, 16, generator=torch.Generator().manual_seed(0))
+    dense = module.attend(q, k, v, module.banded_mask(512, 70, torch.device("cpu")))
+    torch.testing.assert_close(module.attend(q, k, v, mask), dense, atol=1e-5, rtol=1e-5)
+
+
+def test_gpt3_ramp_and_steps(gpt3):
+    """The specification's vectors: whole sequences, linear in tokens."""
+    module, _ = gpt3
+    for preset, tokens, ramp, steps, flat in (("175b", 40_960, 17_718, 109_271, 95_368), ("125m", 36_864, 22_806, 587_382, 572_205)):
+        cfg = module.Config(**{**module.PRESETS[preset], "batch_multiple": 1})
+        seen = 0
+        for step in range(1000):
+            assert seen == 0 or module.batch_at(seen, cfg) >= before
+            before = module.batch_at(seen, cfg)
+            seen += before * 2048
+        assert module.batch_at(seen, cfg) * 2048 == tokens
+        assert module.count_steps(cfg) == (ramp, steps)
+        cfg.first_batch = 0
+        assert module.count_steps(cfg) == (0, flat)
+    cfg = module.Config(first_batch=16, batch_size=1536, ramp_tokens=12e9, batch_multiple=16)
+    sizes = [module.batch_at(tokens, cfg) for tokens in (0, 6e9, 12e9 - 1, 12e9, 1e12)]
+    assert sizes == [16, 768, 1520, 1536, 1536]
+
+
+def test_gpt3_presets_are_the_papers_tables(gpt3):
+    module, _ = gpt3
+    table = {  # layers, width, heads, batch in tokens, rate, ramp: Table 2.1, misprints settled by Table D.1
+        "125m": (12, 768, 12, 0.5, 6e-4, 4), "350m": (24, 1024, 16, 0.5, 3e-4, 4), "760m": (24, 1536, 16, 0.5, 2.5e-4, 4),
+        "1.3b": (24, 2048, 16, 1, 2e-4, 6), "2.7b": (32, 2560, 32, 1, 1.6e-4, 6), "6.7b": (32, 4096, 32, 2, 1.2e-4, 8),
+        "13b": (40, 5120, 40, 2, 1e-4, 8), "175b": (96, 12288, 96, 3, 0.6e-4, 12),
+    }  # fmt: skip
+    for name, (layers, dim, heads, batch, lr, ramp) in table.items():
+        cfg = module.Config(**module.PRESETS[name])
+        assert (cfg.n_layers, cfg.dim, cfg.n_heads, cfg.hidden_dim, cfg.lr) == (layers, dim, heads, 4 * dim, lr)
+        assert cfg.batch_size * 2048 == batch * 2**20 and cfg.ramp_tokens == ramp * 1e9 and cfg.first_batch * 2048 == 2**15
+        assert (cfg.tokens, cfg.warmup_tokens, cfg.decay_tokens, cfg.weight_decay, cfg.clip) == (3e11, 375e6, 260e9, 0.1, 1.0)
+        assert (cfg.vocab_size, cfg.seq_len, cfg.band, cfg.banded, cfg.dropout) == (50257, 2048, 128, "odd", 0.0)
+    for name, shape in dict(gpt2=(12, 768, 12), gpt2_medium=(24, 1024, 16), gpt2_large=(36, 1280, 20), gpt2_xl=(48, 1600, 25)).items():
+        cfg = module.Config(**module.PRESETS[name])
+        assert (cfg.n_layers, cfg.dim, cfg.n_heads) == shape and (cfg.seq_len, cfg.batch_size, cfg.band) == (1024, 512, 0)
+        assert module.count_steps(cfg) == (0, 300_000) and cfg.warmup_tokens == 2000 * 512 * 1024
+
+
+def test_gpt3_initialisation(gpt3):
+    module, row = gpt3
+    cfg = module.Config(**{**row.tiny, "dim": 192, "hidden_dim": 640, "seq_len": 64})
+    model = module.GPT3(cfg)
+    module.init_weights(model, cfg)
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            assert p.unique().tolist() == [float("norm" in name and "weight" in name)], name
+        else:
+            std = 0.02 / math.sqrt(8) if name.endswith(("out.weight", "down.weight")) else 0.01 if "position" in name else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.05), name
+    model.blocks.add_module("stranger", torch.nn.Conv1d(1, 1, 1))
+    with pytest.raises(ValueError, match="stranger"):
+        module.init_weights(model, cfg)
+    decayed, others = module.build_optimizer(module.GPT3(cfg), cfg).param_groups
+    assert (decayed["weight_decay"], others["weight_decay"], decayed["betas"], decayed["eps"]) == (0.1, 0.0, (0.9, 0.95), 1e-8)
+    assert all(p.ndim == 2 for p in decayed["params"]) and all(p.ndim == 1 for p in others["params"])
+
+
+def test_gpt3_noise_scale(gpt3):
+    """The specification's vector; and a simulation in which the truth is known."""
+    module, _ = gpt3
+    assert module.noise_scale(math.sqrt(16.5), math.sqrt(5.5625), 8, 64) == pytest.approx((4.0, 100.0))
+    draws, mean = torch.Generator().manual_seed(0), torch.linspace(-1, 1, 50, dtype=torch.float64)
+    square = trace = 0.0
+    for _ in range(400):
+        noise = 3 * torch.randn(64, 50, dtype=torch.float64, generator=draws)
+        small, big = (mean + noise[:8].mean(0)).norm(), (mean + noise.mean(0)).norm()
+        found = module.noise_scale(small.item(), big.item(), 8, 64)
+        square, trace = square + found[0] / 400, trace + found[1] / 400
+    assert square == pytest.approx(mean.square().sum().item(), rel=0.05) and trace == pytest.approx(9 * 50, rel=0.05)
+
+
+def test_gpt3_packing_counts_every_target(gpt3):
+    """Documents back to back, END after each; nothing is masked, and the first token of the next is predicted, too."""
+    module, _ = gpt3
+    tokenizer = module.load_tokenizer("bytes", module.SPECIALS)
+    stream = np.concatenate([ids for _, ids in module.tokenize((("a", "abc"), ("b", "de"), ("c", "f" * 20)), tokenizer)])
+    corpus = module.Corpus([stream], tokenizer, 257, in_order=True)
+    batch = module.get_batch(corpus, 0, 1, module.Config(seq_len=8))
+    assert batch["tokens"].tolist() == [[97, 98, 99, 256, 100, 101, 256, 102]]
+    assert batch["targets"].tolist() == [[98, 99, 256, 100, 101, 256, 102, 102]]
+    assert batch["n_targets"] == 8 and batch["n_bytes"] == 6, "END has no bytes"
+
+
+def test_gpt3_mix_of_the_paper(gpt3, tmp_path):
+    """Table 2.2: its weights normalised, their epochs in 300B tokens, and no window twice within an epoch."""
+    module, _ = gpt3
+    sizes = {"cc": 410, "webtext2": 19, "books1": 12, "books2": 55, "wikipedia": 3}
+    weights = module.parse_mix("60:cc,22:webtext2,8:books1,8:books2,3:wikipedia")
+    assert [round(w, 4) for w in weights.values()] == [0.5941, 0.2178, 0.0792, 0.0792, 0.0297]
+    start, mix = 0, []
+    for name, size in sizes.items():  # a ten-millionth of each; ids tell where a window comes from
+        np.save(tmp_path / f"{name}.npy", np.arange(start, start + 100 * size, dtype=np.uint16))
+        start += 100 * size
+        mix.append(f"{weights[name]}:{tmp_path / name}.npy")
+    cfg = module.Config(data=",".join(mix), vocab_size=60_000, seq_len=10, batch_size=20, val_batches=1)
+    mixture, heldout = module.load_mixture(cfg, None)
+    windows = [c.n_windows(10) for c in mixture.corpora]
+    drawn = [mixture.draw(i, 0) for i in range(3000)]  # 30,000 tokens
+    epochs = [sum(c == corpus for c, _ in drawn) / n for corpus, n in enumerate(windows)]
+    assert epochs == pytest.approx([0.44, 3.47, 2.00, 0.44, 3.00], rel=0.15)
+    firsts = [mixture.window(i, 10, 0)[0].item() for i in range(3000)]
+    for corpus, n in enumerate(windows):
+        own = [first for (c, _), first in zip(drawn, firsts) if c == corpus]
+        assert len(set(own[:n])) == min(n, len(own))
+        positions = sorted(p for c, p in drawn if c == corpus)
+        assert positions == list(range(len(positions))), "without replacement until an epoch is over"
+    assert not set(firsts) & set(np.concatenate(heldout.parts).tolist())
+
+
+def naive_bpe(text, entries):
+    """What heaps and indices must not change: count all pairs again for each merge."""
+    import collections
+    import re
+
+    pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|(?:[^\r\n\w]|_)?[^\W\d_]+|\d{1,3}| ?(?:[^\s\w]|_)+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    words = [[bytes([b]) for b in word.encode()] for word in re.findall(pattern, text)]
+    ids = {bytes([i]): i for i in range(256)}
+    while len(ids) < entries:
+        pairs = collections.Counter(pair for word in words for pair in zip(word, word[1:]))
+        first, second = min(pairs, key=lambda pair: (-pairs[pair], ids[pair[0]], ids[pair[1]]))
+        ids.setdefault(first + second, len(ids))
+        for word in words:
+            j = 0
+            while j < len(word) - 1:
+                if (word[j], word[j + 1]) == (first, second):
+                    word[j : j + 2] = [first + second]
+                j += 1
+    return ids
+
+
+def test_gpt3_bpe_is_the_naive_one(gpt3):
+    module, _ = gpt3
+    text = "the cat's hat, the hatter; aaaa aaa banana bananas 1234 12345 été naïve\n\n  def f(x):\n    return x_1\n" * 3 + "thaththat aaaaa"
+    text += "".join(itertools.islice((text for _, text in module.read_documents("")), 1))[:6000]
+    assert module.train_bpe([text], 600) == naive_bpe(text, 600)
+    assert list(module.train_bpe(["aaab aab ab ab", "ab"], 258).items())[256:] == [(b"ab", 256), (b" ab", 257)]
+    with pytest.raises(ValueError, match="no more than"):
+        module.train_bpe(["ab ab"], 400)
+
+
+def test_gpt3_bpe_spells_any_text_and_every_script_loads_it(gpt3, script, tmp_path):
+    module, _ = gpt3
+    text = "".join(text for _, text in itertools.islice(module.read_documents(""), 12))
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8", errors="ignore")
+    cfg = module.Config(data=str(tmp_path / "text.txt"), out=str(tmp_path / "out"))
+    ranks = module.learn_ranks(cfg, 700, 10**6, cfg.out)
+    tokenizer = script[0].load_tokenizer(str(tmp_path / "out" / "ranks.tiktoken"), script[0].SPECIALS)
+    assert len(ranks) == 700 and tokenizer.n_vocab == 700 + len(script[0].SPECIALS)
+    for sample in (text[:20_000], "naïve 🙂 \x00\t текст 你好\r\n", " <|endoftext|>"):
+        ids = tokenizer.encode_ordinary(sample)
+        assert tokenizer.decode(ids) == sample and max(ids) < 700
+    assert len(tokenizer.encode_ordinary(text)) < 0.5 * len(text.encode())
+
+
+def test_gpt3_shots_and_positions_of_a_model_that_knows(gpt3):
+    """A model that copies what stood after the last same pair of tokens: it needs the shots, and with them is right."""
+    module, _ = gpt3
+    cfg = module.Config(vocab_size=257, seq_len=128)
+    tokenizer = module.load_tokenizer("bytes", module.SPECIALS)
+
+    class Copier(torch.nn.Module):
+        token_embedding = torch.nn.Embedding(1, 1)
+
+        def forward(self, tokens):
+            logits = torch.zeros(*tokens.shape, 257)
+            for b, row in enumerate(tokens.tolist()):
+                for i in range(len(row)):
+                    context = next((j for n in (7, 3, 2) for j in range(i - 1, n - 2, -1) if row[j - n + 1 : j + 1] == row[i - n + 1 : i + 1]), None)
+                    if context is not None:
+                        logits[b, i, row[context + 1]] = 20.0
+            return logits
+
+    (no_nats, none), (one_nats, one), (_, eight) = (module.shots(Copier(), tokenizer, n, 12, cfg) for n in (0, 1, 8))
+    assert none == 0 and no_nats > 5 * math.log(257) - 4 and one == eight == 1.0 and one_nats < 0.1
+    assert all(math.isnan(x) for x in module.shots(Copier(), tokenizer, 8, 1, module.Config(seq_len=20)))
+    corpus, heldout = make_corpora(module, cfg := module.Config(**SCRIPTS["gpt3"].tiny))
+    model = make_model(module, SCRIPTS["gpt3"], cfg)
+    nats = module.loss_by_position(model, heldout, 8, cfg)
+    loss, _ = module.objective(model, module.get_batch(heldout, 0, 8, cfg), cfg)
+    assert len(nats) == 7 and sum(nats) / 7 == pytest.approx(loss.item(), rel=1e-5) and len(set(nats)) == 7
 
 
 # Llama 3

@@ -1,0 +1,1843 @@
+"""Training Compute-Optimal Large Language Models (Hoffmann et al., 2022) in one file.
+
+New against gpt1.py: the subject is a sweep of small runs and the laws fitted to it, not one run.
+- For each budget C of FLOPs models of several sizes N, each trained on D = C / 6N tokens with a
+  cosine of just that length (§3.1, App. B); three fits of the optimum N(C), D(C) (§3, App. D).
+- Beside them the laws of Kaplan et al. (2020), their correction by Besiroglu et al. (2024), Llama
+  3's in two steps (2024, §3.2.1) and, for a model that will be used much, the over-training of
+  Sardana et al. (2024).
+- The model is Gopher's (Rae et al. 2021): RMSNorm before each branch, and relative positions as
+  in Transformer-XL (Dai et al. 2019, §3.3) in place of learned ones.
+- AdamW with a cosine that falls tenfold (§4.1, App. G); bf16 products over fp32 weights.
+
+Map: Tables 4, A9 PRESETS | App. F appendix_f | §3.1 fit_envelope | §3.2 fit_isoflop | §3.3
+fit_parametric | Eq. 4 frontier | Table 3, A3 TABLE_3 | §4.1 Chinchilla, build_optimizer, halves.
+Kaplan Eq. 1.5 kaplan_loss, Table 6 kaplan_optimum | Llama 3 §3.2.1 fit_llama | Sardana overtrain.
+Legend: B batch, T positions, D width, H heads, E head width, F hidden width, V vocabulary; of runs
+and laws: N parameters, embeddings included, D tokens, C FLOPs, L nats per token; S starts.
+Conventions: T + 1 tokens make T inputs and T targets; all count; loss in nats per target.
+
+Run: python chinchilla.py                         # a CPU: a sweep of minutes, and its fits
+     torchrun --nproc_per_node=8 chinchilla.py    # GPUs: the preset small, runs spread over ranks
+     torchrun --nnodes=32 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
+         chinchilla.py --preset 70b --data massive/ --tokenizer ranks.tiktoken --out /shared/70b
+     python chinchilla.py --budget 1e21            # the optimum by every law; no training
+     python chinchilla.py --fit runs.csv           # the laws of any table with columns N, D, loss
+Expect: the demo's 12 runs take 3 to 4 minutes of two cores; the least losses of 3e11 and 6e11
+FLOPs lie inside the swept sizes, near 36k and 54k parameters (1.78 and 1.70 nats a byte), which
+gives N a slope of 0.59 by approach 2. So small a sweep shows the method, not the constants.
+"""
+
+import argparse
+import base64
+import contextlib
+import csv
+import dataclasses
+import functools
+import glob
+import hashlib
+import importlib.util
+import inspect
+import io
+import itertools
+import json
+import lzma
+import math
+import os
+import re
+import resource
+import shutil
+import sys
+import sysconfig
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+from signal import SIGINT, SIGTERM, signal
+from typing import Literal, get_args
+
+import numpy as np
+import tiktoken
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.elastic.multiprocessing.errors import record
+
+# ---------------------------------------- Config ----------------------------------------
+
+@dataclasses.dataclass
+class Config:
+    """The run. Every field is a flag of the command line, and its comment is the flag's help."""
+
+    # Model, Table 4: the 70B
+    vocab_size: int = 0  # V, entries of the vocabulary; 0: as many as the tokenizer has
+    dim: int = 8192  # D, width of the residual stream
+    n_layers: int = 80  # blocks
+    n_heads: int = 64  # H, attention heads
+    head_dim: int = 128  # E, width of a head; H x E need not be D
+    hidden_dim: int = 32768  # F, width of the feed-forward layer
+    norm_eps: float = 1e-5  # added to the mean square in RMSNorm
+    # Data
+    data: str = ""  # text, token shards, or a directory of either; empty: Python's own library
+    tokenizer: str = ""  # bytes, gpt2, cl100k_base, o200k_base, or a rank file; empty: bytes
+    seq_len: int = 2048  # T, tokens of a training sequence
+    # Optimization, §4.1 and Appendix D
+    batch_size: int = 256  # sequences of one update, over all ranks
+    second_batch: int = 0  # sequences of one update in the second half of the tokens; 0: the same
+    micro_batch: int = 0  # sequences of one forward pass on one rank, at most; 0: the rank's share
+    tokens: float = 0.0  # D of a single run; 0: twenty for each parameter
+    steps: int = 0  # updates of a single run; 0: as many as tokens needs
+    lr: float = 1e-4  # largest learning rate; in a sweep that of width dim, others by 1 / width
+    warmup_steps: int = 1500  # updates of linear warm-up; in a sweep a tenth of a run at most
+    cosine: float = 1.0  # length of the cosine over that of the run
+    weight_decay: float = 0.1  # decoupled, on matrices and embeddings
+    clip: float = 1.0  # largest norm of the gradient; 0: no clipping
+    seed: int = 0  # of weights and data order
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    # Machine
+    compile: bool = False  # compile each block
+    recompute: Literal["none", "block"] = "none"  # block: keep only its input for the backward pass
+    timeout: int = 600  # seconds until a collective gives up on a lost rank
+    dry_run: bool = False  # print what the run would need, and exit
+    world_size: int = 1  # ranks that dry_run plans for
+    # Sweep and laws
+    sweep: str = ""  # budgets, FLOPS,...; empty, or with steps or tokens: a single run
+    sizes: str = ""  # models of a sweep, WIDTHxLAYERS,...; heads of head_dim, F = 4 D
+    flops: Literal["6nd", "appF"] = "6nd"  # what a budget counts: 6 N D, or Appendix F
+    mismatched_cosine: bool = False  # add three runs whose cosine is 1.5, 2 and 5 times too long
+    fit: str = ""  # .csv (columns N, D, loss, ...) or .jsonl of runs to fit; no training
+    bootstrap: int = 100  # resamples of 80 in 100 runs, for the intervals of a fit; 0: none
+    budget: float = 0.0  # FLOPs to find the best N and D for, by every law; no training
+    inference_tokens: float = 0.0  # tokens that the model of that budget will read and write
+    plot: str = ""  # directory for plots as PNG; needs matplotlib
+    # Reports and files
+    log_every: int = 10  # updates between log lines
+    val_every: int = 1000  # updates between validations
+    val_batches: int = 16  # held-out batches of one validation, at most
+    prompt: str = ""  # text that the sample continues; empty: the start of the held-out text
+    out: str = ""  # directory for checkpoints, metrics.jsonl, runs.jsonl; empty: none are written
+    save_every: int = 1000  # updates between checkpoints
+    resume: bool = False  # go on from the newest checkpoint in out; a sweep always does
+    init: str = ""  # checkpoint directory to start from, as export writes it
+    export: str = ""  # directory to write the model to, in the manner of Hugging Face
+    write_tokens: str = ""  # directory to write the data to as token shards; then exit
+
+TABLE_A9 = (  # parameters in millions, D, E, H, layers; F = 4 D
+    (44, 512, 64, 8, 8), (57, 576, 64, 9, 9), (74, 640, 64, 10, 10), (90, 640, 64, 10, 13),
+    (106, 640, 64, 10, 16), (117, 768, 64, 12, 12), (140, 768, 64, 12, 15), (163, 768, 64, 12, 18),
+    (175, 896, 64, 14, 14), (196, 896, 64, 14, 16), (217, 896, 64, 14, 18), (251, 1024, 64, 16, 16),
+    (278, 1024, 64, 16, 18), (306, 1024, 64, 16, 20), (425, 1280, 128, 10, 18),
+    (489, 1280, 128, 10, 21), (509, 1408, 128, 11, 18), (552, 1280, 128, 10, 24),
+    (587, 1408, 128, 11, 21), (632, 1536, 128, 12, 19), (664, 1408, 128, 11, 24),
+    (724, 1536, 128, 12, 22), (816, 1536, 128, 12, 25), (893, 1792, 128, 14, 20),
+    (1018, 1792, 128, 14, 23), (1143, 1792, 128, 14, 26), (1266, 2048, 128, 16, 22),
+    (1424, 2176, 128, 17, 22), (1429, 2048, 128, 16, 25), (1593, 2048, 128, 16, 28),
+    (1609, 2176, 128, 17, 25), (1731, 2304, 128, 18, 24), (1794, 2176, 128, 17, 28),
+    (2007, 2304, 128, 18, 28), (2283, 2304, 128, 18, 32), (2298, 2560, 128, 20, 26),
+    (2639, 2560, 128, 20, 30), (2980, 2560, 128, 20, 34), (3530, 2688, 128, 22, 36),
+    (3802, 2816, 128, 22, 36), (4084, 2944, 128, 22, 36), (4516, 3072, 128, 24, 36),
+    (6796, 3584, 128, 28, 40), (9293, 4096, 128, 32, 42), (11452, 4352, 128, 32, 47),
+    (12295, 4608, 128, 36, 44), (12569, 4608, 128, 32, 47), (13735, 4864, 128, 32, 47),
+    (14940, 4992, 128, 32, 49), (16183, 5120, 128, 40, 47),
+)  # fmt: skip
+PUBLISHED = dict(vocab_size=32_000, micro_batch=1, compile=True, recompute="block")
+PRESETS = {
+    # A CPU, minutes: bytes, little context and many small updates, for small budgets allow no less;
+    # one layer in the sweep, since so small a model's updates take as long as they have operations.
+    "demo": dict(
+        dim=48, n_layers=2, n_heads=3, head_dim=16, hidden_dim=192, seq_len=32, batch_size=24,
+        lr=0.36 / 48, warmup_steps=300, log_every=10, val_batches=64,
+        sweep="1.5e11,3e11,6e11", sizes="32x1,48x1,64x1,96x1",
+    ),
+    # A GPU of 24 GB or a node of them, minutes: sizes 1.6 apart around the corrected law's optimum.
+    "small": dict(
+        dim=256, n_layers=6, n_heads=8, head_dim=32, hidden_dim=1024, seq_len=256, batch_size=256,
+        lr=1.5e-3, warmup_steps=300, compile=True, sweep="1e15,2e15,4e15,8e15",
+        sizes="128x6,160x6,192x7,256x6,320x6,384x7",
+    ),
+    # Table 4: Chinchilla, 1.4T tokens, batch 1.5M -> 3M; with rotary positions, as it is often
+    # rebuilt, it would have 64.7B parameters: those relative to the query have a matrix a layer.
+    "70b": dict(PUBLISHED, batch_size=768, second_batch=1536, tokens=1.4e12),
+    # Table 4: Gopher, 300B tokens, batch 3M -> 6M; its Adam is AdamW without decay.
+    "280b": dict(PUBLISHED, dim=16384, n_heads=128, hidden_dim=65536, batch_size=1536, lr=4e-5,
+                 second_batch=3072, tokens=3e11, weight_decay=0.0, clip=0.25),
+}  # fmt: skip
+for name, dim, heads, width, layers, lr, batch, clip in (  # Rae et al., Table 1
+    ("44m", 512, 16, 32, 8, 6e-4, 128, 1.0), ("117m", 768, 12, 64, 12, 6e-4, 128, 1.0),
+    ("417m", 1536, 12, 128, 12, 2e-4, 128, 1.0), ("1.4b", 2048, 16, 128, 24, 2e-4, 128, 1.0),
+    ("7.1b", 4096, 32, 128, 32, 1.2e-4, 1024, 0.25),
+):  # fmt: skip
+    PRESETS[f"gopher_{name}"] = dict(
+        PUBLISHED, dim=dim, n_layers=layers, n_heads=heads, head_dim=width, hidden_dim=4 * dim,
+        batch_size=batch, lr=lr, tokens=3e11, weight_decay=0.0, clip=clip,
+    )  # fmt: skip
+for millions, dim, width, heads, layers in TABLE_A9:
+    # Undisclosed: which rate each size had between 2e-4 for the smallest and 1.25e-4 for the
+    # largest (here linear in ln N), and which batch (here 0.5M tokens, as the one that D.4 names).
+    rate = 2e-4 - 0.75e-4 * math.log(millions / 44) / math.log(16183 / 44)
+    PRESETS[f"{millions}m"] = dict(
+        PUBLISHED, dim=dim, n_layers=layers, n_heads=heads, head_dim=width, hidden_dim=4 * dim,
+        lr=rate,
+    )  # fmt: skip
+BEGIN, END = "", "<|endoftext|>"  # tokens around each document of a stream; BEGIN may be none
+SPECIALS = (END,)
+PATTERN = (  # how GPT-4 and Llama 3 split text into words, for files of ranks
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+PF_DAY = 8.64e19  # FLOPs, the unit of Kaplan's C
+KAPLAN = {  # (c, exponent) of L = (c / x)^exponent, Eq. 1.1, 1.2, 3.3 and 1.3
+    "N": (8.8e13, 0.076), "D": (5.4e13, 0.095), "C": (1.6e7, 0.057), "C_min": (3.1e8, 0.050),
+}  # fmt: skip
+KAPLAN_ND = dict(N_c=6.4e13, D_c=1.8e13, alpha_N=0.076, alpha_D=0.103)  # Table 2, Eq. 1.5
+KAPLAN_NS = dict(N_c=6.5e13, S_c=2.1e3, alpha_N=0.077, alpha_S=0.76)  # Table 3, Eq. 1.6
+HOFFMANN = dict(  # approach 3 with the digits of the paper's source; those printed do not give its
+    E=math.exp(0.5267228), A=math.exp(6.0073404), B=math.exp(6.0179186),  # 40B at 5.76e23, but 32B
+    alpha=0.33917084, beta=0.2849083,
+)  # fmt: skip
+HOFFMANN_ROUNDED = dict(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)  # Eq. 10
+BESIROGLU = dict(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)
+LLAMA3 = {"text": (0.29, 0.53), "Fig. 3": (0.299, 0.537)}  # optimal tokens = A C^alpha
+TABLE_3 = (  # N; C and D by approach 1 (Table 3), 2 and 3 (Table A3, whose 1.26e24 is a misprint)
+    (4e8, 1.92e19, 8.0e9, 1.84e19, 7.7e9, 2.21e19, 9.2e9),
+    (1e9, 1.21e20, 20.2e9, 1.20e20, 20.0e9, 1.62e20, 27.1e9),
+    (1e10, 1.23e22, 205.1e9, 1.32e22, 219.5e9, 2.46e22, 410.1e9),
+    (6.7e10, 5.76e23, 1.5e12, 6.88e23, 1.7e12, 1.71e24, 4.1e12),
+    (1.75e11, 3.85e24, 3.7e12, 4.54e24, 4.3e12, 1.26e25, 12.0e12),
+    (2.8e11, 9.90e24, 5.9e12, 1.18e25, 7.1e12, 3.52e25, 20.1e12),
+    (5.2e11, 3.43e25, 11.0e12, 4.19e25, 13.4e12, 1.36e26, 43.5e12),
+    (1e12, 1.27e26, 21.2e12, 1.59e26, 26.5e12, 5.65e26, 94.1e12),
+    (1e13, 1.30e28, 216.2e12, 1.75e28, 292.0e12, 8.55e28, 1425.5e12),
+)  # fmt: skip
+
+# ---------------------------------------- Model ----------------------------------------
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps), in fp32 and cast back as released, times a gain: [..., D]."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        y = F.rms_norm(x.float(), self.weight.shape, None, self.eps).type_as(x)
+        return y * self.weight.type_as(x)
+
+@functools.lru_cache(maxsize=4)
+def distances(length, dim, device):
+    """(R of Transformer-XL: sinusoids of the distances T - 1 ... 0, half sines and half cosines,
+    [T, D]; the causal mask, 0 or -inf [T, T]), fp32, once for all layers and updates."""
+    frequencies = 10000 ** (-torch.arange(0, dim, 2, device=device) / dim)  # [D/2]
+    angles = torch.arange(length - 1.0, -1, -1, device=device)[:, None] * frequencies  # [T, D/2]
+    future = torch.full((length, length), -math.inf, device=device).triu(1)
+    return torch.cat((angles.sin(), angles.cos()), -1), future
+
+def relative_shift(scores):
+    """Scores by distance, columns T - 1 ... 0, become scores by position j <= i: [..., T, T]. What
+    lands on j > i is of another row, and for the mask (Transformer-XL, App. B)."""
+    T = scores.shape[-1]
+    scores = F.pad(scores, (1, 0))  # [..., T, T + 1]: row i will begin i + 1 places earlier
+    return scores.reshape(*scores.shape[:-2], T + 1, T)[..., 1:, :]
+
+class RelativeAttention(nn.Module):
+    """softmax over j <= i of ((q_i + u) k_j + (q_i + w) W_R r_{i-j}) / sqrt(E), times v: [B, T, D]
+    -> [B, T, D], for r [T, D] of distances T - 1 ... 0 (Transformer-XL §3.3)."""
+
+    # Undisclosed: that W_R is a matrix a layer, that only the feed-forward layers have biases, and
+    # that u and w are a layer's own. With these all but four counts of Table A9 come out.
+
+    def __init__(self, dim, n_heads, head_dim):
+        super().__init__()
+        self.n_heads, self.head_dim = n_heads, head_dim
+        self.qkv = nn.Linear(dim, 3 * n_heads * head_dim, bias=False)
+        self.distance = nn.Linear(dim, n_heads * head_dim, bias=False)  # W_R
+        self.out = nn.Linear(n_heads * head_dim, dim, bias=False)
+        self.u = nn.Parameter(torch.zeros(n_heads * head_dim))
+        self.w = nn.Parameter(torch.zeros(n_heads * head_dim))
+
+    def forward(self, x, r, future):
+        B, T, _ = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4).contiguous()
+        u, w = (bias.view(self.n_heads, 1, -1).type_as(q) for bias in (self.u, self.w))
+        scale = 1 / math.sqrt(self.head_dim)
+        r = self.distance(r.type_as(x)).view(T, self.n_heads, -1).permute(1, 2, 0) * scale
+        content = (q + u) @ (k * scale).transpose(-2, -1)  # [B, H, T, T]
+        position = relative_shift((q + w) @ r)  # [B, H, T, E] x [H, E, T] -> [B, H, T, T]
+        p = (content + position + future).softmax(-1).type_as(v)  # mask and sum: fp32
+        return self.out((p @ v).transpose(1, 2).reshape(B, T, -1))  # [B, T, D]
+
+class MLP(nn.Module):
+    """GELU(x W_fc + b_fc) W_pr + b_pr, [B, T, D] -> [B, T, D] (§4.1)."""
+
+    # Undisclosed: the form of GELU. The released code has the tanh form.
+
+    def __init__(self, dim, hidden_dim, dropout):
+        super().__init__()
+        self.dropout = dropout
+        self.up = nn.Linear(dim, hidden_dim)
+        self.down = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x):
+        x = F.gelu(self.up(x), approximate="tanh")  # [B, T, F]
+        return F.dropout(self.down(x), self.dropout, self.training)  # [B, T, D]
+
+class Block(nn.Module):
+    """GPT-2's block with RMSNorm before each branch, [B, T, D] -> [B, T, D] (Gopher §3.1)."""
+
+    # Undisclosed: activation, dropout and eps. As in GPT-2 the tanh form of GELU; no dropout, since
+    # no token comes twice.
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.norm1 = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.attn = RelativeAttention(cfg.dim, cfg.n_heads, cfg.head_dim)
+        self.norm2 = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.mlp = MLP(cfg.dim, cfg.hidden_dim, 0.0)
+
+    def forward(self, x, r, future):
+        x = x + self.attn(self.norm1(x), r, future)
+        return x + self.mlp(self.norm2(x))
+
+class Chinchilla(nn.Module):
+    """Gopher's model (§4.1), tokens [B, T] -> logits [B, T, V] for any T; the softmax shares the
+    token embedding, as the counts of Table A9 say."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.recompute = cfg.recompute
+        self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.dim)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
+
+    def forward(self, tokens):
+        x = self.token_embedding(tokens)  # [B, T, D]
+        places = distances(tokens.shape[1], x.shape[-1], tokens.device)  # [T, D], [T, T]
+        for block in self.blocks:
+            if self.recompute == "block" and self.training:
+                x = torch.utils.checkpoint.checkpoint(block, x, *places, use_reentrant=False)
+            else:
+                x = block(x, *places)
+        return F.linear(self.norm(x), self.token_embedding.weight)  # [B, T, V]
+
+def init_weights(model, cfg):
+    """N(0, 0.02), 1 / sqrt(2 layers) of it where a branch joins the residual stream; gains 1, the
+    rest 0. A parameter is drawn from (seed, its name), so that every layout starts the same."""
+    # Undisclosed: initialisation. This is GPT-2's.
+    for name, p in model.named_parameters():
+        if re.search(r"(_embedding|qkv|distance|up|out|down)\.weight$", name):
+            std = 0.02 / math.sqrt(2 * cfg.n_layers if re.search(r"(out|down)\.", name) else 1)
+            generator = torch.Generator().manual_seed(stable_hash(cfg.seed, name))
+            p.data.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
+        elif re.search(r"(attn\.[uw]|(up|down)\.bias)$", name):
+            nn.init.zeros_(p)
+        elif re.search(r"norm[12]?\.weight$", name):
+            nn.init.ones_(p)
+        else:
+            raise ValueError(f"no rule initialises {name}")
+
+def count_parameters(model):
+    """(total, activated) parameters; the tied softmax counts once, a dense model activates all."""
+    total = sum(p.numel() for p in model.parameters())
+    return total, total
+
+def flops_per_token(cfg):
+    """Training FLOPs per token: 2 per weight of a matrix product forward, twice that backward.
+    Attention counts as causal, (T + 1) / 2 keys a query, half of what the full square gives; W_R r
+    is left out, since one product serves all sequences of a batch."""
+    width = cfg.n_heads * cfg.head_dim
+    weights = cfg.n_layers * (4 * cfg.dim * width + 2 * cfg.dim * cfg.hidden_dim)
+    attention = cfg.n_layers * 3 * width * (cfg.seq_len + 1) / 2  # q k, q r, A v
+    return 6 * (weights + attention + cfg.vocab_size * cfg.dim)
+
+def appendix_f(cfg):
+    """Forward FLOPs of a sequence of T tokens by the terms of Appendix F; training takes three
+    times that. Its ratios to 6 N D (Table A4) come out with "body" alone."""
+    T, D, L, V = cfg.seq_len, cfg.dim, cfg.n_layers, cfg.vocab_size
+    width = cfg.n_heads * cfg.head_dim
+    attention = 2 * 3 * T * D * width  # queries, keys, values
+    attention += 2 * T * T * width + 3 * cfg.n_heads * T * T  # logits, softmax
+    attention += 2 * T * T * width + 2 * T * width * D  # values by probabilities, output
+    dense = 2 * T * (2 * D * cfg.hidden_dim)
+    terms = {"embeddings": 2 * T * V * D, "body": L * (attention + dense), "logits": 2 * T * D * V}
+    return terms | {"total": sum(terms.values())}
+
+# ---------------------------------------- Data ----------------------------------------
+
+def get_batch(corpus, first, n, cfg):
+    """Sequences first ... first + n - 1 of the run, whatever the ranks or the moment: tokens and
+    targets [n, T], and the counts n_targets and n_bytes (of the targets' text)."""
+    # Undisclosed: how documents fill sequences. As in GPT-3 they stand one behind another with END
+    # between, and attention sees across; every one of the T targets counts.
+    # Departure: MassiveText is not public; its mix (Table A1: 0.45 MassiveWeb, 0.3 books, 0.1 C4,
+    # 0.1 news, 0.04 GitHub, 0.01 Wikipedia) is for whoever has the parts, in the shards of --data.
+    windows = np.stack([corpus.window(first + i, cfg.seq_len, cfg.seed) for i in range(n)])
+    batch = {"tokens": windows[:, :-1].copy(), "targets": windows[:, 1:].copy()}
+    n_bytes = int(corpus.token_bytes[batch["targets"]].sum())
+    batch = {name: torch.from_numpy(ids) for name, ids in batch.items()}
+    return batch | {"n_targets": n * cfg.seq_len, "n_bytes": n_bytes}
+
+def cloze_questions(heldout, n, length):
+    """Windows [n, 4, length + 1] of held-out text whose first three quarters are a question; the
+    last quarter of choice 0 is what follows there, those of 1 ... 3 stand elsewhere in the text."""
+    n = min(n, heldout.n_windows(length))
+    every = heldout.n_windows(length) // n
+    right = np.stack([heldout.window(i * every, length, 0) for i in range(n)])  # [n, T + 1]
+    cut = length + 1 - (length + 1) // 4
+    wrong = [np.hstack((right[:, :cut], np.roll(right, k * n // 4, 0)[:, cut:])) for k in (1, 2, 3)]
+    return np.stack([right, *wrong], 1), cut
+
+# ---------------------------------------- Objective ----------------------------------------
+
+def objective(model, batch, cfg):
+    """Loss and metrics: the sum of -log P(next token) over the batch's targets, divided by
+    batch["n_targets"], the count of the whole global batch."""
+    with torch.autocast(batch["tokens"].device.type, torch.bfloat16, cfg.precision == "bf16"):
+        logits = model(batch["tokens"]).float().flatten(0, 1)  # [B * T, V]
+    nats = F.cross_entropy(logits, batch["targets"].flatten(), reduction="sum")
+    return nats / max(batch["n_targets"], 1), {}
+
+@torch.no_grad()
+def cloze(model, heldout, cfg, device, n=256):
+    """(nats per byte of the right answer, share of questions where it is the likeliest per byte,
+    share where it is what the model itself would write) of n questions; chance: 1/4, and near 0."""
+    questions, cut = cloze_questions(heldout, n, cfg.seq_len)
+    flat, nats, exact = torch.from_numpy(questions).flatten(0, 1), [], []  # [4 n, T + 1]
+    for windows in flat.to(device).split(4 * cfg.batch_size):
+        with torch.autocast(device.type, torch.bfloat16, cfg.precision == "bf16"):
+            logits = model(windows[:, :-1])[:, cut - 1 :].float()  # of the answer's tokens
+        answer = windows[:, cut:]
+        nats.append(F.cross_entropy(logits.transpose(1, 2), answer, reduction="none").sum(1))
+        # greedy decoding writes the answer if and only if each of its tokens is the likeliest
+        # behind the true ones before it
+        exact.append((logits.argmax(-1) == answer).all(1))
+    lengths = heldout.token_bytes[questions[:, :, cut:]].sum(-1)  # [n, 4]
+    lengths = np.where(lengths > 0, lengths, questions.shape[-1] - cut)  # tokens, if unknown
+    nats = torch.cat(nats).cpu().numpy().reshape(lengths.shape) / lengths
+    right = torch.cat(exact).cpu().numpy().reshape(lengths.shape)[:, 0]
+    return nats[:, 0].mean(), (nats.argmin(1) == 0).mean(), right.mean()
+
+def parametric_loss(law, N, D):
+    """Eq. 2: E + A / N^alpha + B / D^beta, in nats per token."""
+    return law["E"] + law["A"] / N ** law["alpha"] + law["B"] / D ** law["beta"]
+
+def frontier(law, C):
+    """Eq. 4: (N, D) of least parametric loss with 6 N D = C."""
+    alpha, beta = law["alpha"], law["beta"]
+    G = (alpha * law["A"] / (beta * law["B"])) ** (1 / (alpha + beta))
+    return G * (C / 6) ** (beta / (alpha + beta)), (C / 6) ** (alpha / (alpha + beta)) / G
+
+def overtrain(law, N, D, inference):
+    """Sardana Eq. 3: (N, D) as good as the given ones, at the least cost 6 N D + 2 N inference of
+    training and use together."""
+    loss, low, high = parametric_loss(law, N, D), 0.0, 1.0
+
+    def tokens(share):  # N = share of the given one; the D that makes up for it
+        gap = loss - law["E"] - law["A"] / (share * N) ** law["alpha"]
+        return (law["B"] / gap) ** (1 / law["beta"]) if gap > 0 else math.inf
+
+    for _ in range(100):  # where the marginal costs meet, alpha A N^-alpha / (beta B D^-beta) =
+        share = (low + high) / 2  # 1 + inference / 3D: the left falls with N, the right rises
+        data = tokens(share)
+        ratio = law["alpha"] * law["A"] / (share * N) ** law["alpha"]
+        small = data == math.inf or ratio > (1 + inference / (3 * data)) * (
+            law["beta"] * law["B"] / data ** law["beta"]
+        )
+        low, high = (share, high) if small else (low, share)
+    return high * N, tokens(high)
+
+def kaplan_loss(N, D, N_c, D_c, alpha_N, alpha_D):
+    """Kaplan Eq. 1.5, with N without embeddings."""
+    return ((N_c / N) ** (alpha_N / alpha_D) + D_c / D) ** alpha_D
+
+def kaplan_steps_loss(N, steps):
+    """Kaplan Eq. 1.6: the loss after so many updates of a batch far above the critical one."""
+    k = KAPLAN_NS
+    return (k["N_c"] / N) ** k["alpha_N"] + (k["S_c"] / steps) ** k["alpha_S"]
+
+def kaplan_stop(N, D):
+    """Kaplan Eq. 5.7: the least updates at which D tokens may begin to overfit."""
+    gap = kaplan_loss(N, D, **KAPLAN_ND) - kaplan_loss(N, math.inf, **KAPLAN_ND)
+    return KAPLAN_NS["S_c"] / gap ** (1 / KAPLAN_NS["alpha_S"])
+
+def critical_batch(loss):
+    """Kaplan Eq. 1.4: tokens of the batch that takes twice the least updates and twice the data."""
+    return 2e8 / loss ** (1 / 0.21)
+
+def kaplan_minimum(batch, loss, steps=1.0, C=1.0):
+    """Kaplan Eq. 5.4, 5.5: (S_min, C_min) to a loss that took so many updates of batch tokens."""
+    ratio = critical_batch(loss) / batch
+    return steps / (1 + ratio), C / (1 + 1 / ratio)
+
+def kaplan_optimum(C):
+    """Kaplan Table 6, Eq. 6.1: N, batch in tokens, updates and D for C in FLOPs."""
+    C = C / PF_DAY
+    return {"N": 1.3e9 * C**0.73, "B": 2e6 * C**0.24, "S": 5.4e3 * C**0.03, "D": 2e10 * C**0.27}
+
+def kaplan_rate(N):
+    """Kaplan Eq. D.1: largest learning rate; it fails near 1e10 parameters, where it is 0."""
+    return 0.003239 - 0.0001395 * math.log(N)
+
+SQUARES = 1e9  # delta of Huber's loss that makes it least squares
+
+class TooFewRuns(Exception):
+    """What a law lacks to be fitted to these runs."""
+
+def minimize(function, start):
+    """(minimum, argument) of function, [P] -> scalar, by L-BFGS from start, in float64."""
+    x = torch.tensor(np.array(start), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [x], max_iter=500, history_size=20, tolerance_grad=1e-9, tolerance_change=1e-13,
+        line_search_fn="strong_wolfe",
+    )  # fmt: skip
+
+    def closure():
+        optimizer.zero_grad()
+        # The objectives are 1e-5 to 1e-3, below any tolerance that a library has: unscaled (or as
+        # a mean, as in the paper) it stops far from the minimum (Besiroglu).
+        loss = 1e6 * function(x)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return function(x).item(), x.detach().numpy()
+
+def best_minimum(residuals, delta, axes):
+    """The argument of the least Huber sum of residuals(x [..., P]) [..., R], by L-BFGS from the
+    best five points of a grid, which are scored together."""
+    objective = functools.partial(huber_sum, residuals, delta)
+    grid = torch.cartesian_prod(*(torch.tensor(list(axis)).double() for axis in axes))
+    best = grid[objective(grid).argsort()[:5]].tolist()
+    found = [minimize(objective, start) for start in best]
+    found = [pair for pair in found if math.isfinite(pair[0])]
+    if not found:
+        raise TooFewRuns("no minimum")
+    return min(found, key=lambda pair: pair[0])[1]
+
+@torch.no_grad()
+def follow_minimum(residuals, delta, x):
+    """The argument of the Huber sum's minimum near x, where that of all runs is, for a resample: by
+    Levenberg's and Marquardt's method on weighted squares, in far fewer steps than L-BFGS."""
+    x, h, damping = torch.tensor(x, dtype=torch.float64), 1e-5, 1e-3
+    shifts, value = h * torch.eye(len(x), dtype=torch.float64), huber_sum(residuals, delta, x)
+    for _ in range(100):
+        r = residuals(x)
+        slopes = (residuals(x + shifts) - residuals(x - shifts)) / (2 * h)  # [P, R]
+        weighted = slopes * (delta / r.abs().clamp(min=delta))  # what makes squares of Huber's
+        curvature = weighted @ slopes.T
+        while damping < 1e12:
+            ridge = torch.diag(damping * (curvature.diagonal() + 1e-12))
+            trial = x - torch.linalg.solve(curvature + ridge, weighted @ r)
+            least = huber_sum(residuals, delta, trial)
+            if least < value:
+                break
+            damping *= 10
+        if damping >= 1e12 or value - least < 1e-9 * value:
+            break
+        x, value, damping = trial, least, damping / 10
+    return x.numpy()
+
+def columns(rows, *names):
+    """The named columns of the rows, as float64 arrays."""
+    return [np.array([row[name] for row in rows], np.float64) for name in names]
+
+def power_law(x, y):
+    """(k, exponent) of y = k x^exponent by least squares in logarithms."""
+    exponent, log_k = np.polyfit(np.log(x), np.log(y), 1)
+    return math.exp(log_k), exponent
+
+def smoothed(losses, window=10):
+    """Losses after a Gaussian of that window (§3.1); its weights add up to 1 at the ends, too."""
+    # Undisclosed: the Gaussian's deviation, here a quarter of the window.
+    # Departure: it counts logged updates, since a toy's have a thousandth of the paper's tokens.
+    kernel = np.exp(-0.5 * (np.arange(-window // 2, window // 2 + 1) / (window / 4)) ** 2)
+    total = np.convolve(losses, kernel)[window // 2 :][: len(losses)]
+    return total / np.convolve(np.ones(len(losses)), kernel)[window // 2 :][: len(losses)]
+
+def training_curves(rows):
+    """(N, FLOPs per token, tokens, losses) of each run, or of each size that has several D."""
+    curves = [(r["N"], r["C"] / r["D"], *np.array(r["curve"]).T) for r in rows if r.get("curve")]
+    if curves:
+        return curves
+    rows = sorted(rows, key=lambda row: (row["N"], row["D"]))
+    for N, same in itertools.groupby(rows, lambda row: row["N"]):
+        C, D, losses = columns(list(same), "C", "D", "loss")
+        curves += [(N, (C / D).mean(), D, losses)] if len(D) > 1 else []
+    return curves
+
+def envelope(curves, low, high, points=1500):
+    """§3.1, App. D.1: (C, N, D) of the run of least loss at 1500 FLOPs from low to high."""
+    C = np.geomspace(low, high, points)
+    losses = [
+        np.interp(np.log(C), np.log(cost * tokens), loss, math.inf, math.inf)
+        for _, cost, tokens, loss in curves
+    ]  # [runs, points]
+    best, reached = np.argmin(losses, 0), np.isfinite(np.min(losses, 0))
+    N, cost = np.array([curve[:2] for curve in curves])[best].T
+    return C[reached], N[reached], (C / cost)[reached]
+
+def fit_envelope(rows, near=None):
+    """Approach 1 (§3.1): power laws through the sizes and tokens that lie on the envelope."""
+    curves = training_curves(rows)
+    if len({curve[0] for curve in curves}) < 3:
+        raise TooFewRuns("needs training curves, or several D a size, of three sizes")
+    starts, ends = np.transpose([cost * tokens[[0, -1]] for _, cost, tokens, _ in curves])
+    low = min(ends) if min(ends) < 0.5 * max(ends) else max(starts)  # where runs end
+    C, N, D = envelope(curves, low, max(ends))
+    if len(set(N)) < 2:
+        raise TooFewRuns("one size has the least loss at every budget")
+    (k, a), (_, b) = power_law(C, N), power_law(C, D)
+    return {"a": a, "b": b, "k": k, "sizes": len(set(N))}
+
+def budgets_of(rows):
+    """{C: its runs of three sizes or more}: neighbours within a tenth of C are of one budget."""
+    groups, last = [], 0.0
+    for row in sorted(rows, key=lambda row: row["C"]):
+        if row["C"] > 1.1 * last:
+            groups.append([])
+        groups[-1].append(row)
+        last = row["C"]
+    return {
+        math.exp(np.log(columns(group, "C")).mean()): group for group in groups
+        if len({row["N"] for row in group}) >= 3 and group[-1]["C"] < 1.3 * group[0]["C"]
+    }  # fmt: skip
+
+def parabola(rows, name):
+    """§3.2: (argument, value) of the lowest point of the loss's parabola over ln(column), or
+    None where it is not inside what was swept; and the parabola's coefficients."""
+    x, loss = columns(rows, name, "loss")
+    c = np.polyfit(np.log(x), loss, 2)
+    lowest = -c[1] / (2 * c[0]) if c[0] > 0 else math.nan
+    inside = np.log(x).min() < lowest < np.log(x).max()
+    return (math.exp(lowest), np.polyval(c, lowest)) if inside else None, c
+
+def lowest_points(rows, name):
+    """(C, the column there) of each budget's lowest point; those not inside are left out."""
+    # Undisclosed: x and weights of the parabola: ln N, all alike.
+    points = {C: parabola(same, name)[0] for C, same in budgets_of(rows).items()}
+    found = [(C, point[0]) for C, point in points.items() if point]
+    if len(found) < 2:
+        raise TooFewRuns("needs two budgets whose lowest loss lies inside three sizes or more")
+    return np.array(found).T
+
+def fit_isoflop(rows, near=None):
+    """Approach 2 (§3.2): power laws through the lowest points of the IsoFLOP parabolas."""
+    C, N = lowest_points(rows, "N")
+    (k, a), (_, b) = power_law(C, N), power_law(*lowest_points(rows, "D"))
+    return {"a": a, "b": b, "k": k, "budgets": len(C)}
+
+def huber_sum(residuals, delta, x):
+    """Eq. 3: the sum over runs of the Huber losses of residuals(x [..., P]) [..., R]: [...]."""
+    r = residuals(x)
+    return F.huber_loss(r, torch.zeros_like(r), reduction="none", delta=delta).sum(-1)
+
+def parametric_residuals(x, ln_N, ln_D, ln_L):
+    """ln of Eq. 2 minus ln L, x = (a, b, e, alpha, beta) [..., 5] with A, B, E = exp(a, b, e)."""
+    a, b, e, alpha, beta = x[..., None].unbind(-2)  # [..., 1] each
+    terms = torch.broadcast_tensors(a - alpha * ln_N, b - beta * ln_D, e)
+    return torch.stack(terms).logsumexp(0) - ln_L  # [..., R]
+
+def fit_parametric(rows, near=None, delta=1e-3):
+    """Approach 3 (§3.3, App. D.2): Eq. 2 by Huber loss and L-BFGS from a grid of 4500 starts."""
+    # Departure: runs with D / N below 0.5 are left out; Besiroglu drops five of the paper's so.
+    rows = [row for row in rows if row["D"] >= 0.5 * row["N"]]
+    N, D, L = (torch.from_numpy(np.log(column)) for column in columns(rows, "N", "D", "loss"))
+    if len(set(N.tolist())) < 3 or len(set(D.tolist())) < 3 or len(rows) < 6:
+        raise TooFewRuns("needs six runs, of three sizes and three D")
+    # Departure: all starts are scored, and the best five followed: the same minimum in less time.
+    residuals = functools.partial(parametric_residuals, ln_N=N, ln_D=D, ln_L=L)
+    axes = [np.arange(0, 26, 5)] * 2 + [np.arange(-1, 1.1, 0.5)] + [np.arange(0, 2.1, 0.5)] * 2
+    if near:
+        near = [math.log(near[key]) for key in "ABE"] + [near["alpha"], near["beta"]]
+    x = follow_minimum(residuals, delta, near) if near else best_minimum(residuals, delta, axes)
+    law = dict(zip("ABE", np.exp(x[:3]).tolist())) | {"alpha": float(x[3]), "beta": float(x[4])}
+    if min(law["alpha"], law["beta"]) <= 0 or max(x) > 700:
+        raise TooFewRuns("the loss does not fall with N and D")
+    a = law["beta"] / (law["alpha"] + law["beta"])
+    return {"a": a, "b": 1 - a, "k": frontier(law, 6.0)[0] / 6**a} | law
+
+def kaplan_residuals(x, ln_N, ln_D, ln_L):
+    """ln of Kaplan's Eq. 1.5 minus ln L, x = (ln N_c, ln D_c, alpha_N, alpha_D) [..., 4]."""
+    N_c, D_c, alpha_N, alpha_D = x[..., None].unbind(-2)
+    return alpha_D * torch.logaddexp(alpha_N / alpha_D * (N_c - ln_N), D_c - ln_D) - ln_L
+
+def fit_kaplan(rows, near=None):
+    """Kaplan Eq. 1.5, with N without embeddings where runs have it, and the optimum it implies."""
+    # Undisclosed: Kaplan's procedure: here least squares in ln L.
+    rows = [row | {"n": row.get("N_non_embedding") or row["N"]} for row in rows]
+    N, D, L = (torch.from_numpy(np.log(column)) for column in columns(rows, "n", "D", "loss"))
+    if len(set(N.tolist())) < 3 or len(set(D.tolist())) < 3 or len(rows) < 6:
+        raise TooFewRuns("needs six runs, of three sizes and three D")
+    axes = [np.arange(5, 41, 5)] * 2 + [(0.03, 0.07, 0.15, 0.3, 0.6)] * 2
+    if near:
+        near = [*np.log([near["N_c"], near["D_c"]]), near["alpha_N"], near["alpha_D"]]
+    residuals = functools.partial(kaplan_residuals, ln_N=N, ln_D=D, ln_L=L)
+    x = follow_minimum(residuals, SQUARES, near) if near else best_minimum(residuals, SQUARES, axes)
+    x = x.tolist()
+    if min(x[2:]) <= 0 or max(x) > 700:
+        raise TooFewRuns("the loss does not fall with N and D")
+    p = x[2] / x[3]  # N of least loss under 6 N D = C: p (N_c / N)^p = 6 D_c N / C
+    k = math.exp((math.log(p / 6) + p * x[0] - x[1]) / (1 + p))
+    law = dict(zip(("N_c", "D_c", "alpha_N", "alpha_D"), [*np.exp(x[:2]).tolist(), *x[2:]]))
+    return {"a": 1 / (1 + p), "b": p / (1 + p), "k": k} | law
+
+def sigmoid(nll, m, k):
+    """Accuracy in four choices over nats per byte of the right one: from 1 down to chance."""
+    return 0.25 + 0.75 * torch.sigmoid(-k * (nll - m))
+
+def fit_llama(rows, near=None):
+    """Llama 3 §3.2.1: tokens at the lowest point of each budget's parabola; then, where runs have
+    them, nats per byte of the optimal models over ln C, and accuracy over nats per byte."""
+    C, D = lowest_points(rows, "D")
+    A, alpha = power_law(C, D)
+    found = {"a": 1 - alpha, "b": alpha, "k": 1 / (6 * A), "A": A}
+    if not all(row.get("nll") is not None and row.get("accuracy") is not None for row in rows):
+        return found
+    groups, best = budgets_of(rows), dict(zip(C, D))
+    optimal = [min(groups[C], key=lambda row: abs(math.log(row["D"] / best[C]))) for C in best]
+    x, nll = columns(optimal, "C", "nll")
+    slope, start = np.polyfit(np.log(x), nll, 1)
+    # Undisclosed: how the sigmoid is fitted: here least squares, with a floor at chance.
+    # Departure: to all runs, where the paper adds the Llama 2 models to the optimal ones.
+    nll, accuracy = (torch.from_numpy(column) for column in columns(rows, "nll", "accuracy"))
+
+    def residuals(x):
+        m, ln_k = x[..., None].unbind(-2)
+        return sigmoid(nll, m, ln_k.exp()) - accuracy
+
+    if near and "sigmoid_m" in near:
+        m = follow_minimum(residuals, SQUARES, [near["sigmoid_m"], math.log(near["sigmoid_k"])])
+    else:
+        axes = [np.linspace(min(nll) - 1, max(nll) + 1, 20), np.linspace(-2, 4, 20)]
+        m = best_minimum(residuals, SQUARES, axes)
+    m, ln_k = m.tolist()
+    found |= {"nll_start": start, "nll_slope": slope}
+    return found | {"sigmoid_m": m, "sigmoid_k": math.exp(ln_k)}
+
+FITS = {
+    "approach 1": fit_envelope, "approach 2": fit_isoflop, "approach 3": fit_parametric,
+    "Kaplan": fit_kaplan, "Llama 3": fit_llama,
+}  # fmt: skip
+
+def fit_all(rows, cfg):
+    """{law: {constant: (value, its 10 % and 90 % over resamples of 80 % of the runs)}}, or, of a
+    law that cannot be fitted, what it lacks."""
+    fits = {}
+    for law, fit in FITS.items():
+        try:
+            best = fit(rows)
+        except TooFewRuns as lacking:
+            fits[law] = str(lacking)
+            continue
+        generator, found = np.random.default_rng(stable_hash(cfg.seed, law)), []
+        for _ in range(cfg.bootstrap):
+            chosen = generator.choice(len(rows), round(0.8 * len(rows)), replace=False)
+            with contextlib.suppress(TooFewRuns):
+                found.append(fit([rows[i] for i in chosen], best))
+        fits[law] = {}
+        for key, value in best.items():
+            values = [other[key] for other in found if key in other]
+            enough = values and 2 * len(values) >= cfg.bootstrap
+            interval = np.percentile(values, (10, 90)).tolist() if enough else (math.nan, math.nan)
+            fits[law][key] = (value, *interval)
+    return fits
+
+# ---------------------------------------- Optimizer ----------------------------------------
+
+def build_optimizer(model, cfg):
+    """AdamW (§4.1, App. G), whose decay is on all weights that are neither bias nor gain."""
+    # Undisclosed: betas, eps and decay. These are those of GPT-3 and of most that came later.
+    groups = [
+        dict(params=[p for p in model.parameters() if p.ndim > 1], weight_decay=cfg.weight_decay),
+        dict(params=[p for p in model.parameters() if p.ndim <= 1], weight_decay=0.0),
+    ]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+def learning_rate(step, cfg):
+    """Linear from 1e-7 (Gopher), then a cosine that falls tenfold over `cosine` times the tokens of
+    the run (§3.1, App. B); step counts the updates made before."""
+    # Undisclosed: whether the cosine begins before the warm-up or behind it. Here it spans the
+    # whole run, and the warm-up meets it just below the peak.
+    if step <= cfg.warmup_steps:
+        return 1e-7 + (cfg.lr - 1e-7) * step / max(cfg.warmup_steps, 1)
+    update = cfg.batch_size * cfg.seq_len
+    total = cfg.tokens or cfg.steps * update
+    first_half = 0 < cfg.second_batch != cfg.batch_size
+    tokens = total * (0.5 if first_half else 1.0) - (cfg.steps - step) * update
+    return cfg.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * tokens / (cfg.cosine * total))))
+
+# ---------------------------------------- Precision ----------------------------------------
+
+# Parameters, gradients and Adam's moments are fp32. Under bf16, autocast (in objective) runs matrix
+# products in bf16; the softmax of attention, norms, residual sums and the loss stay fp32.
+# Gopher kept its parameters in bf16 with stochastic rounding; Chinchilla's fp32 copy is better.
+
+PEAK_FLOPS = {  # dense bf16, by the device's exact name; a device not listed gets no MFU
+    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA B200": 2250e12,
+}  # fmt: skip
+
+# ---------------------------------------- Parallelism ----------------------------------------
+
+def parallelize(model, cfg, mesh):
+    """Synchronous data parallelism, as released: each rank has a copy, gradients are averaged."""
+    if cfg.compile:
+        for block in model.blocks:
+            block.compile()
+    if mesh.size() == 1:
+        return model
+    steps, _ = split_batch(cfg, mesh.size())
+    return nn.parallel.DistributedDataParallel(
+        model, process_group=mesh.get_group(), gradient_as_bucket_view=True,
+        static_graph=steps == 1,  # it is faster, and wrong under the no_sync() of accumulation
+    )  # fmt: skip
+
+def memory_per_rank(cfg):
+    """Bytes on one rank of cfg.world_size as an eager backward pass begins, by kind."""
+    # Departure: every rank has whole copies; the paper's optimizer state is sharded over ranks.
+    with torch.device("meta"):
+        n, _ = count_parameters(Chinchilla(cfg))
+    positions = split_batch(cfg, cfg.world_size)[1] * cfg.seq_len
+    size, width = 2 if cfg.precision == "bf16" else 4, cfg.n_heads * cfg.head_dim
+    # Kept per position and block: input of both norms and what they make of it before the gain
+    # (fp32); inputs of the products: q k v, q + u, q + w, k, r for each sequence, A v; GELU's
+    # input; the probabilities.
+    block = 16 * cfg.dim + size * (2 * cfg.dim + 8 * width + 2 * cfg.hidden_dim)
+    block += (6 if size == 2 else 4) * cfg.n_heads * cfg.seq_len
+    if cfg.recompute == "block":  # every block's input, and one block at a time in full
+        block = 4 * cfg.dim + block / cfg.n_layers
+    head = (8 + size) * cfg.dim + 4 * cfg.vocab_size  # last norm, last product, loss's softmax
+    activations = int(positions * (cfg.n_layers * block + head))
+    return {"parameters": 4 * n, "gradients": 4 * n, "optimizer": 8 * n, "activations": activations}
+
+def join_queue(cfg):
+    """(store, rank, ranks) of a sweep over torchrun's ranks, which draw runs from a counter in the
+    store; then each is a process group of its own."""
+    names = {"RANK": 0, "WORLD_SIZE": 1, "TORCHELASTIC_RESTART_COUNT": 0}
+    rank, ranks, restarts = (int(os.environ.get(k, v)) for k, v in names.items())
+    if ranks == 1:
+        return dist.HashStore(), rank, ranks
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = dist.TCPStore(*address, is_master=hosts, timeout=timedelta(seconds=cfg.timeout))
+    os.environ.update(RANK="0", WORLD_SIZE="1")
+    return dist.PrefixStore(f"sweep {restarts}", store), rank, ranks
+
+# ---------------------------------------- Checkpoint ----------------------------------------
+
+HF_CONFIG = (  # fields that a model's directory keeps
+    "vocab_size", "dim", "n_layers", "n_heads", "head_dim", "hidden_dim", "norm_eps", "seq_len",
+)  # fmt: skip
+
+def from_hf(path):
+    """(model, cfg) from the directory that to_hf wrote: config.json, model.safetensors."""
+    # Departure: Hugging Face has no class for this model; names and shapes are our own.
+    from safetensors.torch import load_file
+
+    try:
+        config = json.loads((Path(path) / "config.json").read_text())
+        if config["model_type"] != "chinchilla":
+            raise ValueError(f"its model_type is {config['model_type']}")
+        cfg = Config(**{name: config[name] for name in HF_CONFIG})
+        model = Chinchilla(cfg)
+        model.load_state_dict(load_file(Path(path) / "model.safetensors"))
+    except Exception as error:
+        raise ValueError(f"{path} holds no Chinchilla model: {error!r}") from error
+    return model, cfg
+
+def to_hf(model, cfg, path):
+    """Writes model to the directory path, in the manner of Hugging Face."""
+    from safetensors.torch import save_file
+
+    config = {name: getattr(cfg, name) for name in HF_CONFIG}
+    config |= dict(architectures=["Chinchilla"], model_type="chinchilla")
+    tensors = {name: p.cpu().contiguous() for name, p in model.state_dict().items()}
+    Path(path).mkdir(parents=True, exist_ok=True)
+    (Path(path) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file(tensors, Path(path) / "model.safetensors", metadata={"format": "pt"})
+
+def save_checkpoint(out, model, optimizer, state):
+    """Writes model, optimizer and state to out/step_N, of which the two newest stay. The name comes
+    with a rename at the end, so that a process killed at any moment leaves whole checkpoints."""
+    final = Path(out) / f"step_{state['step']:09d}"
+    partial = final.with_suffix(".tmp")
+    if dist.get_rank() == 0:
+        for remains in Path(out).glob("step_*.tmp"):
+            shutil.rmtree(remains)
+    dist.barrier()
+    weights, moments = get_state_dict(model, optimizer)
+    try:
+        dcp.save({"model": weights, "optimizer": moments, "state": state}, checkpoint_id=partial)
+    except dcp.api.CheckpointException as error:  # which is no Exception
+        raise OSError(f"cannot save {final}: {next(iter(error.failures.values()))[0]}") from error
+    if dist.get_rank() == 0:
+        partial.rename(final)
+        for old in sorted(Path(out).glob("step_*[0-9]"))[:-2]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+def load_checkpoint(out, resume, steps, model, optimizer, state):
+    """Fills model, optimizer and state from the newest checkpoint in out if --resume or a restart
+    by torchrun asks for it; ValueError if there is none, or one that nobody asked for."""
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    listing = [sorted(Path(out).glob("step_*[0-9]"))]
+    dist.broadcast_object_list(listing)  # rank 0's, since network file systems show ranks old ones
+    (found,) = listing
+    if not found and resume and not restarted:
+        raise ValueError(f"--resume: {out} has no checkpoint")
+    if found and not resume and not restarted:
+        raise ValueError(f"{out} has checkpoints: --resume goes on, another --out starts anew")
+    if found:
+        path = found[-1]
+        settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        weights, moments = get_state_dict(model, optimizer)
+        loaded = {"model": weights, "optimizer": moments, "state": dict(state)}
+        try:
+            dcp.load(loaded, checkpoint_id=path)
+        except dcp.api.CheckpointException as error:
+            cause = next(iter(error.failures.values()))[0]
+            raise ValueError(f"{path} does not fit or is damaged: {cause}") from error
+        if loaded["state"]["seed"] != state["seed"] or loaded["state"]["step"] > steps:
+            raise ValueError(f"{path} has --seed {loaded['state']['seed']} or is beyond --steps")
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+        for group, setting in zip(optimizer.param_groups, settings):
+            group.update(setting)  # the flags count, not what they were
+        state.update(loaded["state"])
+    log = Path(out) / "metrics.jsonl"
+    if dist.get_rank() == 0 and log.exists():  # what lies behind the checkpoint comes again
+        rows = [row for row in log.read_text().splitlines(True) if row.endswith("}\n")]
+        log.write_text("".join(row for row in rows if json.loads(row)["step"] <= state["step"]))
+
+def whole_lines(path):
+    """(number, row) of the lines of a .jsonl; one that a kill cut short has no end, and is none."""
+    for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
+        if line.endswith("}"):
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} is no JSON object: {error}") from error
+
+def read_runs(path):
+    """Rows of a .csv or .jsonl of runs with N, D, loss and C (6 N D where it is not given); runs
+    with a cosine too long are left out."""
+    rows = whole_lines(path)
+    if Path(path).suffix != ".jsonl":
+        rows = enumerate(csv.DictReader(Path(path).read_text("utf-8").splitlines(True)), 2)
+    found = []
+    for number, row in rows:
+        for name in ("N", "D", "loss", "C", "nll", "accuracy", "N_non_embedding"):
+            if name not in ("N", "D", "loss") and row.get(name) in (None, ""):
+                row[name] = None
+                continue
+            try:
+                row[name] = float(row[name])
+                if not 0 <= row[name] < math.inf or (row[name] == 0 and name != "accuracy"):
+                    raise ValueError("it must be a number above 0")
+            except (KeyError, TypeError, ValueError) as error:
+                value = row.get(name) or "none"
+                raise ValueError(f"{path}, line {number}: {name} is {value}: {error}") from error
+        row["C"] = row["C"] or 6 * row["N"] * row["D"]
+        found += [row] if float(row.get("cosine") or 1) == 1 else []
+    if not found:
+        raise ValueError(f"{path} has no runs")
+    return found
+
+# ---------------------------------------- Training ----------------------------------------
+
+def split_batch(cfg, ranks):
+    """(steps, micro) such that batch_size = ranks x steps of accumulation x micro sequences."""
+    share = cfg.batch_size // ranks
+    micro = min(cfg.micro_batch or share, share)
+    return share // max(micro, 1), micro
+
+def sum_over_ranks(*numbers, device):
+    """The numbers, each summed over all ranks, as floats."""
+    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+def next_batches(corpus, first, stop, cfg, device, rank, ranks):
+    """The micro-batches of data-parallel rank `rank` of `ranks` of the global batch that begins at
+    sequence `first`, on the device; their counts (n_...) are those of the global batch. None if
+    any rank was told to stop."""
+    steps, micro = split_batch(cfg, ranks)
+    first += rank * steps * micro
+    batches = [get_batch(corpus, first + i * micro, micro, cfg) for i in range(steps)]
+    names = [name for name in batches[0] if name.startswith("n_")]
+    sums = (sum(batch.pop(name) for batch in batches) for name in names)
+    stop, *sums = sum_over_ranks(stop, *sums, device=device)
+    if stop:
+        return None
+    copies = dist.get_world_size() // ranks  # ranks of other kinds of parallelism: the same counts
+    counts = {name: count / copies for name, count in zip(names, sums)}
+    return [{k: v.to(device) for k, v in batch.items()} | counts for batch in batches]
+
+def accumulate_gradients(model, batches, cfg):
+    """Adds the global batch's gradient to the parameters; returns this rank's part of the loss."""
+    total, ranks = 0.0, dist.get_world_size()
+    for i, batch in enumerate(batches):
+        alone = ranks > 1 and i < len(batches) - 1  # ranks meet once, in the last micro-batch
+        with model.no_sync() if alone else contextlib.nullcontext():
+            loss, _ = objective(model, batch, cfg)
+            (loss * ranks).backward()  # DDP averages over ranks what is an average already
+        total += loss.detach()
+    return total
+
+@torch.no_grad()
+def evaluate(model, batches, cfg):
+    """This rank's part of the mean loss over a global batch, without dropout."""
+    model.eval()
+    loss = sum(objective(model, batch, cfg)[0] for batch in batches)
+    model.train()
+    return loss
+
+def validate(loss_of, corpus, step, cfg, device, rank, ranks):
+    """Prints nats per target and bits per byte of corpus; after training, lzma's bits as well.
+    loss_of(batches) is this rank's part of the mean loss over a global batch."""
+    nats = n_targets = n_bytes = 0.0
+    n_batches = min(cfg.val_batches, corpus.n_windows(cfg.seq_len) // cfg.batch_size)
+    for i in range(n_batches):
+        first = i * cfg.batch_size
+        batches = next_batches(corpus, first, False, cfg, device, rank, ranks)
+        (loss,) = sum_over_ranks(loss_of(batches), device=device)
+        nats += loss * batches[0]["n_targets"]
+        n_targets += batches[0]["n_targets"]
+        n_bytes += batches[0]["n_bytes"]
+    bpb = f"{bits_per_byte(nats, n_bytes):.3f}".replace("nan", "n/a")
+    line = f"val {step} | loss {nats / max(n_targets, 1):.4f} | bpb {bpb}"
+    text = corpus.text(n_batches * cfg.batch_size * cfg.seq_len)
+    if step == cfg.steps and text:
+        line += f" | lzma {8 * len(lzma.compress(text, preset=9)) / len(text):.3f}"
+    print(line, flush=True)
+
+@torch.compiler.set_stance("force_eager")  # a compiled block would compile for every length
+@torch.no_grad()
+def sample(model, ids, n, known, cfg):
+    """ids and n more, drawn at temperature 0.8 from the softmax over what known [V] allows."""
+    model.eval()
+    device = model.token_embedding.weight.device
+    torch.manual_seed(cfg.seed)
+    for _ in range(n):
+        tokens = torch.tensor([ids[-cfg.seq_len :]], device=device)  # [1, T]
+        with torch.autocast(device.type, torch.bfloat16, cfg.precision == "bf16"):
+            logits = model(tokens)[0, -1].float().masked_fill(~known.to(device), -math.inf)  # [V]
+        ids = ids + torch.multinomial((logits / 0.8).softmax(-1), 1).tolist()
+    return ids
+
+def is_sweep(cfg):
+    """Whether the run is a sweep: it has budgets, and nothing says how long a single run is."""
+    return bool(cfg.sweep) and not cfg.steps and not cfg.tokens
+
+def check(cfg, ranks):
+    """Raises ValueError for a configuration that cannot run on that many ranks."""
+    for field in dataclasses.fields(cfg):
+        low = 0 if field.default == 0 or field.type is float or field.name == "warmup_steps" else 1
+        low = 0 if field.name == "bootstrap" else low
+        if field.type in (int, float) and not low <= getattr(cfg, field.name) < math.inf:
+            raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {low} or more")
+    sweep = is_sweep(cfg)
+    parts = [split_batch(half, 1 if sweep else ranks) for half in halves(cfg)]
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    for wrong, message in (
+        (cfg.dim % 2, f"--dim {cfg.dim} is odd: half of a distance's encoding are sines"),
+        (cfg.cosine < 1, f"--cosine {cfg.cosine} ends before the run"),
+        (any((1 if sweep else ranks) * steps * micro != half.batch_size
+             for half, (steps, micro) in zip(halves(cfg), parts)),
+         f"--batch_size {cfg.batch_size} or --second_batch {cfg.second_batch} is not "
+         f"{ranks} ranks x micro-batches of {parts[0][1]}"),
+        (cfg.resume and not cfg.out, "--resume needs --out"),
+        (sweep and not cfg.sizes, "--sweep needs --sizes"),
+        (sweep and (cfg.init or cfg.export), "--init and --export are for a single run: --sweep="),
+        (sweep and cfg.second_batch, "--second_batch is for a single run: --sweep="),
+        (sweep and local < ranks and not cfg.out, "a sweep over several machines needs --out"),
+        (cfg.mismatched_cosine and not sweep, "--mismatched_cosine is part of a sweep"),
+        (cfg.inference_tokens and not cfg.budget, "--inference_tokens needs --budget"),
+        (cfg.plot and not (sweep or cfg.fit), "--plot is for a sweep, or for the runs of --fit"),
+        (cfg.plot and not importlib.util.find_spec("matplotlib"),
+         "--plot needs the package matplotlib: pip install matplotlib"),
+        ((cfg.init or cfg.export) and not importlib.util.find_spec("safetensors"),
+         "--init and --export need the package safetensors: pip install safetensors"),
+        (cfg.write_tokens and ranks > 1, "--write_tokens is for one process, without torchrun"),
+        (cfg.write_tokens and shard_paths(cfg.data),
+         "--write_tokens takes text, and --data is token shards"),
+    ):  # fmt: skip
+        if wrong:
+            raise ValueError(message)
+
+def with_length(cfg, n):
+    """cfg of a single run with its steps and tokens, for a model of n parameters."""
+    batches = cfg.batch_size, cfg.second_batch or cfg.batch_size
+    per_step = 2 / (1 / batches[0] + 1 / batches[1]) * cfg.seq_len  # mean over all updates
+    steps = cfg.steps or max(math.ceil((cfg.tokens or 20 * n) / per_step), 1)
+    cfg = dataclasses.replace(cfg, steps=steps, tokens=float(steps * per_step))
+    if cfg.second_batch:  # whole updates in both halves
+        sizes = [half.batch_size * cfg.seq_len for half in halves(cfg)]
+        first, last = (half.steps for half in halves(cfg))
+        cfg.tokens = float(first * sizes[0] + (last - first) * sizes[1])
+    return cfg
+
+def halves(cfg):
+    """The run's Configs, whose steps are where each ends: one, or two of half the tokens each, with
+    batch_size and second_batch sequences an update (Table 4, "doubled midway")."""
+    if cfg.second_batch in (0, cfg.batch_size):
+        return [cfg]
+    end = round(cfg.steps * cfg.second_batch / (cfg.batch_size + cfg.second_batch))
+    return [
+        dataclasses.replace(cfg, steps=end),
+        dataclasses.replace(cfg, batch_size=cfg.second_batch),
+    ]
+
+def plan_sweep(cfg):
+    """[(name, budget, N, Config of the run)] for each budget and size, the longest first; the name
+    has all that a run depends on, so that one of that name need not be run again."""
+    try:
+        budgets = [float(C) for C in cfg.sweep.split(",")]
+        sizes = [tuple(map(int, size.split("x"))) for size in cfg.sizes.split(",")]
+        if not all(0 < C < math.inf for C in budgets):
+            raise ValueError("a budget is above 0")
+        if any(len(size) != 2 or min(size) < 1 for size in sizes):
+            raise ValueError("a size is two numbers above 0")
+    except ValueError as error:
+        wanted = "FLOPS,... and WIDTHxLAYERS,..."
+        given = f"--sweep {cfg.sweep} --sizes {cfg.sizes}"
+        raise ValueError(f"{given} is not {wanted}: {error}") from error
+    runs, middle = {}, (len(budgets) // 2, len(sizes) // 2)
+    for (i, C), (j, (dim, layers)) in itertools.product(enumerate(budgets), enumerate(sizes)):
+        if dim % cfg.head_dim or dim % 2:
+            raise ValueError(f"--sizes: heads of {cfg.head_dim} do not divide the width {dim}")
+        shape = dict(dim=dim, n_layers=layers, n_heads=dim // cfg.head_dim, hidden_dim=4 * dim)
+        run = dataclasses.replace(cfg, **shape, lr=cfg.lr * cfg.dim / dim, sweep="", sizes="")
+        with torch.device("meta"):
+            N, _ = count_parameters(Chinchilla(run))
+        cost = 6 * N if cfg.flops == "6nd" else 3 * appendix_f(run)["total"] / run.seq_len
+        run.steps = round(C / cost / (run.batch_size * run.seq_len))  # D = C / (FLOPs of a token)
+        run.tokens, run.warmup_steps = 0.0, min(cfg.warmup_steps, run.steps // 10)
+        if not run.steps:
+            raise ValueError(f"--sweep: {C:g} FLOPs are not one update of {dim}x{layers}")
+        extra = (1.5, 2.0, 5.0) if cfg.mismatched_cosine and (i, j) == middle else ()
+        for cosine in (cfg.cosine, *extra):
+            run = dataclasses.replace(run, cosine=cosine)
+            matters = [field.name for field in dataclasses.fields(run)]
+            matters = matters[: matters.index("compile")] + ["flops", "val_batches"]
+            key = stable_hash(*(getattr(run, name) for name in matters)) % 16**8
+            name = f"{dim}x{layers}_{C:g}_seed{cfg.seed}_cosine{cosine:g}_{key:08x}"
+            runs[name] = (name, C, N, run)
+    # an update of a tiny model takes as long as some 5e7 FLOPs, whatever it computes
+    return sorted(runs.values(), key=lambda run: (-run[1] - 5e7 * run[3].steps, run[0]))
+
+def train_run(name, C, N, run, data, device):
+    """Trains one run of a sweep in its directory run.out, from its checkpoint if it has one; its
+    row for runs.jsonl, or None if a signal stopped it."""
+    corpus, heldout = data
+    started = time.perf_counter()
+    if run.compile:
+        torch.compiler.reset()  # each size compiles anew, and few are allowed for one block
+    model = Chinchilla(run)
+    init_weights(model, run)
+    optimizer = build_optimizer(model.to(device), run)
+    state = {"step": 0, "sequences": 0, "tokens": 0, "offset": 0, "seed": run.seed}
+    Path(run.out).mkdir(parents=True, exist_ok=True)
+    quiet = dataclasses.replace(run, val_batches=1, val_every=run.steps + 1)
+    with contextlib.redirect_stdout(io.StringIO()):
+        resume = any(Path(run.out).glob("step_*[0-9]"))
+        load_checkpoint(run.out, resume, run.steps, model, optimizer, state)
+        train(model, optimizer, corpus, heldout, state, quiet, device)
+    if state["step"] < run.steps:
+        return None
+    log = [json.loads(line) for line in (Path(run.out) / "metrics.jsonl").open()]
+    tokens, losses = columns([row for row in log if row["loss"] is not None], "tokens", "loss")
+    losses, n = smoothed(losses), heldout.n_windows(run.seq_len) // run.batch_size
+    n = min(n, run.val_batches)
+    kept = np.unique(np.geomspace(1, len(losses), 100).round().astype(int)) - 1
+    firsts = range(0, n * run.batch_size, run.batch_size)  # the same windows for all runs
+    batches = (next_batches(heldout, first, False, run, device, 0, 1) for first in firsts)
+    loss = sum(evaluate(model, batch, run).item() for batch in batches) / n
+    model.eval()
+    nll, accuracy, exact = cloze(model, heldout, run, device)
+    D, counted = state["tokens"], 3 * appendix_f(run)["total"] / run.seq_len
+    cost = 6 * N if run.flops == "6nd" else counted
+    return {
+        "name": name, "dim": run.dim, "layers": run.n_layers, "N": N, "D": D, "steps": run.steps,
+        "N_non_embedding": N - run.vocab_size * run.dim, "budget": C, "C": cost * D,
+        "C_6ND": 6 * N * D, "C_appF": counted * D, "lr": run.lr, "seed": run.seed,
+        "cosine": run.cosine, "train_loss": losses[-1], "loss": loss, "nll": nll,
+        "accuracy": accuracy, "exact_match": exact, "seconds": time.perf_counter() - started,
+        "curve": np.stack((tokens, losses), 1)[kept].round(5).tolist(),
+    }  # fmt: skip
+
+def finished(folder):
+    """{name: row} of the runs in folder/runs.jsonl, in which they ended."""
+    path = Path(folder) / "runs.jsonl"
+    return {row["name"]: row for _, row in whole_lines(path)} if path.exists() else {}
+
+def report_runs(folder, plan, seen):
+    """Prints the planned runs that are in runs.jsonl, whichever rank ran them, and not in seen."""
+    rows = finished(folder)
+    for name in [run[0] for run in plan if run[0] in rows and run[0] not in seen]:
+        seen.append(name)
+        row = rows[name]
+        print(
+            f"run {len(seen)}/{len(plan)} | {row['dim']}x{row['layers']} | N {human(row['N'])} | "
+            f"D {human(row['D'])} | 6ND {row['C_6ND']:.3g} | App. F {row['C_appF']:.3g} | cosine "
+            f"{row['cosine']:g} | loss {row['loss']:.4f} | train {row['train_loss']:.4f} | cloze "
+            f"{row['accuracy']:.3f}, exact {row['exact_match']:.3f} | {row['seconds']:.1f} s",
+            flush=True,
+        )  # fmt: skip
+
+def sweep(cfg, data, device, queue):
+    """Trains what the queue gives this rank until all runs are in runs.jsonl, each at most once;
+    rank 0 prints them as they come. False if a signal stopped one."""
+    store, rank, ranks = queue
+    plan, seen = plan_sweep(cfg), []
+    if rank == 0:
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        flops, done = sum(run[1] for run in plan), finished(cfg.out).keys() & {r[0] for r in plan}
+        print(f"sweep of {len(plan)} runs over {ranks} ranks, {flops:.3g} FLOPs |", end=" ")
+        print(f"{len(done)} are done", flush=True)
+        report_runs(cfg.out, plan, seen)
+    while (turn := store.add("next", 1) - 1) < len(plan):
+        name, C, N, run = plan[turn]
+        run.out = str(Path(cfg.out) / name)
+        if name not in finished(cfg.out):
+            if not (row := train_run(name, C, N, run, data, device)):
+                store.add("ended", 1)
+                return False
+            line, file = json.dumps(row) + "\n", Path(cfg.out) / "runs.jsonl"
+            if file.exists() and not file.read_bytes().endswith(b"\n"):  # what a kill cut short
+                line = "\n" + line
+            with open(file, "ab", buffering=0) as end:  # in one write: lines of ranks do not mix
+                end.write(line.encode())
+        for checkpoint in Path(run.out).glob("step_*"):
+            shutil.rmtree(checkpoint)
+        if rank == 0:
+            report_runs(cfg.out, plan, seen)
+    store.add("ended", 1)
+    while rank == 0:  # the others are at their last runs
+        over = store.add("ended", 0) == ranks
+        report_runs(cfg.out, plan, seen)
+        if over:
+            break
+        time.sleep(0.1)
+    return rank > 0 or len(seen) == len(plan)
+
+def human(x):
+    """A number in three digits with its unit, as 1.41M; 1e15 and more as a power of ten."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if size <= x < 1e15:
+            return f"{x / size:#.3g}".rstrip(".") + unit
+    return f"{x:.3g}"
+
+def draw(rows, width=66, height=18):
+    """The IsoFLOP parabolas in characters: budget 1 is the least, * is a lowest point."""
+    groups = budgets_of(rows)
+    N, loss = columns([row for group in groups.values() for row in group], "N", "loss")
+    left, right, low, high = *np.log([N.min(), N.max()]), loss.min(), loss.max()
+    grid = [[" "] * width for _ in range(height)]
+
+    def put(x, y, mark):
+        column = round((x - left) / (right - left) * (width - 1))
+        row = round((high - y) / (high - low or 1) * (height - 1))
+        if 0 <= column < width and 0 <= row < height:
+            grid[row][column] = mark
+
+    for number, same in enumerate(groups.values(), 1):
+        point, c = parabola(same, "N")
+        x = np.log(columns(same, "N")[0])
+        for at in np.linspace(x.min(), x.max(), width):
+            put(at, np.polyval(c, at), ".")
+        for row in same:
+            put(math.log(row["N"]), row["loss"], str(number % 10))
+        if point:
+            put(math.log(point[0]), point[1], "*")
+    print(f"loss {high:.3f} ... {low:.3f}, N {human(N.min())} ... {human(N.max())} in logarithms:")
+    print("\n".join("  |" + "".join(line).rstrip() for line in grid) + "\n  +" + "-" * width)
+
+def plot(rows, fits, folder):
+    """Writes isoflop.png (App. 2), envelope.png (App. 1) and frontier.png to folder."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    groups, curves, figures = budgets_of(rows), training_curves(rows), {}
+    figures["isoflop"], axes = plt.subplots()
+    for C, same in groups.items():
+        N, loss = columns(sorted(same, key=lambda row: row["N"]), "N", "loss")
+        (line,), (point, c) = axes.plot(N, loss, "o", label=f"{C:.2g} FLOPs"), parabola(same, "N")
+        x = np.geomspace(N.min(), N.max(), 100)
+        axes.plot(x, np.polyval(c, np.log(x)), "-", color=line.get_color())
+        if point:
+            axes.plot(*point, "*", color=line.get_color(), markersize=14)
+    axes.set(xscale="log", xlabel="N", ylabel="loss, nats per token")
+    figures["envelope"], axes = plt.subplots()
+    for N, cost, tokens, loss in curves:
+        axes.plot(cost * tokens, loss, label=f"N {human(N)}", linewidth=0.8)
+    axes.set(xscale="log", xlabel="FLOPs", ylabel="training loss, smoothed")
+    figures["frontier"], axes = plt.subplots()
+    C = np.geomspace(min(groups, default=1e18), 100 * max(groups, default=1e22), 50)
+    for name, law in fits.items():
+        if not isinstance(law, str):
+            axes.plot(C, law["k"][0] * C ** law["a"][0], label=f"{name}, a = {law['a'][0]:.3f}")
+    points = [(C, point[0]) for C, same in groups.items() if (point := parabola(same, "N")[0])]
+    axes.plot(*np.array(points).reshape(-1, 2).T, "ko", label="lowest points")
+    axes.set(xscale="log", yscale="log", xlabel="C, FLOPs", ylabel="optimal N")
+    for name, figure in figures.items():
+        if figure.axes[0].get_legend_handles_labels()[0]:
+            figure.axes[0].legend(fontsize="x-small")
+        figure.savefig(Path(folder) / f"{name}.png", dpi=120)
+        plt.close(figure)
+    print(f"{', '.join(figures)} as PNG in {folder}")
+
+def fit_and_report(rows, cfg):
+    """The fits of all laws to rows, after printing them with their intervals, the lowest points of
+    the budgets, the optimum for ten and a hundred times the largest, and plots."""
+    print(f"fits to {len(rows)} runs; in brackets 10 to 90 % of {cfg.bootstrap} resamples of 80 %")
+    for C, same in budgets_of(rows).items():
+        (N, D), (point, _) = columns(same, "N", "D"), parabola(same, "N")
+        optimum = "none inside the swept sizes"
+        if point:
+            optimum = f"{human(point[0])}, loss {point[1]:.4f}, D/N {C / 6 / point[0] ** 2:.3g}"
+        sizes = f"{human(N.min())} ... {human(N.max())}"
+        print(f"C {C:.3g} | {len(same)} runs | N {sizes} | lowest point {optimum}")
+    fits, most = fit_all(rows, cfg), max(row["C"] for row in rows)
+    for name, law in fits.items():
+        if isinstance(law, str):
+            print(f"{name:10} | n/a: {law}")
+            continue
+        numbers = [f"{k} {v:.4g} [{low:.4g}, {high:.4g}]" for k, (v, low, high) in law.items()]
+        print(f"{name:10} | {' | '.join(numbers).replace('[nan, nan]', '[n/a]')}")
+        (k, *_), (a, *_) = law["k"], law["a"]
+        ahead = [f"C {C:.2g} -> N {human(k * C**a)}" for C in (10 * most, 100 * most)]
+        print(f"{'':10} | {' | '.join(ahead)}")
+    if cfg.plot:
+        plot(rows, fits, cfg.plot)
+    elif budgets_of(rows):
+        draw(rows)
+    sys.stdout.flush()
+    return fits
+
+def all_laws(fits):
+    """[(name, C -> N, parametric law or None)] of every published law and of our own fits."""
+    table = np.array(TABLE_3).T
+    power = lambda k, a: lambda C: k * C**a  # noqa: E731
+    laws = [("Kaplan, Table 6", lambda C: kaplan_optimum(C)["N"], None)]
+    for approach in (1, 2):  # a power law through the rows of the table: no more was published
+        law = power_law(table[2 * approach - 1], table[0])
+        laws += [(f"Hoffmann, approach {approach}", power(*law), None)]
+    names = "Hoffmann, approach 3", "same, as printed", "Besiroglu"
+    for name, law in zip(names, (HOFFMANN, HOFFMANN_ROUNDED, BESIROGLU)):
+        laws += [(name, lambda C, law=law: frontier(law, C)[0], law)]
+    for name, (A, alpha) in LLAMA3.items():  # whose law is of the tokens
+        laws += [(f"Llama 3, {name}", lambda C, A=A, alpha=alpha: C / (6 * A * C**alpha), None)]
+    for name, law in fits.items():
+        if not isinstance(law, str):
+            values = {key: value for key, (value, *_) in law.items()}
+            parametric = values if "E" in values else None
+            laws += [(f"own fit, {name}", power(values["k"], values["a"]), parametric)]
+    return laws
+
+def answer(cfg, fits):
+    """Prints the optimal N and D for a budget by every law, what Kaplan says of batch and updates,
+    6 N D beside counted FLOPs, and the paper's tables 3 and A3 beside what the laws give."""
+    C, laws = cfg.budget, all_laws(fits)
+    print(f"budget {C:.3g} FLOPs = {C / PF_DAY:.3g} PF-days | D = C / 6N")
+    for name, optimum, law in laws:
+        N = optimum(C)
+        D = C / (6 * N)
+        line = f"{name:21} | N {human(N):>7} | D {human(D):>7} | D/N {D / N:8.3g}"
+        line += f" | loss {parametric_loss(law, N, D):.4f}" if law else ""
+        if law and cfg.inference_tokens:
+            less, more = overtrain(law, N, D, cfg.inference_tokens)
+            cost = 6 * less * more + 2 * less * cfg.inference_tokens
+            cost /= 6 * N * D + 2 * N * cfg.inference_tokens
+            line += f" | used for {human(cfg.inference_tokens)} tokens: N {human(less)},"
+            line += f" D {human(more)}, {cost:.3f} of the cost"
+        print(line)
+    best, (c, alpha) = kaplan_optimum(C), KAPLAN["C_min"]
+    loss = (c * PF_DAY / C) ** alpha
+    batch = critical_batch(loss)
+    least, _ = kaplan_minimum(best["B"], loss, C / (6 * best["N"] * best["B"]))
+    print(f"Kaplan: loss {loss:.3f} | critical batch {human(batch)} tokens (Eq. 1.4)", end=" | ")
+    print(f"batch {human(best['B'])}, minimum steps {human(best['S'])} (Table 6)", end=" | ")
+    print(f"{human(least)} at that batch and D = C / 6N (Eq. 5.4)")
+    no_overfit, rate = 5e3 * best["N"] ** 0.74, kaplan_rate(best["N"])
+    shown = f"{rate:.2e}" if rate > 0 else "n/a at this size"
+    print(f"        D against overfitting {human(no_overfit)} (Eq. 4.4)", end=" | ")
+    print(f"learning rate {shown} (D.1)", end=" | ")
+    print(f"best N alone {(KAPLAN['N'][0] / best['N']) ** KAPLAN['N'][1]:.3f} nats (Eq. 1.1)")
+    if C > 1e4 * PF_DAY:
+        print("        these laws contradict each other from about 1e4 PF-days on (Kaplan §6.3)")
+    N = frontier(BESIROGLU, C)[0]
+    shapes = {f"{row[0]}m": row[0] * 1e6 for row in TABLE_A9} | {"70b": 7e10, "280b": 2.8e11}
+    preset = min(shapes, key=lambda name: abs(math.log(shapes[name] / N)))
+    model = Config(**PRESETS[preset])
+    with torch.device("meta"):
+        N, _ = count_parameters(Chinchilla(model))
+    terms, D = appendix_f(model), C / (6 * N)
+    print(f"nearest shape {preset}: N {N:,} | 6ND {C:.4g} | App. F", end=" ")
+    print(f"{3 * terms['total'] * D / model.seq_len:.4g}, without embeddings and logits", end=" ")
+    print(f"{3 * terms['body'] * D / model.seq_len:.4g} | causal {flops_per_token(model) * D:.4g}")
+    print("Tables 3 and A3: FLOPs and tokens for N to be optimal, printed -> by the law above")
+    for row in TABLE_3:
+        line = f"N {human(row[0]):>5}"
+        for i, (_, optimum, _) in enumerate(laws[1:4]):
+            low, high = 1e10, 1e35
+            for _ in range(100):
+                middle = math.sqrt(low * high)
+                low, high = (middle, high) if optimum(middle) < row[0] else (low, middle)
+            line += f" | {row[1 + 2 * i]:.2e} {human(row[2 + 2 * i]):>6} -> {high:.2e} "
+            line += f"{human(high / (6 * row[0])):>6}"
+        print(line)
+    sys.stdout.flush()
+
+def dry_run(cfg):
+    """Prints parameters, FLOPs per token and bytes per rank, from shapes; and a sweep's runs."""
+    cfg.vocab_size = cfg.vocab_size or load_tokenizer(cfg.tokenizer or "bytes", SPECIALS).n_vocab
+    check(cfg, cfg.world_size)
+    with torch.device("meta"):
+        total, activated = count_parameters(Chinchilla(cfg))
+    print(f"parameters {total:,} | activated {activated:,}")
+    counted = 3 * appendix_f(cfg)["total"] / cfg.seq_len
+    print(f"FLOPs per token {flops_per_token(cfg):.4g} | 6 N gives {6 * activated:.4g}", end=" ")
+    print(f"| App. F {counted:.4g}")
+    memory = memory_per_rank(cfg)
+    for kind, size in (memory | {"sum": sum(memory.values())}).items():
+        print(f"{kind:12} {size / 2**30:8.3f} GiB on each of {cfg.world_size} ranks")
+    if is_sweep(cfg):
+        for name, C, N, run in plan_sweep(cfg):
+            print(f"run {name} | N {N:,} | {run.steps:,} updates | {C:.3g} FLOPs")
+        return
+    cfg = with_length(cfg, total)
+    print(f"D {human(cfg.tokens)} in {cfg.steps:,} updates | 6ND {6 * total * cfg.tokens:.3g}")
+
+def train(model, optimizer, corpus, heldout, state, cfg, device):
+    """Updates until cfg.steps, or until SIGTERM or SIGINT; state says how far it came."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh(device.type, (ranks,), mesh_dim_names=("dp",))
+    replicas, loss_of = parallelize(model, cfg, mesh), functools.partial(evaluate, model, cfg=cfg)
+    signals, saved, skipped, pace = [], state["step"], 0, 0.0
+    handlers = {s: signal(s, lambda *_: signals.append(1)) for s in (SIGTERM, SIGINT)}
+    while state["step"] < cfg.steps:
+        if state["step"] % cfg.val_every == 0:
+            validate(loss_of, heldout, state["step"], cfg, device, rank, ranks)
+        started = time.perf_counter()
+        first = state["sequences"] + state["offset"]
+        batches = next_batches(corpus, first, bool(signals), cfg, device, rank, ranks)
+        if batches is None:
+            break
+        torch.manual_seed(stable_hash(cfg.seed, state["step"], rank))  # of dropout
+        loss = accumulate_gradients(replicas, batches, cfg)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf).item()
+        lr = learning_rate(state["step"], cfg)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        finite = math.isfinite(norm)  # the same on all ranks; a loss that is not finite shows here
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad()
+        state["step"] += 1
+        state["sequences" if finite else "offset"] += cfg.batch_size
+        state["tokens"] += finite * cfg.batch_size * cfg.seq_len
+        seconds = time.perf_counter() - started
+        pace = 0.9 * (pace or seconds) + 0.1 * seconds
+        if state["step"] % cfg.log_every == 0 or state["step"] in (1, cfg.steps):
+            (loss,) = sum_over_ranks(loss, device=device)
+            bpb = bits_per_byte(loss * batches[0]["n_targets"], batches[0]["n_bytes"])
+            row = {"step": state["step"], "loss": loss, "bpb": bpb, "lr": lr, "grad": norm}
+            log_step({**row, "tokens": state["tokens"]}, pace, cfg, device)
+        skipped = 0 if finite else skipped + 1
+        if skipped:
+            print(f"step {state['step']} skipped: its gradient is not finite", flush=True)
+        if skipped == 3:
+            raise ValueError(f"three steps to {state['step']} had no finite gradient")
+        if cfg.out and state["step"] % cfg.save_every == 0:
+            save_checkpoint(cfg.out, model, optimizer, state)
+            saved = state["step"]
+    if cfg.out and saved < state["step"]:
+        save_checkpoint(cfg.out, model, optimizer, state)
+    for signum, handler in handlers.items():
+        signal(signum, handler)
+
+def single_run(cfg, data, tokenizer, source, device):
+    """Trains one model on all ranks, from source or a checkpoint if there is one; then samples."""
+    (corpus, heldout), ranks = data, dist.get_world_size()
+    model = Chinchilla(cfg)
+    init_weights(model, cfg)
+    if source:
+        model.load_state_dict(source.state_dict())
+    optimizer = build_optimizer(model.to(device), cfg)
+    total, activated = count_parameters(model)
+    cfg, (steps, micro) = with_length(cfg, total), split_batch(cfg, ranks)
+    state = {"step": 0, "sequences": 0, "tokens": 0, "offset": 0, "seed": cfg.seed}
+    if cfg.out:
+        load_checkpoint(cfg.out, cfg.resume, cfg.steps, model, optimizer, state)
+    if cfg.out and dist.get_rank() == 0:
+        config = json.dumps(dataclasses.asdict(cfg), indent=2)
+        (Path(cfg.out) / "config.json").write_text(config + "\n")
+    print(f"parameters {total:,} | activated {activated:,} | FLOPs per token", end=" ")
+    print(f"{flops_per_token(cfg):.3g} | tokens per step {cfg.batch_size * cfg.seq_len:,}", end=" ")
+    print(f"= {ranks} ranks x {steps} x {micro} sequences of {cfg.seq_len}", end=" ")
+    print(f"| D {human(cfg.tokens)}, {cfg.tokens / total:.3g} for each parameter", flush=True)
+    for half in halves(cfg):
+        train(model, optimizer, corpus, heldout, state, half, device)
+        if state["step"] < half.steps:
+            return print(f"stopped by a signal after step {state['step']}", flush=True)
+    loss_of = functools.partial(evaluate, model, cfg=cfg)
+    validate(loss_of, heldout, cfg.steps, cfg, device, dist.get_rank(), ranks)
+    if cfg.export and dist.get_rank() == 0:
+        to_hf(model, cfg, cfg.export)
+    if tokenizer and dist.get_rank() == 0:
+        ids = tokenizer.encode_ordinary(cfg.prompt or heldout.text(32).decode(errors="ignore"))
+        known = torch.from_numpy(heldout.token_bytes[: cfg.vocab_size] > 0)
+        print(tokenizer.decode(sample(model, ids, 256, known, cfg)), flush=True)
+
+def sweep_and_fit(cfg, data, device, queue):
+    """The sweep, over the ranks of the queue, and on rank 0 what follows from it."""
+    store, rank, _ = queue
+    kept = cfg.out
+    if rank == 0:
+        store.set("folder", cfg.out or tempfile.mkdtemp(prefix="chinchilla_"))
+    cfg.out = store.get("folder").decode()
+    complete = sweep(cfg, data, device, queue)
+    if rank == 0 and not complete:
+        print(f"stopped by a signal; {kept and 'the same command goes on'}", flush=True)
+    if rank == 0 and complete:
+        fit_and_report(read_runs(Path(cfg.out) / "runs.jsonl"), cfg)
+        for name, row in finished(cfg.out).items() if cfg.mismatched_cosine else ():
+            print(f"cosine {row['cosine']:g} x the run, {name}: loss {row['loss']:.4f}", flush=True)
+    if rank == 0 and not kept:
+        shutil.rmtree(cfg.out)
+
+@record
+def main(argv=None):
+    """Reads the command line; answers from laws, or reads the data and trains a sweep or model."""
+    with one_line_mistakes():
+        cfg = parse(argv)
+        if cfg.dry_run:
+            return dry_run(cfg)
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        check(cfg, ranks)
+        runs = cfg.fit or (cfg.budget and cfg.out and str(Path(cfg.out) / "runs.jsonl"))
+        fits = fit_and_report(read_runs(runs), cfg) if runs else {}
+        if cfg.budget or cfg.fit:
+            return answer(cfg, fits) if cfg.budget else None
+        source = None
+        if cfg.init:
+            source, theirs = from_hf(cfg.init)
+            cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in HF_CONFIG})
+            check(cfg, ranks)
+        documents = read_documents(cfg.data)
+        known = cfg.tokenizer or not shard_paths(cfg.data)
+        tokenizer = load_tokenizer(cfg.tokenizer or "bytes", SPECIALS) if known else None
+        if tokenizer and 0 < cfg.vocab_size <= end_token(tokenizer):
+            raise ValueError(f"--vocab_size {cfg.vocab_size} has no room for {END}")
+        documents = tokenize(documents, tokenizer)
+        if cfg.write_tokens:
+            return write_tokens(cfg.write_tokens, documents)
+        queue = join_queue(cfg) if is_sweep(cfg) else None
+        device = launch(cfg.timeout)
+        for folder in filter(None, (cfg.out, cfg.export)):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        sizes = cfg.vocab_size, max(cfg.batch_size, cfg.second_batch), cfg.seq_len
+        data = load_corpora(cfg.data, documents, tokenizer, *sizes)
+        cfg.vocab_size, windows = data[0].vocab_size, data[0].n_windows(cfg.seq_len)
+        print(f"python {sys.version.split()[0]} | torch {torch.__version__} |", end=" ")
+        print(f"{device.type} {cfg.precision} | {windows:,} windows to train on", flush=True)
+        if queue:
+            return sweep_and_fit(cfg, data, device, queue)
+        single_run(cfg, data, tokenizer, source, device)
+
+# ---------------------------------------- Plumbing ----------------------------------------
+
+@contextlib.contextmanager
+def one_line_mistakes():
+    """Only rank 0 prints; what the user can mend is one line on stderr and exit status 2."""
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        with contextlib.redirect_stdout(open(os.devnull, "w") if rank else sys.stdout):
+            yield
+    except (OSError, ValueError) as error:
+        time.sleep(5 * (rank > 0))  # where rank 0 fails too, torchrun ends the others meanwhile
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    finally:  # a rank that fails among others leaves at once: it must not wait for them here
+        if dist.is_initialized() and (dist.get_world_size() == 1 or not sys.exc_info()[0]):
+            dist.destroy_process_group()
+
+def parse(argv):
+    """Config from the command line: a preset, and the flags given over it."""
+
+    def mistake(message):
+        raise ValueError(message)
+
+    usage, summary = "%(prog)s [--preset NAME] [--FLAG VALUE ...]", __doc__.split("\n")[0]
+    parser = argparse.ArgumentParser(usage=usage, description=summary, allow_abbrev=False)
+    parser.error = mistake
+    preset = "small" if torch.cuda.is_available() else "demo"
+    parser.add_argument("--preset", choices=PRESETS, default=preset, help=f"(default: {preset})")
+    meanings = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
+    for field in dataclasses.fields(Config):
+        kind = dict(type=field.type)
+        if field.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        elif get_args(field.type):
+            kind = dict(choices=get_args(field.type))
+        about = f"{meanings[field.name]} (default: {field.default!r})"
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=about, **kind)
+    flags = vars(parser.parse_args(argv))
+    cfg = Config(**(PRESETS[flags.pop("preset")] | flags))
+    if cfg.precision == "auto":
+        cfg.precision = "bf16" if torch.cuda.is_available() else "fp32"
+    return cfg
+
+def launch(timeout):
+    """This rank's device, after joining torchrun's process group, or one of a single rank."""
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "TORCHELASTIC_RESTART_COUNT": 0}
+    rank, ranks, local, restarts = (int(os.environ.get(k, v)) for k, v in names.items())
+    store, device, backend = dist.HashStore(), torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"rank {local} of this machine finds {torch.cuda.device_count()} GPUs")
+        device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    if ranks > 1:  # a name for each restart: its workers must not meet the addresses of the dead
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        store = dist.TCPStore(*address, is_master=hosts)
+        store = dist.PrefixStore(f"start {restarts}", store)
+    limit = timedelta(seconds=timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=limit)
+    return device
+
+def log_step(row, pace, cfg, device):
+    """Prints row, which has step, loss, bpb, lr, grad and tokens, and what the script adds to them,
+    and writes it to metrics.jsonl; pace is how many seconds a step has taken of late."""
+    step, speed = row["step"], cfg.batch_size * cfg.seq_len / pace
+    left = round((cfg.steps - step) * pace)
+    unit, mfu = 1 if sys.platform == "darwin" else 1024, ""
+    memory = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device)
+        peak = dist.get_world_size() * PEAK_FLOPS.get(torch.cuda.get_device_name(device), math.inf)
+        if cfg.precision == "bf16" and peak < math.inf:
+            mfu = f"mfu {speed * flops_per_token(cfg) / peak:.1%} | "
+    bpb = f"{row['bpb']:.3f}".replace("nan", "n/a")
+    more = "".join(f"{name} {value} | " for name, value in list(row.items())[6:])
+    print(
+        f"step {step}/{cfg.steps} | loss {row['loss']:.4f} | bpb {bpb} | "
+        f"lr {row['lr']:.2e} | grad {row['grad']:.2f} | tokens {row['tokens'] / 1e6:.1f}M | "
+        f"{more}{speed / 1e3:.1f}k tok/s | {mfu}mem {memory / 2**30:.1f}G | "
+        f"eta {left // 60}:{left % 60:02}", flush=True,
+    )  # fmt: skip
+    if cfg.out and dist.get_rank() == 0:
+        finite = {k: None if str(v) in ("nan", "inf", "-inf") else v for k, v in row.items()}
+        with open(Path(cfg.out) / "metrics.jsonl", "a") as file:
+            print(json.dumps(finite), file=file)
+
+def bits_per_byte(nats, n_bytes):
+    """nats over n_bytes of text in bits per byte; NaN, printed as n/a, if n_bytes is unknown."""
+    return nats / math.log(2) / n_bytes if n_bytes else math.nan
+
+def stable_hash(*key):
+    """64 bits that depend on the key alone: the seed of all that is drawn."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
+
+def shuffled(index, n, key):
+    """The image of index under a permutation of range(n) that key names: a Feistel network on the
+    bits of n, walked until it lands below n, which needs no memory however large n is."""
+    half = (n.bit_length() + 1) // 2
+    while True:
+        left, right = divmod(index, 1 << half)
+        for i in range(4):
+            left, right = right, left ^ stable_hash(key, i, right) % (1 << half)
+        index = (left << half) + right
+        if index < n:
+            return index
+
+class Corpus:
+    """Token streams, in memory or memory-mapped, one array a part. Documents end with `separator`
+    (-1: unknown); token_bytes [V] is the length of each id's text (0: unknown)."""
+
+    def __init__(self, parts, tokenizer, vocab_size, in_order):
+        self.parts, self.tokenizer, self.in_order = parts, tokenizer, in_order
+        self.vocab_size, n_vocab = vocab_size, tokenizer.n_vocab if tokenizer else 0
+        self.token_bytes = np.zeros(max(vocab_size, n_vocab), np.int64)
+        self.separator = end_token(tokenizer) if tokenizer else -1
+        for text, i in tokenizer._mergeable_ranks.items() if tokenizer else ():
+            self.token_bytes[i] = len(text)
+
+    def n_windows(self, length):
+        """Windows of length + 1 ids in an epoch."""
+        return sum(max(len(part) // length - 1, 0) for part in self.parts)
+
+    def window(self, index, length, seed):
+        """Window `index` of the run, length + 1 ids. An epoch has each window once, in an order and
+        at a phase (ids before the first window) of its own; in_order, it has neither."""
+        n = self.n_windows(length)
+        epoch, index = divmod(index, n)
+        phase = 0 if self.in_order else stable_hash(seed, epoch) % length
+        index = index if self.in_order else shuffled(index, n, (seed, epoch))
+        for part in self.parts:
+            n = max(len(part) // length - 1, 0)
+            if index < n:
+                break
+            index -= n
+        start = phase + index * length
+        ids = part[start : start + length + 1].astype(np.int64)
+        strange = ids[(ids >= self.vocab_size) & (ids != self.separator)]
+        if len(strange):
+            raise ValueError(f"the data has token id {strange[0]}, but V is {self.vocab_size}")
+        return ids
+
+    def text(self, n):
+        """The text of the first n ids as bytes; nothing where the tokenizer is unknown."""
+        ids = np.concatenate([part[:n] for part in self.parts])[:n]
+        ids = ids[self.token_bytes[ids] > 0].tolist()
+        return self.tokenizer.decode_bytes(ids) if self.tokenizer else b""
+
+def load_corpora(path, documents, tokenizer, vocab_size, batch_size, length):
+    """(training, held-out) Corpus. Held out is the end of the stream: one document in twenty, since
+    they come in the order of their hashes; of shards or a single document, the last 5 %."""
+    parts, cut = [open_shard(file) for file in shard_paths(path)], 0
+    vocab_size = vocab_size or (tokenizer.n_vocab if tokenizer else 0)
+    if vocab_size <= max(tokenizer._mergeable_ranks.values() if tokenizer else [0]):
+        raise ValueError(f"--vocab_size {vocab_size} is too small, or --tokenizer is missing")
+    if not parts:
+        hashed = sorted(((stable_hash(name), ids) for name, ids in documents), key=lambda x: x[0])
+        cut = sum(len(ids) for key, ids in hashed if key < 0.95 * 2**64)
+        parts = [np.concatenate([ids for _, ids in hashed] or [np.zeros(0, np.uint16)])]
+    total, least = sum(map(len, parts)), (batch_size + 1) * length
+    if min(cut, total - cut) < least:
+        cut = max(total - max(total // 20, least), 0)
+    train, held = [], []
+    for part in parts:
+        train.append(part[:cut])
+        held.append(part[cut:])
+        cut = max(cut - len(part), 0)
+    train = Corpus(train, tokenizer, vocab_size, in_order=False)
+    held = Corpus(held, tokenizer, vocab_size, in_order=True)
+    if min(train.n_windows(length), held.n_windows(length)) < batch_size:
+        raise ValueError(
+            f"{path} is too short: {total:,} tokens in {len(parts)} parts do not hold a batch of "
+            f"{batch_size} x {length} to train on and another to hold out"
+        )
+    return train, held
+
+def read_documents(path):
+    """(name, text) of each document: a file (.txt, .md, .py), a line of a .jsonl file, or all of a
+    directory or a pattern; without a path, the modules of Python's standard library."""
+    root = Path(path or sysconfig.get_paths()["stdlib"])
+    kinds = (".txt", ".md", ".py", ".jsonl") if path else (".py",)
+    skip = set() if path else {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+    files = list_files(root)
+    if not root.is_dir():  # names are relative to the directory before the pattern
+        root = Path(re.split(r"[*?[]", f"{root}")[0] + "*").parent
+    if files != [Path(path)]:
+        files = [file for file in files if file.suffix in kinds and file.is_file()]
+        files = [file for file in files if not skip & set(file.relative_to(root).parts)]
+    if not files:
+        raise ValueError(f"{path or root} has no file of {', '.join(kinds)}")
+    for file in files:
+        where, wanted = file, "UTF-8 text"
+        try:
+            if file.suffix != ".jsonl":
+                text = file.read_text("utf-8", errors="strict" if path else "ignore")
+                yield file.relative_to(root).as_posix(), text
+                continue
+            for number, line in enumerate(file.open("rb"), 1):
+                if not line.strip():
+                    continue
+                where, wanted = f"{file}, line {number},", 'a JSON object with a string "text"'
+                text = json.loads(line)["text"]
+                if not isinstance(text, str):
+                    raise TypeError(f"it is {text!r:.40}")
+                yield text, text
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{where} is not {wanted}: {error}") from error
+
+def load_tokenizer(name, specials):
+    """tiktoken.Encoding of the 256 `bytes`, of one of tiktoken's own names or of a file of ranks,
+    with those special tokens that it lacks behind its last id."""
+    known = {}
+    try:
+        if name == "bytes":
+            pattern, ranks = r"[\s\S]", {bytes([i]): i for i in range(256)}
+        elif os.path.isfile(name):  # tiktoken's own loader would cache the first file of a name
+            pattern, lines = PATTERN, Path(name).read_bytes().splitlines()
+            ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
+        else:
+            base = tiktoken.get_encoding(name)
+            pattern, ranks, known = base._pat_str, base._mergeable_ranks, base._special_tokens
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer {name}: no file of ranks, and not to be had") from error
+    if not all(bytes([i]) in ranks for i in range(256)):
+        raise ValueError(f"tokenizer {name} lacks some of the 256 single bytes")
+    if len(set(ranks.values())) < len(ranks) or min(ranks.values()) < 0:
+        raise ValueError(f"tokenizer {name} has a rank twice, or one below 0")
+    for token in specials:
+        known = {token: max([*ranks.values(), *known.values()]) + 1} | known
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=known)
+
+def end_token(tokenizer):
+    """The id that ends a document: the tokenizer's own <|endoftext|> if it has one, or END."""
+    return tokenizer._special_tokens.get("<|endoftext|>", tokenizer._special_tokens[END])
+
+def tokenize(documents, tokenizer):
+    """(name, ids between BEGIN, where the tokenizer has it, and END) of each (name, text)."""
+    kind = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
+    begin = [i for token, i in tokenizer._special_tokens.items() if token == BEGIN]
+    end = [end_token(tokenizer)]
+    for name, text in ((name, text) for name, text in documents if text):
+        ids = tokenizer.encode_to_numpy(text, disallowed_special=())
+        yield name, np.concatenate((begin, ids, end)).astype(kind)
+
+def write_tokens(folder, documents):
+    """Writes tokenized documents to folder as .npy shards of 2**27 ids or a document more."""
+    if shard_paths(folder):
+        raise ValueError(f"--write_tokens: {folder} has shards already")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for n in itertools.count():
+        shard, size = [], 0
+        while size < 2**27 and (document := next(documents, None)):
+            shard.append(document[1])
+            size += len(document[1])
+        if not shard:
+            return print(f"{n} shards in {folder}", flush=True)
+        np.save(Path(folder) / f"tokens_{n:05d}.npy", np.concatenate(shard))
+
+def list_files(path):
+    """The files at path, in order: a file, all below a directory, or those of a pattern."""
+    if os.path.isdir(path):
+        return [file for file in sorted(Path(path).rglob("*")) if file.is_file()]
+    return [Path(file) for file in sorted(glob.glob(str(path), recursive=True)) or [path]]
+
+def shard_paths(path):
+    """The token shards at path, if it is not empty, in order."""
+    files = list_files(path) if path else []
+    return [file for file in files if file.suffix in (".npy", ".bin")]
+
+def open_shard(path):
+    """Memory-maps a shard: .npy of uint16 or uint32, or .bin, uint16 behind 256 int32 of header."""
+    if path.suffix == ".npy":
+        try:
+            ids = np.load(path, mmap_mode="r")
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path} is no .npy file: {error}") from error
+        if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32):
+            raise ValueError(f"{path} is {ids.dtype} {ids.shape}, not one row of uint16 or uint32")
+        return ids
+    header = np.fromfile(path, np.int32, 256)
+    if len(header) < 256 or (header[0], header[1]) != (20240520, 1):
+        raise ValueError(f"{path} has not the header of a .bin shard")
+    if path.stat().st_size != 1024 + 2 * int(header[2]):
+        raise ValueError(f"{path} is longer or shorter than the {header[2]} tokens of its header")
+    return np.memmap(path, np.uint16, "r", 1024)
+
+if __name__ == "__main__":
+    main()
