@@ -23,9 +23,9 @@ Run: python chinchilla.py                         # a CPU: a sweep of minutes, a
          chinchilla.py --preset 70b --data massive/ --tokenizer ranks.tiktoken --out /shared/70b
      python chinchilla.py --budget 1e21            # the optimum by every law; no training
      python chinchilla.py --fit runs.csv           # the laws of any table with columns N, D, loss
-Expect: the demo's 12 runs take 3 to 4 minutes of two cores; the least losses of 3e11 and 6e11
-FLOPs lie inside the swept sizes, near 36k and 54k parameters (1.78 and 1.70 nats a byte), which
-gives N a slope of 0.59 by approach 2. So small a sweep shows the method, not the constants.
+Expect: the demo's 12 runs take 2 to 4 minutes of two cores; the least losses of 2e11 and 4e11
+FLOPs lie inside the swept sizes, near 30k and 42k parameters (1.85 and 1.75 nats a byte), which
+gives N a slope of 0.48 by approach 2. So small a sweep shows the method, not the constants.
 """
 
 import argparse
@@ -105,7 +105,7 @@ class Config:
     dry_run: bool = False  # print what the run would need, and exit
     world_size: int = 1  # ranks that dry_run plans for
     # Sweep and laws
-    sweep: str = ""  # budgets, FLOPS,...; empty, or with steps or tokens: a single run
+    sweep: str = ""  # budgets, FLOPS,...; empty, or with steps: a single run
     sizes: str = ""  # models of a sweep, WIDTHxLAYERS,...; heads of head_dim, F = 4 D
     flops: Literal["6nd", "appF"] = "6nd"  # what a budget counts: 6 N D, or Appendix F
     mismatched_cosine: bool = False  # add three runs whose cosine is 1.5, 2 and 5 times too long
@@ -151,7 +151,7 @@ PRESETS = {
     "demo": dict(
         dim=48, n_layers=2, n_heads=3, head_dim=16, hidden_dim=192, seq_len=32, batch_size=24,
         lr=0.36 / 48, warmup_steps=300, log_every=10, val_batches=64,
-        sweep="1.5e11,3e11,6e11", sizes="32x1,48x1,64x1,96x1",
+        sweep="1e11,2e11,4e11", sizes="32x1,48x1,64x1,96x1",
     ),
     # A GPU of 24 GB or a node of them, minutes: sizes 1.6 apart around the corrected law's optimum.
     "small": dict(
@@ -166,23 +166,24 @@ PRESETS = {
     "280b": dict(PUBLISHED, dim=16384, n_heads=128, hidden_dim=65536, batch_size=1536, lr=4e-5,
                  second_batch=3072, tokens=3e11, weight_decay=0.0, clip=0.25),
 }  # fmt: skip
-for name, dim, heads, width, layers, lr, batch, clip in (  # Rae et al., Table 1
-    ("44m", 512, 16, 32, 8, 6e-4, 128, 1.0), ("117m", 768, 12, 64, 12, 6e-4, 128, 1.0),
-    ("417m", 1536, 12, 128, 12, 2e-4, 128, 1.0), ("1.4b", 2048, 16, 128, 24, 2e-4, 128, 1.0),
-    ("7.1b", 4096, 32, 128, 32, 1.2e-4, 1024, 0.25),
+
+def published(dim, width, heads, layers, **more):
+    """Overrides of Config for a published shape: F = 4 D."""
+    shape = dict(dim=dim, head_dim=width, n_heads=heads, n_layers=layers, hidden_dim=4 * dim)
+    return PUBLISHED | shape | more
+
+for name, shape, lr, batch, clip in (  # Rae et al., Table 1
+    ("44m", (512, 32, 16, 8), 6e-4, 128, 1.0), ("117m", (768, 64, 12, 12), 6e-4, 128, 1.0),
+    ("417m", (1536, 128, 12, 12), 2e-4, 128, 1.0), ("1.4b", (2048, 128, 16, 24), 2e-4, 128, 1.0),
+    ("7.1b", (4096, 128, 32, 32), 1.2e-4, 1024, 0.25),
 ):  # fmt: skip
-    PRESETS[f"gopher_{name}"] = dict(
-        PUBLISHED, dim=dim, n_layers=layers, n_heads=heads, head_dim=width, hidden_dim=4 * dim,
-        batch_size=batch, lr=lr, tokens=3e11, weight_decay=0.0, clip=clip,
-    )  # fmt: skip
-for millions, dim, width, heads, layers in TABLE_A9:
+    more = dict(lr=lr, batch_size=batch, clip=clip, tokens=3e11, weight_decay=0.0)
+    PRESETS[f"gopher_{name}"] = published(*shape, **more)
+for millions, *shape in TABLE_A9:
     # Undisclosed: which rate each size had between 2e-4 for the smallest and 1.25e-4 for the
     # largest (here linear in ln N), and which batch (here 0.5M tokens, as the one that D.4 names).
-    rate = 2e-4 - 0.75e-4 * math.log(millions / 44) / math.log(16183 / 44)
-    PRESETS[f"{millions}m"] = dict(
-        PUBLISHED, dim=dim, n_layers=layers, n_heads=heads, head_dim=width, hidden_dim=4 * dim,
-        lr=rate,
-    )  # fmt: skip
+    lr = 2e-4 - 0.75e-4 * math.log(millions / 44) / math.log(16183 / 44)
+    PRESETS[f"{millions}m"] = published(*shape, lr=lr)
 BEGIN, END = "", "<|endoftext|>"  # tokens around each document of a stream; BEGIN may be none
 SPECIALS = (END,)
 PATTERN = (  # how GPT-4 and Llama 3 split text into words, for files of ranks
@@ -194,6 +195,10 @@ PF_DAY = 8.64e19  # FLOPs, the unit of Kaplan's C
 KAPLAN = {  # (c, exponent) of L = (c / x)^exponent, Eq. 1.1, 1.2, 3.3 and 1.3
     "N": (8.8e13, 0.076), "D": (5.4e13, 0.095), "C": (1.6e7, 0.057), "C_min": (3.1e8, 0.050),
 }  # fmt: skip
+TABLE_2 = (  # a of N = k C^a, and 10 to 90 %; of Besiroglu the standard error
+    "0.73 (Kaplan)", "0.50 (0.488, 0.502)", "0.49 (0.462, 0.534)", "0.46 (0.454, 0.455)",
+    "0.46", "0.513 +- 0.02",
+)  # fmt: skip
 KAPLAN_ND = dict(N_c=6.4e13, D_c=1.8e13, alpha_N=0.076, alpha_D=0.103)  # Table 2, Eq. 1.5
 KAPLAN_NS = dict(N_c=6.5e13, S_c=2.1e3, alpha_N=0.077, alpha_S=0.76)  # Table 3, Eq. 1.6
 HOFFMANN = dict(  # approach 3 with the digits of the paper's source; those printed do not give its
@@ -357,7 +362,8 @@ def flops_per_token(cfg):
 
 def appendix_f(cfg):
     """Forward FLOPs of a sequence of T tokens by the terms of Appendix F; training takes three
-    times that. Its ratios to 6 N D (Table A4) come out with "body" alone."""
+    times that. Its ratios to 6 N D (Table A4) come out with "body" alone; and the 6.3e23 that the
+    paper names for Gopher is four times "body", as if one forward pass were recomputed."""
     T, D, L, V = cfg.seq_len, cfg.dim, cfg.n_layers, cfg.vocab_size
     width = cfg.n_heads * cfg.head_dim
     attention = 2 * 3 * T * D * width  # queries, keys, values
@@ -376,6 +382,7 @@ def get_batch(corpus, first, n, cfg):
     # between, and attention sees across; every one of the T targets counts.
     # Departure: MassiveText is not public; its mix (Table A1: 0.45 MassiveWeb, 0.3 books, 0.1 C4,
     # 0.1 news, 0.04 GitHub, 0.01 Wikipedia) is for whoever has the parts, in the shards of --data.
+    # Nor is its vocabulary, 32,000 pieces of SentencePiece: --tokenizer takes another.
     windows = np.stack([corpus.window(first + i, cfg.seq_len, cfg.seed) for i in range(n)])
     batch = {"tokens": windows[:, :-1].copy(), "targets": windows[:, 1:].copy()}
     n_bytes = int(corpus.token_bytes[batch["targets"]].sum())
@@ -405,7 +412,10 @@ def objective(model, batch, cfg):
 @torch.no_grad()
 def cloze(model, heldout, cfg, device, n=256):
     """(nats per byte of the right answer, share of questions where it is the likeliest per byte,
-    share where it is what the model itself would write) of n questions; chance: 1/4, and near 0."""
+    share where it is what the model itself would write) of n questions; chance: 1/4, and near 0;
+    None where the text has not four windows."""
+    if heldout.n_windows(cfg.seq_len) < 4:
+        return None, None, None
     questions, cut = cloze_questions(heldout, n, cfg.seq_len)
     flat, nats, exact = torch.from_numpy(questions).flatten(0, 1), [], []  # [4 n, T + 1]
     for windows in flat.to(device).split(4 * cfg.batch_size):
@@ -439,7 +449,9 @@ def overtrain(law, N, D, inference):
 
     def tokens(share):  # N = share of the given one; the D that makes up for it
         gap = loss - law["E"] - law["A"] / (share * N) ** law["alpha"]
-        return (law["B"] / gap) ** (1 / law["beta"]) if gap > 0 else math.inf
+        if gap <= 0:
+            return math.inf
+        return math.exp(min(math.log(law["B"] / gap) / law["beta"], 200))  # e^200: out of reach
 
     for _ in range(100):  # where the marginal costs meet, alpha A N^-alpha / (beta B D^-beta) =
         share = (low + high) / 2  # 1 + inference / 3D: the left falls with N, the right rises
@@ -466,7 +478,8 @@ def kaplan_stop(N, D):
     return KAPLAN_NS["S_c"] / gap ** (1 / KAPLAN_NS["alpha_S"])
 
 def critical_batch(loss):
-    """Kaplan Eq. 1.4: tokens of the batch that takes twice the least updates and twice the data."""
+    """Kaplan Eq. 1.4: tokens of the batch that takes twice the least updates S and twice the least
+    data E; in general (S / S_min - 1) (E / E_min - 1) = 1 (Eq. 5.1)."""
     return 2e8 / loss ** (1 / 0.21)
 
 def kaplan_minimum(batch, loss, steps=1.0, C=1.0):
@@ -525,7 +538,7 @@ def follow_minimum(residuals, delta, x):
     Levenberg's and Marquardt's method on weighted squares, in far fewer steps than L-BFGS."""
     x, h, damping = torch.tensor(x, dtype=torch.float64), 1e-5, 1e-3
     shifts, value = h * torch.eye(len(x), dtype=torch.float64), huber_sum(residuals, delta, x)
-    for _ in range(100):
+    for _ in range(1000):
         r = residuals(x)
         slopes = (residuals(x + shifts) - residuals(x - shifts)) / (2 * h)  # [P, R]
         weighted = slopes * (delta / r.abs().clamp(min=delta))  # what makes squares of Huber's
@@ -539,7 +552,7 @@ def follow_minimum(residuals, delta, x):
             damping *= 10
         if damping >= 1e12 or value - least < 1e-9 * value:
             break
-        x, value, damping = trial, least, damping / 10
+        x, value, damping = trial, least, max(damping / 10, 1e-9)
     return x.numpy()
 
 def columns(rows, *names):
@@ -588,47 +601,58 @@ def fit_envelope(rows, near=None):
         raise TooFewRuns("needs training curves, or several D a size, of three sizes")
     starts, ends = np.transpose([cost * tokens[[0, -1]] for _, cost, tokens, _ in curves])
     low = min(ends) if min(ends) < 0.5 * max(ends) else max(starts)  # where runs end
+    if low >= max(ends):
+        raise TooFewRuns("the curves of the sizes do not overlap")
     C, N, D = envelope(curves, low, max(ends))
-    if len(set(N)) < 2:
-        raise TooFewRuns("one size has the least loss at every budget")
+    if len(set(N)) < 3:
+        raise TooFewRuns("fewer than three sizes have the least loss at some budget")
     (k, a), (_, b) = power_law(C, N), power_law(C, D)
     return {"a": a, "b": b, "k": k, "sizes": len(set(N))}
 
 def budgets_of(rows):
-    """{C: its runs of three sizes or more}: neighbours within a tenth of C are of one budget."""
-    groups, last = [], 0.0
-    for row in sorted(rows, key=lambda row: row["C"]):
-        if row["C"] > 1.1 * last:
+    """[runs of a budget] of three sizes or more, the least first: runs that name the same budget,
+    or, where they name none, whose C is within a tenth of the least one's."""
+    groups, first = [], 0.0
+    for row in sorted(rows, key=lambda row: row.get("budget") or row["C"]):
+        C, room = (row["budget"], 1.0) if row.get("budget") else (row["C"], 1.1)
+        if C > room * first:
             groups.append([])
+            first = C
         groups[-1].append(row)
-        last = row["C"]
-    return {
-        math.exp(np.log(columns(group, "C")).mean()): group for group in groups
-        if len({row["N"] for row in group}) >= 3 and group[-1]["C"] < 1.3 * group[0]["C"]
-    }  # fmt: skip
+    return [group for group in groups if len({row["N"] for row in group}) >= 3]
 
 def parabola(rows, name):
-    """§3.2: (argument, value) of the lowest point of the loss's parabola over ln(column), or
+    """§3.2: (argument, value, C) of the lowest point of the loss's parabola over ln(column), or
     None where it is not inside what was swept; and the parabola's coefficients."""
-    x, loss = columns(rows, name, "loss")
-    c = np.polyfit(np.log(x), loss, 2)
+    x, loss, C = columns(sorted(rows, key=lambda row: row[name]), name, "loss", "C")
+    if len(set(x)) < 3:
+        return None, None
+    x = np.log(x)
+    c = np.polyfit(x, loss, 2)
     lowest = -c[1] / (2 * c[0]) if c[0] > 0 else math.nan
-    inside = np.log(x).min() < lowest < np.log(x).max()
-    return (math.exp(lowest), np.polyval(c, lowest)) if inside else None, c
+    if not x[0] < lowest < x[-1]:
+        return None, c
+    cost = math.exp(np.interp(lowest, x, np.log(C)))  # 6 N D is not the same for all by App. F
+    return (math.exp(lowest), np.polyval(c, lowest), cost), c
 
 def lowest_points(rows, name):
-    """(C, the column there) of each budget's lowest point; those not inside are left out."""
+    """(C, the column there, the run nearest to it) of each budget's lowest point; those not inside
+    are left out."""
     # Undisclosed: x and weights of the parabola: ln N, all alike.
-    points = {C: parabola(same, name)[0] for C, same in budgets_of(rows).items()}
-    found = [(C, point[0]) for C, point in points.items() if point]
+    found = []
+    for same in budgets_of(rows):
+        if point := parabola(same, name)[0]:
+            nearest = min(same, key=lambda row: abs(math.log(row[name] / point[0])))
+            found.append((point[2], point[0], nearest))
     if len(found) < 2:
         raise TooFewRuns("needs two budgets whose lowest loss lies inside three sizes or more")
-    return np.array(found).T
+    C, x, nearest = zip(*found)
+    return np.array(C), np.array(x), nearest
 
 def fit_isoflop(rows, near=None):
     """Approach 2 (§3.2): power laws through the lowest points of the IsoFLOP parabolas."""
-    C, N = lowest_points(rows, "N")
-    (k, a), (_, b) = power_law(C, N), power_law(*lowest_points(rows, "D"))
+    C, N, _ = lowest_points(rows, "N")
+    (k, a), (_, b) = power_law(C, N), power_law(*lowest_points(rows, "D")[:2])
     return {"a": a, "b": b, "k": k, "budgets": len(C)}
 
 def huber_sum(residuals, delta, x):
@@ -642,23 +666,34 @@ def parametric_residuals(x, ln_N, ln_D, ln_L):
     terms = torch.broadcast_tensors(a - alpha * ln_N, b - beta * ln_D, e)
     return torch.stack(terms).logsumexp(0) - ln_L  # [..., R]
 
-def fit_parametric(rows, near=None, delta=1e-3):
-    """Approach 3 (§3.3, App. D.2): Eq. 2 by Huber loss and L-BFGS from a grid of 4500 starts."""
-    # Departure: runs with D / N below 0.5 are left out; Besiroglu drops five of the paper's so.
-    rows = [row for row in rows if row["D"] >= 0.5 * row["N"]]
+def fit_law(rows, residuals, near, delta, axes):
+    """The argument of least Huber sum for a law of N, D and L: of the grid's best, or near one."""
     N, D, L = (torch.from_numpy(np.log(column)) for column in columns(rows, "N", "D", "loss"))
     if len(set(N.tolist())) < 3 or len(set(D.tolist())) < 3 or len(rows) < 6:
         raise TooFewRuns("needs six runs, of three sizes and three D")
+    residuals = functools.partial(residuals, ln_N=N, ln_D=D, ln_L=L)
+    if near:
+        x = follow_minimum(residuals, delta, near).tolist()
+    else:
+        x = best_minimum(residuals, delta, axes).tolist()
+    if min(x[-2:]) <= 0 or not -700 < min(x) <= max(x) < 700:
+        raise TooFewRuns("the loss does not fall with N and D")
+    return x
+
+def enough_tokens(rows):
+    """The rows that approach 3 is fitted to."""
+    # Departure: runs with D / N below 0.5 are left out; Besiroglu drops five of the paper's so.
+    return [row for row in rows if row["D"] >= 0.5 * row["N"]]
+
+def fit_parametric(rows, near=None, delta=1e-3):
+    """Approach 3 (§3.3, App. D.2): Eq. 2 by Huber loss and L-BFGS from a grid of 4500 starts."""
     # Departure: all starts are scored, and the best five followed: the same minimum in less time.
-    residuals = functools.partial(parametric_residuals, ln_N=N, ln_D=D, ln_L=L)
     axes = [np.arange(0, 26, 5)] * 2 + [np.arange(-1, 1.1, 0.5)] + [np.arange(0, 2.1, 0.5)] * 2
     if near:
         near = [math.log(near[key]) for key in "ABE"] + [near["alpha"], near["beta"]]
-    x = follow_minimum(residuals, delta, near) if near else best_minimum(residuals, delta, axes)
-    law = dict(zip("ABE", np.exp(x[:3]).tolist())) | {"alpha": float(x[3]), "beta": float(x[4])}
-    if min(law["alpha"], law["beta"]) <= 0 or max(x) > 700:
-        raise TooFewRuns("the loss does not fall with N and D")
-    a = law["beta"] / (law["alpha"] + law["beta"])
+    *x, alpha, beta = fit_law(enough_tokens(rows), parametric_residuals, near, delta, axes)
+    law = dict(zip("ABE", np.exp(x).tolist())) | {"alpha": alpha, "beta": beta}
+    a = beta / (alpha + beta)
     return {"a": a, "b": 1 - a, "k": frontier(law, 6.0)[0] / 6**a} | law
 
 def kaplan_residuals(x, ln_N, ln_D, ln_L):
@@ -669,21 +704,15 @@ def kaplan_residuals(x, ln_N, ln_D, ln_L):
 def fit_kaplan(rows, near=None):
     """Kaplan Eq. 1.5, with N without embeddings where runs have it, and the optimum it implies."""
     # Undisclosed: Kaplan's procedure: here least squares in ln L.
-    rows = [row | {"n": row.get("N_non_embedding") or row["N"]} for row in rows]
-    N, D, L = (torch.from_numpy(np.log(column)) for column in columns(rows, "n", "D", "loss"))
-    if len(set(N.tolist())) < 3 or len(set(D.tolist())) < 3 or len(rows) < 6:
-        raise TooFewRuns("needs six runs, of three sizes and three D")
+    # Departure: Kaplan leaves out models of one layer (D.7); a toy sweep may have no others.
+    rows = [row | {"N": row.get("N_non_embedding") or row["N"]} for row in rows]
     axes = [np.arange(5, 41, 5)] * 2 + [(0.03, 0.07, 0.15, 0.3, 0.6)] * 2
     if near:
         near = [*np.log([near["N_c"], near["D_c"]]), near["alpha_N"], near["alpha_D"]]
-    residuals = functools.partial(kaplan_residuals, ln_N=N, ln_D=D, ln_L=L)
-    x = follow_minimum(residuals, SQUARES, near) if near else best_minimum(residuals, SQUARES, axes)
-    x = x.tolist()
-    if min(x[2:]) <= 0 or max(x) > 700:
-        raise TooFewRuns("the loss does not fall with N and D")
-    p = x[2] / x[3]  # N of least loss under 6 N D = C: p (N_c / N)^p = 6 D_c N / C
-    k = math.exp((math.log(p / 6) + p * x[0] - x[1]) / (1 + p))
-    law = dict(zip(("N_c", "D_c", "alpha_N", "alpha_D"), [*np.exp(x[:2]).tolist(), *x[2:]]))
+    N_c, D_c, alpha_N, alpha_D = fit_law(rows, kaplan_residuals, near, SQUARES, axes)
+    p = alpha_N / alpha_D  # N of least loss under 6 N D = C: p (N_c / N)^p = 6 D_c N / C
+    k = math.exp((math.log(p / 6) + p * N_c - D_c) / (1 + p))
+    law = {"N_c": math.exp(N_c), "D_c": math.exp(D_c), "alpha_N": alpha_N, "alpha_D": alpha_D}
     return {"a": 1 / (1 + p), "b": p / (1 + p), "k": k} | law
 
 def sigmoid(nll, m, k):
@@ -691,20 +720,23 @@ def sigmoid(nll, m, k):
     return 0.25 + 0.75 * torch.sigmoid(-k * (nll - m))
 
 def fit_llama(rows, near=None):
-    """Llama 3 §3.2.1: tokens at the lowest point of each budget's parabola; then, where runs have
-    them, nats per byte of the optimal models over ln C, and accuracy over nats per byte."""
-    C, D = lowest_points(rows, "D")
+    """Llama 3 §3.2.1: tokens at the lowest point of each budget's parabola; then, of the runs that
+    have them, nats per byte of the optimal models over ln C, and accuracy over nats per byte."""
+    C, D, _ = lowest_points(rows, "D")
     A, alpha = power_law(C, D)
     found = {"a": 1 - alpha, "b": alpha, "k": 1 / (6 * A), "A": A}
-    if not all(row.get("nll") is not None and row.get("accuracy") is not None for row in rows):
+    scored = [row for row in rows if None not in (row.get("nll"), row.get("accuracy"))]
+    nll, accuracy = columns(scored, "nll", "accuracy")
+    try:
+        _, _, optimal = lowest_points(scored, "D")
+    except TooFewRuns:
         return found
-    groups, best = budgets_of(rows), dict(zip(C, D))
-    optimal = [min(groups[C], key=lambda row: abs(math.log(row["D"] / best[C]))) for C in best]
-    x, nll = columns(optimal, "C", "nll")
-    slope, start = np.polyfit(np.log(x), nll, 1)
+    if len(set(nll)) < 3 or len(set(accuracy)) < 3:
+        return found
+    slope, start = np.polyfit(*np.log(columns(optimal, "C")), *columns(optimal, "nll"), 1)
     # Undisclosed: how the sigmoid is fitted: here least squares, with a floor at chance.
     # Departure: to all runs, where the paper adds the Llama 2 models to the optimal ones.
-    nll, accuracy = (torch.from_numpy(column) for column in columns(rows, "nll", "accuracy"))
+    nll, accuracy = torch.from_numpy(nll), torch.from_numpy(accuracy)
 
     def residuals(x):
         m, ln_k = x[..., None].unbind(-2)
@@ -716,6 +748,8 @@ def fit_llama(rows, near=None):
         axes = [np.linspace(min(nll) - 1, max(nll) + 1, 20), np.linspace(-2, 4, 20)]
         m = best_minimum(residuals, SQUARES, axes)
     m, ln_k = m.tolist()
+    if abs(ln_k) > 200:
+        raise TooFewRuns("accuracy is no sigmoid of nll")
     found |= {"nll_start": start, "nll_slope": slope}
     return found | {"sigmoid_m": m, "sigmoid_k": math.exp(ln_k)}
 
@@ -725,8 +759,8 @@ FITS = {
 }  # fmt: skip
 
 def fit_all(rows, cfg):
-    """{law: {constant: (value, its 10 % and 90 % over resamples of 80 % of the runs)}}, or, of a
-    law that cannot be fitted, what it lacks."""
+    """{law: {constant: (value, its 10 % and 90 % over resamples of 80 % of the runs, the number of
+    resamples that have it)}}, or, of a law that cannot be fitted, what it lacks."""
     fits = {}
     for law, fit in FITS.items():
         try:
@@ -744,7 +778,7 @@ def fit_all(rows, cfg):
             values = [other[key] for other in found if key in other]
             enough = values and 2 * len(values) >= cfg.bootstrap
             interval = np.percentile(values, (10, 90)).tolist() if enough else (math.nan, math.nan)
-            fits[law][key] = (value, *interval)
+            fits[law][key] = (value, *interval, len(values))
     return fits
 
 # ---------------------------------------- Optimizer ----------------------------------------
@@ -914,35 +948,79 @@ def load_checkpoint(out, resume, steps, model, optimizer, state):
         log.write_text("".join(row for row in rows if json.loads(row)["step"] <= state["step"]))
 
 def whole_lines(path):
-    """(number, row) of the lines of a .jsonl; one that a kill cut short has no end, and is none."""
-    for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
-        if line.endswith("}"):
-            try:
-                yield number, json.loads(line)
-            except ValueError as error:
+    """(number, object) of the lines of a .jsonl; a last line that a kill cut short is none."""
+    *lines, last = read_text(path).split("\n")
+    for number, line in enumerate([*lines, last], 1):
+        try:
+            if line.strip():
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"it is {row!r:.40}")
+                yield number, row
+        except ValueError as error:
+            if number <= len(lines):
                 raise ValueError(f"{path}, line {number} is no JSON object: {error}") from error
 
-def read_runs(path):
-    """Rows of a .csv or .jsonl of runs with N, D, loss and C (6 N D where it is not given); runs
-    with a cosine too long are left out."""
-    rows = whole_lines(path)
-    if Path(path).suffix != ".jsonl":
-        rows = enumerate(csv.DictReader(Path(path).read_text("utf-8").splitlines(True)), 2)
-    found = []
-    for number, row in rows:
-        for name in ("N", "D", "loss", "C", "nll", "accuracy", "N_non_embedding"):
-            if name not in ("N", "D", "loss") and row.get(name) in (None, ""):
-                row[name] = None
-                continue
+def read_text(path):
+    """The text of a file, which must be UTF-8; a mark of the byte order is none of it."""
+    try:
+        return Path(path).read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+
+def table_lines(path):
+    """(number, row) of a .csv, whose columns N, D and loss must be there."""
+    table = csv.DictReader(read_text(path).splitlines(True))
+    for name in ("N", "D", "loss"):
+        if table.fieldnames and name not in table.fieldnames:
+            raise ValueError(f"{path} has no column {name}")
+    try:
+        yield from enumerate(table, 2)
+    except csv.Error as error:
+        raise ValueError(f"{path} is no table: {error}") from error
+
+def number_of(row, name):
+    """The number in a row's column, above 0 where accuracy may be 0; None where there is none and
+    a fit can do without."""
+    if row.get(name) in (None, "") and name not in ("N", "D", "loss"):
+        return None
+    value = float(row.get(name) if row.get(name) not in (None, "") else "none")
+    high = 1 if name == "accuracy" else sys.float_info.max
+    if not (0 if name == "accuracy" else sys.float_info.min) <= value <= high:
+        raise ValueError("it must be in 0 ... 1" if high == 1 else "it must be a number above 0")
+    return value
+
+def read_runs(path, settings=None):
+    """Rows of a .csv or .jsonl of runs with N, D, loss and C (6 N D where it is not given), all of
+    one sort of settings; without those that diverged or whose cosine was too long."""
+    found, names = [], "N D loss C nll accuracy N_non_embedding budget cosine".split()
+    for number, row in (whole_lines if Path(path).suffix == ".jsonl" else table_lines)(path):
+        if "loss" in row and row["loss"] is None and "name" in row:
+            print(f"run {row['name']} diverged: it is left out")
+            continue
+        for name in names:
             try:
-                row[name] = float(row[name])
-                if not 0 <= row[name] < math.inf or (row[name] == 0 and name != "accuracy"):
-                    raise ValueError("it must be a number above 0")
-            except (KeyError, TypeError, ValueError) as error:
-                value = row.get(name) or "none"
+                row[name] = number_of(row, name)
+            except (TypeError, ValueError) as error:
+                value = "none" if row.get(name) in (None, "") else row[name]
                 raise ValueError(f"{path}, line {number}: {name} is {value}: {error}") from error
+        try:
+            curve = np.array(row.get("curve") or np.ones((2, 2)), np.float64)
+            if curve.shape[1:] != (2,) or not (np.isfinite(curve) & (curve > 0)).all():
+                raise ValueError("they must be above 0")
+        except (TypeError, ValueError) as error:
+            message = f"{path}, line {number}: curve is no pairs of tokens and loss: {error}"
+            raise ValueError(message) from error
         row["C"] = row["C"] or 6 * row["N"] * row["D"]
-        found += [row] if float(row.get("cosine") or 1) == 1 else []
+        found += [row] if row["cosine"] in (None, 1) else []
+    kinds = {row.get("settings") for row in found}
+    if settings:
+        others = sum(row.get("settings") != settings for row in found)
+        found = [row for row in found if row.get("settings") == settings]
+        if others:
+            print(f"{others} rows of other settings are left out")
+    elif len(kinds) > 1:
+        raise ValueError(f"{path} has runs of {len(kinds)} sorts of settings (key settings)")
     if not found:
         raise ValueError(f"{path} has no runs")
     return found
@@ -1030,8 +1108,8 @@ def sample(model, ids, n, known, cfg):
     return ids
 
 def is_sweep(cfg):
-    """Whether the run is a sweep: it has budgets, and nothing says how long a single run is."""
-    return bool(cfg.sweep) and not cfg.steps and not cfg.tokens
+    """Whether the run is a sweep: it has budgets, and no count of updates."""
+    return bool(cfg.sweep) and not cfg.steps
 
 def check(cfg, ranks):
     """Raises ValueError for a configuration that cannot run on that many ranks."""
@@ -1054,10 +1132,18 @@ def check(cfg, ranks):
         (sweep and not cfg.sizes, "--sweep needs --sizes"),
         (sweep and (cfg.init or cfg.export), "--init and --export are for a single run: --sweep="),
         (sweep and cfg.second_batch, "--second_batch is for a single run: --sweep="),
+        (sweep and cfg.tokens, "--tokens is for a single run: --sweep=, or else --tokens 0"),
+        (sweep and cfg.cosine != 1, "--cosine is for a single run; for a sweep: "
+         "--mismatched_cosine"),
+        (sweep and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not cfg.out,
+         "a sweep with --max-restarts needs --out, where a restart finds its runs"),
+        (cfg.budget and not 1e6 <= cfg.budget <= 1e40, f"--budget {cfg.budget}: 1e6 ... 1e40"),
+        (cfg.inference_tokens > 1e30, f"--inference_tokens {cfg.inference_tokens:g} is over 1e30"),
         (sweep and local < ranks and not cfg.out, "a sweep over several machines needs --out"),
         (cfg.mismatched_cosine and not sweep, "--mismatched_cosine is part of a sweep"),
         (cfg.inference_tokens and not cfg.budget, "--inference_tokens needs --budget"),
-        (cfg.plot and not (sweep or cfg.fit), "--plot is for a sweep, or for the runs of --fit"),
+        (cfg.plot and not (cfg.fit or (cfg.out if cfg.budget else sweep)),
+         "--plot is for a sweep, for the runs of --fit, or with --budget for those of --out"),
         (cfg.plot and not importlib.util.find_spec("matplotlib"),
          "--plot needs the package matplotlib: pip install matplotlib"),
         ((cfg.init or cfg.export) and not importlib.util.find_spec("safetensors"),
@@ -1092,9 +1178,19 @@ def halves(cfg):
         dataclasses.replace(cfg, batch_size=cfg.second_batch),
     ]
 
+def sweep_settings(cfg):
+    """What all runs of one fit must share, as a hash: every flag that a run depends on, except for
+    shape, budget, seed and cosine; of the rate, which falls with width, rate times width."""
+    names = [field.name for field in dataclasses.fields(cfg)]
+    names = names[: names.index("compile")] + ["flops", "log_every", "val_batches"]
+    own = "dim n_layers n_heads hidden_dim tokens steps lr cosine seed".split()
+    shared = [getattr(cfg, name) for name in names if name not in own]
+    return f"{stable_hash(*shared, f'{cfg.lr * cfg.dim:.9g}') % 16**8:08x}"
+
 def plan_sweep(cfg):
     """[(name, budget, N, Config of the run)] for each budget and size, the longest first; the name
-    has all that a run depends on, so that one of that name need not be run again."""
+    has all that a run depends on but the content of --data, so that one of that name need not be
+    run again."""
     try:
         budgets = [float(C) for C in cfg.sweep.split(",")]
         sizes = [tuple(map(int, size.split("x"))) for size in cfg.sizes.split(",")]
@@ -1111,6 +1207,8 @@ def plan_sweep(cfg):
         if dim % cfg.head_dim or dim % 2:
             raise ValueError(f"--sizes: heads of {cfg.head_dim} do not divide the width {dim}")
         shape = dict(dim=dim, n_layers=layers, n_heads=dim // cfg.head_dim, hidden_dim=4 * dim)
+        # Undisclosed: rates, batches and warm-up of the sweep's models ("well-tested heuristics").
+        # Here rates fall with width, a tenth of a run at most is warm-up, all have one batch.
         run = dataclasses.replace(cfg, **shape, lr=cfg.lr * cfg.dim / dim, sweep="", sizes="")
         with torch.device("meta"):
             N, _ = count_parameters(Chinchilla(run))
@@ -1120,21 +1218,19 @@ def plan_sweep(cfg):
         if not run.steps:
             raise ValueError(f"--sweep: {C:g} FLOPs are not one update of {dim}x{layers}")
         extra = (1.5, 2.0, 5.0) if cfg.mismatched_cosine and (i, j) == middle else ()
-        for cosine in (cfg.cosine, *extra):
+        for cosine in (1.0, *extra):
             run = dataclasses.replace(run, cosine=cosine)
-            matters = [field.name for field in dataclasses.fields(run)]
-            matters = matters[: matters.index("compile")] + ["flops", "val_batches"]
-            key = stable_hash(*(getattr(run, name) for name in matters)) % 16**8
+            key = stable_hash(sweep_settings(cfg), C) % 16**8
             name = f"{dim}x{layers}_{C:g}_seed{cfg.seed}_cosine{cosine:g}_{key:08x}"
             runs[name] = (name, C, N, run)
     # an update of a tiny model takes as long as some 5e7 FLOPs, whatever it computes
     return sorted(runs.values(), key=lambda run: (-run[1] - 5e7 * run[3].steps, run[0]))
 
-def train_run(name, C, N, run, data, device):
+def train_run(name, C, N, run, data, device, signals):
     """Trains one run of a sweep in its directory run.out, from its checkpoint if it has one; its
-    row for runs.jsonl, or None if a signal stopped it."""
+    row for runs.jsonl, where a run that diverged has no loss; None if a signal stopped it."""
     corpus, heldout = data
-    started = time.perf_counter()
+    started, diverged = time.perf_counter(), False
     if run.compile:
         torch.compiler.reset()  # each size compiles anew, and few are allowed for one block
     model = Chinchilla(run)
@@ -1146,84 +1242,97 @@ def train_run(name, C, N, run, data, device):
     with contextlib.redirect_stdout(io.StringIO()):
         resume = any(Path(run.out).glob("step_*[0-9]"))
         load_checkpoint(run.out, resume, run.steps, model, optimizer, state)
-        train(model, optimizer, corpus, heldout, state, quiet, device)
-    if state["step"] < run.steps:
+        if signals:
+            return None
+        try:
+            train(model, optimizer, corpus, heldout, state, quiet, device)
+        except ValueError as error:
+            diverged = "had no finite gradient" in str(error)
+            if not diverged:
+                raise
+    if state["step"] < run.steps and not diverged:
         return None
     log = [json.loads(line) for line in (Path(run.out) / "metrics.jsonl").open()]
     tokens, losses = columns([row for row in log if row["loss"] is not None], "tokens", "loss")
     losses, n = smoothed(losses), heldout.n_windows(run.seq_len) // run.batch_size
     n = min(n, run.val_batches)
-    kept = np.unique(np.geomspace(1, len(losses), 100).round().astype(int)) - 1
+    kept = np.unique(np.geomspace(1, max(len(losses), 1), 100).round().astype(int)) - 1
     firsts = range(0, n * run.batch_size, run.batch_size)  # the same windows for all runs
     batches = (next_batches(heldout, first, False, run, device, 0, 1) for first in firsts)
+    # Departure: all approaches but the first are fitted to held-out loss, where the paper has the
+    # smoothed training loss; a toy reads its text several times, and has few updates to smooth.
     loss = sum(evaluate(model, batch, run).item() for batch in batches) / n
+    finite = math.isfinite(loss) and not diverged
     model.eval()
-    nll, accuracy, exact = cloze(model, heldout, run, device)
+    nll, accuracy, exact = cloze(model, heldout, run, device) if finite else (None, None, None)
     D, counted = state["tokens"], 3 * appendix_f(run)["total"] / run.seq_len
-    cost = 6 * N if run.flops == "6nd" else counted
     return {
         "name": name, "dim": run.dim, "layers": run.n_layers, "N": N, "D": D, "steps": run.steps,
-        "N_non_embedding": N - run.vocab_size * run.dim, "budget": C, "C": cost * D,
-        "C_6ND": 6 * N * D, "C_appF": counted * D, "lr": run.lr, "seed": run.seed,
-        "cosine": run.cosine, "train_loss": losses[-1], "loss": loss, "nll": nll,
-        "accuracy": accuracy, "exact_match": exact, "seconds": time.perf_counter() - started,
-        "curve": np.stack((tokens, losses), 1)[kept].round(5).tolist(),
+        "N_non_embedding": N - run.vocab_size * run.dim, "budget": C, "C": 6 * N * D,
+        "C_appF": counted * D, "lr": run.lr, "seed": run.seed, "cosine": run.cosine,
+        "train_loss": losses[-1] if finite else None, "loss": loss if finite else None,
+        "nll": nll, "accuracy": accuracy, "exact_match": exact,
+        "seconds": time.perf_counter() - started,
+        "curve": np.stack((tokens, losses), 1)[kept].round(5).tolist() if finite else [],
     }  # fmt: skip
 
 def finished(folder):
     """{name: row} of the runs in folder/runs.jsonl, in which they ended."""
     path = Path(folder) / "runs.jsonl"
-    return {row["name"]: row for _, row in whole_lines(path)} if path.exists() else {}
+    return {row.get("name"): row for _, row in whole_lines(path)} if path.exists() else {}
 
-def report_runs(folder, plan, seen):
-    """Prints the planned runs that are in runs.jsonl, whichever rank ran them, and not in seen."""
-    rows = finished(folder)
-    for name in [run[0] for run in plan if run[0] in rows and run[0] not in seen]:
-        seen.append(name)
-        row = rows[name]
-        print(
-            f"run {len(seen)}/{len(plan)} | {row['dim']}x{row['layers']} | N {human(row['N'])} | "
-            f"D {human(row['D'])} | 6ND {row['C_6ND']:.3g} | App. F {row['C_appF']:.3g} | cosine "
-            f"{row['cosine']:g} | loss {row['loss']:.4f} | train {row['train_loss']:.4f} | cloze "
-            f"{row['accuracy']:.3f}, exact {row['exact_match']:.3f} | {row['seconds']:.1f} s",
-            flush=True,
-        )  # fmt: skip
+def report_run(row, place):
+    """Prints a row of runs.jsonl."""
+    loss, train, accuracy, exact = (
+        "n/a" if row[key] is None else f"{row[key]:.{digits}f}"
+        for key, digits in (("loss", 4), ("train_loss", 4), ("accuracy", 3), ("exact_match", 3))
+    )
+    print(
+        f"run {place} | {row['dim']}x{row['layers']} | N {human(row['N'])} | D {human(row['D'])} | "
+        f"6ND {row['C']:.3g} | App. F {row['C_appF']:.3g} | cosine {row['cosine']:g} | loss {loss} "
+        f"| train {train} | cloze {accuracy}, exact {exact} | {row['seconds']:.1f} s", flush=True,
+    )  # fmt: skip
 
-def sweep(cfg, data, device, queue):
+def sweep(cfg, data, device, queue, signals):
     """Trains what the queue gives this rank until all runs are in runs.jsonl, each at most once;
-    rank 0 prints them as they come. False if a signal stopped one."""
-    store, rank, ranks = queue
-    plan, seen = plan_sweep(cfg), []
+    rank 0 prints them as they come, and what other ranks do. Whether all are done."""
+    (store, rank, ranks), plan, seen = queue, plan_sweep(cfg), set()
+    file = Path(cfg.out) / "runs.jsonl"
+
+    def report():
+        rows = finished(cfg.out) if rank == 0 else {}
+        for name, *_ in plan:
+            if name in rows and name not in seen:
+                seen.add(name)
+                report_run(rows[name], f"{len(seen)}/{len(plan)}")
+
     if rank == 0:
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
         flops, done = sum(run[1] for run in plan), finished(cfg.out).keys() & {r[0] for r in plan}
         print(f"sweep of {len(plan)} runs over {ranks} ranks, {flops:.3g} FLOPs |", end=" ")
         print(f"{len(done)} are done", flush=True)
-        report_runs(cfg.out, plan, seen)
-    while (turn := store.add("next", 1) - 1) < len(plan):
-        name, C, N, run = plan[turn]
-        run.out = str(Path(cfg.out) / name)
-        if name not in finished(cfg.out):
-            if not (row := train_run(name, C, N, run, data, device)):
-                store.add("ended", 1)
-                return False
-            line, file = json.dumps(row) + "\n", Path(cfg.out) / "runs.jsonl"
-            if file.exists() and not file.read_bytes().endswith(b"\n"):  # what a kill cut short
-                line = "\n" + line
-            with open(file, "ab", buffering=0) as end:  # in one write: lines of ranks do not mix
-                end.write(line.encode())
-        for checkpoint in Path(run.out).glob("step_*"):
-            shutil.rmtree(checkpoint)
-        if rank == 0:
-            report_runs(cfg.out, plan, seen)
-    store.add("ended", 1)
-    while rank == 0:  # the others are at their last runs
-        over = store.add("ended", 0) == ranks
-        report_runs(cfg.out, plan, seen)
-        if over:
-            break
+        report()
+    try:
+        while not signals and (turn := store.add("next", 1) - 1) < len(plan):
+            name, C, N, run = plan[turn]
+            run.out = str(Path(cfg.out) / name)
+            if name not in finished(cfg.out):
+                if not (row := train_run(name, C, N, run, data, device, signals)):
+                    signals.append(1)  # which train has heard
+                    break
+                line = json.dumps(row | {"settings": sweep_settings(cfg)}) + "\n"
+                with open(file, "ab", buffering=0) as end:  # in one write: ranks' lines do not mix
+                    if end.write(line.encode()) < len(line):
+                        raise OSError(f"{file} took only a part of a line: is the disk full?")
+            for checkpoint in Path(run.out).glob("step_*"):
+                shutil.rmtree(checkpoint)
+            report()
+    finally:
+        store.add("ended", 1)
+    while rank == 0 and not signals and store.add("ended", 0) < ranks:  # at their last runs
+        report()
         time.sleep(0.1)
-    return rank > 0 or len(seen) == len(plan)
+    report()
+    return len(seen) == len(plan)
 
 def human(x):
     """A number in three digits with its unit, as 1.41M; 1e15 and more as a power of ten."""
@@ -1235,7 +1344,7 @@ def human(x):
 def draw(rows, width=66, height=18):
     """The IsoFLOP parabolas in characters: budget 1 is the least, * is a lowest point."""
     groups = budgets_of(rows)
-    N, loss = columns([row for group in groups.values() for row in group], "N", "loss")
+    N, loss = columns([row for group in groups for row in group], "N", "loss")
     left, right, low, high = *np.log([N.min(), N.max()]), loss.min(), loss.max()
     grid = [[" "] * width for _ in range(height)]
 
@@ -1245,7 +1354,7 @@ def draw(rows, width=66, height=18):
         if 0 <= column < width and 0 <= row < height:
             grid[row][column] = mark
 
-    for number, same in enumerate(groups.values(), 1):
+    for number, same in enumerate(groups, 1):
         point, c = parabola(same, "N")
         x = np.log(columns(same, "N")[0])
         for at in np.linspace(x.min(), x.max(), width):
@@ -1265,114 +1374,125 @@ def plot(rows, fits, folder):
     import matplotlib.pyplot as plt
 
     Path(folder).mkdir(parents=True, exist_ok=True)
-    groups, curves, figures = budgets_of(rows), training_curves(rows), {}
-    figures["isoflop"], axes = plt.subplots()
-    for C, same in groups.items():
-        N, loss = columns(sorted(same, key=lambda row: row["N"]), "N", "loss")
-        (line,), (point, c) = axes.plot(N, loss, "o", label=f"{C:.2g} FLOPs"), parabola(same, "N")
-        x = np.geomspace(N.min(), N.max(), 100)
-        axes.plot(x, np.polyval(c, np.log(x)), "-", color=line.get_color())
+    groups = budgets_of(rows)
+    pictures = {name: plt.subplots() for name in ("isoflop", "envelope", "frontier")}
+    isoflop, envelope, frontier = (axes for _, axes in pictures.values())
+    points = []
+    for same in groups:
+        N, loss, C = columns(sorted(same, key=lambda row: row["N"]), "N", "loss", "C")
+        (line,) = isoflop.plot(N, loss, "o", label=f"{C[0]:.2g} FLOPs")
+        point, c = parabola(same, "N")
+        x = np.geomspace(N[0], N[-1], 100)
+        isoflop.plot(x, np.polyval(c, np.log(x)), "-", color=line.get_color())
         if point:
-            axes.plot(*point, "*", color=line.get_color(), markersize=14)
-    axes.set(xscale="log", xlabel="N", ylabel="loss, nats per token")
-    figures["envelope"], axes = plt.subplots()
-    for N, cost, tokens, loss in curves:
-        axes.plot(cost * tokens, loss, label=f"N {human(N)}", linewidth=0.8)
-    axes.set(xscale="log", xlabel="FLOPs", ylabel="training loss, smoothed")
-    figures["frontier"], axes = plt.subplots()
-    C = np.geomspace(min(groups, default=1e18), 100 * max(groups, default=1e22), 50)
+            isoflop.plot(*point[:2], "*", color=line.get_color(), markersize=14)
+            points.append((point[2], point[0]))
+    isoflop.set(xscale="log", xlabel="N", ylabel="loss, nats per token")
+    for N, cost, tokens, loss in training_curves(rows):
+        envelope.plot(cost * tokens, loss, label=f"N {human(N)}", linewidth=0.8)
+    envelope.set(xscale="log", xlabel="FLOPs", ylabel="training loss, smoothed")
+    C = [row["C"] for row in rows]
+    C = np.geomspace(min(C), 100 * max(C), 50)
     for name, law in fits.items():
         if not isinstance(law, str):
-            axes.plot(C, law["k"][0] * C ** law["a"][0], label=f"{name}, a = {law['a'][0]:.3f}")
-    points = [(C, point[0]) for C, same in groups.items() if (point := parabola(same, "N")[0])]
-    axes.plot(*np.array(points).reshape(-1, 2).T, "ko", label="lowest points")
-    axes.set(xscale="log", yscale="log", xlabel="C, FLOPs", ylabel="optimal N")
-    for name, figure in figures.items():
-        if figure.axes[0].get_legend_handles_labels()[0]:
-            figure.axes[0].legend(fontsize="x-small")
+            frontier.plot(C, law["k"][0] * C ** law["a"][0], label=f"{name}, a {law['a'][0]:.3f}")
+    frontier.plot(*np.array(points).reshape(-1, 2).T, "ko", label="lowest points")
+    frontier.set(xscale="log", yscale="log", xlabel="C, FLOPs", ylabel="optimal N")
+    for name, (figure, axes) in pictures.items():
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="x-small")
         figure.savefig(Path(folder) / f"{name}.png", dpi=120)
         plt.close(figure)
-    print(f"{', '.join(figures)} as PNG in {folder}")
+    print(f"{', '.join(pictures)} as PNG in {folder}")
+
+def shown(key, value, low, high, count, of):
+    """A constant of a fit with its interval; and of how many resamples, where not all had it."""
+    interval = "n/a" if math.isnan(low) else f"{low:.4g}, {high:.4g}"
+    return f"{key} {value:.4g} [{interval}{f'; {count} of {of}' if count < of else ''}]"
 
 def fit_and_report(rows, cfg):
     """The fits of all laws to rows, after printing them with their intervals, the lowest points of
     the budgets, the optimum for ten and a hundred times the largest, and plots."""
     print(f"fits to {len(rows)} runs; in brackets 10 to 90 % of {cfg.bootstrap} resamples of 80 %")
-    for C, same in budgets_of(rows).items():
-        (N, D), (point, _) = columns(same, "N", "D"), parabola(same, "N")
+    groups, most = budgets_of(rows), max(row["C"] for row in rows)
+    for same in groups:
+        (N, C), (point, _) = columns(same, "N", "C"), parabola(same, "N")
         optimum = "none inside the swept sizes"
         if point:
-            optimum = f"{human(point[0])}, loss {point[1]:.4f}, D/N {C / 6 / point[0] ** 2:.3g}"
+            ratio = point[2] / 6 / point[0] ** 2
+            optimum = f"{human(point[0])}, loss {point[1]:.4f}, D/N {ratio:.3g}"
         sizes = f"{human(N.min())} ... {human(N.max())}"
-        print(f"C {C:.3g} | {len(same)} runs | N {sizes} | lowest point {optimum}")
-    fits, most = fit_all(rows, cfg), max(row["C"] for row in rows)
+        middle = math.exp(np.log(C).mean())
+        print(f"C {middle:.3g} | {len(same)} runs | N {sizes} | lowest point {optimum}")
+    for count, what in (
+        (len(rows) - sum(map(len, groups)), "approach 2: of no budget with three sizes"),
+        (len(rows) - len(enough_tokens(rows)), "approach 3: of less than half a token a parameter"),
+    ):
+        if count:
+            print(f"{count} of {len(rows)} runs are left out of {what}")
+    fits = fit_all(rows, cfg)
     for name, law in fits.items():
         if isinstance(law, str):
             print(f"{name:10} | n/a: {law}")
             continue
-        numbers = [f"{k} {v:.4g} [{low:.4g}, {high:.4g}]" for k, (v, low, high) in law.items()]
-        print(f"{name:10} | {' | '.join(numbers).replace('[nan, nan]', '[n/a]')}")
-        (k, *_), (a, *_) = law["k"], law["a"]
-        ahead = [f"C {C:.2g} -> N {human(k * C**a)}" for C in (10 * most, 100 * most)]
+        print(f"{name:10} | {' | '.join(shown(k, *v, cfg.bootstrap) for k, v in law.items())}")
+        N = power(law["k"][0], law["a"][0])
+        ahead = [f"C {C:.2g} -> N {human(N(C))}" for C in (10 * most, 100 * most)]
+        ahead += ["N without embeddings, where runs have it"] * (name == "Kaplan")
+        if name == "Llama 3" and "nll_slope" not in law:
+            ahead.append("accuracy n/a: needs nll and accuracy of three values, over two budgets")
         print(f"{'':10} | {' | '.join(ahead)}")
     if cfg.plot:
         plot(rows, fits, cfg.plot)
-    elif budgets_of(rows):
+    elif groups:
         draw(rows)
     sys.stdout.flush()
     return fits
 
+def power(k, a):
+    """C -> k C^a, or e^200 and its inverse where that is out of reach."""
+    return lambda C: math.exp(max(min(math.log(k) + a * math.log(C), 200), -200))
+
 def all_laws(fits):
-    """[(name, C -> N, parametric law or None)] of every published law and of our own fits."""
-    table = np.array(TABLE_3).T
-    power = lambda k, a: lambda C: k * C**a  # noqa: E731
-    laws = [("Kaplan, Table 6", lambda C: kaplan_optimum(C)["N"], None)]
+    """[(name, k, a of N = k C^a, a as published with its error, parametric law or None)] of every
+    published law and of our own fits."""
+    N, *table = np.array(TABLE_3).T
+    laws = [("Kaplan, Table 6 *", 1.3e9 / PF_DAY**0.73, 0.73, None)]
     for approach in (1, 2):  # a power law through the rows of the table: no more was published
-        law = power_law(table[2 * approach - 1], table[0])
-        laws += [(f"Hoffmann, approach {approach}", power(*law), None)]
+        laws += [(f"Hoffmann, approach {approach}", *power_law(table[2 * approach - 2], N), None)]
     names = "Hoffmann, approach 3", "same, as printed", "Besiroglu"
     for name, law in zip(names, (HOFFMANN, HOFFMANN_ROUNDED, BESIROGLU)):
-        laws += [(name, lambda C, law=law: frontier(law, C)[0], law)]
+        a = law["beta"] / (law["alpha"] + law["beta"])
+        laws += [(name, frontier(law, 6.0)[0] / 6**a, a, law)]
+    laws = [(name, k, a, error, law) for (name, k, a, law), error in zip(laws, TABLE_2)]
     for name, (A, alpha) in LLAMA3.items():  # whose law is of the tokens
-        laws += [(f"Llama 3, {name}", lambda C, A=A, alpha=alpha: C / (6 * A * C**alpha), None)]
+        laws += [(f"Llama 3, {name}", 1 / (6 * A), 1 - alpha, f"{1 - alpha:.3f}", None)]
     for name, law in fits.items():
         if not isinstance(law, str):
             values = {key: value for key, (value, *_) in law.items()}
-            parametric = values if "E" in values else None
-            laws += [(f"own fit, {name}", power(values["k"], values["a"]), parametric)]
+            error = shown("", *law["a"], law["a"][-1]).strip()
+            name = f"own fit, {name}" + " *" * (name == "Kaplan")
+            laws += [(name, values["k"], values["a"], error, values if "E" in values else None)]
     return laws
 
 def answer(cfg, fits):
-    """Prints the optimal N and D for a budget by every law, what Kaplan says of batch and updates,
-    6 N D beside counted FLOPs, and the paper's tables 3 and A3 beside what the laws give."""
-    C, laws = cfg.budget, all_laws(fits)
-    print(f"budget {C:.3g} FLOPs = {C / PF_DAY:.3g} PF-days | D = C / 6N")
-    for name, optimum, law in laws:
-        N = optimum(C)
-        D = C / (6 * N)
-        line = f"{name:21} | N {human(N):>7} | D {human(D):>7} | D/N {D / N:8.3g}"
+    """Prints the optimal N and D for a budget by every law, what Kaplan says of it, 6 N D beside
+    counted FLOPs, and the paper's tables 3 and A3 beside what the laws give."""
+    C, laws, used = cfg.budget, all_laws(fits), cfg.inference_tokens
+    print(f"budget {C:.3g} FLOPs = {C / PF_DAY:.3g} PF-days | D = C / 6N | a of N = k C^a")
+    for name, k, a, error, law in laws:
+        N = power(k, a)(C)
+        D = kaplan_optimum(C)["D"] if name.startswith("Kaplan") else C / (6 * N)
+        line = f"{name:21} | N {human(N):>7} | D {human(D):>7} | D/N {D / N:8.3g} | a {error:21}"
         line += f" | loss {parametric_loss(law, N, D):.4f}" if law else ""
-        if law and cfg.inference_tokens:
-            less, more = overtrain(law, N, D, cfg.inference_tokens)
-            cost = 6 * less * more + 2 * less * cfg.inference_tokens
-            cost /= 6 * N * D + 2 * N * cfg.inference_tokens
-            line += f" | used for {human(cfg.inference_tokens)} tokens: N {human(less)},"
+        if law and used:
+            less, more = overtrain(law, N, D, used)
+            cost = (6 * less * more + 2 * less * used) / (6 * N * D + 2 * N * used)
+            line += f" | used for {human(used)} tokens: N {human(less)},"
             line += f" D {human(more)}, {cost:.3f} of the cost"
-        print(line)
-    best, (c, alpha) = kaplan_optimum(C), KAPLAN["C_min"]
-    loss = (c * PF_DAY / C) ** alpha
-    batch = critical_batch(loss)
-    least, _ = kaplan_minimum(best["B"], loss, C / (6 * best["N"] * best["B"]))
-    print(f"Kaplan: loss {loss:.3f} | critical batch {human(batch)} tokens (Eq. 1.4)", end=" | ")
-    print(f"batch {human(best['B'])}, minimum steps {human(best['S'])} (Table 6)", end=" | ")
-    print(f"{human(least)} at that batch and D = C / 6N (Eq. 5.4)")
-    no_overfit, rate = 5e3 * best["N"] ** 0.74, kaplan_rate(best["N"])
-    shown = f"{rate:.2e}" if rate > 0 else "n/a at this size"
-    print(f"        D against overfitting {human(no_overfit)} (Eq. 4.4)", end=" | ")
-    print(f"learning rate {shown} (D.1)", end=" | ")
-    print(f"best N alone {(KAPLAN['N'][0] / best['N']) ** KAPLAN['N'][1]:.3f} nats (Eq. 1.1)")
-    if C > 1e4 * PF_DAY:
-        print("        these laws contradict each other from about 1e4 PF-days on (Kaplan §6.3)")
+        print(line.rstrip())
+    print("* N without embeddings, and C = 6 N D of that N; D of Table 6 is a fit of its own")
+    print_kaplan(C)
     N = frontier(BESIROGLU, C)[0]
     shapes = {f"{row[0]}m": row[0] * 1e6 for row in TABLE_A9} | {"70b": 7e10, "280b": 2.8e11}
     preset = min(shapes, key=lambda name: abs(math.log(shapes[name] / N)))
@@ -1384,17 +1504,35 @@ def answer(cfg, fits):
     print(f"{3 * terms['total'] * D / model.seq_len:.4g}, without embeddings and logits", end=" ")
     print(f"{3 * terms['body'] * D / model.seq_len:.4g} | causal {flops_per_token(model) * D:.4g}")
     print("Tables 3 and A3: FLOPs and tokens for N to be optimal, printed -> by the law above")
-    for row in TABLE_3:
-        line = f"N {human(row[0]):>5}"
-        for i, (_, optimum, _) in enumerate(laws[1:4]):
-            low, high = 1e10, 1e35
-            for _ in range(100):
-                middle = math.sqrt(low * high)
-                low, high = (middle, high) if optimum(middle) < row[0] else (low, middle)
-            line += f" | {row[1 + 2 * i]:.2e} {human(row[2 + 2 * i]):>6} -> {high:.2e} "
-            line += f"{human(high / (6 * row[0])):>6}"
+    for N, *row in TABLE_3:
+        line = f"N {human(N):>5}"
+        for i, (_, k, a, *_) in enumerate(laws[1:4]):
+            cost = (N / k) ** (1 / a)
+            line += f" | {row[2 * i]:.2e} {human(row[2 * i + 1]):>6} -> {cost:.2e} "
+            line += f"{human(cost / (6 * N)):>6}"
         print(line)
     sys.stdout.flush()
+
+def print_kaplan(C):
+    """Prints what Kaplan's laws say of a budget: loss, batch, updates, overfitting, rate."""
+    best = kaplan_optimum(C)
+    N, D, S = best["N"], best["D"], best["S"]
+    loss = power(KAPLAN["C_min"][0] ** KAPLAN["C_min"][1], -KAPLAN["C_min"][1])(C / PF_DAY)
+    least, cost = kaplan_minimum(best["B"], loss, C / (6 * N * best["B"]), C)
+    batch = human(critical_batch(loss))
+    print(f"Kaplan: loss {loss:.3f} | critical batch {batch} tokens (Eq. 1.4)", end=" | ")
+    print(f"batch {human(best['B'])}, minimum steps {human(S)} (Table 6)", end=" | ")
+    print(f"{human(least)} at that batch and D = C / 6N (Eq. 5.4), C_min {cost:.3g} (Eq. 5.5)")
+    shown_rate = f"{kaplan_rate(N):.2e}" if kaplan_rate(N) > 0 else "n/a at this size"
+    print(f"        D against overfitting {human(5e3 * N**0.74)} (Eq. 4.4)", end=" | ")
+    print(f"first overfit after {human(kaplan_stop(N, D))} updates (Eq. 5.7)", end=" | ")
+    print(f"learning rate {shown_rate} (D.1)")
+    alone = {key: (c / x) ** a for x, (key, (c, a)) in zip((N, D, C / PF_DAY), KAPLAN.items())}
+    print(f"        nats by N alone {alone['N']:.3f} (Eq. 1.1), by D alone {alone['D']:.3f} (1.2),",
+          f"by C at a fixed batch {alone['C']:.3f} (3.3), by N and updates",
+          f"{kaplan_steps_loss(N, S):.3f} (1.6)")  # fmt: skip
+    if C > 1e4 * PF_DAY:
+        print("        these laws contradict each other from about 1e4 PF-days on (Kaplan §6.3)")
 
 def dry_run(cfg):
     """Prints parameters, FLOPs per token and bytes per rank, from shapes; and a sweep's runs."""
@@ -1484,6 +1622,10 @@ def single_run(cfg, data, tokenizer, source, device):
     print(f"{flops_per_token(cfg):.3g} | tokens per step {cfg.batch_size * cfg.seq_len:,}", end=" ")
     print(f"= {ranks} ranks x {steps} x {micro} sequences of {cfg.seq_len}", end=" ")
     print(f"| D {human(cfg.tokens)}, {cfg.tokens / total:.3g} for each parameter", flush=True)
+    for half in halves(cfg)[1:]:
+        change = halves(cfg)[0].steps
+        print(f"{half.batch_size} sequences a step from step {change + 1} to {half.steps}", end=" ")
+        print(f"(the log counts to {change} first)", flush=True)
     for half in halves(cfg):
         train(model, optimizer, corpus, heldout, state, half, device)
         if state["step"] < half.steps:
@@ -1500,19 +1642,41 @@ def single_run(cfg, data, tokenizer, source, device):
 def sweep_and_fit(cfg, data, device, queue):
     """The sweep, over the ranks of the queue, and on rank 0 what follows from it."""
     store, rank, _ = queue
-    kept = cfg.out
-    if rank == 0:
-        store.set("folder", cfg.out or tempfile.mkdtemp(prefix="chinchilla_"))
-    cfg.out = store.get("folder").decode()
-    complete = sweep(cfg, data, device, queue)
+    kept, signals, complete, threads = cfg.out, [], False, torch.get_num_threads()
+    handlers = {s: signal(s, lambda *_: signals.append(1)) for s in (SIGTERM, SIGINT)}
+    if device.type == "cpu" and max(run.dim for *_, run in plan_sweep(cfg)) <= 256:
+        torch.set_num_threads(1)  # for so small products threads cost more than they bring
+    try:
+        if rank == 0:
+            cfg.out = kept or tempfile.mkdtemp(prefix="chinchilla_")
+            Path(cfg.out).mkdir(parents=True, exist_ok=True)
+            file = Path(cfg.out) / "runs.jsonl"
+            if file.exists():  # without what a kill cut short, before any rank adds to it
+                with open(file, "rb+") as end:
+                    end.truncate(end.read().rfind(b"\n") + 1)
+            store.set("folder", cfg.out)
+        cfg.out = store.get("folder").decode()
+        complete = sweep(cfg, data, device, queue, signals)
+        rows, done = [], finished(cfg.out)
+        if rank == 0 and complete:
+            rows = read_runs(Path(cfg.out) / "runs.jsonl", sweep_settings(cfg))
+    finally:
+        if rank == 0 and not kept:
+            shutil.rmtree(cfg.out, ignore_errors=True)
+        torch.set_num_threads(threads)
+        for signum, handler in handlers.items():
+            signal(signum, handler)
     if rank == 0 and not complete:
-        print(f"stopped by a signal; {kept and 'the same command goes on'}", flush=True)
-    if rank == 0 and complete:
-        fit_and_report(read_runs(Path(cfg.out) / "runs.jsonl"), cfg)
-        for name, row in finished(cfg.out).items() if cfg.mismatched_cosine else ():
-            print(f"cosine {row['cosine']:g} x the run, {name}: loss {row['loss']:.4f}", flush=True)
-    if rank == 0 and not kept:
-        shutil.rmtree(cfg.out)
+        why = "stopped by a signal" if signals else "another rank failed"
+        return print(f"{why}{'; the same command goes on' if kept else ''}", flush=True)
+    if rank == 0:
+        fit_and_report(rows, cfg)
+        plan = plan_sweep(cfg)
+        longer = {(run.dim, run.n_layers, C) for _, C, _, run in plan if run.cosine > 1}
+        same = [run for run in plan if (run[3].dim, run[3].n_layers, run[1]) in longer]
+        for name, *_, run in sorted(same, key=lambda run: run[3].cosine):
+            loss = "n/a" if done[name]["loss"] is None else f"{done[name]['loss']:.4f}"
+            print(f"cosine {run.cosine:g} x the run, {name}: loss {loss}", flush=True)
 
 @record
 def main(argv=None):

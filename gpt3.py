@@ -148,8 +148,8 @@ PRESETS = {
     # A CPU, a minute: a BPE of its own, a batch that grows from 24 sequences to 72.
     "demo": dict(
         seq_len=128, dim=128, n_layers=2, n_heads=4, hidden_dim=512, band=32, tokenizer="bpe:1024",
-        batch_size=72, first_batch=24, ramp_tokens=1.2e6, batch_multiple=24, tokens=2e6, lr=6e-3,
-        warmup_tokens=1e5, decay_tokens=2e6, log_every=50,
+        batch_size=72, first_batch=24, ramp_tokens=1.2e6, batch_multiple=24, tokens=1.5e6, lr=6e-3,
+        warmup_tokens=1e5, decay_tokens=1.5e6, log_every=50,
     ),
     # A GPU of 24 GB or a node of them, minutes: the shape of 125m, over bytes.
     "small": dict(

@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 from conftest import SCRIPTS
-from ranks import make_corpora
+from ranks import make_corpora, with_short_sample
 
 
 def test_first_loss_on_random_tokens(script):
@@ -40,7 +40,7 @@ def test_loss_counts_targets_not_batches(script):
 
 @pytest.mark.parametrize("name, flags", [(name, flags) for name, row in SCRIPTS.items() for flags in row.variants])
 def test_thirty_steps_on_the_embedded_corpus(name, flags, tmp_path, capsys):
-    module, row = importlib.import_module(name), SCRIPTS[name]
+    module, row = with_short_sample(name), SCRIPTS[name]
     before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     module.main(["--preset", "demo", "--steps", "30", *row.warm.split(), "--val_batches", "1", "--log_every", "1",
                  "--out", str(tmp_path / "run"), *flags.split()])  # fmt: skip
