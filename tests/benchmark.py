@@ -85,6 +85,8 @@ class Book(nn.Module):
         self.h = nn.ModuleList(BookBlock(cfg.dim, cfg.n_heads, cfg.hidden_dim) for _ in range(cfg.n_layers))
         self.ln_f, self.head = nn.LayerNorm(cfg.dim), nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
         self.head.weight = self.wte.weight
+        for p in self.parameters():
+            nn.init.normal_(p, 0.0, 0.02) if p.ndim > 1 else None
 
     def forward(self, tokens):
         x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1]))

@@ -45,7 +45,7 @@ SCRIPTS = {
                  (2, dict(micro_batch=4)), (2, dict(micro_batch=1)), (4, dict(micro_batch=2)),
                  (4, dict(micro_batch=1)), (2, dict(recompute="block"))),
         falls=1.0, batch=(24, 128), betas=(0.9, 0.999),
-        variants=("", "--adam released", "--precision bf16 --recompute block"),
+        variants=("", "--adam released", "--precision bf16 --recompute block --dim 48 --hidden_dim 96"),
         small=dict(batch_size=4, dim=48, hidden_dim=64, context=16, warmup_steps=2),
     ),
     "gpt3": Row(
@@ -63,7 +63,7 @@ SCRIPTS = {
                  (1, dict(micro_batch=2, noise_scale=True)), (2, dict(dp=2, micro_batch=1, noise_scale=True)),
                  (2, dict(dp=2, recompute="block")), (2, dict(pp=2, recompute="block", banded="even"))),
         falls=1.5, batch=(24, 128), betas=(0.9, 0.95),
-        variants=("--tokenizer bytes", "--tokenizer bytes --precision bf16 --recompute block",
+        variants=("--tokenizer bytes", "--tokenizer bytes --precision bf16 --recompute block --dim 48 --hidden_dim 96",
                   "--tokenizer bytes --precision fp16 --dim 24 --hidden_dim 96"),  # fp16 is slow on a CPU
         small=dict(tokenizer="", batch_size=4, first_batch=0, batch_multiple=1, dim=48, hidden_dim=64, seq_len=16,
                    warmup_tokens=128, lr=1e-3),
@@ -92,8 +92,7 @@ SCRIPTS = {
         # 0.1 + 0.45 (1 + cos(pi step / steps)) behind the warm-up from 1e-7
         schedule=(dict(lr=1.0, steps=100_000, warmup_steps=2000),
                   {0: 1e-7, 1000: 0.5, 2000: 1.0, 2001: 0.999111, 25_000: 0.868198, 50_000: 0.55, 99_999: 0.1}),
-        layouts=((1, dict(micro_batch=8)), (1, dict(micro_batch=2)), (1, dict(micro_batch=1)), (2, dict(micro_batch=4)),
-                 (2, dict(micro_batch=1)), (4, dict(micro_batch=2)), (4, dict(micro_batch=1)), (2, dict(recompute="block"))),
+        layouts=((1, dict(micro_batch=2)), (2, dict(micro_batch=2)), (4, dict(recompute="block"))),  # the loop is gpt1's
         falls=1.0, batch=(24, 32), betas=(0.9, 0.95),
         variants=("", "--precision bf16 --recompute block"),
         small=dict(sweep="", batch_size=4, dim=48, hidden_dim=64, seq_len=16, warmup_steps=2, lr=1e-3),
