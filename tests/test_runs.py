@@ -104,7 +104,7 @@ def same(first, second):
     return name_a == name_b and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LOOPS)
 def test_demo_under_torchrun(name):
     done = run(name, "--steps", 4, "--log_every", 2, "--val_batches", 1, ranks=2)
     assert done.returncode == 0, done.stderr
