@@ -18,8 +18,7 @@ from conftest import SCRIPTS, SHARED
 from ranks import Process, free_port, run_main, with_short_sample
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-NAMES = list(SCRIPTS)
-LOOPS = [name for name in NAMES if name != "chinchilla"]  # whose loop is gpt1's
+LOOPS = [name for name in SCRIPTS if name != "chinchilla"]  # whose loop is gpt1's
 DROPOUT = {"gpt1": ["--dropout", "0.1"], "gpt3": ["--dropout", "0.1"], "chinchilla": [], "llama3": [], "deepseek_v3": []}  # so that its seeds count
 
 
