@@ -150,7 +150,7 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     """GELU(x W_fc + b_fc) W_pr + b_pr, [B, T, D] -> [B, T, D] (§4.1)."""
 
-    # Undisclosed: the form of GELU. The released code has the tanh form.
+    # Undisclosed: the form of GELU. The released code of GPT and GPT-2 has the tanh form.
 
     def __init__(self, dim, hidden_dim, dropout):
         super().__init__()

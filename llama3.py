@@ -325,7 +325,7 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.type_as(x), bias)
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps), in fp32 and cast back as released, times a gain: [..., D]."""
+    """x / sqrt(mean(x²) + eps), in fp32 and cast back, times a gain: [..., D]."""
 
     def __init__(self, dim, eps):
         super().__init__()
