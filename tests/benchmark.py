@@ -1,4 +1,4 @@
-"""Speed and memory, side by side: python tests/benchmark.py gpt1|gpt3|llama3|deepseek_v3 [--pairs 10]
+"""Speed and memory, side by side: python tests/benchmark.py gpt1|gpt3|llama3|deepseek_v3|bert|t5 [--pairs 10]
 
 Each line compares the script (A) with something else (B) in interleaved pairs A B A B ... of one run
 and prints the medians. CPU time is the process's, over all its threads. Nothing here is asserted.
@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import importlib
 import io
+import itertools
 import os
 import pathlib
 import re
@@ -371,6 +372,176 @@ def deepseek_v3_main(module, args):
     compare("64 experts, against 32", one_pass(module, cfg), one_pass(module, twice), max(args.pairs // 2, 3))
 
 
+def bert_corpora(module, cfg):
+    """Documents of some forty sentences of 5 to 30 letters, as many as the runs below need."""
+    import random
+
+    rng = random.Random(0)
+    documents = (
+        (str(i), ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz ", k=rng.randint(5, 30))) for _ in range(rng.randint(20, 60))])
+        for i in range(600)
+    )
+    tokenizer = module.load_tokenizer("bytes", module.SPECIALS)
+    documents = module.tokenize_sentences(documents, tokenizer)
+    return module.load_corpora("", documents, tokenizer, cfg.vocab_size, cfg.batch_size, cfg.seq_len)
+
+
+def the_phases(module, cfg):
+    """run(): STEPS updates through bert.py's own loop."""
+    corpora = bert_corpora(module, cfg)
+    model = module.build_model(cfg)
+    module.init_weights(model, cfg)
+    optimizer = module.build_optimizer(model, cfg)
+    state = {"step": 1, "sequences": 0, "tokens": 0, "offset": 0, "seed": 0}  # step 0 would validate
+
+    def run():
+        now = dataclasses.replace(cfg, steps=state["step"] + STEPS)
+        with contextlib.redirect_stdout(io.StringIO()):
+            module.train_in_phases(model, optimizer, *corpora, state, now, torch.device("cpu"))
+
+    return run
+
+
+def the_phases_of_hugging_face(module, cfg):
+    """run(): the same with BertForPreTraining, on the same batches, with the same class of optimizer and a bare loop."""
+    from transformers import BertConfig, BertForPreTraining
+
+    (corpus, _), first = bert_corpora(module, cfg), [0]
+    model = BertForPreTraining(BertConfig(
+        vocab_size=cfg.vocab_size, hidden_size=cfg.dim, num_hidden_layers=cfg.n_layers, num_attention_heads=cfg.n_heads,
+        intermediate_size=cfg.hidden_dim, max_position_embeddings=cfg.context, hidden_dropout_prob=cfg.dropout,
+        attention_probs_dropout_prob=cfg.dropout,
+    )).train()  # fmt: skip
+    optimizer = module.build_optimizer(model, cfg)
+
+    def step():
+        batch = module.get_batch(corpus, first[0], cfg.batch_size, cfg)
+        first[0] += cfg.batch_size
+        labels = torch.full_like(batch["tokens"], -100)
+        rows, slots = (batch["labels"] >= 0).nonzero(as_tuple=True)
+        labels[rows, batch["positions"][rows, slots]] = batch["labels"][rows, slots]
+        loss = model(batch["tokens"], batch["attention_mask"], batch["segments"], labels=labels, next_sentence_label=batch["is_random"]).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return lambda: [step() for _ in range(STEPS)]
+
+
+def bert_main(module, args):
+    cfg = module.Config(vocab_size=8192, dim=256, n_layers=4, n_heads=4, hidden_dim=1024, dropout=0.0, batch_size=16, micro_batch=16,
+                        seq_len=128, long_share=0.0, precision="fp32", tokenizer="bytes", val_every=10**9, warmup_steps=1)  # fmt: skip
+    if args.measure_memory:
+        run = (the_phases if args.measure_memory == "script" else the_phases_of_hugging_face)(module, cfg)
+        run(), run()
+        return print(peak_of_this_process())
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, fp32, {args.pairs} pairs of {STEPS} steps, "
+          f"{cfg.n_layers} blocks of width {cfg.dim}, {cfg.batch_size} x {cfg.seq_len} tokens, V {cfg.vocab_size}")  # fmt: skip
+    script = the_phases(module, cfg)
+    compare("Hugging Face's class", script, the_phases_of_hugging_face(module, cfg), args.pairs)
+    everywhere = dataclasses.replace(cfg)
+    inner = module.BERT.forward
+
+    def all_positions(self, tokens, segments=None, attention_mask=None, positions=None):
+        logits, next_logits = inner(self, tokens, segments, attention_mask)
+        return module.gather_states(logits, positions), next_logits
+
+    def everywhere_run():
+        module.BERT.forward = all_positions
+        other()
+        module.BERT.forward = inner
+
+    other = the_phases(module, everywhere)
+    compare("logits at all positions", script, everywhere_run, max(args.pairs // 2, 3))
+    memory = {kind: peak_memory(kind, [args.script]) for kind in ("script", "hf")}
+    print("peak MiB", ", ".join(f"{kind} {size:.0f}" for kind, size in memory.items()), end="; ")
+    print(f"script / hf {memory['script'] / memory['hf']:.3f}")
+    demo = module.Config(**module.PRESETS["demo"])
+    documents = list(module.split_sentences(module.read_documents(""), demo))
+    tokenizer = module.choose_tokenizer(demo, documents)
+    sizes = tokenizer.n_vocab, demo.batch_size, demo.long_seq_len
+    corpus, _ = module.load_corpora("", module.tokenize_sentences(documents, tokenizer), tokenizer, *sizes)
+    n, rates = 2400, []
+    for i in range(max(args.pairs // 2, 3)):
+        module.block_instances.cache_clear()  # with all that is made for a block
+        started = time.perf_counter()
+        module.get_batch(corpus, i * n, n, demo)
+        rates.append(n / (time.perf_counter() - started))
+    built, used = statistics.median(rates), 1000 * throughput("bert", 1, torch.get_num_threads()) / demo.seq_len
+    print(f"instances: {built:.0f} built a second, {used:.0f} used by the demo, ratio {built / used:.1f}")
+
+
+def the_mesh(module, cfg, corpora):
+    """run(): STEPS updates through t5.py's own loop."""
+    cfg = module.mesh_shape(cfg, 1)
+    mesh = module.init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "tp"))
+    model = module.T5(cfg)
+    module.init_weights(model, cfg)
+    optimizer = module.build_optimizer(model, cfg)
+    state = {"step": 1, "sequences": 0, "tokens": 0, "offset": 0, "seed": 0}  # step 0 would validate
+
+    def run():
+        now = dataclasses.replace(cfg, steps=state["step"] + STEPS)
+        with contextlib.redirect_stdout(io.StringIO()):
+            module.train_on_mesh(model, model, optimizer, corpora, state, now, mesh)
+
+    return run
+
+
+def t5_hugging_face(module, cfg, corpus):
+    """run(): STEPS updates of Hugging Face's class on the same batches, with the same optimizer class; its loss has no z-loss."""
+    import transformers
+
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(
+        vocab_size=cfg.vocab_size, d_model=cfg.dim, d_kv=cfg.head_dim, d_ff=cfg.hidden_dim, num_layers=cfg.n_layers, num_heads=cfg.n_heads,
+        dropout_rate=cfg.dropout, pad_token_id=cfg.pad, eos_token_id=cfg.eos, decoder_start_token_id=cfg.pad, use_cache=False,
+    ))  # fmt: skip
+    model.train()
+    optimizer, done = torch.optim.Adafactor(model.parameters(), lr=cfg.lr, eps=(2e-19, 1e-3)), itertools.count()
+
+    def step():
+        batch = module.get_batch(corpus, cfg.batch_size * next(done), cfg.batch_size, cfg)
+        loss = model(input_ids=batch["source"], labels=batch["targets"]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return lambda: [step() for _ in range(STEPS)]
+
+
+def t5_main(module, args):
+    """fp32, eager, one rank, full rows of 512 inputs and 114 targets, against Hugging Face's class; then how many instances
+    the corruption builds in a second, against what the demo consumes."""
+    cfg = module.Config(vocab_size=4096, dim=256, n_layers=3, n_heads=4, head_dim=64, hidden_dim=1024, dropout=0.0, precision="fp32",
+                        batch_size=4, pad=257, eos=256, sentinel=4095, seq_len=568, val_every=10**9)  # fmt: skip
+    tokenizer = module.load_tokenizer("bytes", module.SPECIALS)
+    text = "".join(map(chr, torch.randint(32, 127, (400_000,)).tolist()))
+    documents = module.tokenize([("text", text)], tokenizer)
+    corpora = module.load_corpora("", documents, tokenizer, cfg.vocab_size, cfg.batch_size, cfg.seq_len)
+    if args.measure_memory:
+        run = the_mesh(module, cfg, corpora) if args.measure_memory == "script" else t5_hugging_face(module, cfg, corpora[0])
+        run(), run()
+        return print(peak_of_this_process())
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, fp32, {args.pairs} pairs of {STEPS} steps, 2 x {cfg.n_layers} "
+          f"blocks of width {cfg.dim}, {cfg.batch_size} x (512 inputs, 114 targets)")  # fmt: skip
+    compare("Hugging Face's class", the_mesh(module, cfg, corpora), t5_hugging_face(module, cfg, corpora[0]), args.pairs)
+    memory = {kind: peak_memory(kind, [args.script]) for kind in ("script", "hf")}
+    print("peak MiB", ", ".join(f"{kind} {size:.0f}" for kind, size in memory.items()), end="; ")
+    print(f"script / hf {memory['script'] / memory['hf']:.3f}")
+    demo = module.Config(**module.PRESETS["demo"], vocab_size=384, pad=257, eos=256, sentinel=360, precision="fp32", val_every=10**9)
+    demo.seq_len = demo.pack * module.row_lengths(demo)[0]
+    run, n = the_mesh(module, demo, corpora), demo.batch_size * STEPS
+    build = lambda: [module.get_batch(corpora[0], i * demo.batch_size, demo.batch_size, demo) for i in range(STEPS)]  # noqa: E731
+    run(), build()
+    rows = [(measure(build)[1], measure(run)[1]) for _ in range(args.pairs)]
+    built, used = (statistics.median(n / row[i] for row in rows) for i in (0, 1))
+    ratio = statistics.median(row[1] / row[0] for row in rows)
+    print(f"rows a second: corruption builds {built:.0f}, the demo consumes {used:.0f}, ratio {ratio:.1f}")
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("script")
@@ -379,12 +550,9 @@ def main():
     args = parser.parse_args()
     module = importlib.import_module(args.script)
     module.launch(60)
-    if args.script == "gpt3":
-        return gpt3_main(module, args)
-    if args.script == "llama3":
-        return llama3_main(module, args)
-    if args.script == "deepseek_v3":
-        return deepseek_v3_main(module, args)
+    own = {"gpt3": gpt3_main, "llama3": llama3_main, "deepseek_v3": deepseek_v3_main, "bert": bert_main, "t5": t5_main}
+    if args.script in own:
+        return own[args.script](module, args)
     cfg = module.Config(vocab_size=257, context=512, dim=256, n_layers=4, n_heads=4, hidden_dim=1024, dropout=0.0,
                         seq_len=512, batch_size=4, precision="fp32", val_every=10**9, warmup_steps=1)  # fmt: skip
     if args.measure_memory:

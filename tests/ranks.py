@@ -86,7 +86,7 @@ def with_short_sample(name):
     module = importlib.import_module(name)
     if not hasattr(module, "whole_sample") and "n" in inspect.signature(module.sample).parameters:
         module.whole_sample = module.sample
-        module.sample = lambda model, ids, n, *more: module.whole_sample(model, ids, 16, *more)
+        module.sample = lambda model, ids, n, *more: module.whole_sample(model, ids, min(n, 16), *more)
     return module
 
 
@@ -115,7 +115,7 @@ class Process:
     server = multiprocessing.get_context("forkserver")
 
     def __init__(self, name, flags):
-        self.server.set_forkserver_preload(["gpt1", "gpt3", "chinchilla", "llama3", "deepseek_v3"])
+        self.server.set_forkserver_preload(["gpt1", "gpt3", "chinchilla", "llama3", "deepseek_v3", "bert", "t5"])
         self.files = [tempfile.mkstemp()[1] for _ in range(2)]
         self.process = self.server.Process(target=as_a_process, args=(name, [str(flag) for flag in flags], *self.files))
         self.process.start()
@@ -145,7 +145,10 @@ def make_corpora(module, cfg):
     lengths = torch.randint(3, 40, (300,), generator=generator).tolist()
     texts = ("".join(chr(97 + (i * k) % 26) for k in range(n)) for i, n in enumerate(lengths))
     tokenizer = module.load_tokenizer("bytes", module.SPECIALS)
-    documents = module.tokenize(((f"{i}", text) for i, text in enumerate(texts)), tokenizer)
+    if hasattr(module, "tokenize_sentences"):
+        documents = module.tokenize_sentences(((f"{i}", text.split("e")) for i, text in enumerate(texts)), tokenizer)
+    else:
+        documents = module.tokenize(((f"{i}", text) for i, text in enumerate(texts)), tokenizer)
     return module.load_corpora("", documents, tokenizer, cfg.vocab_size, cfg.batch_size, cfg.seq_len)
 
 

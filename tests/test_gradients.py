@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SCRIPTS
+from conftest import CAUSAL, SCRIPTS
 from ranks import gradients, make_corpora, make_model
 
 CASES = [(name, n, overrides) for name, row in SCRIPTS.items() for n, overrides in row.layouts]
@@ -76,6 +76,7 @@ def test_each_restart_meets_under_a_name_of_its_own(ranks, name):
         assert new and all(key.startswith(f"start {restart}/") for key in new)
 
 
+@CAUSAL
 def test_gradient_of_the_logits_is_p_minus_y(script):
     module, row = script
     cfg = module.Config(**row.tiny | row.plain)

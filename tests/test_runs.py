@@ -14,12 +14,12 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, SHARED
+from conftest import CAUSAL, SCRIPTS, SHARED
 from ranks import Process, free_port, run_main, with_short_sample
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LOOPS = [name for name in SCRIPTS if name != "chinchilla"]  # whose loop is gpt1's
-DROPOUT = {"gpt1": ["--dropout", "0.1"], "gpt3": ["--dropout", "0.1"], "chinchilla": [], "llama3": [], "deepseek_v3": []}  # so that its seeds count
+DROPOUT = {name: ["--dropout", "0.1"] if name in ("gpt1", "gpt3", "bert", "t5") else [] for name in SCRIPTS}  # so that its seeds count
 
 
 def small(name, **more):
@@ -31,7 +31,7 @@ def small(name, **more):
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "text.txt"
-    path.write_text("".join(f"line {i} says {i * i}\n" for i in range(2000)))
+    path.write_text("".join(f"line {i} says {i * i}\n" + "\n" * (i % 20 == 19) for i in range(2000)))
     return str(path)
 
 
@@ -107,12 +107,12 @@ def same(first, second):
 def test_demo_under_torchrun(name):
     done = run(name, "--steps", 4, "--log_every", 2, "--val_batches", 1, ranks=2)
     assert done.returncode == 0, done.stderr
-    line = (r"step {}/4 \| loss \d+\.\d{{4}} \| bpb \d+\.\d+ \| lr \S+ \| grad \S+ \| tokens \S+M \| ((stage|batch|mtp|max_load|min_load) \S+ \| )*"
+    line = (r"step {}/4 \| loss \d+\.\d{{4}} \| bpb (\d+\.\d+|n/a) \| lr \S+ \| grad \S+ \| tokens \S+M \| ((stage|batch|mtp|max_load|min_load|mlm_acc|nsp_acc|signals|positions) \S+ \| )*"
             r"\S+k tok/s \| mem \S+G \| eta \d+:\d\d")  # fmt: skip
     assert [len(re.findall(line.format(i), done.stdout)) for i in (1, 2, 3, 4)] == [1, 1, 0, 1]
     assert "2 ranks x 1 x {} sequences of {}".format(SCRIPTS[name].batch[0] // 2, SCRIPTS[name].batch[1]) in done.stdout
-    assert len(re.findall(r"^val 0 \| loss \d+\.\d+ \| bpb \d+\.\d+$", done.stdout, re.M)) == 1
-    final = re.search(r"^val 4 \| loss \d+\.\d+ \| bpb \d+\.\d+ \| lzma \d\.\d+\n(.*)", done.stdout, re.M | re.S)
+    assert len(re.findall(r"^val 0 \| loss \d+\.\d+ \| bpb (?:\d+\.\d+|n/a.*)$", done.stdout, re.M)) == 1
+    final = re.search(r"^val 4 \| loss \d+\.\d+ \| bpb (?:\d+\.\d+ \| lzma \d\.\d+|n/a.*?)\n(.*)", done.stdout, re.M | re.S)
     assert len(final[1]) > 100, "a sample ends the run"
 
 
@@ -224,6 +224,24 @@ def write_bin(path, header, n):
 
 
 OWN_MISTAKES = {  # of one script: flags, and what the line must say
+    "t5": [
+        ("--tp 2", "are not 1 ranks"), ("--dp 3", "are not 1 ranks"), ("--tp 0", "tp 0 x dp any"), ("--dry_run --world_size 3", "not 3 ranks"),
+        ("--dry_run --world_size 0", "not 0 ranks"), ("--data DIR/ids.npy --vocab_size 32128 --prompt text", "--prompt needs --tokenizer"),
+        ("--data DIR/ids.npy --vocab_size 32256 --denoiser ul2 --sentinels 128 --sentinel 32127", "--mode 32100 to 32102"),
+        ("--dry_run --world_size 3 --tp 3", "--tp 3 does not divide 4 heads"), ("--dry_run --world_size 2 --tp 2 --hidden_dim 81", "--hidden_dim 81"),
+        ("--dry_run --world_size 2 --tp 2 --vocab_size 385", "--vocab_size 385"), ("--vocab_size 256", "--vocab_size 256 is below the tokenizer's 361"),
+        ("--sentinels 5 --inputs 512 --seq_len 0", "hides up to 28 spans in an example of 568 tokens, and the vocabulary has 5 sentinels"),
+        ("--denoiser ul2 --inputs 512 --seq_len 0", "hides up to 127 spans in an example of 1004 tokens, and the vocabulary has 100 sentinels"),
+        ("--denoiser iid --inputs 2048 --seq_len 0", "vocabulary has 100 sentinels"), ("--inputs 3", "--inputs 3 in 1 examples cannot hold a span"),
+        ("--inputs 9 --pack 3 --seq_len 0", "--inputs 9 in 3 examples"), ("--seq_len 1", "--seq_len 1 in 1 examples"), ("--targets 2", "--targets 2 in 1 examples"),
+        ("--seq_len 200", "--seq_len 200 is more than 106"), ("--pack 3", "not 3 examples"), ("--pack 0", "--pack 0"), ("--rate 1", "--rate 1.0"), ("--rate 0", "--rate 0.0"),
+        ("--span 0.5", "--span 0.5"), ("--dropout 1", "--dropout 1.0"), ("--buckets 6", "--buckets 6"), ("--max_distance 32", "--max_distance 32"),
+        ("--ramp_down 2", "--ramp_down 2.0"), ("--batch_size 0", "--batch_size 0"), ("--denoiser bert", "bert"),
+        ("--data DIR/ids.npy --vocab_size 32128 --sentinel 32128", "--sentinel 32128"), ("--data DIR/ids.npy --vocab_size 400 --sentinel 99", "100 sentinels from --sentinel 99"),
+        ("--init DIR/no_weights", "holds no T5 model"), ("--tokenizer DIR/twice.txt", "a rank twice"),
+        ("--data DIR/short.txt", "short.txt is too short: 9 tokens"), ("--data DIR/empty.txt", "empty.txt is too short: 0 tokens"),
+        ("--data DIR/many --tokenizer bytes", "in 300 parts"), ("--data DIR/*.none", "DIR/*.none"),
+    ],
     "gpt1": [
         ("--seq_len 17", "--seq_len 17"), ("--n_heads 5", "5 heads"), ("--dropout 1.5", "--dropout 1.5"), ("--export DIR/hf", "F = 4 D"),
         ("--data DIR/ids.npy --standardize", "token shards"), ("--batch_size 0", "--batch_size 0"),
@@ -283,6 +301,7 @@ OWN_MISTAKES = {  # of one script: flags, and what the line must say
         ("--data DIR/empty.txt", "empty.txt is too short: 0 tokens"),
         ("--data DIR/many --tokenizer bytes --long_tokens 0", "in 300 parts"),
     ],
+    "bert": [],  # tests/test_bert.py
     "deepseek_v3": [
         ("--pp 2", "are not 1 ranks"), ("--ep 3", "are not 1 ranks"), ("--dp 2", "are not 1 ranks"), ("--pp 0", "pp 0"),
         ("--dry_run --world_size 3 --ep 3", "--ep 3 does not divide 16 experts"), ("--top_k 9", "--top_k 9 is more than 2 groups of 4"),
@@ -317,7 +336,7 @@ def mistakes(folder, text):
     (folder / "twice.txt").write_text("".join(f"{token} {min(i, 254)}\n" for i, token in enumerate(every)))
     write_bin(folder / "magic.bin", (1, 1, 8), 16)
     write_bin(folder / "odd.bin", (20240520, 1, 8), 15)
-    np.save(folder / "ids.npy", np.full(5000, 300, np.uint16))
+    np.save(folder / "ids.npy", np.full(5000, 1000, np.uint16))
     np.save(folder / "floats.npy", np.zeros(5000))
     (folder / "garbage.npy").write_bytes(b"garbage")
     data = lambda name: ["--data", folder / name]  # noqa: E731
@@ -334,7 +353,7 @@ def mistakes(folder, text):
         (data("odd.bin"), "8 tokens"),
         (data("floats.npy"), "float64"),
         (data("garbage.npy"), "garbage.npy"),
-        ([*data("ids.npy"), "--tokenizer", "bytes"], "token id 300"),
+        ([*data("ids.npy"), "--tokenizer", "bytes"], "token id 1000"),
         (data("ids.npy"), "--tokenizer is missing"),
         ([*data("ids.npy"), "--tokenizer", "bytes", "--vocab_size", "100"], "--vocab_size 100"),
         (["--tokenizer", "no_such_tokenizer"], "no_such_tokenizer"),
@@ -358,6 +377,8 @@ def test_mistakes_end_in_one_line_and_status_2(main, script, text, tmp_path):
         given = [*small(script[0].__name__), "--data", text, *flags]
         if "--preset" in flags:
             given = flags
+        if script[0].__name__ == "bert" and "--tokenizer is missing" in phrase:
+            given.append("--tokenizer=")  # its row names one
         status, out, err = main(*given)
         assert status == 2 and phrase in err and len(err.splitlines()) == 1, (flags, status, err)
         assert "step 1/" not in out, "a mistake is found before training"
@@ -458,17 +479,20 @@ def test_steps_that_are_not_finite(main, script, text, tmp_path, monkeypatch, ba
         assert state == {"step": 8, "sequences": 24, "tokens": 6 * 64, "offset": offset, "seed": 0}
 
 
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "bert"], indirect=True)  # whose shards have sentences
 def test_write_tokens_then_train_on_them(main, script, text, tmp_path):
     flags = [*small(script[0].__name__), "--steps", 2]
     assert main(*flags, "--data", text, "--write_tokens", tmp_path / "shards")[0] == 0
     (shard,) = (tmp_path / "shards").iterdir()
     ids = np.load(shard)
     specials = [256 + script[0].SPECIALS.index(token) for token in (script[0].BEGIN, script[0].END) if token]
-    assert ids.dtype == np.uint16 and ids[ids >= 256].tolist() == specials and ids[-1] == specials[-1]
+    specials *= script[0].__name__ != "t5"  # nothing stands between its documents
+    assert ids.dtype == np.uint16 and ids[ids >= 256].tolist() == specials and (not specials or ids[-1] == specials[-1])
     assert bytes(ids[ids < 256].astype(np.uint8)).decode() == pathlib.Path(text).read_text()
     status, out, _ = main(*flags, "--data", tmp_path / "shards", "--tokenizer", "bytes")
     assert status == 0 and " bpb n/a" not in out
-    status, out, _ = main(*flags, "--data", tmp_path / "shards", "--vocab_size", "300")
+    ids_of = ["--sentinel", 299, "--sentinels", 20] if script[0].__name__ == "t5" else []
+    status, out, _ = main(*flags, "--data", tmp_path / "shards", "--vocab_size", "300", *ids_of)
     assert status == 0 and out.count("bpb n/a") == 4 and "lzma" not in out, "the tokenizer is unknown"
     words = np.zeros(256, np.int32)
     words[:3] = 20240520, 1, len(ids)
@@ -536,6 +560,7 @@ def test_tokenizers(script, tmp_path):
     assert tokenizer.n_vocab == 261 and tokenizer.encode_single_token("<|two|>") == 260
 
 
+@CAUSAL
 def test_training_is_what_it_says(main, script, text, tmp_path):
     """Three updates against a plain loop in float64: data, rate, clipping, AdamW, and the val line."""
     module, row = script
@@ -611,7 +636,7 @@ def test_dry_run_prints_every_preset(main, script):
             continue
         if module.__name__ == "chinchilla" and preset not in ("demo", "small", "44m", "70b"):  # of 59
             continue
-        layout = ["--world_size", 4, *["--tokenizer="] * (module.__name__ == "gpt3")] if preset != "671b" else ["--world_size", 2048, "--pp", 16, "--ep", 64]
+        layout = ["--world_size", 4, *["--tokenizer="] * (module.__name__ in ("gpt3", "bert"))] if preset != "671b" else ["--world_size", 2048, "--pp", 16, "--ep", 64]
         status, out, _ = main("--preset", preset, "--dry_run", *layout)
         if hasattr(module, "MoE"):
             assert status == 0 and f"parameters {count:,} | activated" in out and "80 GB" in out
@@ -619,6 +644,9 @@ def test_dry_run_prints_every_preset(main, script):
         assert status == 0 and f"parameters {count:,} | activated {count:,}" in out
         sizes = {k: float(v) for k, v in re.findall(r"(\w+) +([\d.]+) GiB", out)}
         assert sizes["parameters"] == sizes["gradients"] == pytest.approx(4 * count / shards / 2**30, rel=1e-3, abs=1e-3)
+        if module.__name__ == "t5":  # sums of rows and columns
+            assert sizes["optimizer"] < sizes["parameters"] / 40 and sizes["activations"] > 0
+            continue
         assert sizes["optimizer"] == pytest.approx(8 * count / shards / 2**30, rel=1e-3, abs=1e-3) and sizes["activations"] > 0
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SCRIPTS, SHARED
+from conftest import CAUSAL, SCRIPTS, SHARED
 from ranks import make_corpora, make_model
 
 
@@ -15,6 +15,7 @@ def build(module, row, **overrides):
     return make_model(module, row, cfg).eval(), cfg
 
 
+@CAUSAL
 def test_logits_shape_and_who_sees_whom(script):
     module, row = script
     model, cfg = build(module, row)
@@ -38,7 +39,7 @@ def test_parameter_counts(script):
     for preset, count in row.counts.items():
         cfg = module.Config(**{"vocab_size": row.tiny["vocab_size"], **module.PRESETS[preset]})
         with torch.device("meta"):
-            model = getattr(module, row.model)(cfg)
+            model = getattr(module, "build_model", getattr(module, row.model))(cfg)
         assert module.count_parameters(model)[0] == count, preset
 
 
@@ -50,6 +51,7 @@ def test_schedule(script):
         assert module.learning_rate(step, cfg) == pytest.approx(rate, rel=1e-5, abs=1e-9), step
 
 
+@CAUSAL
 def test_flops_are_those_of_the_matrix_products(script):
     """The counter sees the full square of attention, flops_per_token half of it and the diagonal."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -76,6 +78,7 @@ def test_flops_are_those_of_the_matrix_products(script):
     assert counter.get_total_flops() / tokens.numel() == pytest.approx(module.flops_per_token(cfg) + unseen)
 
 
+@CAUSAL
 @pytest.mark.parametrize("overrides", [dict(), dict(precision="bf16"), dict(recompute="block")])
 def test_activation_bytes(script, overrides):
     """memory_per_rank against what autograd keeps, at a size where statistics and weights are small."""
@@ -135,7 +138,7 @@ def test_ranks_and_accumulation_share_out_the_same_sequences(script, monkeypatch
         found += module.next_batches(corpus, 16, False, cfg, "cpu", rank, ranks)
     assert len(found) == (8 if micro_batch else ranks)
     whole = module.get_batch(corpus, 16, 8, cfg)
-    for name in ("tokens", "targets"):
+    for name in (name for name in whole if not name.startswith("n_")):
         assert torch.equal(torch.cat([batch[name] for batch in found]), whole[name])
 
 
@@ -179,7 +182,9 @@ def test_held_out_documents_are_chosen_by_name(script):
     texts = {f"{i:03}": f"document {i:03} " + "x" * 50 for i in range(400)}
 
     def held_out(names):
-        documents = module.tokenize(((name, texts[name]) for name in names), tokenizer)
+        tokenize = getattr(module, "tokenize_sentences", None)
+        documents = ((name, [texts[name]] if tokenize else texts[name]) for name in names)
+        documents = (tokenize or module.tokenize)(documents, tokenizer)
         train, held = module.load_corpora("", documents, tokenizer, 0, 1, 7)
         first, second = (str(bytes(np.concatenate(c.parts).astype(np.uint8))) for c in (train, held))
         found = {name for name in names if f"document {name} " in second}
