@@ -14,9 +14,9 @@ And one objective of another paper for contrast, --objective rtd: ELECTRA's repl
 detection (Clark et al., 2020, arXiv 2003.10555), where every token is a signal.
 Kept: post-norm blocks, GELU, learned positions, F = 4 D, biases.
 
-Map: §3 BERT, Embeddings, Block, PRESETS | §3.1 create_masked_lm_predictions, objective | A.1
-create_instances, masked_lm | A.2 AdamWeightDecay, learning_rate, phase_at, get_batch | ELECTRA §2
-ELECTRA, replaced_token_detection. "Code" and "released" mean google-research/bert.
+Map: §3 BERT, Embeddings, Block, PRESETS | §3.1 masked_lm, objective | A.1
+create_masked_lm_predictions | A.2 create_instances, AdamWeightDecay, learning_rate, phase_at |
+ELECTRA §2 ELECTRA, replaced_token_detection. "Code" and "released" mean google-research/bert.
 Legend: B batch, T positions, D width, H heads, E = D / H, F hidden width, V vocabulary, P slots for
 predictions, W width of the token embedding (D but in small ELECTRA).
 Conventions: NSP label 0 is IsNext, 1 a random sentence; loss in nats; label -100 is none.
@@ -24,7 +24,8 @@ Conventions: NSP label 0 is IsNext, 1 a random sentence; loss in nats; label -10
 Run: python bert.py                         # a laptop: the preset demo
      torchrun --nproc_per_node=8 bert.py    # GPUs: the preset small
      torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
-         bert.py --preset base --data wiki/ --tokenizer vocab.txt --out /shared/bert
+         bert.py --preset base --data wiki/ --sentences lines --tokenizer vocab.txt \\
+         --out /shared/bert
 Expect: in 75 seconds on two CPU cores the demo comes to name 17 % of the masked tokens of held-out
 text (0 % at first), and of its pairs, at length 128, 66 % (the more frequent answer: 52 %).
 """
@@ -94,7 +95,7 @@ class Config:
     short_seq_prob: float = 0.1  # share of the documents whose sequences are shorter, at random
     dupe_factor: int = 10  # passes until pairs and masks come again; 0: never, they are dynamic
     masked_lm_prob: float = 0.15  # share of the tokens to predict
-    # Undisclosed: P, dupe_factor, and whether masks come again. As released; 0.15 T at 512.
+    # Undisclosed: dupe_factor, and both P. They are the released code's; at 512, 0.15 T.
     max_predictions: int = 20  # P, predictions of a sequence, at most
     long_max_predictions: int = 77  # P at long_seq_len
     # Objective
@@ -430,7 +431,8 @@ def split_sentences(documents, cfg):
     # Undisclosed: how the paper cut Wikipedia and books into sentences. Here one ends with its
     # paragraph, or with a full stop and the like before a space and what is not lower case.
     # Departure: books and Wikipedia are not at hand. The documents of the embedded corpus are
-    # modules, and their sentences come from docstrings and comments.
+    # modules, and their sentences come from docstrings and comments. The released README's advice
+    # to cut 2 % of the sentences at random is not followed.
     cut = re.compile(r"(?<=[.!?])\s+(?![a-z])|(?<=[。！？])")
     for name, text in documents:
         if name != text and name.endswith(".py"):
@@ -497,7 +499,7 @@ def learn_wordpiece(documents, size):
     entries = [*SPECIALS, *letters, *(f"##{c}" for c in letters if set_apart(c) == c)]
     entries = list(dict.fromkeys([*entries, *(word for word, _ in words.most_common())]))
     if len(entries) < size:
-        raise ValueError(f"--tokenizer wordpiece:{size}: the data has {len(entries)} entries")
+        raise ValueError(f"wordpiece:{size}: the text to train on has {len(entries)} entries")
     return WordPiece(entries[:size], f"wordpiece:{size}")
 
 def choose_tokenizer(cfg, documents):
@@ -508,8 +510,8 @@ def choose_tokenizer(cfg, documents):
     kept, learned = Path(cfg.out) / "vocab.txt", cfg.tokenizer.startswith("wordpiece:")
     file = kept if learned and cfg.resume and kept.is_file() else Path(cfg.tokenizer)
     if file.is_file():
-        lines = file.read_text("utf-8").splitlines()
-        if lines and len(lines[0].split()) == 1:  # a file of ranks has two fields a line
+        lines = file.read_text("utf-8").removesuffix("\n").split("\n")
+        if len(lines[0].split()) == 1:  # a file of ranks has two fields a line
             return WordPiece(lines, file)
     if learned:
         return learn_wordpiece(documents, int(cfg.tokenizer.removeprefix("wordpiece:")))
@@ -553,6 +555,7 @@ def read_block(corpus, block, n_blocks):
 def create_instances(documents, index, length, short_seq_prob, rng):
     """The pairs (A, B, is B random) of one document of documents, as the released code makes them,
     one draw of rng after the other."""
+    # Undisclosed: the generator that made the paper's data, in C++; this one follows it.
     document, most = documents[index], length - 3  # [CLS], [SEP] and [SEP]
     target = rng.randint(2, most) if rng.random() < short_seq_prob else most
     chunk, size, i = [], 0, 0
@@ -599,7 +602,8 @@ def find_instance(corpus, index, cfg):
     # Departure: a pass takes from each block of BLOCK tokens as many instances as windows of T fit,
     # at random, so that any instance is found without making those before it; it mixes LANES blocks
     # at a time, and its random sentences come from the same block, which are the document's own
-    # where it fills the block. The released code makes files.
+    # where it fills the block. The released code makes files, of all instances. Here, what a pass
+    # leaves of a block comes in another, drawn anew, but for masks that come again.
     total = sum(map(len, corpus.parts))
     n_blocks = max(total // BLOCK, 1)
     quota = max(total // (n_blocks * cfg.seq_len), 1)
@@ -723,25 +727,20 @@ def objective(model, batch, cfg):
 class AdamWeightDecay(torch.optim.Optimizer):
     """Adam as the released code has it: m and v without bias correction, decoupled decay."""
 
+    # Departure: A.2 says "L2 weight decay", which would be a part of the gradient.
+
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            for p in params:
-                if not self.state[p]:
-                    self.state[p].update(m=torch.zeros_like(p), v=torch.zeros_like(p))
-            m, v = ([self.state[p][name] for p in params] for name in "mv")
-            (beta1, beta2), grads = group["betas"], [p.grad for p in params]
-            torch._foreach_lerp_(m, grads, 1 - beta1)  # m = β1 m + (1 - β1) g
-            torch._foreach_mul_(v, beta2)
-            torch._foreach_addcmul_(v, grads, grads, 1 - beta2)  # v = β2 v + (1 - β2) g²
-            update = torch._foreach_sqrt(v)
-            torch._foreach_add_(update, group["eps"])
-            update = torch._foreach_div(m, update)
-            torch._foreach_add_(update, params, alpha=group["weight_decay"])
-            torch._foreach_add_(params, update, alpha=-group["lr"])
+            beta1, beta2 = group["betas"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if not state:
+                    state.update(m=torch.zeros_like(p), v=torch.zeros_like(p))
+                m = state["m"].lerp_(p.grad, 1 - beta1)  # m = β1 m + (1 - β1) g
+                v = state["v"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                update = m / (v.sqrt() + group["eps"]) + group["weight_decay"] * p
+                p.sub_(update, alpha=group["lr"])
 
 def build_optimizer(model, cfg):
     """A.2: Adam (0.9, 0.999), decay 0.01 on all but biases and norms (code), eps 1e-6 (code)."""
@@ -1023,8 +1022,8 @@ def validate_objective(model, heldout, step, cfg, device):
 @torch.compiler.set_stance("force_eager")  # a compiled block would compile for every length
 @torch.no_grad()
 def sample(model, ids, segments, mask, known, cfg):
-    """ids with each of the id mask replaced, the surest first, by the likeliest that known [V]
-    allows."""
+    """ids, where each that is mask gives way to the likeliest of those that known [V] marks, one
+    place at a time, the surest first."""
     model.eval()
     device, ids = model.embeddings.token.weight.device, list(ids)
     while mask in ids:

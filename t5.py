@@ -17,15 +17,15 @@ Left out: the supervised tasks that the released v1.0 models also saw (§3.7): t
 for the baseline and v1.1; the cleaning of C4 (§2.2); SentencePiece, for which tiktoken stands in.
 
 Map: §2.1 RelativePositionBias, RelativeSoftmaxAttention, FeedForward, Block, T5, RMSNorm |
-§3.1.2 learning_rate, build_optimizer | §3.1.4 span_mask, replace_spans, corrupt | §3.7 PRESETS |
-Mesh TensorFlow: CrossEntropyWithZ, ShardedAdafactor, parallelize | UL2 §3.1: UL2.
+§3.1.2 learning_rate, build_optimizer | §3.1.4 replace_spans, corrupt | §3.3.4 span_mask | §3.7
+PRESETS | Mesh TensorFlow: cross_entropy_and_z, ShardedAdafactor, parallelize | UL2 §3.1: UL2.
 Legend: B batch, T positions of the encoder, U of the decoder, S of keys, D width, H heads, E head
 width, F hidden width, V vocabulary; under tensor parallelism H, F and V are a rank's own share.
 Conventions: loss in nats per target, sentinels and EOS included; target -100 is none; the loss of
-training, and its bits per byte, have the z-loss in them, those of validation have not; tokens are
-those of the window of text that is corrupted, 568 where the paper counts 512 inputs, with the end
-that UL2's shorter denoisers leave of it. Bits per byte are those of the hidden bytes, given all the
-others, which is not what lzma is given.
+training, and its bits per byte, have the z-loss in them, those of validation have not. Tokens, and
+speed, count the text before it is corrupted: 568 a row where the paper counts 512 inputs. UL2's
+shorter denoisers leave the end of theirs unused, which counts too. Bits per byte are of the hidden
+bytes, given the rest; lzma is given nothing.
 
 Run: python t5.py                           # a laptop: the preset demo
      torchrun --nproc_per_node=8 t5.py      # GPUs: the preset small
@@ -96,8 +96,8 @@ class Config:
     data: str = ""  # text, token shards, or a directory of either; empty: Python's own library
     tokenizer: str = ""  # bytes, gpt2, cl100k_base, o200k_base, or a rank file; empty: bytes
     denoiser: Literal["t5", "iid", "ul2"] = "t5"  # spans, the baseline's tokens, or UL2's mix
-    rate: float = 0.15  # of the tokens that are hidden
-    span: float = 3.0  # tokens of a hidden span, on average
+    rate: float = 0.15  # of the tokens that are hidden; ul2 has its own
+    span: float = 3.0  # tokens of a hidden span, on average; of the denoiser t5 alone
     inputs: int = 512  # T, positions of the encoder
     targets: int = 0  # U, positions of the decoder; 0: as many as the corruption gives
     seq_len: int = 0  # tokens of text in a row; 0: the most that the inputs hold
@@ -141,26 +141,27 @@ class Config:
 # The code's V: 32,000 word-pieces and 100 sentinels, to a multiple of 128; a micro-batch is its
 # 2,048 inputs. Its model-parallel degrees (--tp): base 1, large 2, 3b 8, 11b 32; v1.1 large 2, xl
 # and xxl 8.
-BASELINE = dict(vocab_size=32128, micro_batch=4, precision="bf16", compile=True)
-# §3.7: 2²⁰ tokens an update, a million updates.
-# Undisclosed: both for v1.1. They are the same here.
-FINAL = BASELINE | dict(batch_size=2048, steps=1_000_000)
+BASELINE = dict(vocab_size=32128, micro_batch=4, precision="bf16", compile=True, denoiser="iid")
+# §3.7: spans, 2²⁰ tokens an update, a million updates.
+# Undisclosed: the last two, and the rate, for v1.1. They are the same here.
+FINAL = BASELINE | dict(denoiser="t5", batch_size=2048, steps=1_000_000)
 V1_1 = FINAL | dict(gated=True, tied=False, dropout=0.0)
 SHAPE = ("n_layers", "dim", "hidden_dim", "n_heads", "head_dim")
 PRESETS = {
-    # A CPU, a minute: rows of two examples.
+    # A CPU, a minute: rows of two examples. As if k, the updates of constant rate, were 400.
     "demo": dict(
         dim=64, n_layers=2, n_heads=4, head_dim=16, hidden_dim=192, dropout=0.0, inputs=96, pack=2,
         batch_size=24, steps=700, lr=0.05, ramp_down=0.5, log_every=50,
     ),
-    # A GPU of 24 GB or a node of them, minutes: v1.1's base, over bytes.
+    # A GPU of 24 GB or a node of them, minutes: v1.1's base, over bytes. k is 2,500.
     "small": dict(
         dim=768, n_layers=12, hidden_dim=2048, gated=True, tied=False, dropout=0.0, batch_size=96,
         micro_batch=12, steps=2000, lr=0.02, ramp_down=0.1, compile=True, val_every=500,
     ),
     # §3.1: the baseline, with the objective of §3.1.4.
-    "baseline": BASELINE | dict(denoiser="iid"),
+    "baseline": BASELINE,
     # §3.7. The paper's 770M for large is the count with a softmax of its own.
+    # Departure: the released models also saw the supervised tasks; here they see text alone.
     "t5_small": FINAL | dict(zip(SHAPE, (6, 512, 2048, 8, 64))),
     "t5_base": FINAL | dict(zip(SHAPE, (12, 768, 3072, 12, 64))),
     "t5_large": FINAL | dict(zip(SHAPE, (24, 1024, 4096, 16, 64))),
@@ -176,6 +177,8 @@ PRESETS = {
     "v1_1_xl": V1_1 | dict(zip(SHAPE, (24, 2048, 5120, 32, 64))),
     "v1_1_xxl": V1_1 | dict(zip(SHAPE, (24, 4096, 10240, 64, 64))),
 }  # fmt: skip
+# Departure: tiktoken, over bytes by default, stands for the paper's 32,000 SentencePieces, so that
+# PAD, EOS and sentinels have other ids than 0, 1 and 32099 down, which those of shards keep.
 BEGIN, END = "", "</s>"  # BEGIN may be none; END ends inputs and targets, and no document
 PAD, MODES = "<pad>", ("[R]", "[S]", "[X]")
 SPECIALS = (END, PAD, *MODES)  # and, behind them, the sentinels: the first is the last id
@@ -329,7 +332,7 @@ class Block(nn.Module):
 
     def forward(self, x, bias, memory=None, mask=None):
         # Departure: dropout draws a mask for every position. The code has one for all positions of
-        # a sequence, and for all queries of a head.
+        # a sequence, and for all queries of a head; common ports do as this script.
         x = x + F.dropout(self.attn(self.attn_norm(x), bias=bias), self.dropout, self.training)
         if self.cross is not None:
             y = self.cross(self.cross_norm(x), memory, mask=mask)
@@ -340,13 +343,11 @@ class Stack(nn.Module):
     """The encoder, or the decoder: embedded [B, T, D] -> [B, T, D]; visible [T, T] or [B, 1, T, T]
     is who may see whom in its own attention, None: all."""
 
-    def __init__(self, cfg, decoder, tp=None):
+    def __init__(self, dim, relative, blocks, dropout, recompute):
         super().__init__()
-        self.dropout, self.recompute = cfg.dropout, cfg.recompute
-        heads = cfg.n_heads // group_size(tp)
-        self.relative = RelativePositionBias(heads, not decoder, cfg.buckets, cfg.max_distance)
-        self.blocks = nn.ModuleList(Block(cfg, decoder, tp) for _ in range(cfg.n_layers))
-        self.final_norm = RMSNorm(cfg.dim, 1e-6)
+        self.dropout, self.recompute = dropout, recompute
+        self.relative, self.blocks = relative, nn.ModuleList(blocks)
+        self.final_norm = RMSNorm(dim, 1e-6)
 
     def forward(self, x, visible, memory=None, mask=None):
         bias = self.relative(x.shape[1])[None]  # [1, H, T, T]
@@ -370,8 +371,14 @@ class T5(nn.Module):
         self.tp, self.scale = tp, cfg.dim**-0.5 if cfg.tied else 1.0
         rows = cfg.vocab_size // group_size(tp)
         self.token_embedding = nn.Embedding(rows, cfg.dim)
-        self.encoder = Stack(cfg, False, tp)
-        self.decoder = Stack(cfg, True, tp)
+        heads = cfg.n_heads // group_size(tp)
+
+        def stack(decoder):
+            relative = RelativePositionBias(heads, not decoder, cfg.buckets, cfg.max_distance)
+            blocks = (Block(cfg, decoder, tp) for _ in range(cfg.n_layers))
+            return Stack(cfg.dim, relative, blocks, cfg.dropout, cfg.recompute)
+
+        self.encoder, self.decoder = stack(False), stack(True)
         self.head = None if cfg.tied else nn.Linear(cfg.dim, rows, bias=False)
 
     def embed(self, tokens):
@@ -386,7 +393,8 @@ class T5(nn.Module):
 
     def encode(self, source, segments=None):
         """Source [B, T] -> what the decoder attends to, [B, T, D]."""
-        # Departure: padding sees padding, instead of being set to 0; nothing else sees it.
+        # Departure: padding sees padding, instead of being set to 0; nothing else sees it. What is
+        # hidden has a score of -inf, not the code's -1e9.
         visible = None
         if segments is not None:
             visible = segments[:, None, :, None] == segments[:, None, None]  # [B, 1, T, T]
@@ -414,9 +422,9 @@ def group_size(group):
     return group.size() if group else 1
 
 def init_weights(model, cfg, tp=None):
-    """As the code has it: embeddings N(0, 1), what enters a product N(0, 1 / fan-in), in the
-    feed-forward layers and the softmax of v1.1 cut off at two sigma; queries smaller by sqrt(E),
-    for the scaling that scores lack; gains 1. A parameter is drawn from (seed, its name)."""
+    """As the code has it: embeddings N(0, 1); matrices N(0, 1 / fan-in), those of the feed-forward
+    layers and of v1.1's softmax cut at two sigma; queries smaller by sqrt(E), for the scaling that
+    scores lack; gains 1; the bias of positions uniform. Each is drawn from (seed, its name)."""
     # Undisclosed: all of it in the paper.
     for name, p in model.named_parameters():
         shape, draw = whole_shape(name, p, tp), torch.Generator()
@@ -467,7 +475,8 @@ def count_noise(length, rate, span):
     """(tokens, spans) that are hidden of `length` tokens; halves are rounded to even (code)."""
     noise = min(max(round(length * rate), 1), length - 1)
     spans = max(round(noise / span), 1)
-    return noise, min(spans, length - noise)  # a kept token stands before each span
+    # Departure: where kept tokens are fewer than spans, the code fails; here spans are as few.
+    return noise, min(spans, length - noise)
 
 def encoded_lengths(length, rate, span):
     """(inputs, targets) of `length` tokens with spans hidden: sentinels and EOS included."""
@@ -479,8 +488,6 @@ def fitting_length(inputs, rate, span):
     """The most tokens whose encoded inputs fit: 568 for 512 (code)."""
     candidates = range(2, int((inputs + 2) / (1 - rate)) + 3)  # inputs grow with them
     fits = bisect.bisect(candidates, inputs, key=lambda n: encoded_lengths(n, rate, span)[0])
-    if not fits:
-        raise ValueError(f"{inputs} inputs cannot hold a span: a token, a sentinel and EOS are 3")
     length = candidates[fits - 1]
     # targets that just exceed the inputs would ask for a longer row (code)
     return length - (rate == 0.5 and encoded_lengths(length, rate, span)[1] > inputs)
@@ -494,9 +501,10 @@ def denoisers(cfg):
 
 def row_lengths(cfg):
     """(tokens of text, inputs, targets), at most, of each of a row's cfg.pack examples."""
-    if cfg.denoiser == "iid":  # runs are left to chance: 192 targets for 512 inputs (code)
+    if cfg.denoiser == "iid":  # runs are left to chance
         length = min(cfg.seq_len // cfg.pack or math.inf, cfg.inputs // cfg.pack - 1)
-        inputs, targets = length + 1, math.ceil(0.375 * (length + 1))
+        # 192 targets for 512 inputs at a rate of 0.15 (code); in proportion at others
+        inputs, targets = length + 1, math.ceil(2.5 * cfg.rate * (length + 1))
     else:
         encoded = [encoded_lengths(*kind) for _, *kind in denoisers(cfg)]
         length = max(length for _, length, *_ in denoisers(cfg))
@@ -523,9 +531,9 @@ def replace_spans(ids, mask, sentinel):
 
 def corrupt(ids, rng, cfg):
     """(inputs, targets) of a piece of text: what is kept with a sentinel for each hidden run, and
-    what is hidden with one for each kept run. Where the first token is kept and the last hidden, a
-    sentinel stands before its span in the targets, and none closes them: §3.1.4 and its Figure 2
-    show one, the code has none. Hiding tokens one by one can end otherwise, and then does."""
+    what is hidden with one for each kept run (§3.1.4)."""
+    # Departure: the paper's Figure 2 closes the targets with a sentinel. The code, and this, ends
+    # them with the last span, since spans hide the last token; of single tokens, as it comes.
     mode = []
     if cfg.denoiser == "iid":  # §3.1.4
         mask = rng.random(len(ids)) < cfg.rate
@@ -547,9 +555,9 @@ def corrupt(ids, rng, cfg):
     return inputs, replace_spans(ids, ~mask, cfg.sentinel)
 
 def get_batch(corpus, first, n, cfg):
-    """Rows first ... first + n - 1 of the run, whatever the ranks or the moment: source [n, T],
-    target_in and targets [n, U], segments of both where a row is not one full example, and the
-    counts n_targets and n_bytes (of the hidden text)."""
+    """Rows first ... first + n - 1 of the run, of pack examples each, whatever the ranks or the
+    moment: source [n, pack T], target_in and targets [n, pack U], segments of both where a row is
+    not one full example, and the counts n_targets and n_bytes (of the hidden text)."""
     # Documents are one stream without separators, cut into windows (code).
     # Departure: of the whole corpus, not of 128 documents each, so that no shorter piece is left.
     # Departure: a long document is read whole; the code takes 65,536 tokens of it, at random.
@@ -577,7 +585,7 @@ def get_batch(corpus, first, n, cfg):
             rows["targets"][row, there], rows["target_segments"][row, there] = targets, segment
             rows["target_in"][row, there] = [cfg.pad, *targets[:-1]]
             at, to = here.stop, there.stop
-    if cfg.denoiser == "t5" and cfg.pack == 1:  # every row is full
+    if cfg.denoiser == "t5" and cfg.pack == 1:  # what pads targets is behind them
         del batch["source_segments"], batch["target_segments"]
     scored = rows["targets"][rows["targets"] >= 0]
     counts = {"n_targets": scored.size, "n_bytes": int(corpus.token_bytes[scored].sum())}
@@ -585,32 +593,20 @@ def get_batch(corpus, first, n, cfg):
 
 # ---------------------------------------- Objective ----------------------------------------
 
-class CrossEntropyWithZ(torch.autograd.Function):
+def cross_entropy_and_z(logits, targets, tp=None):
     """(sum of the nats of targets [N], sum of their (log Z)²) of logits [N, V]; targets below 0
     count nothing. Under tp each rank has its columns, and no rank ever has them all."""
-
-    @staticmethod
-    def forward(ctx, logits, targets, tp):
-        first = tp.rank() * logits.shape[1] if tp else 0
-        mine = (targets >= first) & (targets < first + logits.shape[1])
-        local = (targets - first).clamp(0, logits.shape[1] - 1)[:, None]
-        target, log_z = logits.gather(1, local)[:, 0] * mine, logits.logsumexp(1)
-        if tp:
-            parts = [torch.empty_like(log_z) for _ in range(tp.size())]
-            dist.all_gather(parts, log_z, group=tp)
-            dist.all_reduce(target, group=tp)
-            log_z = torch.stack(parts).logsumexp(0)
-        counted = targets >= 0
-        ctx.save_for_backward(logits, local, mine, log_z, counted)
-        return ((log_z - target) * counted).sum(), (log_z.square() * counted).sum()
-
-    @staticmethod
-    def backward(ctx, of_nats, of_square):
-        logits, local, mine, log_z, counted = ctx.saved_tensors
-        gradient = (logits - log_z[:, None]).exp_()  # [N, V], the probabilities
-        gradient *= ((of_nats + 2 * of_square * log_z) * counted)[:, None]
-        gradient.scatter_add_(1, local, (-of_nats * (mine & counted))[:, None].type_as(logits))
-        return gradient, None, None
+    first = tp.rank() * logits.shape[1] if tp else 0
+    mine = (targets >= first) & (targets < first + logits.shape[1])
+    local = (targets - first).clamp(0, logits.shape[1] - 1)[:, None]
+    target, log_z = logits.gather(1, local)[:, 0] * mine, logits.logsumexp(1)
+    if tp:
+        largest = log_z.detach().clone()
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=tp)
+        log_z = largest + SumOutput.apply((log_z - largest).exp(), tp).log()
+        target = SumOutput.apply(target, tp)
+    counted = targets >= 0
+    return ((log_z - target) * counted).sum(), (log_z.square() * counted).sum()
 
 def objective(model, batch, cfg):
     """Cross-entropy of the targets and, where a gradient is asked for, z_loss times (log Z)²; the
@@ -621,7 +617,7 @@ def objective(model, batch, cfg):
     with torch.autocast(batch["source"].device.type, torch.bfloat16, cfg.precision == "bf16"):
         logits = model(*(batch[name] for name in inputs if name in batch)).flatten(0, 1)
     tp = getattr(model, "module", model).tp  # behind data parallelism, if there is any
-    nats, square = CrossEntropyWithZ.apply(logits, batch["targets"].flatten(), tp)
+    nats, square = cross_entropy_and_z(logits, batch["targets"].flatten(), tp)
     loss = nats + cfg.z_loss * square if torch.is_grad_enabled() else nats
     return loss / max(batch["n_targets"], 1), {}
 
@@ -649,24 +645,21 @@ class ShardedAdafactor(torch.optim.Adafactor):
         (group,) = self.param_groups
         eps1, eps2 = group["eps"]
         for p in (p for p in group["params"] if p.grad is not None):
-            state, every, mean = self.state[p], range(p.ndim), functools.partial(self.mean, p)
+            state, mean = self.state[p], functools.partial(self.mean, p)
+            w, g = p.view(len(p), -1), p.grad.view(len(p), -1)  # a vector is one column
             if not state:
-                names = ("variance",) if p.ndim == 1 else ("row_var", "col_var")
-                shapes = [p.shape] if p.ndim == 1 else [(p.shape[0], 1), (1, p.shape[1])]
                 state["step"] = torch.tensor(0.0)
-                state.update({name: p.new_zeros(shape) for name, shape in zip(names, shapes)})
+                state["row_var"] = torch.zeros_like(g[:, :1])
+                state["col_var"] = torch.zeros_like(g[:1])
             state["step"] += 1
-            new, square = state["step"].item() ** group["beta2_decay"], p.grad.square()
-            if p.ndim == 1:
-                variance = state["variance"].lerp_(square, new)
-            else:
-                row = state["row_var"].lerp_(mean(square, 1), new)
-                column = state["col_var"].lerp_(mean(square, 0), new)
-                variance = row * column / mean(row, 0).clamp_(min=eps1)
-            update = variance.clamp(min=eps1**2).rsqrt_().mul_(p.grad)
-            size = mean(p.square(), *every).sqrt().clamp_(min=eps2)
-            size /= mean(update.square(), *every).sqrt().clamp_(min=1.0)
-            p -= min(group["lr"], state["step"].item() ** -0.5) * size * update
+            t, square = state["step"].item(), g.square()
+            row = state["row_var"].lerp_(mean(square, 1), t ** group["beta2_decay"])
+            column = state["col_var"].lerp_(mean(square, 0), t ** group["beta2_decay"])
+            variance = row * column / mean(row, 0).clamp_(min=eps1)
+            update = variance.clamp_(min=eps1**2).rsqrt_().mul_(g)
+            size = mean(w.square(), 0, 1).sqrt().clamp_(min=eps2)
+            size /= mean(update.square(), 0, 1).sqrt().clamp_(min=1.0)
+            w -= min(group["lr"], t**-0.5) * size * update
 
 def build_optimizer(model, cfg):
     """§3.1.2: Adafactor as in code: no momentum, decay of the second moments 1 - t^-0.8, updates
@@ -696,8 +689,9 @@ def learning_rate(step, cfg):
 
 # Parameters, gradients and Adafactor's moments are fp32. Under bf16, autocast (in objective) runs
 # matrix products in bf16, as the code did on TPUs; but scores of attention are fp32, those inside
-# torch's fused kernels, too. Norms, residual sums, softmax and loss are fp32; the logits of the
-# vocabulary are rounded to bf16 by the product that gives them.
+# torch's fused kernels, too. Norms, softmax and loss are fp32; the logits of the vocabulary are
+# rounded to bf16 by the product that gives them.
+# Departure: residual sums are fp32, too, which the code has in bf16.
 
 PEAK_FLOPS = {  # dense bf16, by the device's exact name; a device not listed gets no MFU
     "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989e12,
@@ -850,7 +844,7 @@ def read_t5_config(path):
             decoder_start_token_id=cfg.pad, feed_forward_proj="gated-gelu" if cfg.gated else "relu",
         )  # fmt: skip
         for name, value in known.items():
-            if (theirs.get(name) or (None if name == "model_type" else value)) != value:
+            if theirs.get(name) not in (None, value) or "model_type" not in theirs:
                 raise ValueError(f"its {name} is {theirs.get(name)}")
     except Exception as error:
         raise ValueError(f"{path} holds no T5 model: {error!r}") from error
@@ -1070,7 +1064,8 @@ def most_spans(cfg):
     if cfg.denoiser == "iid":
         mean = row_lengths(cfg)[0] * cfg.rate * (1 - cfg.rate)
         return math.ceil(mean + 4 * math.sqrt(mean))
-    return max(count_noise(*kind)[1] for _, *kind in denoisers(cfg))
+    spans = (count_noise(*kind)[1] for _, *kind in denoisers(cfg))
+    return max(2 * (cfg.denoiser == "ul2"), *spans)  # a single span that moves has two
 
 def check(cfg, ranks):
     """Raises ValueError for a configuration that cannot run on that many ranks."""
@@ -1103,8 +1098,10 @@ def check(cfg, ranks):
         (cfg.dp * steps * micro != cfg.batch_size,
          f"--batch_size {cfg.batch_size} is not {cfg.dp} ranks x micro-batches of {micro}"),
         (cfg.resume and not cfg.out, "--resume needs --out"),
-        (cfg.export and not importlib.util.find_spec("safetensors"),
-         "--export needs the package safetensors: pip install safetensors"),
+        ((cfg.init or cfg.export) and not importlib.util.find_spec("safetensors"),
+         "--init and --export need the package safetensors: pip install safetensors"),
+        (cfg.init and not cfg.tokenizer and not shard_paths(cfg.data),
+         f"{cfg.init} has a vocabulary of its own: --tokenizer is missing"),
         (cfg.write_tokens and ranks > 1, "--write_tokens is for one process, without torchrun"),
         (cfg.write_tokens and shard_paths(cfg.data),
          "--write_tokens takes text, and --data is token shards"),
@@ -1239,8 +1236,6 @@ def main(argv=None):
         cfg = mesh_shape(cfg, ranks)
         check(cfg, ranks)
         if cfg.init:
-            if not importlib.util.find_spec("safetensors"):
-                raise ValueError("--init needs the package safetensors: pip install safetensors")
             theirs = read_t5_config(cfg.init)
             names = {*HF_CONFIG, "gated"} - {"dropout"}  # which is a choice of this training
             cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in names})

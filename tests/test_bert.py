@@ -380,6 +380,12 @@ def test_statistics_on_long_documents(bert):
         full.append(any(len(a) + len(b) + 3 == 128 for a, b, _ in these))
     assert n_random / len(lengths) == pytest.approx(0.52, abs=0.03) and max(lengths) == 128
     assert np.mean(full) == pytest.approx(0.9 + 0.1 * 10 / 124, abs=0.04)
+    cfg, moved, total = bert.Config(), 0, 0  # a random token in the place of 15 % x 10 % of them
+    for _ in range(3000):
+        tokens = [2, *[5] * 98, 3]
+        seen, *_ = bert.create_masked_lm_predictions(tokens, cfg, SPECIALS, 1000, rng)
+        moved, total = moved + sum(i not in (t, 4) for i, t in zip(seen, tokens)), total + len(tokens)
+    assert moved / total == pytest.approx(0.015, abs=0.001)
 
 
 @pytest.mark.parametrize("objective", ["mlm", "rtd"])
@@ -503,7 +509,7 @@ def test_stream_of_sentences(bert):
     assert [(name, ids.tolist()) for name, ids in documents] == [("a", [97, 98, 259, 99, 259, 259]), ("b", []), ("c", [100, 259, 259])]
 
 
-VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "un", "##aff", "##able", "##a", "runn", "##ing", ",", "the", "!", "的", "e", "5", "##€", "_"]
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "un", "##aff", "##able", "##a", "runn", "##ing", ",", "the", "!", "的", "e", "5", "##€", "_", "\u2028", "\x85", "last"]
 
 
 def test_word_piece(bert, tmp_path):
@@ -516,7 +522,7 @@ def test_word_piece(bert, tmp_path):
     assert spell("thé的the") == "the 的 the" and spell("5€ _the") == "5 ##€ _ the"
     assert spell("unaffablex the") == "[UNK] the", "no part of a word alone"
     assert spell("un" + "a" * 198) == "un" + " ##a" * 198 and spell("un" + "a" * 199) == "[UNK]"
-    assert spell("the\u200b \x00the\ufffd") == "the the"
+    assert spell("the\u200b \x00the\ufffd last") == "the the last", "lines end with a line feed alone"
     assert tokenizer.decode([2, 5, 6, 7, 11]) == "[CLS] unaffable ,"
     assert tokenizer.n_vocab == len(VOCABULARY) and tokenizer._special_tokens == SPECIALS
 
@@ -544,7 +550,7 @@ def test_learned_vocabulary(bert):
     held = {name for name, _ in documents if bert.stable_hash(name) >= 0.95 * 2**64}
     strange = [(name, ["zebra"] * 5000 if name in held else sentences) for name, sentences in documents]
     assert held and bert.learn_wordpiece(strange, 25).entries == tokenizer.entries, "not learned from held out"
-    with pytest.raises(ValueError, match="wordpiece:99: the data has 27 entries"):
+    with pytest.raises(ValueError, match="wordpiece:99: the text to train on has 27 entries"):
         bert.learn_wordpiece(documents, 99)
     assert bert.learn_wordpiece([(next(iter(held)), ["a b a"])], 8).entries[5:] == ["a", "b", "##a"], "all there is"
 
@@ -918,7 +924,7 @@ def test_mistakes(main, text, tmp_path):
     cases = [
         (["--data", one], "one.txt has 1 document to train on, and random sentences need 2"),
         (["--data", single], "has 2 sentences"),
-        (["--tokenizer", vocabulary], "vocab.txt: none of its 18 entries is [MASK]"),
+        (["--tokenizer", vocabulary], "vocab.txt: none of its 21 entries is [MASK]"),
         (["--seq_len", 4], "--seq_len 4 does not hold [CLS] a [SEP] b [SEP], 5 tokens"),
         (["--long_seq_len", 3, "--long_share", 0.5], "--long_seq_len 3 does not hold"),
         (["--seq_len", 17], "--seq_len 17 exceeds --context 16"),
@@ -929,7 +935,7 @@ def test_mistakes(main, text, tmp_path):
         (["--objective", "rtd", "--generator_divisor", 5], "--generator_divisor 5"),
         (["--objective", "rtd", "--export", tmp_path / "hf"], "rtd trains ELECTRA"),
         (["--tokenizer", "wordpiece:many"], "wordpiece:many is not wordpiece:N"), (["--tokenizer", "wordpiece:99"], "N from 100"),
-        (["--tokenizer", "wordpiece:9999"], "wordpiece:9999: the data has"), (["--tokenizer", "wordpiece:200", "--init", tmp_path], "--tokenizer is missing"),
+        (["--tokenizer", "wordpiece:9999"], "wordpiece:9999: the text to train on has"), (["--tokenizer", "wordpiece:200", "--init", tmp_path], "--tokenizer is missing"),
         (["--vocab_size", 100], "--vocab_size 100 does not hold the tokenizer's 261 entries, of which [MASK] is 260"),
         (["--tokenizer=", "--data", tmp_path / "ids.npy"], "--tokenizer is missing"),
         (["--tokenizer", "wordpiece:300", "--data", tmp_path / "ids.npy"], "--tokenizer is missing"), (["--tokenizer=", "--init", tmp_path], "--tokenizer is missing"),

@@ -238,7 +238,7 @@ OWN_MISTAKES = {  # of one script: flags, and what the line must say
         ("--span 0.5", "--span 0.5"), ("--dropout 1", "--dropout 1.0"), ("--buckets 6", "--buckets 6"), ("--max_distance 32", "--max_distance 32"),
         ("--ramp_down 2", "--ramp_down 2.0"), ("--batch_size 0", "--batch_size 0"), ("--denoiser bert", "bert"),
         ("--data DIR/ids.npy --vocab_size 32128 --sentinel 32128", "--sentinel 32128"), ("--data DIR/ids.npy --vocab_size 400 --sentinel 99", "100 sentinels from --sentinel 99"),
-        ("--init DIR/no_weights", "holds no T5 model"), ("--tokenizer DIR/twice.txt", "a rank twice"),
+        ("--init DIR/no_weights --tokenizer bytes", "holds no T5 model"), ("--init DIR/no_weights", "--tokenizer is missing"), ("--tokenizer DIR/twice.txt", "a rank twice"),
         ("--data DIR/short.txt", "short.txt is too short: 9 tokens"), ("--data DIR/empty.txt", "empty.txt is too short: 0 tokens"),
         ("--data DIR/many --tokenizer bytes", "in 300 parts"), ("--data DIR/*.none", "DIR/*.none"),
     ],

@@ -211,7 +211,9 @@ def test_no_longer_text_fits(rate, span):
 
 def test_lengths_of_the_paper():
     assert t5.row_lengths(t5.Config()) == (568, 512, 114) and t5.count_noise(568, 0.15, 3.0) == (85, 28)
-    assert t5.row_lengths(t5.Config(denoiser="iid")) == (511, 512, 192)
+    assert t5.row_lengths(t5.Config(denoiser="iid")) == (511, 512, 192) and t5.row_lengths(t5.Config(denoiser="iid", rate=0.5)) == (511, 512, 640)
+    assert t5.count_noise(766, 0.5, 3.0) == (383, 128) and t5.count_noise(600, 0.15, 64.0) == (90, 1)  # UL2's
+    assert t5.most_spans(t5.Config(denoiser="ul2", seq_len=4)) == 2, "a single span that moves has two sentinels"
     length, inputs, targets = t5.row_lengths(t5.Config(denoiser="ul2"))
     assert inputs == 512 and 510 <= targets <= 512 and 1003 <= length <= 1006, "511 inputs and a mode"
     assert t5.row_lengths(t5.Config(pack=4, inputs=512)) == (141, 128, 29)
@@ -288,6 +290,19 @@ def test_corruption_hides_and_tells(denoiser):
             assert (len(inputs) + 1, len(targets) + 1) == (512, 114) and targets[-1] == text[567]
     if denoiser == "ul2":
         assert {mode for mode, *_ in kinds} == {32128, 32129, 32130} and all(n + 1 <= 512 and m + 1 <= 512 for _, n, m in kinds)
+
+
+@pytest.mark.parametrize("kind, source, target", [
+    (("[R]", 12, 0.25, 3.0), [32128, *range(100, 109), 32127], [32127, 109, 110, 111]),
+    (("[S]", 12, 0.25, math.inf), [32129, *range(100, 109), 32127], [32127, 109, 110, 111]),
+    (("[X]", 12, 0.15, 64.0), [32130, *range(100, 106), 32127, *range(108, 112)], [32127, 106, 107, 32126]),
+])  # fmt: skip
+def test_worked_examples_of_ul2(monkeypatch, kind, source, target):
+    """Twelve tokens: a span or a suffix of three, and a span of two that moved from the end to the seventh token."""
+    monkeypatch.setattr(t5, "denoisers", lambda cfg: [kind])
+    cfg = t5.Config(denoiser="ul2", mode=32128, sentinel=32127)
+    found = t5.corrupt(np.arange(100, 112), np.random.default_rng(1), cfg)
+    assert [[int(i) for i in part] for part in found] == [source, target]
 
 
 def test_ul2_is_seven_denoisers():
@@ -414,7 +429,7 @@ def test_text_may_not_hold_sentinels(denoiser):
 def test_cross_entropy_and_z_loss():
     logits = torch.randn(7, 11, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([3, -100, 0, 10, 5, -100, 5])
-    nats, square = t5.CrossEntropyWithZ.apply(logits, targets, None)
+    nats, square = t5.cross_entropy_and_z(logits, targets)
     (nats + 0.3 * square).backward()
     mine, logits.grad = logits.grad, None
     log_z = logits.exp().sum(1).log()
@@ -556,9 +571,19 @@ def test_dropout_falls_where_the_code_has_it(monkeypatch):
     assert shapes.count((2, 9, hidden)) == shapes.count((2, 5, hidden)) == cfg.n_layers
 
 
+@pytest.mark.parametrize("preset, tied, count", [
+    ("t5_large", False, 770_567_168), ("v1_1_small", True, 60_511_616), ("v1_1_base", True, 222_903_552), ("v1_1_large", True, 750_251_008),
+    ("v1_1_xl", True, 2_783_959_040), ("v1_1_xxl", True, 11_003_736_064),
+])  # fmt: skip
+def test_counts_with_the_softmax_tied_the_other_way(preset, tied, count):
+    with torch.device("meta"):
+        assert t5.count_parameters(t5.T5(t5.Config(**t5.PRESETS[preset] | dict(tied=tied))))[0] == count
+
+
 def test_presets_are_the_papers_tables():
     for name, batch, steps in (("baseline", 2**16, 2**19), ("2x", 2**16, 2**19), ("t5_11b", 2**20, 10**6), ("v1_1_xl", 2**20, 10**6)):
         cfg = t5.Config(**t5.PRESETS[name])
+        assert cfg.denoiser == ("iid" if steps == 2**19 else "t5")
         assert cfg.batch_size * cfg.inputs == batch and cfg.steps == steps and cfg.lr == 0.01 and cfg.z_loss == 1e-4
         assert cfg.micro_batch * cfg.inputs == 2048 and cfg.dropout == (0.0 if "v1" in name else 0.1)
 
@@ -934,11 +959,11 @@ def test_layouts_give_the_same_run_and_resume_from_it(together, text, tmp_path):
         together(n, *flags_of(text, out=folder / "b", **{**flags, "steps": 3}, **layout))
         again = together(n, *flags_of(text, out=folder / "b", **flags, **layout), "--resume")
         assert losses(folder / "b") == losses(folder / "a") and again.split("val 6")[1] == out.split("val 6")[1]
-    out = together(1, *flags_of(text, steps=1, init=tmp_path / "hf"), "--dim=8")
+    out = together(1, *flags_of(text, steps=1, init=tmp_path / "hf", tokenizer="bytes"), "--dim=8")
     assert float(re.search(r"val 0 \| loss ([\d.]+)", out)[1]) == pytest.approx(val, abs=5e-3)
-    together(1, *flags_of(text, steps=1, init=tmp_path / "hf", dropout=0.25, out=tmp_path / "dropped"))
+    together(1, *flags_of(text, steps=1, init=tmp_path / "hf", tokenizer="bytes", dropout=0.25, out=tmp_path / "dropped"))
     assert json.loads((tmp_path / "dropped" / "config.json").read_text())["dropout"] == 0.25, "not the directory's"
-    sharded = together(2, *flags_of(text, steps=1, init=tmp_path / "hf", tp=2))
+    sharded = together(2, *flags_of(text, steps=1, init=tmp_path / "hf", tokenizer="bytes", tp=2))
     assert re.search(r"val 0 \| loss ([\d.]+)", sharded)[1] == re.search(r"val 0 \| loss ([\d.]+)", out)[1]
 
 
