@@ -1423,12 +1423,11 @@ def read_documents(path):
     root = Path(path or sysconfig.get_paths()["stdlib"])
     kinds = (".txt", ".md", ".py", ".jsonl") if path else (".py",)
     skip = set() if path else {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-    files = list_files(root)
+    files = list_files(root, skip)
     if not root.is_dir():  # names are relative to the directory before the pattern
         root = Path(re.split(r"[*?[]", f"{root}")[0] + "*").parent
     if files != [Path(path)]:
         files = [file for file in files if file.suffix in kinds and file.is_file()]
-        files = [file for file in files if not skip & set(file.relative_to(root).parts)]
     if not files:
         raise ValueError(f"{path or root} has no file of {', '.join(kinds)}")
     for file in files:
@@ -1490,10 +1489,15 @@ def write_tokens(folder, documents):
             return print(f"{n} shards in {folder}", flush=True)
         np.save(Path(folder) / f"tokens_{n:05d}.npy", np.concatenate(shard))
 
-def list_files(path):
-    """The files at path, in order: a file, all below a directory, or those of a pattern."""
+def list_files(path, skip=frozenset()):
+    """The files at path, in order: a file, all below a directory but what lies in folders named in
+    skip, or those of a pattern."""
     if os.path.isdir(path):
-        return [file for file in sorted(Path(path).rglob("*")) if file.is_file()]
+        found = []
+        for folder, folders, files in os.walk(path):
+            folders[:] = set(folders) - skip
+            found += (Path(folder, file) for file in files)
+        return [file for file in sorted(found) if file.is_file()]
     return [Path(file) for file in sorted(glob.glob(str(path), recursive=True)) or [path]]
 
 def shard_paths(path):

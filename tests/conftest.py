@@ -63,8 +63,8 @@ SCRIPTS = {
                  (1, dict(micro_batch=2, noise_scale=True)), (2, dict(dp=2, micro_batch=1, noise_scale=True)),
                  (2, dict(dp=2, recompute="block")), (2, dict(pp=2, recompute="block", banded="even"))),
         falls=1.5, batch=(24, 128), betas=(0.9, 0.95),
-        variants=("--tokenizer bytes", "--tokenizer bytes --precision bf16 --recompute block --dim 48 --hidden_dim 96",
-                  "--tokenizer bytes --precision fp16 --dim 24 --hidden_dim 96"),  # fp16 is slow on a CPU
+        variants=("--tokenizer bytes", "--tokenizer bytes --precision bf16 --recompute block --dim 32 --hidden_dim 64 --n_layers 2",
+                  "--tokenizer bytes --precision fp16 --dim 16 --hidden_dim 32 --n_layers 2"),  # fp16 is slow on a CPU
         small=dict(tokenizer="", batch_size=4, first_batch=0, batch_multiple=1, dim=48, hidden_dim=64, seq_len=16,
                    warmup_tokens=128, lr=1e-3),
         prefix="/model/tp0.", warm="--warmup_tokens 30720",

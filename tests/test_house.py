@@ -77,4 +77,6 @@ def test_scripts_and_readme_know_each_other():
     from conftest import SCRIPTS as rows
 
     assert {path.stem for path in SCRIPTS} == set(rows)
-    assert all(f"`{path.name}`" in readme for path in SCRIPTS)
+    for path in SCRIPTS:
+        row = re.search(rf"^\| `{path.name}` \|.*\| (\d+) \|$", readme, re.M)
+        assert row and int(row[1]) == len(path.read_text("utf-8").splitlines()), path.name
