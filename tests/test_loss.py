@@ -46,15 +46,16 @@ def test_thirty_steps_on_python_source(name, flags, tmp_path, capsys):
     module, row = with_short_sample(name), SCRIPTS[name]
     before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     source = sysconfig.get_paths()["stdlib"] + "/asyncio"  # a part of the embedded corpus, for speed
-    module.main(["--preset", "demo", "--data", source, "--steps", "30", *row.warm.split(), "--val_batches", "1", "--log_every", "1",
+    steps = 15 if "--precision" in flags else 30  # low precision is slow on a CPU
+    module.main(["--preset", "demo", "--data", source, "--steps", str(steps), *row.warm.split(), "--val_batches", "1", "--log_every", "1",
                  "--out", str(tmp_path / "run"), *flags.split()])  # fmt: skip
     for signum, handler in before.items():
         signal.signal(signum, handler)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in rows] == list(range(1, 31))
-    assert rows[0]["loss"] - sum(r["loss"] for r in rows[-5:]) / 5 > row.falls
+    assert [r["step"] for r in rows] == list(range(1, steps + 1))
+    assert rows[0]["loss"] - sum(r["loss"] for r in rows[-5:]) / 5 > row.falls * steps / 30
     if name == "bert":  # whose loss is no code for the text
         assert rows[-1]["bpb"] is None
     else:
         assert rows[-1]["bpb"] == pytest.approx(rows[-1]["loss"] / math.log(2), rel=5e-3)  # a byte a token
-    assert rows[-1]["tokens"] == 30 * math.prod(row.batch)
+    assert rows[-1]["tokens"] == steps * math.prod(row.batch)
