@@ -487,8 +487,8 @@ class WordPiece:
 
 def learn_wordpiece(documents, size):
     """A WordPiece of `size` entries from a list of (name, sentences): the special tokens, the most
-    frequent characters, as words and inside them, and the most frequent words. Documents that are
-    held out are not read, if there are several."""
+    frequent characters, as words and inside them, and the most frequent words. Of several documents
+    those that their hash holds out are not read."""
     words, letters = collections.Counter(), collections.Counter()
     for name, sentences in documents:
         if len(documents) == 1 or stable_hash(name) < 0.95 * 2**64:
