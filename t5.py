@@ -18,7 +18,7 @@ for the baseline and v1.1; the cleaning of C4 (§2.2); SentencePiece, for which 
 
 Map: §2.1 RelativePositionBias, RelativeSoftmaxAttention, FeedForward, Block, T5, RMSNorm |
 §3.1.2 learning_rate, build_optimizer | §3.1.4 replace_spans, corrupt | §3.3.4 span_mask | §3.7
-PRESETS | Mesh TensorFlow: cross_entropy_and_z, ShardedAdafactor, parallelize | UL2 §3.1: UL2.
+PRESETS | Mesh TensorFlow: CrossEntropyWithZ, ShardedAdafactor, parallelize | UL2 §3.1: UL2.
 Legend: B batch, T positions of the encoder, U of the decoder, S of keys, D width, H heads, E head
 width, F hidden width, V vocabulary; under tensor parallelism H, F and V are a rank's own share.
 Conventions: loss in nats per target, sentinels and EOS included; target -100 is none; the loss of
@@ -593,20 +593,32 @@ def get_batch(corpus, first, n, cfg):
 
 # ---------------------------------------- Objective ----------------------------------------
 
-def cross_entropy_and_z(logits, targets, tp=None):
+class CrossEntropyWithZ(torch.autograd.Function):
     """(sum of the nats of targets [N], sum of their (log Z)²) of logits [N, V]; targets below 0
     count nothing. Under tp each rank has its columns, and no rank ever has them all."""
-    first = tp.rank() * logits.shape[1] if tp else 0
-    mine = (targets >= first) & (targets < first + logits.shape[1])
-    local = (targets - first).clamp(0, logits.shape[1] - 1)[:, None]
-    target, log_z = logits.gather(1, local)[:, 0] * mine, logits.logsumexp(1)
-    if tp:
-        largest = log_z.detach().clone()
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=tp)
-        log_z = largest + SumOutput.apply((log_z - largest).exp(), tp).log()
-        target = SumOutput.apply(target, tp)
-    counted = targets >= 0
-    return ((log_z - target) * counted).sum(), (log_z.square() * counted).sum()
+
+    @staticmethod
+    def forward(ctx, logits, targets, tp):
+        first = tp.rank() * logits.shape[1] if tp else 0
+        mine = (targets >= first) & (targets < first + logits.shape[1])
+        local = (targets - first).clamp(0, logits.shape[1] - 1)[:, None]
+        target, log_z = logits.gather(1, local)[:, 0] * mine, logits.logsumexp(1)
+        if tp:
+            parts = [torch.empty_like(log_z) for _ in range(tp.size())]
+            dist.all_gather(parts, log_z, group=tp)
+            dist.all_reduce(target, group=tp)
+            log_z = torch.stack(parts).logsumexp(0)
+        counted = targets >= 0
+        ctx.save_for_backward(logits, local, mine, log_z, counted)
+        return ((log_z - target) * counted).sum(), (log_z.square() * counted).sum()
+
+    @staticmethod
+    def backward(ctx, of_nats, of_square):
+        logits, local, mine, log_z, counted = ctx.saved_tensors
+        gradient = (logits - log_z[:, None]).exp_()  # [N, V], the probabilities
+        gradient *= ((of_nats + 2 * of_square * log_z) * counted)[:, None]
+        gradient.scatter_add_(1, local, (-of_nats * (mine & counted))[:, None].type_as(logits))
+        return gradient, None, None
 
 def objective(model, batch, cfg):
     """Cross-entropy of the targets and, where a gradient is asked for, z_loss times (log Z)²; the
@@ -617,7 +629,7 @@ def objective(model, batch, cfg):
     with torch.autocast(batch["source"].device.type, torch.bfloat16, cfg.precision == "bf16"):
         logits = model(*(batch[name] for name in inputs if name in batch)).flatten(0, 1)
     tp = getattr(model, "module", model).tp  # behind data parallelism, if there is any
-    nats, square = cross_entropy_and_z(logits, batch["targets"].flatten(), tp)
+    nats, square = CrossEntropyWithZ.apply(logits, batch["targets"].flatten(), tp)
     loss = nats + cfg.z_loss * square if torch.is_grad_enabled() else nats
     return loss / max(batch["n_targets"], 1), {}
 
