@@ -602,8 +602,8 @@ def find_instance(corpus, index, cfg):
     # Departure: a pass takes from each block of BLOCK tokens as many instances as windows of T fit,
     # at random, so that any instance is found without making those before it; it mixes LANES blocks
     # at a time, and its random sentences come from the same block, which are the document's own
-    # where it fills the block. The released code makes files, of all instances. Here, what a pass
-    # leaves of a block comes in another, drawn anew, but for masks that come again.
+    # where it fills the block; one that a border cuts is two. The released code makes files, of all
+    # instances of shuffled documents. Here, what a pass leaves of a block may come in another.
     total = sum(map(len, corpus.parts))
     n_blocks = max(total // BLOCK, 1)
     quota = max(total // (n_blocks * cfg.seq_len), 1)

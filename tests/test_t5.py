@@ -1029,6 +1029,22 @@ def test_greedy_sample_is_the_argmax_of_the_model():
     assert ids == logits.argmax(-1).tolist() and (len(ids) == 4 or ids[-1] == cfg.eos)
 
 
+@pytest.mark.parametrize("change", [
+    dict(), dict(decoder_start_token_id=None), dict(decoder_start_token_id=0), dict(model_type=None), dict(model_type="bart"), dict(layer_norm_epsilon=1e-5),
+    dict(num_decoder_layers=3), dict(feed_forward_proj="gelu"), dict(d_model=None),
+])  # fmt: skip
+def test_configs_of_other_models(tmp_path, change):
+    """What this script does not do is refused, as is a file that does not say what it is; None: an entry left out."""
+    theirs = dict(model_type="t5", vocab_size=128, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, pad_token_id=5, decoder_start_token_id=5,
+                  layer_norm_epsilon=1e-6, num_decoder_layers=2, feed_forward_proj="relu")  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in (theirs | change).items() if v is not None}))
+    if change in (dict(), dict(decoder_start_token_id=None)):
+        assert t5.read_t5_config(tmp_path).pad == 5
+    else:
+        with pytest.raises(ValueError, match="holds no T5 model"):
+            t5.read_t5_config(tmp_path)
+
+
 def test_dry_run_plans_what_adafactor_holds():
     """Sums of rows and columns instead of a second moment for each weight, against a real optimizer."""
     cfg = t5.mesh_shape(tiny(), 1)
