@@ -27,7 +27,7 @@ Run: python bert.py                         # a laptop: the preset demo
          bert.py --preset base --data wiki/ --sentences lines --tokenizer vocab.txt \\
          --out /shared/bert
 Expect: in 75 seconds on two CPU cores the demo comes to name 17 % of the masked tokens of held-out
-text (0 % at first), and of its pairs, at length 128, 66 % (the more frequent answer: 52 %).
+text (0 % at first), and of its pairs, at length 128, 64 % (the more frequent answer: 52 %).
 """
 
 import argparse
