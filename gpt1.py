@@ -1,4 +1,4 @@
-"""Improving Language Understanding by Generative Pre-Training (Radford et al., 2018) in one file.
+r"""Improving Language Understanding by Generative Pre-Training (Radford et al., 2018) in one file.
 
 New against its parent, the Transformer of Vaswani et al. (2017):
 - a decoder alone, trained as a left-to-right language model on unlabelled books (§3.1, Eq. 1, 2);
@@ -6,45 +6,46 @@ New against its parent, the Transformer of Vaswani et al. (2017):
 - GELU in place of ReLU, weights drawn from N(0, 0.02) (§4.1); a bias on every projection (code);
 - dropout 0.1 on embeddings, residual branches and attention probabilities (§4.1);
 - Adam with decoupled weight decay, 2000 updates of warm-up, then a cosine to zero (§4.1).
-Kept: the norm stands after each residual sum (post-norm), and none follows the last block.
-"Code" and "released" mean openai/finetune-transformer-lm; pre-training itself was never released.
+Kept: the norm follows each residual sum (post-norm), and no norm follows the last block.
+"Code" and "released" mean openai/finetune-transformer-lm; the pre-training code was never released.
 
-Map: Eq. 1 objective | Eq. 2 GPT1, Block | §4.1 PRESETS["paper"], init_weights, build_optimizer,
-learning_rate, standardize (the cleaning of text), get_batch (the sequences of 512 tokens).
+Map: Eq. 1 objective | Eq. 2 GPT1, Block | §4.1 PRESETS["gpt1"], init_weights, build_optimizer,
+learning_rate, get_batch (sequences of 512 tokens).
 Legend: B batch, T positions, D width, H heads, E = D / H, F hidden width, V vocabulary.
-Conventions: T + 1 tokens make T inputs and T targets; loss in nats per target; target -100 is none.
+Conventions: T + 1 tokens give T inputs and T targets; loss in nats per target; a target of -100
+is not scored.
 
 Run: python gpt1.py                         # a laptop: the preset demo
      torchrun --nproc_per_node=8 gpt1.py    # GPUs: the preset small
-     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
-         gpt1.py --preset paper --data books/ --tokenizer ranks.tiktoken --out /shared/gpt1
-Expect: in a minute on two CPU cores the demo's held-out bits per byte fall from 7.68 to 2.34
-(lzma needs 2.06), and it writes lines that look like Python.
+     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
+         gpt1.py --preset gpt1 --data books/ --tokenizer ranks.tiktoken --out /shared/gpt1 --resume
+Expect: on two CPU cores the demo takes a minute; its held-out loss falls from 7.68 to 2.34 bits
+per byte, and it ends with a sample that looks like Python.
 """
 
 import argparse
 import base64
 import contextlib
 import dataclasses
+import fcntl
 import functools
-import glob
 import hashlib
-import importlib.util
 import inspect
 import itertools
 import json
-import lzma
 import math
 import os
 import re
 import resource
 import shutil
+import socket
 import sys
 import sysconfig
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from signal import SIGINT, SIGTERM, signal
+from signal import SIG_DFL, SIGINT, SIGTERM, signal
 from typing import Literal, get_args
 
 import numpy as np
@@ -57,71 +58,70 @@ import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------- Config ----------------------------------------
 
 @dataclasses.dataclass
 class Config:
-    """The run. Every field is a flag of the command line, and its comment is the flag's help."""
+    """Run configuration: each field is a command-line flag, and its comment is the flag's help."""
 
     # Model, §4.1 "Model specifications"
-    vocab_size: int = 0  # V, entries of the vocabulary; 0: as many as the tokenizer has
-    context: int = 512  # positions that the model can see
+    vocab_size: int = 0  # V, entries of the vocabulary; 0: those of the tokenizer
+    seq_len: int = 512  # T, tokens of a sequence and positions of the model
     dim: int = 768  # D, width of the residual stream
-    n_layers: int = 12  # blocks
+    n_layers: int = 12  # number of blocks
     n_heads: int = 12  # H, attention heads
     hidden_dim: int = 3072  # F, width of the feed-forward layer
-    dropout: float = 0.1  # on embeddings, residual branches and attention probabilities
+    dropout: float = 0.1  # dropout of embeddings, residual branches and attention probabilities
     # Data
-    data: str = ""  # text, token shards, or a directory of either; empty: Python's own library
-    tokenizer: str = ""  # bytes, gpt2, cl100k_base, o200k_base, or a rank file; empty: bytes
-    standardize: bool = False  # clean text as the paper does: spaced punctuation, lower case
-    seq_len: int = 0  # T, tokens of a training sequence; 0: the context
+    data: str = ""  # file or directory of text or token shards; empty: Python's standard library
+    tokenizer: str = ""  # bytes, an encoding of tiktoken or a BPE rank file; empty: bytes
     # Optimization, §4.1
-    batch_size: int = 64  # sequences of one update, over all ranks
-    micro_batch: int = 0  # sequences of one forward pass on one rank, at most; 0: the rank's share
-    epochs: float = 100.0  # passes over the training windows, where steps is 0
-    steps: int = 0  # updates; 0: as many as epochs needs
-    lr: float = 2.5e-4  # largest learning rate
-    warmup_steps: int = 2000  # updates of linear warm-up
-    adam: Literal["torch", "released"] = "torch"  # torch's AdamW, or the released code's Adam
-    weight_decay: float = 0.01  # decoupled, on matrices and embeddings
-    clip: float = 1.0  # largest norm of the gradient; 0: no clipping
-    seed: int = 0  # of weights, data order and dropout
+    batch_size: int = 64  # sequences per update, over all ranks
+    micro_batch: int = 0  # sequences per forward pass on one rank; 0: as many as the batch allows
+    epochs: float = 100.0  # passes over the training data, if --steps is 0
+    steps: int = 0  # updates of the run; 0: as many as --epochs needs
+    lr: float = 2.5e-4  # peak learning rate
+    warmup_steps: int = 2000  # updates of linear warm-up, at most a tenth of the run
+    weight_decay: float = 0.01  # decoupled weight decay of matrices and embeddings
+    clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
+    seed: int = 0  # seed of the weights, the order of the data and dropout
     # Machine
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
-    compile: bool = False  # compile each block
-    recompute: Literal["none", "block"] = "none"  # block: keep only its input for the backward pass
-    timeout: int = 600  # seconds until a collective gives up on a lost rank
-    dry_run: bool = False  # print what the run would need, and exit
-    world_size: int = 1  # ranks that dry_run plans for
+    compile: bool = False  # compile each block with torch.compile
+    recompute: Literal["none", "block"] = "none"  # block: recompute blocks in the backward pass
+    timeout: int = 600  # seconds that a collective waits for a lost rank
+    dry_run: bool = False  # print parameters, FLOPs and memory per rank, then exit
+    world_size: int = 1  # number of ranks that --dry_run plans for
     # Reports and files
     log_every: int = 10  # updates between log lines
     val_every: int = 1000  # updates between validations
-    val_batches: int = 16  # held-out batches of one validation, at most
+    val_batches: int = 16  # maximum number of batches per validation
     prompt: str = ""  # text that the sample continues; empty: the start of the held-out text
-    out: str = ""  # directory for checkpoints, metrics.jsonl, config.json; empty: none are written
+    out: str = ""  # directory of checkpoints, metrics.jsonl and config.json; empty: write nothing
     save_every: int = 1000  # updates between checkpoints
-    resume: bool = False  # go on from the newest checkpoint in out
+    resume: bool = False  # continue from the newest checkpoint in --out, if there is one
+    eval: bool = False  # validate and sample what --init or --out holds, without training
     init: str = ""  # Hugging Face checkpoint directory to start from
-    export: str = ""  # directory to write the model to as a Hugging Face checkpoint
-    write_tokens: str = ""  # directory to write the data to as token shards; then exit
+    export: str = ""  # directory to write a Hugging Face checkpoint to after training
+    write_tokens: str = ""  # directory to write the data to as token shards, then exit
 
 PRESETS = {
-    # A CPU, a minute. Shallow, since deep post-norm is slow at first; no dropout in a run shorter
-    # than one pass over its corpus; 24 sequences, for 1, 2, 3, 4, 6 or 8 ranks.
+    # A CPU, a minute. Two blocks, because deep post-norm models learn slowly at first; no dropout,
+    # because the run is shorter than one epoch; 24 sequences divide by 1, 2, 3, 4, 6 and 8 ranks.
     "demo": dict(
-        context=128, dim=96, n_layers=2, n_heads=3, hidden_dim=384, dropout=0.0, batch_size=24,
+        seq_len=128, dim=96, n_layers=2, n_heads=3, hidden_dim=384, dropout=0.0, batch_size=24,
         steps=1200, lr=6e-3, warmup_steps=100, log_every=50,
     ),
-    # A GPU of 24 GB or a node of them, minutes: the paper's shape, over bytes.
-    "small": dict(micro_batch=16, steps=1500, warmup_steps=200, compile=True, val_every=500),
-    # §4.1: 12 blocks of width 768, context 512, batch 64, 100 epochs; 116,534,784 parameters.
-    "paper": dict(vocab_size=40478, standardize=True, micro_batch=16, compile=True),
+    # One GPU of 24 GB or a node of them, minutes: the paper's shape, over bytes.
+    "small": dict(micro_batch=16, steps=1500, warmup_steps=150, compile=True, val_every=500),
+    # §4.1: 12 blocks of width 768, 512 positions, batch 64, 100 epochs; 116,534,784 parameters.
+    "gpt1": dict(vocab_size=40478, micro_batch=16, compile=True),
 }  # fmt: skip
-BEGIN, END = "", "<|endoftext|>"  # tokens around each document of a stream; BEGIN may be none
-SPECIALS = (END,)
-PATTERN = (  # how GPT-4 and Llama 3 split text into words, for files of ranks
+# Departure: a byte-level BPE in place of the paper's 40,000 merges of spaCy's lower-cased words,
+# and none of ftfy's cleaning, so that the paper's perplexity of 18.4 does not compare.
+PATTERN = (  # how GPT-4 and Llama 3 split text into words, for BPE rank files
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -129,22 +129,22 @@ PATTERN = (  # how GPT-4 and Llama 3 split text into words, for files of ranks
 # ---------------------------------------- Model ----------------------------------------
 
 class CausalSelfAttention(nn.Module):
-    """softmax(q kᵀ / sqrt(E)) v over present and past, [B, T, D] -> [B, T, D], with dropout on
-    the probabilities and on the output (§4.1)."""
+    """softmax(q kᵀ / sqrt(E)) v over this and earlier positions, [B, T, D] -> [B, T, D], with
+    dropout on the probabilities and on the output (§4.1)."""
 
     def __init__(self, dim, n_heads, dropout):
         super().__init__()
-        self.n_heads, self.dropout = n_heads, dropout
+        self.n_heads = n_heads
+        self.dropout = dropout
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x):
-        B, T, D = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.n_heads, D // self.n_heads)  # [B, T, 3, H, E]
+        qkv = self.qkv(x).unflatten(-1, (3, self.n_heads, -1))  # [B, T, 3, H, E]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, T, E] each
         p = self.dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)  # [B, H, T, E]
-        x = self.out(x.transpose(1, 2).reshape(B, T, D))  # [B, T, D]
+        x = self.out(x.transpose(1, 2).flatten(2))  # [B, T, D]
         return F.dropout(x, self.dropout, self.training)
 
 class MLP(nn.Module):
@@ -163,13 +163,12 @@ class MLP(nn.Module):
         return F.dropout(self.down(x), self.dropout, self.training)  # [B, T, D]
 
 class Block(nn.Module):
-    """transformer_block of Eq. 2, [B, T, D] -> [B, T, D]; the norm follows each residual sum (eps
-    as released)."""
+    """transformer_block of Eq. 2, [B, T, D] -> [B, T, D]; a norm follows each residual sum."""
 
     def __init__(self, cfg):
         super().__init__()
         self.attn = CausalSelfAttention(cfg.dim, cfg.n_heads, cfg.dropout)
-        self.norm1 = nn.LayerNorm(cfg.dim, eps=1e-5)
+        self.norm1 = nn.LayerNorm(cfg.dim, eps=1e-5)  # eps as released
         self.mlp = MLP(cfg.dim, cfg.hidden_dim, cfg.dropout)
         self.norm2 = nn.LayerNorm(cfg.dim, eps=1e-5)
 
@@ -182,9 +181,9 @@ class GPT1(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.dropout, self.recompute = cfg.dropout, cfg.recompute
+        self.dropout = cfg.dropout
         self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.dim)  # W_e
-        self.position_embedding = nn.Embedding(cfg.context, cfg.dim)  # W_p
+        self.position_embedding = nn.Embedding(cfg.seq_len, cfg.dim)  # W_p
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
 
     def forward(self, tokens):
@@ -193,16 +192,16 @@ class GPT1(nn.Module):
         # Undisclosed: what embedding dropout drops. The released fine-tuning code drops entries of
         # both tables, the softmax's included; here, as in every later model, it drops their sum.
         x = F.dropout(x, self.dropout, self.training)
-        for block in self.blocks:  # Eq. 2, h_l = transformer_block(h_{l-1})
-            if self.recompute == "block" and self.training:
-                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+        for block in self.blocks:
+            x = block(x)  # Eq. 2, h_l = transformer_block(h_{l-1})
         return F.linear(x, self.token_embedding.weight)  # Eq. 2, h_n W_eᵀ: [B, T, V]
 
 def init_weights(model, cfg):
-    """§4.1: N(0, 0.02) for matrices and embeddings, biases 0, gains 1. A parameter is drawn from
-    (seed, its name), so that every layout starts from the same numbers."""
+    """Draw matrices and embeddings from N(0, 0.02); set biases to 0 and gains to 1 (§4.1).
+
+    Each parameter has a random stream of its own, named by (seed, name), so that every layout
+    starts from the same numbers. Raises ValueError for a parameter without a rule.
+    """
     for name, p in model.named_parameters():
         if re.search(r"(_embedding|qkv|out|up|down)\.weight$", name):
             generator = torch.Generator().manual_seed(stable_hash(cfg.seed, name))
@@ -215,80 +214,53 @@ def init_weights(model, cfg):
             raise ValueError(f"no rule initialises {name}")
 
 def count_parameters(model):
-    """(total, activated) parameters; the tied softmax counts once, a dense model activates all."""
+    """(total, activated) parameters; tied weights count once, a dense model activates all."""
     total = sum(p.numel() for p in model.parameters())
     return total, total
 
 def flops_per_token(cfg):
     """Training FLOPs per token: 2 per weight of a matrix product forward, twice that backward.
-    Attention counts as causal, (T + 1) / 2 keys a query, half of what the full square gives."""
+    Attention counts as causal, (T + 1) / 2 keys per query, half of what the full square gives."""
     weights = cfg.n_layers * (4 * cfg.dim**2 + 2 * cfg.dim * cfg.hidden_dim)
-    attention = cfg.n_layers * 2 * cfg.dim * ((cfg.seq_len or cfg.context) + 1) / 2  # q kᵀ, A v
+    attention = cfg.n_layers * 2 * cfg.dim * (cfg.seq_len + 1) / 2  # q kᵀ and A v
     return 6 * (weights + attention + cfg.vocab_size * cfg.dim)
 
 # ---------------------------------------- Data ----------------------------------------
 
-def standardize(text):
-    """Clean text as §4.1 mentions and the released text_utils does: plain quotes and dashes,
-    spaces around runs of punctuation (backslash is missed there too), single spaces, lower case."""
-    # Departure: of ftfy only the quotes, and no spaCy, which are packages of their own; tiktoken's
-    # byte-level BPE, not 40,000 merges of characters: the paper's perplexity 18.4 does not compare.
-    plain = ("'", "'", '"', '"', "-", "-", "-", "...", "'")
-    text = text.translate(dict(zip(map(ord, "‘’“”—–―…´"), plain)))
-    runs = r'(-+|~+|!+|"+|;+|\?+|\++|,+|\)+|\(+|/+|\*+|\[+|\]+|}+|{+|\|+|_+)'
-    text = re.sub(r"\s*\n\s*", " \n ", re.sub(runs, r" \1 ", text))
-    return re.sub(r"[^\S\n]+", " ", text).strip().lower()
-
 def get_batch(corpus, first, n, cfg):
-    """Sequences first ... first + n - 1 of the run, whatever the ranks or the moment: tokens and
-    targets [n, T], and the counts n_targets and n_bytes (of the targets' text)."""
-    # Undisclosed: how the "randomly sampled, contiguous sequences" lie. Here they are a grid whose
-    # phase and order change each epoch, drawn without replacement; T + 1 tokens give T targets (the
-    # released code scores T - 1 of T); one across a border of books keeps its longest piece: each
-    # sequence is text of one book, and no token, which the vocabulary lacks, marks the border.
-    tokens = np.zeros((n, cfg.seq_len or cfg.context), np.int64)
-    targets = np.full_like(tokens, -100)
+    """Sequences first ... first + n - 1 of the run: tokens and targets [n, T], and their counts.
+
+    A pure function of the seed and the index, so that any number of ranks, any accumulation and
+    any resume see the same sequences. n_targets counts targets, n_bytes the bytes of their text.
+    """
+    # Undisclosed: how the "randomly sampled, contiguous sequences" lie in the books. Each epoch
+    # reads every window of a grid once, at a random offset and in random order. T + 1 tokens give
+    # T targets (the released code scores T - 1 of T).
+    tokens = torch.zeros(n, cfg.seq_len, dtype=torch.int64)
+    targets = torch.full_like(tokens, -100)
     for row in range(n):
-        window = corpus.window(first + row, tokens.shape[1], cfg.seed)  # [T + 1]
-        ends = np.flatnonzero(np.concatenate(([True], window == corpus.separator, [True])))
-        i = np.diff(ends).argmax()
-        piece = window[ends[i] : ends[i + 1] - 1]
-        length = max(len(piece) - 1, 0)
-        tokens[row, :length], targets[row, :length] = piece[:-1], piece[1:]
-    scored = targets[targets >= 0]
-    counts = {"n_targets": scored.size, "n_bytes": int(corpus.token_bytes[scored].sum())}
-    return {"tokens": torch.from_numpy(tokens), "targets": torch.from_numpy(targets), **counts}
+        window = torch.from_numpy(corpus.window(first + row, cfg.seq_len, cfg.seed))  # [T + 1]
+        # The vocabulary has no separator: it is removed, and nothing is predicted across it.
+        (kept,) = torch.where(window != corpus.separator)
+        adjacent = kept.diff() == 1
+        length = len(adjacent)
+        tokens[row, :length] = window[kept[:-1]]
+        targets[row, :length] = torch.where(adjacent, window[kept[1:]], -100)
+    scored = targets[targets >= 0].numpy()
+    counts = {"n_targets": len(scored), "n_bytes": int(corpus.token_bytes[scored].sum())}
+    return {"tokens": tokens, "targets": targets, **counts}
 
 # ---------------------------------------- Objective ----------------------------------------
 
 def objective(model, batch, cfg):
-    """Eq. 1 as a loss, with metrics: the sum of -log P(u_i | u_{i-k} ... u_{i-1}) over the batch's
-    targets, divided by batch["n_targets"], the count of the whole global batch."""
+    """Eq. 1 as a loss, and no further metrics: the sum of -log P(u_i | u_{i-k} ... u_{i-1}) over
+    the batch's targets, divided by batch["n_targets"], the count of the whole global batch."""
     with torch.autocast(batch["tokens"].device.type, torch.bfloat16, cfg.precision == "bf16"):
-        logits = model(batch["tokens"]).float().flatten(0, 1)  # [B * T, V]
+        logits = model(batch["tokens"]).float().flatten(0, 1)  # [B T, V]
     nats = F.cross_entropy(logits, batch["targets"].flatten(), reduction="sum")  # Eq. 1, -L1
     return nats / max(batch["n_targets"], 1), {}
 
 # ---------------------------------------- Optimizer ----------------------------------------
-
-class ReleasedAdam(torch.optim.Optimizer):
-    """Adam as the released code has it: against torch's AdamW, eps joins the uncorrected sqrt(v),
-    and the bias correction multiplies the decoupled decay too."""
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
-                if not state:
-                    state.update(t=torch.tensor(0), m=torch.zeros_like(p), v=torch.zeros_like(p))
-                state["t"] += 1
-                t = state["t"].item()
-                m = state["m"].lerp_(p.grad, 1 - beta1)
-                v = state["v"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-                update = m / (v.sqrt() + group["eps"]) + group["weight_decay"] * p
-                p.sub_(update, alpha=group["lr"] * math.sqrt(1 - beta2**t) / (1 - beta1**t))
 
 def build_optimizer(model, cfg):
     """§4.1: Adam, with the "modified L2" of Loshchilov and Hutter on all weights that are neither
@@ -298,19 +270,17 @@ def build_optimizer(model, cfg):
         dict(params=[p for p in model.parameters() if p.ndim <= 1], weight_decay=0.0),
     ]
     # Undisclosed: betas, eps and clipping; these and --clip 1 are from the released fine-tuning.
-    settings = dict(lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8)
-    if cfg.adam == "released":
-        return ReleasedAdam(groups, settings)
-    # Departure: torch's AdamW by default, which is fused, and differs as ReleasedAdam says.
-    return torch.optim.AdamW(groups, **settings, fused=True)
+    # Departure: the released Adam adds eps to the uncorrected sqrt(v) and applies the bias
+    # correction to the weight decay, too; torch's AdamW does neither.
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 def learning_rate(step, cfg):
-    """§4.1: linear from 0, then a cosine to 0; step counts the updates made before."""
-    # Undisclosed: the cosine's span. As in the released code it is the whole run, not what follows
-    # the warm-up, which therefore meets it just below the peak.
-    if step <= cfg.warmup_steps:
-        return cfg.lr * step / max(cfg.warmup_steps, 1)
-    return cfg.lr * 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
+    """§4.1: linear from 0, then a cosine to 0; step = sequences / batch_size before the update."""
+    # Undisclosed: the cosine's span. As in the released code it is the whole run, so that after
+    # the warm-up it begins a little below the peak.
+    if cfg.warmup_steps and step <= cfg.warmup_steps:
+        return cfg.lr * step / cfg.warmup_steps
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * min(step / cfg.steps, 1)))
 
 # ---------------------------------------- Precision ----------------------------------------
 
@@ -326,45 +296,36 @@ PEAK_FLOPS = {  # dense bf16, by the device's exact name; a device not listed ge
 # ---------------------------------------- Parallelism ----------------------------------------
 
 def parallelize(model, cfg, mesh):
-    """Synchronous data parallelism, as released: each rank has a copy, gradients are averaged."""
-    if cfg.compile:
-        for block in model.blocks:
-            block.compile()
+    """Synchronous data parallelism, as released: each rank has a copy, gradients are averaged.
+    Recomputation and compilation are applied to the blocks first."""
+    for block in model.blocks:
+        if cfg.recompute == "block":
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if cfg.compile:
+            torch.compiler.config.fail_on_recompile_limit_hit = True
+            block.compile(dynamic=False)
     if mesh.size() == 1:
         return model
-    steps, _ = split_batch(cfg, mesh.size())
+    # A static graph is faster, and wrong with gradient accumulation.
+    static_graph = split_batch(cfg, mesh.size())[0] == 1
     return nn.parallel.DistributedDataParallel(
         model, process_group=mesh.get_group(), gradient_as_bucket_view=True,
-        static_graph=steps == 1,  # it is faster, and wrong under the no_sync() of accumulation
+        static_graph=static_graph,
     )  # fmt: skip
-
-def memory_per_rank(cfg):
-    """Bytes on one rank of cfg.world_size as an eager backward pass begins, by kind."""
-    with torch.device("meta"):
-        n, _ = count_parameters(GPT1(cfg))
-    positions = split_batch(cfg, cfg.world_size)[1] * (cfg.seq_len or cfg.context)
-    # Kept per position and block: inputs of both norms (fp32); inputs of the four products, q, k, v
-    # and GELU's input (in the products' precision); a byte an entry of a GPU's two dropout masks.
-    size = 2 if cfg.precision == "bf16" else 4
-    block = 8 * cfg.dim + size * (6 * cfg.dim + 2 * cfg.hidden_dim)
-    block += 2 * cfg.dim * (cfg.dropout > 0)
-    if cfg.recompute == "block":  # every block's input, and one block at a time in full
-        block = 4 * cfg.dim + block / cfg.n_layers
-    head = size * cfg.dim + 4 * cfg.vocab_size  # last product's input, loss's softmax
-    activations = int(positions * (cfg.n_layers * block + head))
-    return {"parameters": 4 * n, "gradients": 4 * n, "optimizer": 8 * n, "activations": activations}
 
 # ---------------------------------------- Checkpoint ----------------------------------------
 
-HF_CONFIG = {  # ours: Hugging Face's
-    "vocab_size": "vocab_size", "context": "n_positions", "dim": "n_embd", "n_layers": "n_layer",
-    "n_heads": "n_head",
+HF_CONFIG = {  # field of Config: (key in config.json, default of OpenAIGPTConfig)
+    "vocab_size": ("vocab_size", 40478), "seq_len": ("n_positions", 512), "dim": ("n_embd", 768),
+    "n_layers": ("n_layer", 12), "n_heads": ("n_head", 12),
 }  # fmt: skip
+HF_FIXED = {"model_type": "openai-gpt", "afn": "gelu", "layer_norm_epsilon": 1e-5}
 HF_NAMES = {
     "token_embedding": "tokens_embed", "position_embedding": "positions_embed", "blocks": "h",
     "attn.qkv": "attn.c_attn", "attn.out": "attn.c_proj", "norm1": "ln_1", "norm2": "ln_2",
     "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj",
 }  # fmt: skip
+SHAPE = (*HF_CONFIG, "hidden_dim")  # fields of Config that a checkpoint fixes
 
 def hf_tensors(model):
     """(Hugging Face's name, our tensor seen in Hugging Face's layout) of each parameter."""
@@ -374,85 +335,133 @@ def hf_tensors(model):
         yield name, p.data.T if ".c_" in name and p.ndim == 2 else p.data  # Conv1D is [in, out]
 
 def from_hf(path):
-    """(model, cfg) from the directory of an OpenAIGPTLMHeadModel: config.json, *.safetensors."""
-    from safetensors.torch import load_file
-
-    try:
-        theirs = json.loads((Path(path) / "config.json").read_text())
-        cfg = Config(**{ours: theirs[name] for ours, name in HF_CONFIG.items()})
-        cfg.hidden_dim, tensors = 4 * cfg.dim, {}
-        for file in Path(path).glob("*.safetensors"):
-            tensors.update({k.removeprefix("transformer."): v for k, v in load_file(file).items()})
+    """(model, cfg) from the checkpoint directory of an OpenAIGPTLMHeadModel."""
+    with explain(f"{path} holds no OpenAIGPTLMHeadModel", Exception):
+        cfg = Config(**read_hf_config(path, HF_CONFIG, HF_FIXED))
+        cfg.hidden_dim = 4 * cfg.dim
         model = GPT1(cfg)
+        tensors = {k.removeprefix("transformer."): v for k, v in read_hf_tensors(path).items()}
         for name, tensor in hf_tensors(model):
             tensor.copy_(tensors[name].view_as(tensor))
-    except Exception as error:
-        raise ValueError(f"{path} holds no OpenAIGPTLMHeadModel: {error!r}") from error
     return model, cfg
 
 def to_hf(model, cfg, path):
-    """Writes model to the directory path as an OpenAIGPTLMHeadModel."""
+    """Write model to the directory path as an OpenAIGPTLMHeadModel."""
     from safetensors.torch import save_file
 
-    config = {theirs: getattr(cfg, ours) for ours, theirs in HF_CONFIG.items()}
-    config |= dict(architectures=["OpenAIGPTLMHeadModel"], model_type="openai-gpt", afn="gelu")
+    config = {key: getattr(cfg, field) for field, (key, _) in HF_CONFIG.items()} | HF_FIXED
     config |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), cfg.dropout)
+    config["architectures"] = ["OpenAIGPTLMHeadModel"]
     tensors = {f"transformer.{k}": v.cpu().contiguous() for k, v in hf_tensors(model)}
-    Path(path).mkdir(parents=True, exist_ok=True)
-    (Path(path) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(tensors, Path(path) / "model.safetensors", metadata={"format": "pt"})
+    with written_beside(path) as folder:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+def read_hf_config(path, fields, fixed):
+    """Fields of Config from the config.json of a Hugging Face checkpoint directory.
+
+    fields: {field: (key, default of Hugging Face's class)}; fixed: {key: the only value that is
+    supported}. Raises ValueError, with the key's name, for another value.
+    """
+    theirs = json.loads((Path(path) / "config.json").read_text())
+    for key, value in fixed.items():
+        if theirs.get(key, value) != value:
+            raise ValueError(f"{path}: config.json has {key} {theirs[key]!r}, not {value!r}")
+    return {field: theirs.get(key, default) for field, (key, default) in fields.items()}
+
+def read_hf_tensors(path):
+    """{name: tensor} of model.safetensors or, without it, of the files that the index names."""
+    from safetensors.torch import load_file
+
+    files = {"model.safetensors"}
+    if not (Path(path) / "model.safetensors").exists():
+        index = json.loads((Path(path) / "model.safetensors.index.json").read_text())
+        files = set(index["weight_map"].values())
+    return {name: tensor for file in files for name, tensor in load_file(Path(path) / file).items()}
+
+@contextlib.contextmanager
+def written_beside(path):
+    """Directory path.tmp to write files to; at the end they become those of the directory path."""
+    path = Path(path)
+    folder = path.with_name(path.name + ".tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    yield folder
+    try:
+        folder.rename(path)  # at once, if path is new or empty
+    except OSError:
+        for file in folder.iterdir():
+            file.replace(path / file.name)
+        folder.rmdir()
+
+def newest_checkpoint(out, resume, fixed):
+    """(path of the newest checkpoint in out, config.json of its run), or (None, {}).
+
+    Raises ValueError if there is one that neither --resume nor a restart by torchrun asks for,
+    or if a field of `fixed` had another value in its run.
+    """
+    found = [None, {}]
+    checkpoints = sorted(Path(out).glob("step_*[0-9]")) if out else []
+    if checkpoints:
+        found = [checkpoints[-1], json.loads((Path(out) / "config.json").read_text())]
+    dist.broadcast_object_list(found)  # a network file system may show each rank another listing
+    path, run = found
+    (restarts,) = sum_over_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+    if path and not (resume or restarts):
+        raise ValueError(f"{out} has checkpoints: --resume continues, another --out starts anew")
+    for name in fixed:
+        if path and run.get(name) != fixed[name]:
+            raise ValueError(f"{path} has {name} {run.get(name)}, and this run {fixed[name]}")
+    if out and resume:
+        print(f"continuing from {path}" if path else f"no checkpoint in {out}: starting a run")
+    return path, run
+
+def claim_directory(out, step, config):
+    """Write config.json, and drop what metrics.jsonl has of later steps. Returns a lock, which
+    the process holds while it lives; ValueError if another process holds it."""
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "lock", "w")
+    if dist.get_rank() > 0:
+        return lock
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"another run is writing to {out}") from error
+    except OSError as error:
+        print(f"{out} cannot be locked against other runs: {error}")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    log = folder / "metrics.jsonl"
+    log.touch()
+    rows = [json.loads(line) for line in log.open() if line.endswith("}\n")]
+    kept = [row for row in rows if row["step"] < step or (row["step"] == step and "loss" in row)]
+    log.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    return lock
 
 def save_checkpoint(out, model, optimizer, state):
-    """Writes model, optimizer and state to out/step_N, of which the two newest stay. The name comes
-    with a rename at the end, so that a process killed at any moment leaves whole checkpoints."""
+    """Write model, optimizer and state to out/step_N, of which the two newest stay. The name comes
+    with a rename at the end: a process killed at any moment leaves complete checkpoints."""
     final = Path(out) / f"step_{state['step']:09d}"
     partial = final.with_suffix(".tmp")
-    if dist.get_rank() == 0:
-        for remains in Path(out).glob("step_*.tmp"):
-            shutil.rmtree(remains)
-    dist.barrier()
     weights, moments = get_state_dict(model, optimizer)
-    try:
-        dcp.save({"model": weights, "optimizer": moments, "state": state}, checkpoint_id=partial)
-    except dcp.api.CheckpointException as error:  # which is no Exception
-        raise OSError(f"cannot save {final}: {next(iter(error.failures.values()))[0]}") from error
+    content = {"model": weights, "optimizer": moments["state"], "state": state}
+    with explain(f"cannot save {final}", dcp.CheckpointException):
+        dcp.save(content, checkpoint_id=partial)
     if dist.get_rank() == 0:
         partial.rename(final)
-        for old in sorted(Path(out).glob("step_*[0-9]"))[:-2]:
-            shutil.rmtree(old)
+        old = sorted(Path(out).glob("step_*[0-9]"))[:-2]
+        for path in [*old, *Path(out).glob("step_*.tmp")]:  # .tmp: of a process that was killed
+            shutil.rmtree(path)
     dist.barrier()
 
-def load_checkpoint(out, resume, steps, model, optimizer, state):
-    """Fills model, optimizer and state from the newest checkpoint in out if --resume or a restart
-    by torchrun asks for it; ValueError if there is none, or one that nobody asked for."""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    listing = [sorted(Path(out).glob("step_*[0-9]"))]
-    dist.broadcast_object_list(listing)  # rank 0's, since network file systems show ranks old ones
-    (found,) = listing
-    if not found and resume and not restarted:
-        raise ValueError(f"--resume: {out} has no checkpoint")
-    if found and not resume and not restarted:
-        raise ValueError(f"{out} has checkpoints: --resume goes on, another --out starts anew")
-    if found:
-        path = found[-1]
-        settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-        weights, moments = get_state_dict(model, optimizer)
-        loaded = {"model": weights, "optimizer": moments, "state": dict(state)}
-        try:
-            dcp.load(loaded, checkpoint_id=path)
-        except dcp.api.CheckpointException as error:
-            cause = next(iter(error.failures.values()))[0]
-            raise ValueError(f"{path} does not fit or is damaged: {cause}") from error
-        if loaded["state"]["seed"] != state["seed"] or loaded["state"]["step"] > steps:
-            raise ValueError(f"{path} has --seed {loaded['state']['seed']} or is beyond --steps")
-        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-        for group, setting in zip(optimizer.param_groups, settings):
-            group.update(setting)  # the flags count, not what they were
-        state.update(loaded["state"])
-    log = Path(out) / "metrics.jsonl"
-    if dist.get_rank() == 0 and log.exists():  # what lies behind the checkpoint comes again
-        rows = [row for row in log.read_text().splitlines(True) if row.endswith("}\n")]
-        log.write_text("".join(row for row in rows if json.loads(row)["step"] <= state["step"]))
+def load_checkpoint(path, model, optimizer, state):
+    """Fill model, optimizer and state from a checkpoint; the optimizer keeps its own settings."""
+    weights, moments = get_state_dict(model, optimizer)
+    content = {"model": weights, "optimizer": moments["state"], "state": dict(state)}
+    with explain(f"{path} does not fit or is damaged", dcp.CheckpointException):
+        dcp.load(content, checkpoint_id=path)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    state.update(content["state"])
 
 # ---------------------------------------- Training ----------------------------------------
 
@@ -462,312 +471,425 @@ def split_batch(cfg, ranks):
     micro = min(cfg.micro_batch or share, share)
     return share // max(micro, 1), micro
 
-def sum_over_ranks(*numbers, device):
+def sum_over_ranks(*numbers):
     """The numbers, each summed over all ranks, as floats."""
-    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
+    sums = torch.tensor(numbers, dtype=torch.float64)
     dist.all_reduce(sums)
     return sums.tolist()
 
-def next_batches(corpus, first, stop, cfg, device, rank, ranks):
-    """The micro-batches of data-parallel rank `rank` of `ranks` of the global batch that begins at
-    sequence `first`, on the device; their counts (n_...) are those of the global batch. None if
-    any rank was told to stop."""
+def read_batch(corpus, first, cfg, device, rank, ranks):
+    """Micro-batches, on the device, of data-parallel rank `rank` of `ranks` of the global batch
+    that begins with sequence `first`. Without collectives, so that a thread can call it."""
     steps, micro = split_batch(cfg, ranks)
     first += rank * steps * micro
     batches = [get_batch(corpus, first + i * micro, micro, cfg) for i in range(steps)]
+    for batch in batches:
+        for name, value in batch.items():
+            if torch.is_tensor(value) and device.type == "cuda":
+                batch[name] = value.pin_memory().to(device, non_blocking=True)
+    return batches
+
+def sum_counts(batches, ranks):
+    """Replace the counts (n_...) of micro-batches by those of the global batch, which `ranks`
+    data-parallel ranks read; any other rank reads the same as one of these."""
     names = [name for name in batches[0] if name.startswith("n_")]
-    sums = (sum(batch.pop(name) for batch in batches) for name in names)
-    stop, *sums = sum_over_ranks(stop, *sums, device=device)
-    if stop:
-        return None
-    copies = dist.get_world_size() // ranks  # ranks of other kinds of parallelism: the same counts
-    counts = {name: count / copies for name, count in zip(names, sums)}
-    return [{k: v.to(device) for k, v in batch.items()} | counts for batch in batches]
+    sums = sum_over_ranks(*(sum(batch[name] for batch in batches) for name in names))
+    counts = {name: n * ranks / dist.get_world_size() for name, n in zip(names, sums)}
+    for batch in batches:
+        batch.update(counts)
 
-def accumulate_gradients(model, batches, cfg):
-    """Adds the global batch's gradient to the parameters; returns this rank's part of the loss."""
-    total, ranks = 0.0, dist.get_world_size()
-    for i, batch in enumerate(batches):
-        alone = ranks > 1 and i < len(batches) - 1  # ranks meet once, in the last micro-batch
-        with model.no_sync() if alone else contextlib.nullcontext():
-            loss, _ = objective(model, batch, cfg)
-            (loss * ranks).backward()  # DDP averages over ranks what is an average already
-        total += loss.detach()
-    return total
-
-@torch.no_grad()
-def evaluate(model, batches, cfg):
-    """This rank's part of the mean loss over a global batch, without dropout."""
+@contextlib.contextmanager
+def evaluation_mode(model, compiled):
+    """No dropout, no gradients, and no compiled code, which would be compiled for each length."""
+    eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     model.eval()
-    loss = sum(objective(model, batch, cfg)[0] for batch in batches)
+    with torch.no_grad(), eager:
+        yield
     model.train()
-    return loss
 
 def validate(loss_of, corpus, step, cfg, device, rank, ranks):
-    """Prints nats per target and bits per byte of corpus; after training, lzma's bits as well.
+    """Print and log nats per target and bits per byte over the first windows of corpus.
     loss_of(batches) is this rank's part of the mean loss over a global batch."""
     nats = n_targets = n_bytes = 0.0
-    n_batches = min(cfg.val_batches, corpus.n_windows(cfg.seq_len) // cfg.batch_size)
-    for i in range(n_batches):
-        first = i * cfg.batch_size
-        batches = next_batches(corpus, first, False, cfg, device, rank, ranks)
-        (loss,) = sum_over_ranks(loss_of(batches), device=device)
+    for i in range(min(cfg.val_batches, corpus.n_windows(cfg.seq_len) // cfg.batch_size)):
+        batches = read_batch(corpus, i * cfg.batch_size, cfg, device, rank, ranks)
+        sum_counts(batches, ranks)
+        (loss,) = sum_over_ranks(loss_of(batches))
         nats += loss * batches[0]["n_targets"]
         n_targets += batches[0]["n_targets"]
         n_bytes += batches[0]["n_bytes"]
-    bpb = f"{bits_per_byte(nats, n_bytes):.3f}".replace("nan", "n/a")
-    line = f"val {step} | loss {nats / max(n_targets, 1):.4f} | bpb {bpb}"
-    text = corpus.text(n_batches * cfg.batch_size * cfg.seq_len)
-    if step == cfg.steps and text:
-        line += f" | lzma {8 * len(lzma.compress(text, preset=9)) / len(text):.3f}"
-    print(line, flush=True)
+    if not n_targets:
+        raise ValueError("the held-out documents have no token to predict")
+    row = {"step": step, "val_loss": nats / n_targets, "val_bpb": bits_per_byte(nats, n_bytes)}
+    bpb = f"{row['val_bpb']:.3f}".replace("nan", "n/a")
+    print(f"val {step} | loss {row['val_loss']:.4f} | bpb {bpb}")
+    write_row(cfg.out, row)
 
-@torch.compiler.set_stance("force_eager")  # a compiled block would compile for every length
-@torch.no_grad()
-def sample(model, ids, n, known, cfg):
-    """ids and n more, drawn at temperature 0.8 from the softmax over what known [V] allows."""
-    model.eval()
+def sample(model, ids, n, allowed_ids, cfg):
+    """ids and n more, drawn at temperature 0.8 among allowed_ids [V] (boolean)."""
     device = model.token_embedding.weight.device
-    torch.manual_seed(cfg.seed)
-    for _ in range(n):
-        tokens = torch.tensor([ids[-(cfg.seq_len or cfg.context) :]], device=device)  # [1, T]
-        with torch.autocast(device.type, torch.bfloat16, cfg.precision == "bf16"):
-            logits = model(tokens)[0, -1].float().masked_fill(~known.to(device), -math.inf)  # [V]
-        ids = ids + torch.multinomial((logits / 0.8).softmax(-1), 1).tolist()
+    torch.manual_seed(stable_hash(cfg.seed, "sample"))
+    with evaluation_mode(model, cfg.compile):
+        for _ in range(n):
+            tokens = torch.tensor([ids[-cfg.seq_len :]], device=device)  # [1, T]
+            with torch.autocast(device.type, torch.bfloat16, cfg.precision == "bf16"):
+                logits = model(tokens)[0, -1].float().cpu()  # [V]
+            p = (logits / 0.8).masked_fill(~allowed_ids, -math.inf).softmax(-1)
+            ids = ids + torch.multinomial(p, 1).tolist()
     return ids
 
 def check(cfg, ranks):
-    """Raises ValueError for a configuration that cannot run on that many ranks."""
+    """Raise ValueError for a configuration that cannot run on that many ranks."""
     for field in dataclasses.fields(cfg):
-        low = 0 if field.default == 0 or field.type is float or field.name == "warmup_steps" else 1
-        if field.type in (int, float) and not low <= getattr(cfg, field.name) < math.inf:
-            raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {low} or more")
+        least = int(field.type is int and field.default > 0 and field.name != "warmup_steps")
+        if field.type in (int, float) and not least <= getattr(cfg, field.name) < math.inf:
+            raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
     steps, micro = split_batch(cfg, ranks)
     for wrong, message in (
         (cfg.dim % cfg.n_heads, f"{cfg.n_heads} heads do not divide the width {cfg.dim}"),
-        (cfg.seq_len > cfg.context, f"--seq_len {cfg.seq_len} exceeds --context {cfg.context}"),
-        (cfg.dropout >= 1, f"--dropout {cfg.dropout} leaves nothing"),
         (ranks * steps * micro != cfg.batch_size,
          f"--batch_size {cfg.batch_size} is not {ranks} ranks x micro-batches of {micro}"),
         (cfg.resume and not cfg.out, "--resume needs --out"),
-        (cfg.export and cfg.hidden_dim != 4 * cfg.dim, "--export: the class has F = 4 D"),
-        ((cfg.init or cfg.export) and not importlib.util.find_spec("safetensors"),
-         "--init and --export need the package safetensors: pip install safetensors"),
-        (cfg.write_tokens and ranks > 1, "--write_tokens is for one process, without torchrun"),
-        ((cfg.write_tokens or cfg.standardize) and shard_paths(cfg.data),
-         "--write_tokens and --standardize take text, and --data is token shards"),
+        (cfg.eval and not cfg.out and not cfg.init, "--eval needs --out or --init"),
+        (cfg.export and cfg.hidden_dim != 4 * cfg.dim, "--export needs a hidden_dim of 4 dim"),
+        (cfg.write_tokens and ranks > 1, "--write_tokens runs in one process, without torchrun"),
     ):
         if wrong:
             raise ValueError(message)
+    if cfg.init or cfg.export:
+        import safetensors  # noqa: F401, a package of its own: pip install safetensors
 
 def dry_run(cfg):
-    """Prints parameters, FLOPs per token and bytes per rank, from shapes alone."""
-    cfg.vocab_size = cfg.vocab_size or load_tokenizer(cfg.tokenizer or "bytes", SPECIALS).n_vocab
+    """Print parameters, FLOPs per token and memory per rank, computed from shapes alone."""
+    tokenizer = load_tokenizer(cfg.tokenizer or "bytes", ["<|endoftext|>"])
+    cfg.vocab_size = cfg.vocab_size or tokenizer.n_vocab
     check(cfg, cfg.world_size)
     with torch.device("meta"):
-        total, activated = count_parameters(GPT1(cfg))
-    print(f"parameters {total:,} | activated {activated:,}")
+        n, activated = count_parameters(GPT1(cfg))
+    # Kept for the backward pass, per position and block: the inputs of both norms in fp32; the
+    # inputs of the four products and of GELU, q, k and v in the products' precision; a byte per
+    # entry of a GPU's two dropout masks. The peak is where the backward pass begins: the loss then
+    # holds three fp32 tensors of V per position.
+    size = 2 if cfg.precision == "bf16" else 4
+    block = 8 * cfg.dim + size * (6 * cfg.dim + 2 * cfg.hidden_dim)
+    block += 2 * cfg.dim * (cfg.dropout > 0)
+    blocks = cfg.n_layers * block
+    if cfg.recompute == "block":
+        blocks = cfg.n_layers * 4 * cfg.dim + block  # the inputs of all, and one block in full
+    positions = split_batch(cfg, cfg.world_size)[1] * cfg.seq_len
+    activations = positions * (blocks + size * cfg.dim + 12 * cfg.vocab_size)
+    print(f"parameters {n:,} | activated {activated:,}")
     print(f"FLOPs per token {flops_per_token(cfg):.4g} | 6 N gives {6 * activated:.4g}")
-    memory = memory_per_rank(cfg)
-    for kind, size in (memory | {"sum": sum(memory.values())}).items():
-        print(f"{kind:12} {size / 2**30:8.3f} GiB on each of {cfg.world_size} ranks")
+    sizes = {"parameters": 4 * n, "gradients": 4 * n, "optimizer": 8 * n}
+    sizes |= {"activations": activations, "sum": 16 * n + activations}
+    for kind, n_bytes in sizes.items():
+        print(f"{kind:12} {n_bytes / 2**30:8.3f} GiB on each of {cfg.world_size} ranks")
 
-def train(model, optimizer, corpus, heldout, state, cfg, device):
-    """Updates until cfg.steps, or until SIGTERM or SIGINT; state says how far it came."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    mesh = init_device_mesh(device.type, (ranks,), mesh_dim_names=("dp",))
-    replicas, loss_of = parallelize(model, cfg, mesh), functools.partial(evaluate, model, cfg=cfg)
-    signals, saved, skipped, pace = [], state["step"], 0, 0.0
-    handlers = {s: signal(s, lambda *_: signals.append(1)) for s in (SIGTERM, SIGINT)}
-    while state["step"] < cfg.steps:
-        if state["step"] % cfg.val_every == 0:
-            validate(loss_of, heldout, state["step"], cfg, device, rank, ranks)
-        started = time.perf_counter()
-        first = state["sequences"] + state["offset"]
-        batches = next_batches(corpus, first, bool(signals), cfg, device, rank, ranks)
-        if batches is None:
-            break
-        torch.manual_seed(stable_hash(cfg.seed, state["step"], rank))  # of dropout
-        loss = accumulate_gradients(replicas, batches, cfg)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf).item()
-        lr = learning_rate(state["step"], cfg)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        finite = math.isfinite(norm)  # the same on all ranks; a loss that is not finite shows here
-        if finite:
-            optimizer.step()
-        optimizer.zero_grad()
-        state["step"] += 1
-        state["sequences" if finite else "offset"] += cfg.batch_size
-        state["tokens"] += finite * cfg.batch_size * cfg.seq_len
-        seconds = time.perf_counter() - started
-        pace = 0.9 * (pace or seconds) + 0.1 * seconds
-        if state["step"] % cfg.log_every == 0 or state["step"] in (1, cfg.steps):
-            (loss,) = sum_over_ranks(loss, device=device)
-            bpb = bits_per_byte(loss * batches[0]["n_targets"], batches[0]["n_bytes"])
-            row = {"step": state["step"], "loss": loss, "bpb": bpb, "lr": lr, "grad": norm}
-            log_step({**row, "tokens": state["tokens"]}, pace, cfg, device)
-        skipped = 0 if finite else skipped + 1
-        if skipped:
-            print(f"step {state['step']} skipped: its gradient is not finite", flush=True)
-        if skipped == 3:
-            raise ValueError(f"three steps to {state['step']} had no finite gradient")
-        if cfg.out and state["step"] % cfg.save_every == 0:
+def training_step(model, optimizer, batches, lr, cfg):
+    """One update from this rank's micro-batches: (loss, gradient norm) of the global batch. The
+    parameters stay as they are if either is not finite, which all ranks find alike."""
+    loss = torch.zeros((), device=batches[0]["tokens"].device)
+    for i, batch in enumerate(batches):
+        model.require_backward_grad_sync = i == len(batches) - 1  # DDP: one all-reduce an update
+        part, _ = objective(model, batch, cfg)
+        (part * dist.get_world_size()).backward()  # DDP averages over the ranks
+        loss += part.detach()
+    dist.all_reduce(loss)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
+    loss, norm = torch.stack([loss, norm]).tolist()  # the update waits for the device here alone
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if math.isfinite(loss) and math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return loss, norm
+
+def train(model, optimizer, corpus, heldout, state, cfg, device, signals):
+    """Update the model until the sequences of the run are used up, or a signal was received."""
+    place = device, dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp",))
+    replicas = parallelize(model, cfg, mesh)
+    thread = ThreadPoolExecutor(1)  # reads the next batch during an update
+    ahead = thread.submit(read_batch, corpus, state["sequences"], cfg, *place)
+    first_step = saved = state["step"]
+    n_skipped = 0
+    pace = None
+
+    def evaluate(batches):
+        with evaluation_mode(model, cfg.compile):
+            return sum(objective(model, batch, cfg)[0] for batch in batches)
+
+    while True:
+        step = state["step"]
+        first = state["sequences"]  # of the batch to come
+        steps_left = 0 if cfg.eval else math.ceil(cfg.steps - first / cfg.batch_size)
+        n_signals = n_errors = 0
+        if steps_left > 0:
+            error = ahead.exception()
+            n_signals, n_errors = sum_over_ranks(len(signals), error is not None)
+        end = steps_left <= 0 or n_signals or n_errors
+        if cfg.out and step > saved and not n_skipped and (end or step % cfg.save_every == 0):
             save_checkpoint(cfg.out, model, optimizer, state)
-            saved = state["step"]
-    if cfg.out and saved < state["step"]:
-        save_checkpoint(cfg.out, model, optimizer, state)
-    for signum, handler in handlers.items():
-        signal(signum, handler)
+            saved = step
+        if n_errors:
+            raise_first(error)
+        if steps_left <= 0 or step % cfg.val_every == 0:
+            validate(evaluate, heldout, step, cfg, *place)
+        if end:
+            return steps_left <= 0
+
+        clock = time.perf_counter()
+        batches = ahead.result()
+        ahead = thread.submit(read_batch, corpus, first + cfg.batch_size, cfg, *place)
+        sum_counts(batches, dist.get_world_size())
+        torch.manual_seed(stable_hash(cfg.seed, step, dist.get_rank()))  # of dropout
+        lr = learning_rate(first / cfg.batch_size, cfg)
+        loss, norm = training_step(replicas, optimizer, batches, lr, cfg)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        state["step"] += 1
+        state["sequences"] += cfg.batch_size
+        state["tokens"] += finite * cfg.batch_size * cfg.seq_len
+        seconds = time.perf_counter() - clock
+        if step > first_step:  # the first update, which may compile, tells nothing of the next
+            pace = 0.9 * (pace or seconds) + 0.1 * seconds
+        if step == 0 or steps_left == 1 or state["step"] % cfg.log_every == 0:
+            bpb = bits_per_byte(loss * batches[0]["n_targets"], batches[0]["n_bytes"])
+            row = {"step": step + 1, "loss": loss, "bpb": bpb, "lr": lr, "grad": norm}
+            log_step(row | {"tokens": state["tokens"]}, steps_left - 1, pace, cfg, device)
+        n_skipped = 0 if finite else n_skipped + 1
+        if n_skipped:
+            print(f"step {step + 1} skipped: its loss or gradient is not finite")
+        if n_skipped == 3 or (n_skipped and steps_left == 1):
+            raise ValueError(f"no finite gradient in the last {n_skipped} steps to {step + 1}")
 
 @record
 def main(argv=None):
-    """Reads the command line and the data, builds or resumes the run, trains, exports, samples."""
-    with one_line_mistakes():
-        cfg = parse(argv)
+    """Run the command line: read the data, build or resume the run, train, export and sample."""
+    with report_user_errors(), stop_signals() as signals:
+        cfg, given = parse(argv)
         if cfg.dry_run:
             return dry_run(cfg)
-        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        device = init_distributed(cfg.timeout)
+        ranks = dist.get_world_size()
         check(cfg, ranks)
         if cfg.init:
             source, theirs = from_hf(cfg.init)
-            shape = {name: getattr(theirs, name) for name in (*HF_CONFIG, "hidden_dim")}
-            cfg = dataclasses.replace(cfg, **shape)
+            cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in SHAPE})
             check(cfg, ranks)
-        documents = read_documents(cfg.data)
-        if cfg.standardize:
-            documents = ((name, standardize(text)) for name, text in documents)
-        known = cfg.tokenizer or not shard_paths(cfg.data)
-        tokenizer = load_tokenizer(cfg.tokenizer or "bytes", SPECIALS) if known else None
-        documents = tokenize(documents, tokenizer)
+
+        files, shards = find_files(cfg.data)
+        tokenizer = None
+        separator = -1  # unknown
+        if cfg.tokenizer or files:
+            tokenizer = load_tokenizer(cfg.tokenizer or "bytes", ["<|endoftext|>"])
+            separator = tokenizer.eot_token
+            cfg.vocab_size = vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
+        documents = tokenize(read_documents(cfg.data, files), tokenizer, separator)
         if cfg.write_tokens:
             return write_tokens(cfg.write_tokens, documents)
-        device = launch(cfg.timeout)
-        for folder in filter(None, (cfg.out, cfg.export)):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        cfg.seq_len = cfg.seq_len or cfg.context
-        sizes, tokens = (cfg.vocab_size, cfg.batch_size, cfg.seq_len), cfg.batch_size * cfg.seq_len
-        corpus, heldout = load_corpora(cfg.data, documents, tokenizer, *sizes)
-        cfg.vocab_size, windows = corpus.vocab_size, corpus.n_windows(cfg.seq_len)
+        sizes = cfg.vocab_size, cfg.batch_size, cfg.seq_len
+        corpus, heldout = load_corpora(shards, documents, tokenizer, separator, *sizes)
+        n_windows = corpus.n_windows(cfg.seq_len)
+
         # Undisclosed: the number of updates; it follows from the 100 epochs.
-        cfg.steps = cfg.steps or math.ceil(cfg.epochs * windows / cfg.batch_size)
+        cfg.steps = cfg.steps or math.ceil(cfg.epochs * n_windows / cfg.batch_size)
+        fixed = {name: getattr(cfg, name) for name in (*SHAPE, "seed")}
+        fixed["data_fingerprint"] = corpus.fingerprint()
+        checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
+        if run and not given & {"steps", "epochs"}:  # as many sequences as its first start planned
+            cfg.steps = math.ceil(run["steps"] * run["batch_size"] / cfg.batch_size)
+        if cfg.warmup_steps > cfg.steps // 10:
+            cfg.warmup_steps = cfg.steps // 10
+            print(f"the warm-up is cut to {cfg.warmup_steps} updates, a tenth of the run")
+        weights = list(Path(cfg.export).glob("*.safetensors*")) if cfg.export else []
+        if weights and run.get("export") != cfg.export:
+            raise ValueError(f"--export {cfg.export} has weights that this run did not write")
 
         model = GPT1(cfg)
         init_weights(model, cfg)
         if cfg.init:
             model.load_state_dict(source.state_dict())
         optimizer = build_optimizer(model.to(device), cfg)
-        state = {"step": 0, "sequences": 0, "tokens": 0, "offset": 0, "seed": cfg.seed}
+        state = {"step": 0, "sequences": 0, "tokens": 0}
+        if checkpoint:
+            load_checkpoint(checkpoint, model, optimizer, state)
+        if cfg.eval:
+            cfg.out = ""  # nothing is written
         if cfg.out:
-            load_checkpoint(cfg.out, cfg.resume, cfg.steps, model, optimizer, state)
-        if cfg.out and dist.get_rank() == 0:
-            config = json.dumps(dataclasses.asdict(cfg), indent=2)
-            (Path(cfg.out) / "config.json").write_text(config + "\n")
-        (total, activated), (steps, micro) = count_parameters(model), split_batch(cfg, ranks)
-        print(f"python {sys.version.split()[0]} | torch {torch.__version__} |", end=" ")
-        print(f"{device.type} {cfg.precision} | {windows:,} windows to train on")
-        print(f"parameters {total:,} | activated {activated:,} | FLOPs per token", end=" ")
-        print(f"{flops_per_token(cfg):.3g} | tokens per step {tokens:,}", end=" ")
-        print(f"= {ranks} ranks x {steps} x {micro} sequences of {cfg.seq_len}", flush=True)
-        train(model, optimizer, corpus, heldout, state, cfg, device)
-        if state["step"] < cfg.steps:
-            return print(f"stopped by a signal after step {state['step']}", flush=True)
-        loss_of = functools.partial(evaluate, model, cfg=cfg)
-        validate(loss_of, heldout, cfg.steps, cfg, device, dist.get_rank(), ranks)
+            run = dataclasses.asdict(cfg) | fixed
+            lock = claim_directory(cfg.out, state["step"], run)  # held until this run ends
+        total, activated = count_parameters(model)
+        steps, micro = split_batch(cfg, ranks)
+        tokens = cfg.batch_size * cfg.seq_len
+        print(f"torch {torch.__version__} | {device.type} {cfg.precision} | {n_windows:,} windows")
+        print(f"parameters {total:,} | activated {activated:,}", end=" | ")
+        print(f"FLOPs per token {flops_per_token(cfg):.3g} | tokens per step", end=" ")
+        print(f"{tokens:,} = {ranks} ranks x {steps} x {micro} sequences of {cfg.seq_len}")
+        if not train(model, optimizer, corpus, heldout, state, cfg, device, signals):
+            return print(f"stopped by a signal after step {state['step']}")
         if cfg.export and dist.get_rank() == 0:
             to_hf(model, cfg, cfg.export)
         if tokenizer and dist.get_rank() == 0:
-            prompt = standardize(cfg.prompt) if cfg.standardize else cfg.prompt
-            ids = tokenizer.encode_ordinary(prompt or heldout.text(32).decode(errors="ignore"))
-            known = torch.from_numpy(heldout.token_bytes[: cfg.vocab_size] > 0)
-            print(tokenizer.decode(sample(model, ids, 256, known, cfg)), flush=True)
+            ids = get_batch(heldout, 0, 1, cfg)["tokens"][0, :32].tolist()
+            if cfg.prompt:
+                ids = tokenizer.encode_ordinary(cfg.prompt)
+            allowed_ids = torch.from_numpy(heldout.token_bytes > 0)
+            print(tokenizer.decode(sample(model, ids, 256, allowed_ids, cfg)))
 
 # ---------------------------------------- Plumbing ----------------------------------------
 
 @contextlib.contextmanager
-def one_line_mistakes():
-    """Only rank 0 prints; what the user can mend is one line on stderr and exit status 2."""
+def report_user_errors():
+    """Print on rank 0 only; report user errors as one line on stderr and exit with status 2."""
     rank = int(os.environ.get("RANK", 0))
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         with contextlib.redirect_stdout(open(os.devnull, "w") if rank else sys.stdout):
             yield
-    except (OSError, ValueError) as error:
-        time.sleep(5 * (rank > 0))  # where rank 0 fails too, torchrun ends the others meanwhile
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr, flush=True)
+    except BrokenPipeError:  # the program that reads our output, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        time.sleep(5 * (rank > 0))  # so that rank 0, if it fails too, reports first
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(2)
-    finally:  # a rank that fails among others leaves at once: it must not wait for them here
+    finally:
+        # A rank that fails alone leaves at once; it would wait here for the others.
         if dist.is_initialized() and (dist.get_world_size() == 1 or not sys.exc_info()[0]):
             dist.destroy_process_group()
 
-def parse(argv):
-    """Config from the command line: a preset, and the flags given over it."""
+@contextlib.contextmanager
+def explain(what, *errors):
+    """Replace exceptions of the given kinds by a ValueError that says what failed, and why."""
+    try:
+        yield
+    except errors as error:
+        cause = error
+        if isinstance(error, dcp.CheckpointException):  # its text is the traceback of each rank
+            cause = next(iter(error.failures.values()))[0]
+        raise ValueError(f"{what}: {type(cause).__name__}: {cause}") from error
 
-    def mistake(message):
+@contextlib.contextmanager
+def stop_signals():
+    """A list that SIGTERM and SIGINT append to; a second one of a kind ends the process at once."""
+    received = []
+
+    def receive(signum, frame):
+        received.append(signum)
+        signal(signum, SIG_DFL)
+
+    handlers = {signum: signal(signum, receive) for signum in (SIGTERM, SIGINT)}
+    yield received
+    for signum, handler in handlers.items():
+        signal(signum, handler)
+
+def parse(argv):
+    """(Config, names of the flags in argv): the flags over those of a preset."""
+
+    def refuse(message):
         raise ValueError(message)
 
-    usage, summary = "%(prog)s [--preset NAME] [--FLAG VALUE ...]", __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser(usage=usage, description=summary, allow_abbrev=False)
-    parser.error = mistake
-    preset = "small" if torch.cuda.is_available() else "demo"
-    parser.add_argument("--preset", choices=PRESETS, default=preset, help=f"(default: {preset})")
-    meanings = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
+    summary = __doc__.split("\n\n")[0]
+    parser = argparse.ArgumentParser(description=summary, allow_abbrev=False, add_help=False)
+    parser.usage = "%(prog)s [--preset NAME] [--FLAG VALUE ...]"
+    parser.error = refuse
+    default = "small" if torch.cuda.is_available() else "demo"
+    parser.add_argument("--preset", choices=PRESETS, default=default, help=f"(default: {default})")
+    preset = parser.parse_known_args(argv)[0].preset
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
     for field in dataclasses.fields(Config):
-        kind = dict(type=field.type)
+        kind = {"type": field.type}
         if field.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
+            kind = {"action": argparse.BooleanOptionalAction}
         elif get_args(field.type):
-            kind = dict(choices=get_args(field.type))
-        about = f"{meanings[field.name]} (default: {field.default!r})"
-        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=about, **kind)
-    flags = vars(parser.parse_args(argv))
-    cfg = Config(**(PRESETS[flags.pop("preset")] | flags))
+            kind = {"choices": get_args(field.type)}
+        value = PRESETS[preset].get(field.name, field.default)
+        text = f"{comments[field.name]} ({preset}: {value!r})".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
+    parser.add_argument("--help", action="help", help="print this list and exit")
+    given = vars(parser.parse_args(argv))
+    cfg = Config(**(PRESETS[given.pop("preset")] | given))
     if cfg.precision == "auto":
         cfg.precision = "bf16" if torch.cuda.is_available() else "fp32"
-    return cfg
+    return cfg, given.keys()
 
-def launch(timeout):
-    """This rank's device, after joining torchrun's process group, or one of a single rank."""
-    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "TORCHELASTIC_RESTART_COUNT": 0}
-    rank, ranks, local, restarts = (int(os.environ.get(k, v)) for k, v in names.items())
-    store, device, backend = dist.HashStore(), torch.device("cpu"), "gloo"
+def init_distributed(timeout):
+    """Join torchrun's process group, or one of a single rank; returns the device of this rank."""
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    store = dist.HashStore()
+    if world_size > 1:
+        store = shared_store(rank)
+    device = torch.device("cpu")
+    backend = "gloo"
     if torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
-            raise ValueError(f"rank {local} of this machine finds {torch.cuda.device_count()} GPUs")
-        device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if ranks > 1:  # a name for each restart: its workers must not meet the addresses of the dead
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        store = dist.TCPStore(*address, is_master=hosts)
-        store = dist.PrefixStore(f"start {restarts}", store)
+        backend = "cpu:gloo,cuda:nccl"
     limit = timedelta(seconds=timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=limit)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     return device
 
-def log_step(row, pace, cfg, device):
-    """Prints row, which has step, loss, bpb, lr, grad and tokens, and what the script adds to them,
-    and writes it to metrics.jsonl; pace is how many seconds a step has taken of late."""
-    step, speed = row["step"], cfg.batch_size * cfg.seq_len / pace
-    left = round((cfg.steps - step) * pace)
-    unit, mfu = 1 if sys.platform == "darwin" else 1024, ""
-    memory = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def shared_store(rank):
+    """A store for this start alone: one that torchrun's agents keep over a restart has addresses
+    of processes that ended. Rank 0 opens it and publishes its address in the agents' store."""
+    with explain("torchrun sets MASTER_ADDR and MASTER_PORT", KeyError):
+        host = os.environ["MASTER_ADDR"]
+        port = int(os.environ["MASTER_PORT"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return dist.TCPStore(host, port, is_master=rank == 0, wait_for_workers=False)
+    agents = dist.TCPStore(host, port, is_master=False)
+    if rank == 0:
+        if os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
+            host = socket.getfqdn()  # the agents' store may be on another node
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        agents.set("rank 0", f"{host} {store.port}")
+        return store
+    while True:
+        host, port = agents.get("rank 0").decode().split()
+        try:
+            return dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=5))
+        except (dist.DistNetworkError, dist.DistStoreError):  # the address of an earlier start
+            time.sleep(0.1)
+
+def raise_first(error):
+    """Raise, on all ranks, the error of the first rank that has one."""
+    errors = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    raise next(filter(None, errors))
+
+def log_step(row, steps_left, pace, cfg, device):
+    """Print row, which has step and tokens among its numbers, and write it to metrics.jsonl;
+    pace is the number of seconds that an update takes, None if unknown."""
+    formats = {"loss": ".4f", "bpb": ".3f", "lr": ".2e", "grad": ".2f"}
+    fields = [f"step {row['step']}/{row['step'] + steps_left}"]
+    for name, value in row.items():
+        if name not in ("step", "tokens"):
+            fields.append(f"{name} {value:{formats.get(name, '')}}".replace("nan", "n/a"))
+    fields.append(f"tokens {row['tokens'] / 1e6:.1f}M")
+    memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = None
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
-        peak = dist.get_world_size() * PEAK_FLOPS.get(torch.cuda.get_device_name(device), math.inf)
-        if cfg.precision == "bf16" and peak < math.inf:
-            mfu = f"mfu {speed * flops_per_token(cfg) / peak:.1%} | "
-    bpb = f"{row['bpb']:.3f}".replace("nan", "n/a")
-    more = "".join(f"{name} {value} | " for name, value in list(row.items())[6:])
-    print(
-        f"step {step}/{cfg.steps} | loss {row['loss']:.4f} | bpb {bpb} | "
-        f"lr {row['lr']:.2e} | grad {row['grad']:.2f} | tokens {row['tokens'] / 1e6:.1f}M | "
-        f"{more}{speed / 1e3:.1f}k tok/s | {mfu}mem {memory / 2**30:.1f}G | "
-        f"eta {left // 60}:{left % 60:02}", flush=True,
-    )  # fmt: skip
-    if cfg.out and dist.get_rank() == 0:
-        finite = {k: None if str(v) in ("nan", "inf", "-inf") else v for k, v in row.items()}
-        with open(Path(cfg.out) / "metrics.jsonl", "a") as file:
-            print(json.dumps(finite), file=file)
+        peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device))
+    if pace:
+        speed = cfg.batch_size * cfg.seq_len / pace
+        fields.append(f"{speed / 1e3:.1f}k tok/s")
+        if peak and cfg.precision == "bf16":
+            fields.append(f"mfu {speed * flops_per_token(cfg) / peak / dist.get_world_size():.1%}")
+    fields.append(f"mem {memory / 2**30:.1f}G")
+    if pace:
+        fields.append(f"eta {timedelta(seconds=round(steps_left * pace))}")
+    print(" | ".join(fields))
+    write_row(cfg.out, row)
+
+def write_row(out, row):
+    """Append row to metrics.jsonl in the directory out, if it is not empty, with null for numbers
+    that are not finite."""
+    if out and dist.get_rank() == 0:
+        row = {k: None if str(v) in ("nan", "inf", "-inf") else v for k, v in row.items()}
+        with open(Path(out) / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
 
 def bits_per_byte(nats, n_bytes):
     """nats over n_bytes of text in bits per byte; NaN, printed as n/a, if n_bytes is unknown."""
@@ -779,198 +901,243 @@ def stable_hash(*key):
 
 def shuffled(index, n, key):
     """The image of index under a permutation of range(n) that key names: a Feistel network on the
-    bits of n, walked until it lands below n, which needs no memory however large n is."""
+    bits of n, repeated until the result is below n. It needs no memory, however large n is."""
     half = (n.bit_length() + 1) // 2
     while True:
         left, right = divmod(index, 1 << half)
         for i in range(4):
-            left, right = right, left ^ stable_hash(key, i, right) % (1 << half)
+            mixed = left ^ stable_hash(key, i, right) % (1 << half)
+            left = right
+            right = mixed
         index = (left << half) + right
         if index < n:
             return index
 
 class Corpus:
-    """Token streams, in memory or memory-mapped, one array a part. Documents end with `separator`
-    (-1: unknown); token_bytes [V] is the length of each id's text (0: unknown)."""
+    """Ids start ... stop - 1 of the concatenation of parts, each an array or a token shard's path.
 
-    def __init__(self, parts, tokenizer, vocab_size, in_order):
-        self.parts, self.tokenizer, self.in_order = parts, tokenizer, in_order
-        self.vocab_size, n_vocab = vocab_size, tokenizer.n_vocab if tokenizer else 0
-        self.token_bytes = np.zeros(max(vocab_size, n_vocab), np.int64)
-        self.separator = end_token(tokenizer) if tokenizer else -1
-        for text, i in tokenizer._mergeable_ranks.items() if tokenizer else ():
-            self.token_bytes[i] = len(text)
+    separator: the id after each document, -1 if unknown; token_bytes [V]: the length of each id's
+    text, 0 if it has none; in_order: windows come in order and not shuffled.
+    """
+
+    def __init__(self, parts, start, stop, separator, token_bytes, in_order):
+        self.parts = parts
+        self.ends = np.cumsum([len(open_part(part)) for part in parts])
+        self.start = start
+        self.size = stop - start
+        self.separator = separator
+        self.token_bytes = token_bytes
+        self.in_order = in_order
+
+    def read(self, first, n):
+        """Ids first ... first + n - 1, int64 [n]. Raises ValueError for an id outside of [0, V)."""
+        pieces = []
+        first += self.start
+        stop = first + n
+        while first < stop:
+            i = np.searchsorted(self.ends, first, side="right")
+            ids = open_part(self.parts[i])
+            begin = first - (self.ends[i] - len(ids))
+            ids = ids[begin : begin + stop - first].astype(np.int64)
+            unknown = (ids >= len(self.token_bytes)) & (ids != self.separator)
+            if unknown.any():
+                where = f"{self.parts[i]}, position {begin + unknown.argmax()}"
+                raise ValueError(f"{where}: token id {ids[unknown][0]} is not in the vocabulary")
+            pieces.append(ids)
+            first += len(ids)
+        return np.concatenate(pieces)
 
     def n_windows(self, length):
-        """Windows of length + 1 ids in an epoch."""
-        return sum(max(len(part) // length - 1, 0) for part in self.parts)
+        """Windows of length + 1 ids in an epoch, at any offset below length."""
+        return max((self.size - 1) // length - 1, 0)
 
     def window(self, index, length, seed):
-        """Window `index` of the run, length + 1 ids. An epoch has each window once, in an order and
-        at a phase (ids before the first window) of its own; in_order, it has neither."""
-        n = self.n_windows(length)
-        epoch, index = divmod(index, n)
-        phase = 0 if self.in_order else stable_hash(seed, epoch) % length
-        index = index if self.in_order else shuffled(index, n, (seed, epoch))
-        for part in self.parts:
-            n = max(len(part) // length - 1, 0)
-            if index < n:
-                break
-            index -= n
-        start = phase + index * length
-        ids = part[start : start + length + 1].astype(np.int64)
-        strange = ids[(ids >= self.vocab_size) & (ids != self.separator)]
-        if len(strange):
-            raise ValueError(f"the data has token id {strange[0]}, but V is {self.vocab_size}")
-        return ids
+        """Window `index` of the run, length + 1 ids. An epoch has every window once, in an order
+        and at an offset of its own."""
+        epoch, index = divmod(index, self.n_windows(length))
+        offset = 0
+        if not self.in_order:
+            offset = stable_hash(seed, epoch) % length
+            index = shuffled(index, self.n_windows(length), (seed, epoch))
+        return self.read(offset + index * length, length + 1)
 
-    def text(self, n):
-        """The text of the first n ids as bytes; nothing where the tokenizer is unknown."""
-        ids = np.concatenate([part[:n] for part in self.parts])[:n]
-        ids = ids[self.token_bytes[ids] > 0].tolist()
-        return self.tokenizer.decode_bytes(ids) if self.tokenizer else b""
+    def fingerprint(self):
+        """A number that tells data apart: a hash of the size and of the first ids."""
+        return stable_hash(self.size, self.read(0, min(self.size, 1000)).tolist())
 
-def load_corpora(path, documents, tokenizer, vocab_size, batch_size, length):
-    """(training, held-out) Corpus. Held out is the end of the stream: one document in twenty, since
-    they come in the order of their hashes; of shards or a single document, the last 5 %."""
-    parts, cut = [open_shard(file) for file in shard_paths(path)], 0
-    vocab_size = vocab_size or (tokenizer.n_vocab if tokenizer else 0)
-    if vocab_size <= max(tokenizer._mergeable_ranks.values() if tokenizer else [0]):
-        raise ValueError(f"--vocab_size {vocab_size} is too small, or --tokenizer is missing")
-    if not parts:
-        hashed = sorted(((stable_hash(name), ids) for name, ids in documents), key=lambda x: x[0])
-        cut = sum(len(ids) for key, ids in hashed if key < 0.95 * 2**64)
-        parts = [np.concatenate([ids for _, ids in hashed] or [np.zeros(0, np.uint16)])]
-    total, least = sum(map(len, parts)), (batch_size + 1) * length
-    if min(cut, total - cut) < least:
-        cut = max(total - max(total // 20, least), 0)
-    train, held = [], []
-    for part in parts:
-        train.append(part[:cut])
-        held.append(part[cut:])
-        cut = max(cut - len(part), 0)
-    train = Corpus(train, tokenizer, vocab_size, in_order=False)
-    held = Corpus(held, tokenizer, vocab_size, in_order=True)
-    if min(train.n_windows(length), held.n_windows(length)) < batch_size:
-        raise ValueError(
-            f"{path} is too short: {total:,} tokens in {len(parts)} parts do not hold a batch of "
-            f"{batch_size} x {length} to train on and another to hold out"
-        )
-    return train, held
+def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size, length):
+    """(training, held-out) Corpus of shards or, without any, of tokenized documents.
 
-def read_documents(path):
-    """(name, text) of each document: a file (.txt, .md, .py), a line of a .jsonl file, or all of a
-    directory or a pattern; without a path, the modules of Python's standard library."""
+    Held out are the shards with "val" in their names, or documents by a hash of their names; if
+    these are less than a batch, the last 5 % of the ids, but at least a batch.
+    """
+    train = [path for path in shards if "val" not in path.name]
+    heldout = [path for path in shards if "val" in path.name]
+    if not shards:
+        documents = sorted(documents, key=lambda document: stable_hash(document[0]))
+        train = [ids for name, ids in documents if not is_held_out(name)]
+        heldout = [ids for name, ids in documents if is_held_out(name)]
+    n_train = sum(len(open_part(part)) for part in train)
+    total = n_train + sum(len(open_part(part)) for part in heldout)
+    least = (batch_size + 1) * length + 1  # ids of a batch of windows, and an offset
+    if min(n_train, total - n_train) < least:
+        n_train = total - max(total // 20, least)
+    if n_train < least:
+        batch = f"a batch of {batch_size} x {length}"
+        raise ValueError(f"{total:,} tokens are too few for {batch} and another to hold out")
+    token_bytes = np.zeros(vocab_size, np.int64)
+    if tokenizer:
+        for text in tokenizer.token_byte_values():
+            token_bytes[tokenizer.encode_single_token(text)] = len(text)
+    parts = train + heldout
+    corpus = Corpus(parts, 0, n_train, separator, token_bytes, in_order=False)
+    return corpus, Corpus(parts, n_train, total, separator, token_bytes, in_order=True)
+
+def vocabulary_size(vocab_size, tokenizer, init):
+    """vocab_size or, if it is 0, that of the tokenizer. The byte tokenizer is a warning if it has
+    less entries than the vocabulary, and with --init a ValueError."""
+    n_ids = 1 + max(map(tokenizer.encode_single_token, tokenizer.token_byte_values()))
+    if 0 < vocab_size < n_ids:
+        raise ValueError(f"--vocab_size {vocab_size} is less than the {n_ids} ids of the tokenizer")
+    if tokenizer.name == "bytes" and vocab_size > tokenizer.n_vocab:
+        if init:
+            raise ValueError(f"--init {init} needs the --tokenizer of its {vocab_size:,} entries")
+        print(f"warning: a vocabulary of {vocab_size:,} entries for bytes; --tokenizer is missing")
+    return vocab_size or tokenizer.n_vocab
+
+def is_held_out(name):
+    """Whether a document is among the 5 % that are held out, by a hash of its name."""
+    return stable_hash(name) > 0.95 * 2**64
+
+def find_files(path):
+    """(text files, token shards) at path: a file, or a directory and what its links lead to, of
+    one kind; without a path, the modules of Python's standard library without its tests."""
+    if not path:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        files = [root / f"{name}.py" for name in sys.stdlib_module_names]
+        for name in sys.stdlib_module_names:
+            files += (root / name).rglob("*.py")
+        tests = {"test", "tests", "idle_test"}
+        files = [f for f in files if f.exists() and not tests & set(f.relative_to(root).parts)]
+        return sorted(files), []
+    files = [Path(path)]
+    seen = set(files[0].resolve().parents)  # links to these would lead around in circles
+    for folder, folders, names in os.walk(path, followlinks=True):
+        if Path(folder).resolve() in seen:
+            folders.clear()
+        else:
+            seen.add(Path(folder).resolve())
+            files += [Path(folder, name) for name in names]
+    files = sorted(file for file in files if file.is_file())
+    texts = [f for f in files if f.suffix.lower() in (".txt", ".md", ".py", ".jsonl")]
+    shards = [f for f in files if f.suffix.lower() in (".npy", ".bin")]
+    if not texts and not shards:
+        raise ValueError(f"{path} is or has no text (.txt .md .py .jsonl) or shard (.npy .bin)")
+    if texts and shards:
+        raise ValueError(f"{path} has both text and token shards: {texts[0]}, {shards[0]}")
+    print(f"{path}: {len(texts + shards)} of {len(files)} files are read")
+    return texts, shards
+
+def read_documents(path, files):
+    """(name, text) of each document: a text file or a line of a .jsonl file. Its name is the path
+    of the file below `path`, or the text of the line."""
     root = Path(path or sysconfig.get_paths()["stdlib"])
-    kinds = (".txt", ".md", ".py", ".jsonl") if path else (".py",)
-    skip = set() if path else {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-    files = list_files(root, skip)
-    if not root.is_dir():  # names are relative to the directory before the pattern
-        root = Path(re.split(r"[*?[]", f"{root}")[0] + "*").parent
-    if files != [Path(path)]:
-        files = [file for file in files if file.suffix in kinds and file.is_file()]
-    if not files:
-        raise ValueError(f"{path or root} has no file of {', '.join(kinds)}")
     for file in files:
-        where, wanted = file, "UTF-8 text"
-        try:
-            if file.suffix != ".jsonl":
-                text = file.read_text("utf-8", errors="strict" if path else "ignore")
-                yield file.relative_to(root).as_posix(), text
-                continue
-            for number, line in enumerate(file.open("rb"), 1):
-                if not line.strip():
-                    continue
-                where, wanted = f"{file}, line {number},", 'a JSON object with a string "text"'
-                text = json.loads(line)["text"]
-                if not isinstance(text, str):
-                    raise TypeError(f"it is {text!r:.40}")
+        if file.suffix.lower() == ".jsonl":
+            yield from read_json_lines(file)
+        else:
+            with explain(f"{file} is not UTF-8 text", UnicodeDecodeError):
+                text = file.read_text("utf-8-sig", errors="strict" if path else "ignore")
+            yield file.relative_to(root).as_posix(), text
+
+def read_json_lines(file):
+    """(text, text) of each line, a JSON object with a string "text"; empty lines are skipped."""
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                what = f'{file}, line {number}, is not a JSON object with a string "text"'
+                with explain(what, ValueError, KeyError, TypeError, AttributeError):
+                    code = json.loads(line)["text"].encode("utf-16", "surrogatepass")
+                text = code.decode("utf-16", "replace")  # U+FFFD for half a surrogate pair
                 yield text, text
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{where} is not {wanted}: {error}") from error
 
 def load_tokenizer(name, specials):
-    """tiktoken.Encoding of the 256 `bytes`, of one of tiktoken's own names or of a file of ranks,
-    with those special tokens that it lacks behind its last id."""
-    known = {}
-    try:
-        if name == "bytes":
-            pattern, ranks = r"[\s\S]", {bytes([i]): i for i in range(256)}
-        elif os.path.isfile(name):  # tiktoken's own loader would cache the first file of a name
-            pattern, lines = PATTERN, Path(name).read_bytes().splitlines()
-            ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
-        else:
-            base = tiktoken.get_encoding(name)
-            pattern, ranks, known = base._pat_str, base._mergeable_ranks, base._special_tokens
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer {name}: no file of ranks, and not to be had") from error
+    """The tiktoken.Encoding `bytes`, of a BPE rank file, or of one of tiktoken's own names; special
+    tokens that it lacks get the ids after its last."""
+    special_tokens = {}
+    if name == "bytes":
+        pattern = r"[\s\S]"
+        ranks = {bytes([i]): i for i in range(256)}
+    elif os.path.isfile(name):  # tiktoken's own loader would cache the first file of a name
+        pattern = PATTERN
+        with explain(f"{name} is not a BPE rank file", ValueError):
+            lines = [line.split() for line in Path(name).read_bytes().splitlines() if line.strip()]
+            ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    else:
+        what = "is neither a BPE rank file nor a tiktoken encoding, cached or to be downloaded"
+        with explain(f"{name} {what}", OSError, ValueError):
+            tiktoken.get_encoding(name)
+        settings = tiktoken.registry.ENCODING_CONSTRUCTORS[name]()
+        pattern = settings["pat_str"]
+        ranks = settings["mergeable_ranks"]
+        special_tokens = settings["special_tokens"]
     if not all(bytes([i]) in ranks for i in range(256)):
         raise ValueError(f"tokenizer {name} lacks some of the 256 single bytes")
     if len(set(ranks.values())) < len(ranks) or min(ranks.values()) < 0:
         raise ValueError(f"tokenizer {name} has a rank twice, or one below 0")
     for token in specials:
-        known = {token: max([*ranks.values(), *known.values()]) + 1} | known
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=known)
+        if token not in special_tokens:
+            special_tokens[token] = max([*ranks.values(), *special_tokens.values()]) + 1
+    return tiktoken.Encoding(
+        name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
+    )
 
-def end_token(tokenizer):
-    """The id that ends a document: the tokenizer's own <|endoftext|> if it has one, or END."""
-    return tokenizer._special_tokens.get("<|endoftext|>", tokenizer._special_tokens[END])
-
-def tokenize(documents, tokenizer):
-    """(name, ids between BEGIN, where the tokenizer has it, and END) of each (name, text)."""
-    kind = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
-    begin = [i for token, i in tokenizer._special_tokens.items() if token == BEGIN]
-    end = [end_token(tokenizer)]
-    for name, text in ((name, text) for name, text in documents if text):
-        ids = tokenizer.encode_to_numpy(text, disallowed_special=())
-        yield name, np.concatenate((begin, ids, end)).astype(kind)
+def tokenize(documents, tokenizer, separator):
+    """(name, ids) of each (name, text) with a text; the last id is the separator."""
+    dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
+    for name, text in documents:
+        # tiktoken's PanicException, of the longest words, is a BaseException.
+        with explain(f"the tokenizer cannot take document {name[:80]!r}", BaseException):
+            ids = tokenizer.encode_to_numpy(text, disallowed_special=())
+        if text:
+            yield name, np.append(ids, separator).astype(dtype)
 
 def write_tokens(folder, documents):
-    """Writes tokenized documents to folder as .npy shards of 2**27 ids or a document more."""
-    if shard_paths(folder):
-        raise ValueError(f"--write_tokens: {folder} has shards already")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for n in itertools.count():
-        shard, size = [], 0
-        while size < 2**27 and (document := next(documents, None)):
-            shard.append(document[1])
-            size += len(document[1])
-        if not shard:
-            return print(f"{n} shards in {folder}", flush=True)
-        np.save(Path(folder) / f"tokens_{n:05d}.npy", np.concatenate(shard))
+    """Write tokenized documents to .npy shards of about 2**28 bytes in a new or empty folder:
+    train_00000.npy ..., and val_00000.npy ... of the documents that are held out."""
+    if os.path.exists(folder) and os.listdir(folder):
+        raise ValueError(f"--write_tokens {folder} is not empty")
+    with written_beside(folder) as partial:
+        for n in itertools.count():
+            splits = {"train": [], "val": []}
+            n_ids = 0
+            while n_ids < 2**27 and (document := next(documents, None)):
+                name, ids = document
+                splits["val" if is_held_out(name) else "train"].append(ids)
+                n_ids += len(ids)
+            if not n_ids:
+                break
+            for split, parts in splits.items():
+                if parts:
+                    np.save(partial / f"{split}_{n:05d}.npy", np.concatenate(parts))
+    print(f"{folder}: {n} times 2**27 tokens, or less in the last")
 
-def list_files(path, skip=frozenset()):
-    """The files at path, in order: a file, all below a directory but what lies in folders named in
-    skip, or those of a pattern."""
-    if os.path.isdir(path):
-        found = []
-        for folder, folders, files in os.walk(path):
-            folders[:] = set(folders) - skip
-            found += (Path(folder, file) for file in files)
-        return [file for file in sorted(found) if file.is_file()]
-    return [Path(file) for file in sorted(glob.glob(str(path), recursive=True)) or [path]]
-
-def shard_paths(path):
-    """The token shards at path, if it is not empty, in order."""
-    files = list_files(path) if path else []
-    return [file for file in files if file.suffix in (".npy", ".bin")]
-
-def open_shard(path):
-    """Memory-maps a shard: .npy of uint16 or uint32, or .bin, uint16 behind 256 int32 of header."""
-    if path.suffix == ".npy":
-        try:
-            ids = np.load(path, mmap_mode="r")
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} is no .npy file: {error}") from error
+def open_part(part):
+    """Ids of a part of a Corpus: an array itself, or a shard that is memory-mapped while the result
+    lives: .npy of uint16 or uint32, or .bin, uint16 after a header of 256 int32."""
+    if isinstance(part, np.ndarray):
+        return part
+    with explain(f"{part} is not a token shard", ValueError, EOFError):
+        if part.suffix.lower() == ".npy":
+            ids = np.load(part, mmap_mode="r")
+        else:
+            magic, version, size = np.fromfile(part, np.int32, 3).tolist()
+            ids = np.memmap(part, np.uint16, "r", offset=1024)
+            if [magic, version, size] != [20240520, 1, len(ids)]:
+                raise ValueError("another header, or another length than in the header")
         if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32):
-            raise ValueError(f"{path} is {ids.dtype} {ids.shape}, not one row of uint16 or uint32")
-        return ids
-    header = np.fromfile(path, np.int32, 256)
-    if len(header) < 256 or (header[0], header[1]) != (20240520, 1):
-        raise ValueError(f"{path} has not the header of a .bin shard")
-    if path.stat().st_size != 1024 + 2 * int(header[2]):
-        raise ValueError(f"{path} is longer or shorter than the {header[2]} tokens of its header")
-    return np.memmap(path, np.uint16, "r", 1024)
+            raise ValueError(f"it holds {ids.dtype} {ids.shape}, not a row of uint16 or uint32")
+    return ids
 
 if __name__ == "__main__":
     main()

@@ -35,9 +35,9 @@ FEW = "--n_layers 2 --n_experts 4 --n_groups 2 --groups_kept 1 --top_k 2"  # exp
 SCRIPTS = {
     "gpt1": Row(
         model="GPT1",
-        tiny=dict(vocab_size=257, context=11, dim=24, n_layers=2, n_heads=3, hidden_dim=80, dropout=0.0,
+        tiny=dict(vocab_size=257, dim=24, n_layers=2, n_heads=3, hidden_dim=80, dropout=0.0,
                   seq_len=7, batch_size=8, precision="fp32", lr=1e-3, steps=5, warmup_steps=1),
-        counts={"paper": 116_534_784, "small": 85_645_056, "demo": 260_640},
+        counts={"gpt1": 116_534_784, "small": 85_645_056, "demo": 260_640},
         # half the peak at 1000, all of it at 2000, a little less at 2001: the cosine began at 0
         schedule=(dict(lr=1.0, steps=100_000, warmup_steps=2000),
                   {0: 0.0, 1: 0.0005, 1000: 0.5, 2000: 1.0, 2001: 0.999012, 50_000: 0.5, 99_999: 2.5e-10}),
@@ -45,8 +45,8 @@ SCRIPTS = {
                  (2, dict(micro_batch=4)), (2, dict(micro_batch=1)), (4, dict(micro_batch=2)),
                  (4, dict(micro_batch=1)), (2, dict(recompute="block"))),
         falls=1.0, batch=(24, 128), betas=(0.9, 0.999),
-        variants=("", "--adam released", "--precision bf16 --recompute block --dim 48 --hidden_dim 96"),
-        small=dict(batch_size=4, dim=48, hidden_dim=64, context=16, warmup_steps=2),
+        variants=("", "--precision bf16 --recompute block --dim 48 --hidden_dim 96"),
+        small=dict(batch_size=4, dim=48, hidden_dim=64, seq_len=16, warmup_steps=2),
     ),
     "gpt3": Row(
         model="GPT3",

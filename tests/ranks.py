@@ -11,6 +11,7 @@ import socket
 import tempfile
 import time
 import traceback
+import types
 
 import torch
 import torch.distributed as dist
@@ -92,13 +93,14 @@ def with_short_sample(name):
 
 def run_main(name, flags):
     """(exit status, stdout, stderr) of the script's main on this rank, as after a start of its own."""
-    status, streams = 0, (io.StringIO(), io.StringIO())
+    status, streams = 0, (io.TextIOWrapper(io.BytesIO(), "utf-8"), io.TextIOWrapper(io.BytesIO(), "utf-8"))
     with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
         try:
             with_short_sample(name).main([str(flag) for flag in flags])
         except SystemExit as error:
             status = error.code
-    return status, *(stream.getvalue() for stream in streams)
+    [stream.flush() for stream in streams]
+    return status, *(stream.buffer.getvalue().decode() for stream in streams)
 
 
 def as_a_process(name, flags, out, err):
@@ -144,12 +146,14 @@ def make_corpora(module, cfg):
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(3, 40, (300,), generator=generator).tolist()
     texts = ("".join(chr(97 + (i * k) % 26) for k in range(n)) for i, n in enumerate(lengths))
-    tokenizer = module.load_tokenizer("bytes", module.SPECIALS)
+    tokenizer = module.load_tokenizer("bytes", getattr(module, "SPECIALS", ["<|endoftext|>"]))
+    separator = tokenizer.encode_single_token(getattr(module, "END", "<|endoftext|>"))
     if hasattr(module, "tokenize_sentences"):
         documents = module.tokenize_sentences(((f"{i}", text.split("e")) for i, text in enumerate(texts)), tokenizer)
     else:
-        documents = module.tokenize(((f"{i}", text) for i, text in enumerate(texts)), tokenizer)
-    return module.load_corpora("", documents, tokenizer, cfg.vocab_size, cfg.batch_size, cfg.seq_len)
+        documents = module.tokenize(((f"{i}", text) for i, text in enumerate(texts)), tokenizer, separator)
+    vocab_size = cfg.vocab_size or tokenizer.n_vocab
+    return module.load_corpora([], documents, tokenizer, separator, vocab_size, cfg.batch_size, cfg.seq_len)
 
 
 def make_model(module, row, cfg):
@@ -168,7 +172,7 @@ def make_model(module, row, cfg):
 def gradients(name, row, overrides):
     """Loss and gradients of one global batch, as the script itself computes them on this rank."""
     module = importlib.import_module(name)
-    device = module.launch(30)
+    device = module.init_distributed(30)
     cfg = module.Config(**{**row.tiny, **overrides})
     corpus, _ = make_corpora(module, cfg)
     model = make_model(module, row, cfg)
@@ -180,10 +184,17 @@ def gradients(name, row, overrides):
         return split_gradients(module, cfg, corpus, dict(model.named_parameters()), device)
     mesh = module.init_device_mesh(device.type, (module.dist.get_world_size(),), mesh_dim_names=("dp",))
     replicas = module.parallelize(model, cfg, mesh)
-    batches = module.next_batches(corpus, 3, False, cfg, device, dist.get_rank(), dist.get_world_size())
-    loss = module.accumulate_gradients(replicas, batches, cfg)
-    (loss,) = module.sum_over_ranks(loss, device=device)
-    return loss, {name: p.grad.numpy() for name, p in model.named_parameters()}, None
+    batches = global_batch(module, corpus, cfg, device, dist.get_rank(), dist.get_world_size())
+    optimizer = types.SimpleNamespace(param_groups=[], step=lambda: None, zero_grad=lambda: None)
+    loss, norm = module.training_step(replicas, optimizer, batches, 0.0, cfg)
+    return loss, {name: p.grad.numpy() for name, p in model.named_parameters()}, norm
+
+
+def global_batch(module, corpus, cfg, device, rank, ranks):
+    """This rank's micro-batches of the batch that begins with sequence 3, with the counts of all ranks."""
+    batches = module.read_batch(corpus, 3, cfg, device, rank, ranks)
+    module.sum_counts(batches, ranks)
+    return batches
 
 
 def pipeline_gradients(module, cfg, corpus, values, device):
@@ -196,7 +207,7 @@ def pipeline_gradients(module, cfg, corpus, values, device):
         value = values["token_embedding.weight" if key == "head.weight" and cfg.tied else key]
         module.fill(key, p, value.detach(), pipeline.tp)
     pipeline.enter(phase.cfg)
-    batches = module.next_batches(corpus, 3, False, phase.cfg, device, pipeline.data_rank, module.data_ranks(cfg))
+    batches = global_batch(module, corpus, phase.cfg, device, pipeline.data_rank, module.data_ranks(cfg))
     norm, loss = module.clip_gradients(pipeline.model, pipeline.run(batches), phase.cfg, pipeline.mesh, device)
     found = {key: module.whole_tensor(key, p.grad, pipeline.tp).numpy() for key, p in pipeline.model.named_parameters()}
     return loss, found, norm
@@ -212,7 +223,7 @@ def split_gradients(module, cfg, corpus, values, device):
         padded = torch.zeros(rows, *value.shape[1:])
         padded[: len(value)] = value
         module.fill(key, p, padded, parallel.tp)
-    batches = module.next_batches(corpus, 3, False, cfg, device, parallel.data_rank, cfg.dp)
+    batches = global_batch(module, corpus, cfg, device, parallel.data_rank, cfg.dp)
     loss, _ = parallel.run(batches)
     norm, loss = module.gradient_norm(parallel.model, loss, parallel.mesh, device)
     found = {key: module.whole_tensor(key, p.grad, parallel.tp) for key, p in parallel.model.named_parameters()}
@@ -238,7 +249,7 @@ def expert_gradients(module, cfg, corpus, values, device):
         router.load.zero_()
     pipe.share(cfg)
     pipe.enter(stage.cfg)
-    batches = module.next_batches(corpus, 3, False, stage.cfg, device, pipe.data_rank, module.reading_ranks(cfg))
+    batches = global_batch(module, corpus, stage.cfg, device, pipe.data_rank, module.reading_ranks(cfg))
     pipe.run(batches)
     pipe.zero.reduce()
     norm, main, ahead = pipe.zero.clip(pipe.main, pipe.ahead, limit=cfg.clip, device=device)
