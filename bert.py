@@ -1,4 +1,4 @@
-"""BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding (Devlin et al.,
+r"""BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding (Devlin et al.,
 2018, arXiv 1810.04805) in one file.
 
 New against its parent, gpt1.py:
@@ -23,11 +23,11 @@ Conventions: NSP label 0 is IsNext, 1 a random sentence; loss in nats; label -10
 
 Run: python bert.py                         # a laptop: the preset demo
      torchrun --nproc_per_node=8 bert.py    # GPUs: the preset small
-     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
-         bert.py --preset base --data wiki/ --sentences lines --tokenizer vocab.txt \\
-         --out /shared/bert
-Expect: in 75 seconds on two CPU cores the demo comes to name 17 % of the masked tokens of held-out
-text (0 % at first), and of its pairs, at length 128, 64 % (the more frequent answer: 52 %).
+     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
+         bert.py --preset base --data wiki/ --sentences lines --tokenizer vocab.txt \
+         --out /shared/bert --resume
+Expect: in 75 seconds on two CPU cores the demo comes to name 15 % of the masked tokens of held-out
+text (0 % at first), and of its pairs, at length 128, 62 % (the more frequent answer: 52 %).
 """
 
 import argparse
@@ -35,10 +35,9 @@ import base64
 import collections
 import contextlib
 import dataclasses
+import fcntl
 import functools
-import glob
 import hashlib
-import importlib.util
 import inspect
 import itertools
 import json
@@ -46,15 +45,16 @@ import math
 import os
 import random
 import re
-import resource
 import shutil
+import socket
 import sys
 import sysconfig
 import time
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from signal import SIGINT, SIGTERM, signal
+from signal import SIG_DFL, SIGINT, SIGTERM, signal
 from typing import Literal, get_args
 
 import numpy as np
@@ -67,87 +67,89 @@ import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------- Config ----------------------------------------
 
 @dataclasses.dataclass
 class Config:
-    """The run. Every field is a flag of the command line, and its comment is the flag's help."""
+    """Run configuration: each field is a command-line flag, and its comment is the flag's help."""
 
     # Model, §3
-    vocab_size: int = 0  # V, entries of the vocabulary; 0: as many as the tokenizer has
-    context: int = 512  # positions that the model can see
+    vocab_size: int = 0  # V, entries of the vocabulary; 0: those of the tokenizer
+    context: int = 512  # positions of the model
     dim: int = 768  # D, width of the residual stream
-    n_layers: int = 12  # blocks
+    n_layers: int = 12  # number of blocks
     n_heads: int = 12  # H, attention heads
     hidden_dim: int = 3072  # F, width of the feed-forward layer
     gelu: Literal["erf", "tanh"] = "erf"  # form of GELU: of the first release, or of later ones
-    init_std: float = 0.02  # σ of the normal that weights are drawn from, cut at 2 σ
-    dropout: float = 0.1  # on embeddings, residual branches and attention probabilities
+    init_std: float = 0.02  # σ of the normal distribution of initial weights, cut at 2 σ
+    dropout: float = 0.1  # dropout of embeddings, residual branches and attention probabilities
     # Data, §3.1 and A.1
-    data: str = ""  # text, token shards, or a directory of either; empty: Python's own library
-    sentences: Literal["prose", "lines"] = "prose"  # lines: one each, a blank one ends a document
-    tokenizer: str = ""  # wordpiece:N, learned here; vocab.txt; bytes, gpt2, ranks; empty: bytes
-    uncased: bool = True  # lower case without accents
+    data: str = ""  # file or directory of text or token shards; empty: Python's standard library
+    sentences: Literal["prose", "lines"] = "prose"  # lines: one a line, blank lines end documents
+    tokenizer: str = ""  # wordpiece:N (learned), vocab.txt, encoding or BPE file; empty: bytes
+    uncased: bool = True  # turn text into lower case without accents
     seq_len: int = 128  # T, tokens of a training sequence
     long_seq_len: int = 512  # T of the last updates
     long_share: float = 0.1  # share of the updates at long_seq_len
     short_seq_prob: float = 0.1  # share of the documents whose sequences are shorter, at random
-    dupe_factor: int = 10  # passes until pairs and masks come again; 0: never, they are dynamic
+    dupe_factor: int = 10  # passes until pairs and masks repeat; 0: they never do
     masked_lm_prob: float = 0.15  # share of the tokens to predict
     # Undisclosed: dupe_factor, and both P. They are the released code's; at 512, 0.15 T.
-    max_predictions: int = 20  # P, predictions of a sequence, at most
+    max_predictions: int = 20  # P, maximum number of predictions in a sequence
     long_max_predictions: int = 77  # P at long_seq_len
     # Objective
     objective: Literal["mlm", "rtd"] = "mlm"  # BERT's, or ELECTRA's replaced token detection
     embedding_dim: int = 0  # W of rtd, width of the token embedding; 0: D
-    generator_divisor: int = 4  # of rtd: its generator is so many times narrower
-    rtd_weight: float = 50.0  # of rtd: weight of the discriminator's loss
+    generator_divisor: int = 4  # width of rtd's discriminator over that of its generator
+    rtd_weight: float = 50.0  # weight of the loss of rtd's discriminator
     # Optimization, A.2
-    batch_size: int = 256  # sequences of one update, over all ranks
-    micro_batch: int = 0  # sequences of one forward pass on one rank, at most; 0: the rank's share
-    long_micro_batch: int = 0  # the same at long_seq_len; 0: as before
-    steps: int = 1_000_000  # updates
-    lr: float = 1e-4  # the rate that warm-up aims at
-    warmup_steps: int = 10_000  # updates of linear warm-up
-    weight_decay: float = 0.01  # decoupled, on matrices and embeddings
-    clip: float = 1.0  # largest norm of the gradient; 0: no clipping
-    seed: int = 0  # of weights, data and dropout
+    batch_size: int = 256  # sequences per update, over all ranks
+    micro_batch: int = 0  # sequences per forward pass on one rank; 0: as many as the batch allows
+    long_micro_batch: int = 0  # micro_batch at long_seq_len; 0: the same
+    steps: int = 1_000_000  # updates of the run
+    lr: float = 1e-4  # learning rate that the warm-up aims at
+    warmup_steps: int = 10_000  # updates of linear warm-up, at most a tenth of the run
+    weight_decay: float = 0.01  # decoupled weight decay of matrices and embeddings
+    clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
+    seed: int = 0  # seed of the weights, the order of the data and dropout
     # Machine
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
-    compile: bool = False  # compile each block
-    recompute: Literal["none", "block"] = "none"  # block: keep only its input for the backward pass
-    timeout: int = 600  # seconds until a collective gives up on a lost rank
-    dry_run: bool = False  # print what the run would need, and exit
-    world_size: int = 1  # ranks that dry_run plans for
+    compile: bool = False  # compile each block with torch.compile
+    recompute: Literal["none", "block"] = "none"  # block: recompute blocks in the backward pass
+    timeout: int = 600  # seconds that a collective waits for a lost rank
+    dry_run: bool = False  # print parameters, FLOPs and memory per rank, then exit
+    world_size: int = 1  # number of ranks that --dry_run plans for
     # Reports and files
     log_every: int = 10  # updates between log lines
     val_every: int = 1000  # updates between validations
-    val_batches: int = 16  # held-out batches of one validation, at most
-    prompt: str = ""  # text whose every [MASK] the sample fills in; empty: a held-out sequence
-    out: str = ""  # directory for checkpoints, metrics.jsonl, config.json; empty: none are written
+    val_batches: int = 16  # maximum number of batches per validation
+    prompt: str = ""  # text whose [MASK] the sample fills in; empty: a held-out sequence
+    out: str = ""  # directory of checkpoints, metrics.jsonl and config.json; empty: write nothing
     save_every: int = 1000  # updates between checkpoints
-    resume: bool = False  # go on from the newest checkpoint in out
+    resume: bool = False  # continue from the newest checkpoint in --out, if there is one
+    eval: bool = False  # validate and sample what --init or --out holds, without training
     init: str = ""  # Hugging Face checkpoint directory to start from
-    export: str = ""  # directory to write the model to as a Hugging Face checkpoint
-    write_tokens: str = ""  # directory to write the data to as token shards; then exit
+    export: str = ""  # directory to write a Hugging Face checkpoint to after training
+    write_tokens: str = ""  # directory to write the data to as token shards, then exit
 
 LARGE = dict(dim=1024, n_layers=24, n_heads=16, hidden_dim=4096)
 GPU = dict(compile=True, micro_batch=64, long_micro_batch=16)
 PRESETS = {
     # A CPU, a minute. Shallow and narrow, since post-norm is slow at first, and σ grows as the root
-    # of the width shrinks; no dropout in a run this short; a long warm-up, since updates without
-    # bias correction begin larger; 24 sequences, for 1, 2, 3, 4, 6 or 8 ranks.
+    # of the width shrinks; no dropout in a run this short; 24 sequences divide by 1, 2, 3, 4, 6
+    # and 8 ranks.
     "demo": dict(
         context=128, dim=64, n_layers=2, n_heads=2, hidden_dim=256, init_std=0.06, dropout=0.0,
         tokenizer="wordpiece:1024", generator_divisor=2, seq_len=64, max_predictions=10,
-        long_seq_len=128, long_max_predictions=20, batch_size=24, steps=1600, lr=4e-3,
-        warmup_steps=700, log_every=100, val_every=480, val_batches=32,
+        long_seq_len=128, long_max_predictions=20, batch_size=24, steps=1600, lr=2e-3,
+        warmup_steps=160, log_every=100, val_every=480, val_batches=32,
     ),
     # A GPU of 24 GB or a node of them, minutes: shallower than BASE, for the same reason.
     "small": dict(
         dim=512, n_layers=6, n_heads=8, hidden_dim=2048, tokenizer="wordpiece:8192", lr=4e-4,
-        steps=8000, warmup_steps=2000, **GPU,
+        steps=8000, warmup_steps=800, **GPU,
     ),
     # §3, Table 6 and A.2.
     # Departure: V is that of the released vocabularies; the paper says 30,000.
@@ -176,10 +178,10 @@ PRESETS = {
         lr=2e-4, compile=True, micro_batch=16,
     ),
 }  # fmt: skip
-BLOCK, LANES = 2**18, 8  # tokens of a block of documents; blocks that a batch is drawn from
-BEGIN, END = "", "[SEP]"  # ends a sentence; an empty sentence ends a document
+BLOCK = 2**18  # tokens of a block of documents
+LANES = 8  # blocks that a batch is drawn from
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-PATTERN = (  # how GPT-4 and Llama 3 split text into words, for files of ranks
+PATTERN = (  # how GPT-4 and Llama 3 split text into words, for BPE rank files
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -254,23 +256,20 @@ class BidirectionalEncoder(nn.Module):
     """The stack of blocks, embeddings [B, T, W] -> states [B, T, D]; W is projected to D if it is
     another. attention_mask [B, T] is true where there is a token; none where all are."""
 
-    def __init__(self, embedding_dim, dim, n_layers, n_heads, hidden_dim, gelu, dropout, recompute):
+    def __init__(self, embedding_dim, dim, n_layers, n_heads, hidden_dim, gelu, dropout):
         super().__init__()
-        self.recompute = recompute
         self.project = nn.Linear(embedding_dim, dim) if embedding_dim != dim else nn.Identity()
         sizes = dim, n_heads, hidden_dim, gelu, dropout
         self.blocks = nn.ModuleList(Block(*sizes) for _ in range(n_layers))
 
     def forward(self, x, attention_mask=None):
-        x, mask = self.project(x), None
+        x = self.project(x)
+        mask = None
         if attention_mask is not None:
             # Departure: the code adds -10000 to the scores of hidden keys; here they are left out.
             mask = attention_mask.bool()[:, None, None]  # [B, 1, 1, T]
         for block in self.blocks:
-            if self.recompute == "block" and self.training:
-                x = torch.utils.checkpoint.checkpoint(block, x, mask, use_reentrant=False)
-            else:
-                x = block(x, mask)
+            x = block(x, mask)
         return x
 
 class MaskedLMHead(nn.Module):
@@ -300,7 +299,7 @@ class BERT(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.embeddings = Embeddings(cfg.vocab_size, cfg.context, cfg.dim, cfg.dropout)
-        sizes = cfg.n_layers, cfg.n_heads, cfg.hidden_dim, cfg.gelu, cfg.dropout, cfg.recompute
+        sizes = cfg.n_layers, cfg.n_heads, cfg.hidden_dim, cfg.gelu, cfg.dropout
         self.encoder = BidirectionalEncoder(cfg.dim, cfg.dim, *sizes)
         self.pooler = nn.Linear(cfg.dim, cfg.dim)
         self.mlm = MaskedLMHead(cfg.dim, cfg.dim, cfg.vocab_size, cfg.gelu)
@@ -322,7 +321,7 @@ class ELECTRA(nn.Module):
         super().__init__()
         width, n = cfg.embedding_dim or cfg.dim, cfg.generator_divisor
         self.embeddings = Embeddings(cfg.vocab_size, cfg.context, width, cfg.dropout)
-        how = cfg.gelu, cfg.dropout, cfg.recompute
+        how = cfg.gelu, cfg.dropout
         narrow = cfg.dim // n, cfg.n_layers, cfg.n_heads // n, cfg.hidden_dim // n
         self.generator = BidirectionalEncoder(width, *narrow, *how)
         self.mlm = MaskedLMHead(cfg.dim // n, width, cfg.vocab_size, cfg.gelu)
@@ -447,24 +446,32 @@ def split_sentences(documents, cfg):
         yield name, [clean_text(s, cfg.uncased) for s in found if re.search(r"[^\W\d_]", s)]
 
 class WordPiece:
-    """§3: a vocabulary, spoken to like a tiktoken.Encoding. A word is cut greedily into the longest
-    entries that fit; those inside a word begin with ##."""
+    """§3: a vocabulary with the interface of a tiktoken.Encoding. A word is cut greedily into the
+    longest entries that fit; those inside a word begin with ##."""
 
     def __init__(self, entries, name):
-        self.entries, self.n_vocab = entries, len(entries)
+        self.name = str(name)
+        self.entries = entries
+        self.n_vocab = len(entries)
         self.ids = {entry: i for i, entry in enumerate(entries)}
         missing = [token for token in SPECIALS if token not in self.ids]
         if missing:
             raise ValueError(f"{name}: none of its {len(entries)} entries is {missing[0]}")
-        self._special_tokens = {token: self.ids[token] for token in SPECIALS}
-        known = [e for e in self.ids if not re.fullmatch(r"\[[A-Z]+\]|\[unused\d+\]", e)]
-        texts = {e: f" {e}" if e[:2] != "##" else e[2:] for e in known}
-        self._mergeable_ranks = {text.encode(): self.ids[e] for e, text in texts.items()}
         self.cut = functools.lru_cache(2**16)(self.cut)
+
+    def token_byte_values(self):
+        """The entries that are neither special nor unused, as bytes."""
+        special = r"\[[A-Z]+\]|\[unused\d+\]"
+        return [entry.encode() for entry in self.ids if not re.fullmatch(special, entry)]
+
+    def encode_single_token(self, entry):
+        """The id of an entry, a string or bytes."""
+        return self.ids[entry.decode() if isinstance(entry, bytes) else entry]
 
     def cut(self, word):
         """Ids of a word; [UNK] if it has a part without entry, or more than 200 characters."""
-        ids, start = [], 0
+        ids = []
+        start = 0
         while start < len(word) <= 200:
             for end in range(len(word), start, -1):
                 piece = "##" * (start > 0) + word[start:end]
@@ -481,17 +488,22 @@ class WordPiece:
         words = "".join(map(set_apart, text)).split()
         return [i for word in words for i in self.cut(word)]
 
+    def encode_to_numpy(self, text, disallowed_special):
+        """Ids of text as an array; as in encode_ordinary, special tokens in it are plain text."""
+        return np.array(self.encode_ordinary(text), np.uint32)
+
     def decode(self, ids):
-        """The words of ids, apart by spaces."""
+        """The words of ids, separated by spaces."""
         return " ".join(self.entries[i] for i in ids).replace(" ##", "")
 
 def learn_wordpiece(documents, size):
     """A WordPiece of `size` entries from a list of (name, sentences): the special tokens, the most
     frequent characters, as words and inside them, and the most frequent words. Of several documents
     those that their hash holds out are not read."""
-    words, letters = collections.Counter(), collections.Counter()
+    words = collections.Counter()
+    letters = collections.Counter()
     for name, sentences in documents:
-        if len(documents) == 1 or stable_hash(name) < 0.95 * 2**64:
+        if len(documents) == 1 or not is_held_out(name):
             words.update("".join(map(set_apart, " ".join(sentences))).split())
     for word, n in words.items():
         letters.update(dict.fromkeys(word, n))
@@ -502,55 +514,58 @@ def learn_wordpiece(documents, size):
         raise ValueError(f"wordpiece:{size}: the text to train on has {len(entries)} entries")
     return WordPiece(entries[:size], f"wordpiece:{size}")
 
-def choose_tokenizer(cfg, documents):
-    """A WordPiece, read or learned from documents, or what load_tokenizer makes of the name."""
+def choose_tokenizer(name, documents):
+    """A WordPiece, read from a file or learned from documents, or what load_tokenizer(name) is."""
     # Departure: how WordPiece learned its entries was not released, and those of books and
     # Wikipedia suit neither a small model nor Python's library. wordpiece:N takes what is frequent,
     # and spells other words; a released vocab.txt is read, and words are cut as released.
-    kept, learned = Path(cfg.out) / "vocab.txt", cfg.tokenizer.startswith("wordpiece:")
-    file = kept if learned and cfg.resume and kept.is_file() else Path(cfg.tokenizer)
-    if file.is_file():
-        lines = file.read_text("utf-8").removesuffix("\n").split("\n")
-        if len(lines[0].split()) == 1:  # a file of ranks has two fields a line
-            return WordPiece(lines, file)
-    if learned:
-        return learn_wordpiece(documents, int(cfg.tokenizer.removeprefix("wordpiece:")))
-    return load_tokenizer(cfg.tokenizer or "bytes", SPECIALS)
+    if name.startswith("wordpiece:"):
+        return learn_wordpiece(documents, int(name.removeprefix("wordpiece:")))
+    if os.path.isfile(name):
+        with explain(f"{name} is not UTF-8 text", UnicodeDecodeError):
+            lines = Path(name).read_text("utf-8").removesuffix("\n").split("\n")
+        if len(lines[0].split()) == 1:  # a BPE rank file has two fields a line
+            return WordPiece(lines, name)
+    return load_tokenizer(name or "bytes", SPECIALS)
 
-def save_vocabulary(tokenizer, folder):
-    """Writes vocab.txt, an entry a line; nothing for other tokenizers than WordPiece."""
+def save_vocabulary(tokenizer, path):
+    """Write the entries of a WordPiece to a file, one a line; nothing for other tokenizers."""
     if isinstance(tokenizer, WordPiece):
-        (Path(folder) / "vocab.txt").write_text("\n".join(tokenizer.entries) + "\n", "utf-8")
+        path.write_text("\n".join(tokenizer.entries) + "\n", "utf-8")
 
 def tokenize_sentences(documents, tokenizer):
-    """(name, ids) of each (name, sentences): [SEP] ends a sentence, an empty one a document."""
-    kind = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
+    """(name, ids) of each (name, sentences) with a text: [SEP] ends a sentence, another [SEP] the
+    document."""
+    separator = tokenizer.encode_single_token("[SEP]")
     for name, sentences in documents:
-        ids = []
-        for sentence in filter(None, map(tokenizer.encode_ordinary, sentences)):
-            ids += [*sentence, tokenizer._special_tokens["[SEP]"]]
-        yield name, np.array(ids + [tokenizer._special_tokens["[SEP]"]][: len(ids)], kind)
+        named = ((name, sentence) for sentence in sentences)
+        parts = [ids for _, ids in tokenize(named, tokenizer, separator) if len(ids) > 1]
+        if parts:
+            yield name, np.concatenate([*parts, parts[-1][-1:]])
+
+class SentenceCorpus:
+    """What get_batch reads: a Corpus of the ids of tokenize_sentences, and the ids of SPECIALS."""
+
+    def __init__(self, ids, tokenizer):
+        self.ids = ids
+        self.special_ids = {token: tokenizer.encode_single_token(token) for token in SPECIALS}
 
 def read_block(corpus, block, n_blocks):
     """Documents, lists of sentences, which are lists of ids, in one of n_blocks equal parts."""
-    total, before, pieces = sum(map(len, corpus.parts)), 0, []
-    low, high = total * block // n_blocks, total * (block + 1) // n_blocks
-    for part in corpus.parts:
-        pieces.append(part[max(low - before, 0) : max(high - before, 0)])
-        before += len(part)
-    separator = corpus.tokenizer._special_tokens["[SEP]"]
-    ids = np.concatenate([*pieces, [separator]]).astype(np.int64)
-    if ids.max() >= corpus.tokenizer.n_vocab:
-        known = corpus.tokenizer.n_vocab
-        raise ValueError(f"the data has token id {ids.max()}, and the tokenizer {known} entries")
-    ends = np.flatnonzero(ids == separator).tolist()
-    documents, ids = [[]], ids.tolist()
-    for start, end in zip([0, *(end + 1 for end in ends)], ends):
-        if start < end:
-            documents[-1].append(ids[start:end])
+    first = corpus.size * block // n_blocks
+    stop = corpus.size * (block + 1) // n_blocks
+    documents = [[]]
+    sentence = []
+    # Two separators end what the block's border cuts.
+    for i in [*corpus.read(first, stop - first).tolist(), corpus.separator, corpus.separator]:
+        if i != corpus.separator:
+            sentence.append(i)
+        elif sentence:
+            documents[-1].append(sentence)
+            sentence = []
         elif documents[-1]:
             documents.append([])
-    return documents if documents[-1] else documents[:-1]
+    return documents[:-1]
 
 def create_instances(documents, index, length, short_seq_prob, rng):
     """The pairs (A, B, is B random) of one document of documents, as the released code makes them,
@@ -589,7 +604,8 @@ def create_instances(documents, index, length, short_seq_prob, rng):
 @functools.lru_cache(4 * LANES)
 def block_instances(corpus, block, n_blocks, length, short_seq_prob, key):
     """The pairs of a block's documents: (ids of A and B, length of A, is B random) of each."""
-    documents, rng = read_block(corpus, block, n_blocks), random.Random(stable_hash(key, block))
+    documents = read_block(corpus, block, n_blocks)
+    rng = random.Random(stable_hash(key, block))
     return [
         (np.array(a + b, np.int32), len(a), is_random)
         for index in range(len(documents))
@@ -604,9 +620,8 @@ def find_instance(corpus, index, cfg):
     # at a time, and its random sentences come from the same block, which are the document's own
     # where it fills the block; one that a border cuts is two. The released code makes files, of all
     # instances of shuffled documents. Here, what a pass leaves of a block may come in another.
-    total = sum(map(len, corpus.parts))
-    n_blocks = max(total // BLOCK, 1)
-    quota = max(total // (n_blocks * cfg.seq_len), 1)
+    n_blocks = max(corpus.size // BLOCK, 1)
+    quota = max(corpus.size // (n_blocks * cfg.seq_len), 1)
     epoch, index = divmod(index, n_blocks * quota)
     group, index = divmod(index, LANES * quota)
     lanes = min(LANES, n_blocks - group * LANES)
@@ -616,7 +631,8 @@ def find_instance(corpus, index, cfg):
     settings = n_blocks, cfg.seq_len, cfg.short_seq_prob, key
     found = block_instances(corpus, block, *settings)
     if not found:
-        raise ValueError(f"block {block} of the data, of {total // n_blocks:,} tokens, has no text")
+        n = corpus.size // n_blocks
+        raise ValueError(f"block {block} of the data, of {n:,} tokens, has no text")
     which = shuffled(slot, max(quota, len(found)), (key, block)) % len(found)
     return *found[which], (*key, block, slot)
 
@@ -641,48 +657,62 @@ def get_batch(corpus, first, n, cfg):
     """Instances first ... first + n - 1 of the run, whatever the ranks or the moment: tokens,
     segments and attention_mask [n, T]; positions, labels and uniform (numbers in [0, 1), by which
     ELECTRA samples) [n, P]; is_random [n]; and their counts."""
-    T, P, n_vocab = cfg.seq_len, cfg.max_predictions, corpus.tokenizer.n_vocab
-    specials = corpus.tokenizer._special_tokens
+    T, P = cfg.seq_len, cfg.max_predictions
+    specials = corpus.special_ids
     sep = specials["[SEP]"]
+    n_vocab = len(corpus.ids.token_bytes)
     tokens = np.full((n, T), specials["[PAD]"], np.int64)
-    segments, attention_mask = np.zeros_like(tokens), np.zeros((n, T), bool)
-    positions, labels = np.zeros((n, P), np.int64), np.full((n, P), -100)
-    uniform, is_random = np.zeros((n, P), np.float32), np.zeros(n, np.int64)
+    segments = np.zeros_like(tokens)
+    attention_mask = np.zeros((n, T), bool)
+    positions = np.zeros((n, P), np.int64)
+    labels = np.full((n, P), -100)
+    uniform = np.zeros((n, P), np.float32)
+    is_random = np.zeros(n, np.int64)
     for row in range(n):
-        ids, split, is_random[row], key = find_instance(corpus, first + row, cfg)
+        ids, split, is_random[row], key = find_instance(corpus.ids, first + row, cfg)
         ids = [specials["[CLS]"], *ids[:split].tolist(), sep, *ids[split:].tolist(), sep]
         rng = random.Random(stable_hash("masks", *key))
         seen, where, originals = create_masked_lm_predictions(ids, cfg, specials, n_vocab, rng)
-        tokens[row, : len(ids)], attention_mask[row, : len(ids)] = seen, True
+        tokens[row, : len(ids)] = seen
+        attention_mask[row, : len(ids)] = True
         segments[row, split + 2 : len(ids)] = 1
-        positions[row, : len(where)], labels[row, : len(where)] = where, originals
+        positions[row, : len(where)] = where
+        labels[row, : len(where)] = originals
         if cfg.objective == "rtd":
             uniform[row] = [rng.random() for _ in range(P)]
     arrays = dict(
         tokens=tokens, segments=segments, attention_mask=attention_mask, positions=positions,
         labels=labels, uniform=uniform, is_random=is_random,
     )  # fmt: skip
-    counts = {"n_targets": int((labels >= 0).sum()), "n_sequences": n, "n_bytes": 0}
+    counts = {"n_targets": int((labels >= 0).sum()), "n_sequences": n}
     counts |= {"n_tokens": int(attention_mask.sum()), "n_random": int(is_random.sum())}
     return {name: torch.from_numpy(array) for name, array in arrays.items()} | counts
 
+def most_documents(corpus):
+    """(documents of a block, sentences of a document), the most that are found; the search ends
+    where both are 2 or more, or after 64 blocks."""
+    n_documents = n_sentences = 0
+    n_blocks = max(corpus.size // BLOCK, 1)
+    for block in range(min(n_blocks, 64)):
+        documents = read_block(corpus, block, n_blocks)
+        n_documents = max(n_documents, len(documents))
+        n_sentences = max([n_sentences, *map(len, documents)])
+        if min(n_documents, n_sentences) >= 2:
+            break
+    return n_documents, n_sentences
+
 def check_documents(corpus, heldout, cfg):
-    """Raises ValueError where next sentences cannot be drawn: they need, in a block, two documents,
-    one of them of two sentences."""
+    """Raise ValueError if next sentences cannot be drawn: they need, in a block, two documents, one
+    of them of two sentences."""
     name = cfg.data or "the embedded corpus"
-    for held, part in enumerate((corpus, heldout)):
-        n_blocks, n, longest = max(sum(map(len, part.parts)) // BLOCK, 1), 0, 0
-        for block in range(min(n_blocks, 64)):
-            documents = read_block(part, block, n_blocks)
-            n, longest = max(n, len(documents)), max([longest, *map(len, documents)])
-            if n >= 2 and longest >= 2:
-                break
-        if n < 2 and not held:
-            raise ValueError(f"{name} has {n} document to train on, and random sentences need 2")
-        if longest < 2 and not held:
-            raise ValueError(f"{name}: no document of {n} has 2 sentences: none has a next one")
-        if n < 2:
-            print("held out is one document: its random sentences are its own", flush=True)
+    n_documents, n_sentences = most_documents(corpus)
+    if n_documents < 2:
+        found = f"{n_documents} document to train on"
+        raise ValueError(f"{name} has {found}, and random sentences need 2")
+    if n_sentences < 2:
+        raise ValueError(f"{name}: no document has 2 sentences: none has a next one")
+    if most_documents(heldout)[0] < 2:
+        print("held out is one document: its random sentences are its own")
 
 # ---------------------------------------- Objective ----------------------------------------
 
@@ -763,13 +793,15 @@ def phase_at(step, cfg):
     n_long = round(cfg.long_share * cfg.steps)
     if step < cfg.steps - n_long or n_long == 0:
         return cfg
-    more = dict(seq_len=cfg.long_seq_len, max_predictions=cfg.long_max_predictions)
-    micro_batch = cfg.long_micro_batch or cfg.micro_batch
-    return dataclasses.replace(cfg, **more, micro_batch=micro_batch)
+    return dataclasses.replace(
+        cfg, seq_len=cfg.long_seq_len, max_predictions=cfg.long_max_predictions,
+        micro_batch=cfg.long_micro_batch or cfg.micro_batch,
+    )  # fmt: skip
 
 def phases_of(cfg):
     """cfg as it is in each phase: one or two."""
-    short, long = phase_at(0, cfg), phase_at(cfg.steps, cfg)
+    short = phase_at(0, cfg)
+    long = phase_at(cfg.steps, cfg)
     return [short] if short == long else [short, long]
 
 # ---------------------------------------- Precision ----------------------------------------
@@ -786,32 +818,38 @@ PEAK_FLOPS = {  # dense bf16, by the device's exact name; a device not listed ge
 # ---------------------------------------- Parallelism ----------------------------------------
 
 def parallelize(model, cfg, mesh):
-    """Synchronous data parallelism (A.2): each rank has a copy, gradients are averaged."""
+    """Synchronous data parallelism (A.2): each rank has a copy, gradients are averaged.
+    Recomputation and compilation are applied to the blocks first."""
     # Departure: on TPUs the code clips each replica's gradient before the average; here, after it.
-    if cfg.compile:
-        for module in model.modules():
-            if isinstance(module, Block):
-                module.compile()
+    for block in model.modules():
+        if isinstance(block, Block) and cfg.recompute == "block":
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if isinstance(block, Block) and cfg.compile:
+            torch.compiler.config.fail_on_recompile_limit_hit = True
+            block.compile(dynamic=False)
     if mesh.size() == 1:
         return model
-    whole = all(split_batch(phase, mesh.size())[0] == 1 for phase in phases_of(cfg))
+    # A static graph is faster, and wrong with gradient accumulation.
+    static_graph = all(split_batch(phase, mesh.size())[0] == 1 for phase in phases_of(cfg))
     return nn.parallel.DistributedDataParallel(
         model, process_group=mesh.get_group(), gradient_as_bucket_view=True,
-        static_graph=whole,  # it is faster, and wrong under the no_sync() of accumulation
+        static_graph=static_graph,
     )  # fmt: skip
 
 def memory_per_rank(cfg):
     """Bytes on one rank of cfg.world_size as an eager backward pass begins, by kind."""
     with torch.device("meta"):
         n, _ = count_parameters(build_model(cfg))
-    micro = split_batch(cfg, cfg.world_size)[1]
-    positions, slots = micro * cfg.seq_len, micro * cfg.max_predictions
+    _, micro = split_batch(cfg, cfg.world_size)
+    positions = micro * cfg.seq_len
+    slots = micro * cfg.max_predictions
     size = 2 if cfg.precision == "bf16" else 4
 
     def encoder(n):  # of a width n times narrower
         # Kept per position and block: inputs of both norms (fp32); inputs of the four products, q,
         # k, v and GELU's input (in the products' precision); a byte an entry of two dropout masks.
-        dim, hidden_dim = cfg.dim // n, cfg.hidden_dim // n
+        dim = cfg.dim // n
+        hidden_dim = cfg.hidden_dim // n
         block = 8 * dim + size * (6 * dim + 2 * hidden_dim) + 2 * dim * (cfg.dropout > 0)
         if cfg.recompute == "block":  # every block's input, and one block at a time in full
             block = 4 * dim + block / cfg.n_layers
@@ -833,11 +871,17 @@ def memory_per_rank(cfg):
 
 # ---------------------------------------- Checkpoint ----------------------------------------
 
-HF_CONFIG = {  # ours: Hugging Face's
-    "vocab_size": "vocab_size", "context": "max_position_embeddings", "dim": "hidden_size",
-    "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
-    "hidden_dim": "intermediate_size",
+HF_CONFIG = {  # field of Config: (key in config.json, default of BertConfig)
+    "vocab_size": ("vocab_size", 30522), "context": ("max_position_embeddings", 512),
+    "dim": ("hidden_size", 768), "n_layers": ("num_hidden_layers", 12),
+    "n_heads": ("num_attention_heads", 12), "hidden_dim": ("intermediate_size", 3072),
+    "gelu": ("hidden_act", "gelu"),
 }  # fmt: skip
+HF_FIXED = {
+    "model_type": "bert", "layer_norm_eps": 1e-12, "type_vocab_size": 2, "is_decoder": False,
+    "position_embedding_type": "absolute", "tie_word_embeddings": True,
+}  # fmt: skip
+HF_GELU = {"gelu": "erf", "gelu_new": "tanh"}
 HF_NAMES = {
     "embeddings.token.": "bert.embeddings.word_embeddings.",
     "embeddings.segment.": "bert.embeddings.token_type_embeddings.",
@@ -849,10 +893,11 @@ HF_NAMES = {
     "mlm.dense.": "cls.predictions.transform.dense.", "mlm.bias": "cls.predictions.bias",
     "mlm.norm.": "cls.predictions.transform.LayerNorm.", "nsp.": "cls.seq_relationship.",
 }  # fmt: skip
-HF_GELU = {"erf": "gelu", "tanh": "gelu_new"}
+# fields of Config that a checkpoint fixes
+SHAPE = (*HF_CONFIG, "objective", "embedding_dim", "generator_divisor")
 
 def bert_tensors(model):
-    """(Hugging Face's name, our tensor or a part of it) of each of its parameters."""
+    """(Hugging Face's name, our tensor or a part of it) of each parameter."""
     for name, p in model.named_parameters():
         for ours, theirs in HF_NAMES.items():
             name = re.sub(rf"(^|\.){re.escape(ours)}", rf"\g<1>{theirs}", name)
@@ -861,91 +906,144 @@ def bert_tensors(model):
             yield name.replace("qkv", part), tensor
 
 def from_hf(path):
-    """(model, cfg) from the directory of a BertForPreTraining: config.json, *.safetensors."""
-    from safetensors.torch import load_file
-
-    try:
-        theirs = json.loads((Path(path) / "config.json").read_text())
-        cfg = Config(**{ours: theirs[name] for ours, name in HF_CONFIG.items()})
-        cfg.gelu = {name: form for form, name in HF_GELU.items()}[theirs["hidden_act"]]
-        if theirs["model_type"] != "bert" or theirs.get("layer_norm_eps", 1e-12) != 1e-12:
-            raise ValueError("not of the type bert with the eps 1e-12")
-        tensors = {}
-        for file in Path(path).glob("*.safetensors"):
-            for name, tensor in load_file(file).items():
-                name = name.replace("LayerNorm.gamma", "LayerNorm.weight")  # as first converted
-                tensors[name.replace("LayerNorm.beta", "LayerNorm.bias")] = tensor
+    """(model, cfg) from the checkpoint directory of a BertForPreTraining."""
+    with explain(f"{path} holds no BertForPreTraining", Exception):
+        fields = read_hf_config(path, HF_CONFIG, HF_FIXED)
+        if fields["gelu"] not in HF_GELU:
+            raise ValueError(f"config.json has hidden_act {fields['gelu']!r}, not {[*HF_GELU]}")
+        cfg = Config(**fields | {"gelu": HF_GELU[fields["gelu"]]})
         model = BERT(cfg)
+        tensors = {}
+        for name, tensor in read_hf_tensors(path).items():
+            name = name.replace("LayerNorm.gamma", "LayerNorm.weight")  # as first converted
+            tensors[name.replace("LayerNorm.beta", "LayerNorm.bias")] = tensor
         for name, tensor in bert_tensors(model):
             tensor.copy_(tensors[name].view_as(tensor))
-    except Exception as error:
-        raise ValueError(f"{path} holds no BertForPreTraining: {error!r}") from error
     return model, cfg
 
 def to_hf(model, cfg, path):
-    """Writes model to the directory path as a BertForPreTraining."""
+    """Write model to the directory path as a BertForPreTraining."""
     from safetensors.torch import save_file
 
-    config = {theirs: getattr(cfg, ours) for ours, theirs in HF_CONFIG.items()}
-    config |= dict(architectures=["BertForPreTraining"], model_type="bert", type_vocab_size=2)
-    config |= dict(hidden_act=HF_GELU[cfg.gelu], layer_norm_eps=1e-12, tie_word_embeddings=True)
+    config = {key: getattr(cfg, field) for field, (key, _) in HF_CONFIG.items()} | HF_FIXED
+    config["hidden_act"] = {form: name for name, form in HF_GELU.items()}[cfg.gelu]
     config |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), cfg.dropout)
+    config["architectures"] = ["BertForPreTraining"]
     tensors = {k: v.cpu().clone().contiguous() for k, v in bert_tensors(model)}
-    Path(path).mkdir(parents=True, exist_ok=True)
-    (Path(path) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(tensors, Path(path) / "model.safetensors", metadata={"format": "pt"})
+    with written_beside(path) as folder:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+def read_hf_config(path, fields, fixed):
+    """Fields of Config from the config.json of a Hugging Face checkpoint directory.
+
+    fields: {field: (key, default of Hugging Face's class)}; fixed: {key: the only value that is
+    supported}. Raises ValueError, with the key's name, for another value.
+    """
+    theirs = json.loads((Path(path) / "config.json").read_text())
+    for key, value in fixed.items():
+        if theirs.get(key) not in (None, value):
+            raise ValueError(f"{path}: config.json has {key} {theirs[key]!r}, not {value!r}")
+    return {field: theirs.get(key, default) for field, (key, default) in fields.items()}
+
+def read_hf_tensors(path):
+    """{name: tensor} of model.safetensors or, without it, of the files that the index names."""
+    from safetensors.torch import load_file
+
+    files = {"model.safetensors"}
+    if not (Path(path) / "model.safetensors").exists():
+        index = json.loads((Path(path) / "model.safetensors.index.json").read_text())
+        files = set(index["weight_map"].values())
+    return {name: tensor for file in files for name, tensor in load_file(Path(path) / file).items()}
+
+@contextlib.contextmanager
+def written_beside(path):
+    """A temporary directory; when the block ends, its files move to the directory path."""
+    path = Path(path)
+    folder = path.with_name(path.name + ".tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    yield folder
+    try:
+        folder.rename(path)  # at once, if path is new or empty
+    except OSError:
+        for file in folder.iterdir():
+            file.replace(path / file.name)
+        folder.rmdir()
+
+def newest_checkpoint(out, resume, fixed):
+    """(path of the newest checkpoint in out, config.json of its run), or (None, {}).
+
+    Raises ValueError if there is one, but neither --resume nor a restart by torchrun asks for it,
+    or if its run had another value of a field in `fixed`.
+    """
+    newest = [None, {}]
+    checkpoints = sorted(Path(out).glob("step_*[0-9]")) if out else []
+    if checkpoints:
+        newest = [checkpoints[-1], json.loads((Path(out) / "config.json").read_text())]
+    dist.broadcast_object_list(newest)  # ranks on a network file system may list other files
+    path, run = newest
+    (restarts,) = sum_over_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+    if path and not (resume or restarts):
+        raise ValueError(f"{out} has checkpoints: --resume continues, another --out starts anew")
+    for name in fixed:
+        if path and run.get(name) != fixed[name]:
+            raise ValueError(f"{path} has {name} {run.get(name)}, and this run {fixed[name]}")
+    if path:
+        print(f"continuing from {path}")
+    elif resume:
+        print(f"no checkpoint in {out or '--out'}: starting a run")
+    return path, run
+
+def claim_directory(out, step, config):
+    """Write config.json, and remove the rows of later steps from metrics.jsonl. Returns a lock,
+    which the process holds while it lives; ValueError if another process holds it."""
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "lock", "w")
+    if dist.get_rank() > 0:
+        return lock
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"another run is writing to {out}") from error
+    except OSError as error:
+        print(f"{out} cannot be locked against other runs: {error}")
+    log = folder / "metrics.jsonl"
+    log.touch()
+    rows = [json.loads(line) for line in log.open() if line.endswith("}\n")]
+    kept = [row for row in rows if row["step"] < step or (row["step"] == step and "loss" in row)]
+    texts = {"config.json": json.dumps(config, indent=2) + "\n"}
+    texts["metrics.jsonl"] = "".join(json.dumps(row) + "\n" for row in kept)
+    for name, text in texts.items():
+        (folder / f"{name}.tmp").write_text(text)
+        (folder / f"{name}.tmp").replace(folder / name)
+    return lock
 
 def save_checkpoint(out, model, optimizer, state):
-    """Writes model, optimizer and state to out/step_N, of which the two newest stay. The name comes
-    with a rename at the end, so that a process killed at any moment leaves whole checkpoints."""
+    """Write model, optimizer and state to out/step_N, and keep the two newest. The directory is
+    renamed when it is complete, so that a killed process leaves only complete checkpoints."""
     final = Path(out) / f"step_{state['step']:09d}"
     partial = final.with_suffix(".tmp")
-    if dist.get_rank() == 0:
-        for remains in Path(out).glob("step_*.tmp"):
-            shutil.rmtree(remains)
-    dist.barrier()
     weights, moments = get_state_dict(model, optimizer)
-    try:
-        dcp.save({"model": weights, "optimizer": moments, "state": state}, checkpoint_id=partial)
-    except dcp.api.CheckpointException as error:  # which is no Exception
-        raise OSError(f"cannot save {final}: {next(iter(error.failures.values()))[0]}") from error
+    content = {"model": weights, "optimizer": moments["state"], "state": state}
+    with explain(f"cannot save {final}", dcp.CheckpointException):
+        dcp.save(content, checkpoint_id=partial)
     if dist.get_rank() == 0:
         partial.rename(final)
-        for old in sorted(Path(out).glob("step_*[0-9]"))[:-2]:
-            shutil.rmtree(old)
+        old = sorted(Path(out).glob("step_*[0-9]"))[:-2]
+        for path in [*old, *Path(out).glob("step_*.tmp")]:  # .tmp: of killed processes
+            shutil.rmtree(path)
     dist.barrier()
 
-def load_checkpoint(out, resume, steps, model, optimizer, state):
-    """Fills model, optimizer and state from the newest checkpoint in out if --resume or a restart
-    by torchrun asks for it; ValueError if there is none, or one that nobody asked for."""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    listing = [sorted(Path(out).glob("step_*[0-9]"))]
-    dist.broadcast_object_list(listing)  # rank 0's, since network file systems show ranks old ones
-    (found,) = listing
-    if not found and resume and not restarted:
-        raise ValueError(f"--resume: {out} has no checkpoint")
-    if found and not resume and not restarted:
-        raise ValueError(f"{out} has checkpoints: --resume goes on, another --out starts anew")
-    if found:
-        path = found[-1]
-        settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-        weights, moments = get_state_dict(model, optimizer)
-        loaded = {"model": weights, "optimizer": moments, "state": dict(state)}
-        try:
-            dcp.load(loaded, checkpoint_id=path)
-        except dcp.api.CheckpointException as error:
-            cause = next(iter(error.failures.values()))[0]
-            raise ValueError(f"{path} does not fit or is damaged: {cause}") from error
-        if loaded["state"]["seed"] != state["seed"] or loaded["state"]["step"] > steps:
-            raise ValueError(f"{path} has --seed {loaded['state']['seed']} or is beyond --steps")
-        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-        for group, setting in zip(optimizer.param_groups, settings):
-            group.update(setting)  # the flags count, not what they were
-        state.update(loaded["state"])
-    log = Path(out) / "metrics.jsonl"
-    if dist.get_rank() == 0 and log.exists():  # what lies behind the checkpoint comes again
-        rows = [row for row in log.read_text().splitlines(True) if row.endswith("}\n")]
-        log.write_text("".join(row for row in rows if json.loads(row)["step"] <= state["step"]))
+def load_checkpoint(path, model, optimizer, state):
+    """Fill model, optimizer and state from a checkpoint; its hyperparameters stay as they are."""
+    weights, moments = get_state_dict(model, optimizer)
+    content = {"model": weights, "optimizer": moments["state"], "state": dict(state)}
+    with explain(f"{path} does not fit or is damaged", dcp.CheckpointException):
+        dcp.load(content, checkpoint_id=path)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    state.update(content["state"])
 
 # ---------------------------------------- Training ----------------------------------------
 
@@ -955,116 +1053,145 @@ def split_batch(cfg, ranks):
     micro = min(cfg.micro_batch or share, share)
     return share // max(micro, 1), micro
 
-def sum_over_ranks(*numbers, device):
+def sum_over_ranks(*numbers):
     """The numbers, each summed over all ranks, as floats."""
-    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
+    sums = torch.tensor(numbers, dtype=torch.float64)
     dist.all_reduce(sums)
     return sums.tolist()
 
-def next_batches(corpus, first, stop, cfg, device, rank, ranks):
-    """The micro-batches of data-parallel rank `rank` of `ranks` of the global batch that begins at
-    sequence `first`, on the device; their counts (n_...) are those of the global batch. None if
-    any rank was told to stop."""
+def read_batch(corpus, first, cfg, device, rank, ranks):
+    """Micro-batches, on the device, of data-parallel rank `rank` of `ranks` of the global batch
+    that begins with sequence `first`. Without collectives, so that a thread can call it."""
     steps, micro = split_batch(cfg, ranks)
     first += rank * steps * micro
     batches = [get_batch(corpus, first + i * micro, micro, cfg) for i in range(steps)]
+    for batch in batches:
+        for name, value in batch.items():
+            if torch.is_tensor(value) and device.type == "cuda":
+                batch[name] = value.pin_memory().to(device, non_blocking=True)
+    return batches
+
+def sum_counts(batches, ranks):
+    """Replace the counts (n_...) of micro-batches by those of the global batch, which `ranks`
+    data-parallel ranks read together; all others read the same as one of these."""
     names = [name for name in batches[0] if name.startswith("n_")]
-    sums = (sum(batch.pop(name) for batch in batches) for name in names)
-    stop, *sums = sum_over_ranks(stop, *sums, device=device)
-    if stop:
-        return None
-    copies = dist.get_world_size() // ranks  # ranks of other kinds of parallelism: the same counts
-    counts = {name: count / copies for name, count in zip(names, sums)}
-    return [{k: v.to(device) for k, v in batch.items()} | counts for batch in batches]
+    sums = sum_over_ranks(*(sum(batch[name] for batch in batches) for name in names))
+    counts = {name: n * ranks / dist.get_world_size() for name, n in zip(names, sums)}
+    for batch in batches:
+        batch.update(counts)
+
+@contextlib.contextmanager
+def evaluation_mode(model, compiled):
+    """No dropout, no gradients, and no compiled code, which would be compiled for each length."""
+    eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+    model.eval()
+    with torch.no_grad(), eager:
+        yield
+    model.train()
 
 def run_batches(model, batches, cfg, backward):
-    """This rank's part of the loss and the metrics of a global batch, by name; backward adds its
-    gradient to the parameters."""
-    sums, ranks = {}, dist.get_world_size()
+    """Loss and metrics of the global batch of which this rank has these micro-batches, by name,
+    as scalars on the device; `backward` adds the gradient of the loss to the parameters."""
+    sums = {}
     for i, batch in enumerate(batches):
-        alone = backward and ranks > 1 and i < len(batches) - 1  # ranks meet once, in the last one
-        with model.no_sync() if alone else contextlib.nullcontext():
-            loss, metrics = objective(model, batch, cfg)
-            if backward:
-                (loss * ranks).backward()  # DDP averages over ranks what is an average already
-        for name, value in ({"loss": loss} | metrics).items():
+        model.require_backward_grad_sync = i == len(batches) - 1  # DDP: one all-reduce an update
+        loss, metrics = objective(model, batch, cfg)
+        if backward:
+            (loss * dist.get_world_size()).backward()  # DDP averages over the ranks
+        for name, value in {"loss": loss, **metrics}.items():
             sums[name] = sums.get(name, 0.0) + value.detach()
-    return sums
+    values = torch.stack(list(sums.values()))
+    dist.all_reduce(values)
+    return dict(zip(sums, values))
+
+def update_model(model, optimizer, batches, lr, cfg):
+    """One update from this rank's micro-batches: loss, metrics and gradient norm ("grad") of the
+    global batch, by name. The parameters stay as they are if loss or norm is not finite, which all
+    ranks find alike."""
+    found = run_batches(model, batches, cfg, backward=True)
+    found["grad"] = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
+    # The update waits for the device here alone.
+    found = dict(zip(found, torch.stack(list(found.values())).tolist()))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if math.isfinite(found["loss"]) and math.isfinite(found["grad"]):
+        optimizer.step()
+    optimizer.zero_grad()
+    return found
 
 COUNTED = {  # what a metric is a mean over
     "mlm": "n_targets", "mlm_acc": "n_targets", "nsp": "n_sequences", "nsp_acc": "n_sequences",
     "rtd": "n_tokens", "rtd_acc": "n_tokens", "replaced": "n_tokens",
 }  # fmt: skip
 
-@torch.compiler.set_stance("force_eager")  # a compiled block would compile for it, too
-@torch.no_grad()
-def validate_objective(model, heldout, step, cfg, device):
-    """Prints the held-out loss, its terms and the accuracies; majority is what always giving the
-    more frequent answer about the next sentence would score."""
-    rank, ranks, totals, counts = dist.get_rank(), dist.get_world_size(), {}, collections.Counter()
-    model.eval()
-    for i in range(min(cfg.val_batches, heldout.n_windows(cfg.seq_len) // cfg.batch_size)):
-        batches = next_batches(heldout, i * cfg.batch_size, False, cfg, device, rank, ranks)
-        counts.update({k: v for k, v in batches[0].items() if k.startswith("n_")})
-        means = run_batches(model, batches, cfg, backward=False)
-        for name, mean in zip(means, sum_over_ranks(*means.values(), device=device)):
-            if name in COUNTED:
-                totals[name] = totals.get(name, 0.0) + mean * batches[0][COUNTED[name]]
-    model.train()
+def validate_objective(model, heldout, step, cfg, device, rank, ranks):
+    """Print and log the held-out loss, its terms and the accuracies; majority is what always giving
+    the more frequent answer about the next sentence would score."""
+    totals = collections.Counter()
+    counts = collections.Counter()
+    for i in range(min(cfg.val_batches, heldout.ids.n_windows(cfg.seq_len) // cfg.batch_size)):
+        batches = read_batch(heldout, i * cfg.batch_size, cfg, device, rank, ranks)
+        sum_counts(batches, ranks)
+        counts.update({k: n for k, n in batches[0].items() if k.startswith("n_")})
+        with evaluation_mode(model, cfg.compile):
+            means = run_batches(model, batches, cfg, backward=False)
+        means.pop("loss")
+        totals.update({k: float(mean) * batches[0][COUNTED[k]] for k, mean in means.items()})
     means = {name: total / counts[COUNTED[name]] for name, total in totals.items()}
     loss = means["mlm"] + means.get("nsp", 0.0) + cfg.rtd_weight * means.get("rtd", 0.0)
     if cfg.objective == "mlm":
         share = counts["n_random"] / counts["n_sequences"]
         means["majority"] = max(share, 1 - share)
     line = " | ".join(f"{k} {v:.4f}" for k, v in means.items())
-    print(f"val {step} | loss {loss:.4f} | bpb n/a | {line} | length {cfg.seq_len}", flush=True)
+    print(f"val {step} | loss {loss:.4f} | bpb n/a | {line} | length {cfg.seq_len}")
+    row = {"step": step, "val_loss": loss, "val_bpb": math.nan}
+    write_row(cfg.out, row | {f"val_{name}": mean for name, mean in means.items()})
 
-@torch.compiler.set_stance("force_eager")  # a compiled block would compile for every length
-@torch.no_grad()
-def sample(model, ids, segments, mask, known, cfg):
-    """ids, where each that is mask gives way to the likeliest of those that known [V] marks, one
-    place at a time, the surest first."""
-    model.eval()
-    device, ids = model.embeddings.token.weight.device, list(ids)
-    while mask in ids:
-        tokens, kinds = torch.tensor([ids, segments], device=device)[:, None]  # [1, T] each
-        with torch.autocast(device.type, torch.bfloat16, cfg.precision == "bf16"):
-            logits = model(tokens, kinds)[0][0].float()  # [T, V]
-        logits = logits.masked_fill(~known.to(device), -math.inf)
-        sure, best = logits.log_softmax(-1).max(-1)
-        place = sure.masked_fill(tokens[0] != mask, -math.inf).argmax()
-        ids[place] = best[place].item()
+def sample(model, ids, segments, mask, allowed_ids, cfg):
+    """ids, with each that is mask replaced by the most likely of allowed_ids (boolean, of the first
+    entries of the vocabulary), one position at a time, the most certain first."""
+    device = model.embeddings.token.weight.device
+    ids = list(ids)
+    with evaluation_mode(model, cfg.compile):
+        while mask in ids:
+            tokens, kinds = torch.tensor([ids, segments], device=device)[:, None]  # [1, T] each
+            with torch.autocast(device.type, torch.bfloat16, cfg.precision == "bf16"):
+                logits = model(tokens, kinds)[0][0].float().cpu()  # [T, V]
+            logits = logits[:, : len(allowed_ids)].masked_fill(~allowed_ids, -math.inf)
+            certainty, best = logits.log_softmax(-1).max(-1)
+            position = certainty.masked_fill(tokens[0].cpu() != mask, -math.inf).argmax()
+            ids[position] = best[position].item()
     return ids
 
-def fill_masks(model, heldout, cfg):
-    """Prints the prompt, or a held-out sequence, with its [MASK], and what the model fills in."""
-    tokenizer, specials = heldout.tokenizer, heldout.tokenizer._special_tokens
+def fill_masks(model, heldout, tokenizer, cfg):
+    """Print the prompt, or a held-out sequence, with its [MASK], and what the model fills in."""
+    specials = heldout.special_ids
     if cfg.prompt:
         parts = [clean_text(part, cfg.uncased) for part in cfg.prompt.split("[MASK]")]
         ids = [i for part in parts for i in (specials["[MASK]"], *tokenizer.encode_ordinary(part))]
         ids = [specials["[CLS]"], *ids[1:], specials["[SEP]"]]
         if len(ids) > cfg.context:
-            print(f"--prompt has {len(ids)} tokens, of which {cfg.context} are read", flush=True)
-        ids, segments = ids[: cfg.context], [0] * min(len(ids), cfg.context)
+            print(f"--prompt has {len(ids)} tokens, of which {cfg.context} are read")
+        ids = ids[: cfg.context]
+        segments = [0] * len(ids)
     else:
         batch = get_batch(heldout, 0, 1, cfg)
-        length = batch["n_tokens"]
-        ids, segments = (batch[name][0, :length].tolist() for name in ("tokens", "segments"))
-    known = torch.from_numpy(heldout.token_bytes > 0)
-    filled = sample(model, ids, segments, specials["[MASK]"], known, cfg)
-    print(f"masked: {tokenizer.decode(ids)}\nfilled: {tokenizer.decode(filled)}", flush=True)
+        ids = batch["tokens"][0, : batch["n_tokens"]].tolist()
+        segments = batch["segments"][0, : batch["n_tokens"]].tolist()
+    allowed_ids = torch.from_numpy(heldout.ids.token_bytes > 0)
+    filled = sample(model, ids, segments, specials["[MASK]"], allowed_ids, cfg)
+    print(f"masked: {tokenizer.decode(ids)}\nfilled: {tokenizer.decode(filled)}")
 
 def check(cfg, ranks):
-    """Raises ValueError for a configuration that cannot run on that many ranks."""
+    """Raise ValueError for a configuration that cannot run on that many ranks."""
     for field in dataclasses.fields(cfg):
-        low = 0 if field.default == 0 or field.type is float else 1
-        low = 0 if field.name in ("warmup_steps", "dupe_factor") else low
-        if field.type in (int, float) and not low <= getattr(cfg, field.name) < math.inf:
-            raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {low} or more")
-    n, rtd = cfg.generator_divisor, cfg.objective == "rtd"
-    parts = cfg.dim % n or cfg.n_heads % n or cfg.hidden_dim % n
-    sizes = f"{cfg.dim}, {cfg.n_heads} heads and {cfg.hidden_dim}"
-    shares = "dropout", "long_share", "short_seq_prob", "masked_lm_prob"
+        may_be_0 = field.name in ("warmup_steps", "dupe_factor")
+        least = int(field.type is int and field.default > 0 and not may_be_0)
+        if field.type in (int, float) and not least <= getattr(cfg, field.name) < math.inf:
+            raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
+    for name in ("dropout", "long_share", "short_seq_prob", "masked_lm_prob"):
+        if getattr(cfg, name) > 1 or cfg.dropout == 1:
+            raise ValueError(f"--{name} {getattr(cfg, name)} is no share")
     for phase in phases_of(cfg):
         name = "seq_len" if phase is cfg else "long_seq_len"
         steps, micro = split_batch(phase, ranks)
@@ -1076,39 +1203,38 @@ def check(cfg, ranks):
         ):  # fmt: skip
             if wrong:
                 raise ValueError(f"--{name} {phase.seq_len} {message}")
-    for name in shares:
-        if not 0 <= getattr(cfg, name) <= 1 - (name == "dropout") * 1e-6:
-            raise ValueError(f"--{name} {getattr(cfg, name)} is no share")
+    n = cfg.generator_divisor
+    rtd = cfg.objective == "rtd"
+    sizes = f"{cfg.dim}, {cfg.n_heads} heads and {cfg.hidden_dim}"
     learned = cfg.tokenizer.startswith("wordpiece:")
     for wrong, message in (
         (cfg.dim % cfg.n_heads, f"{cfg.n_heads} heads do not divide the width {cfg.dim}"),
-        (rtd and parts, f"--generator_divisor {n} does not divide width {sizes}"),
+        (rtd and (cfg.dim % n or cfg.n_heads % n or cfg.hidden_dim % n),
+         f"--generator_divisor {n} does not divide width {sizes}"),
         (cfg.resume and not cfg.out, "--resume needs --out"),
+        (cfg.eval and not cfg.out and not cfg.init, "--eval needs --out or --init"),
         (rtd and (cfg.init or cfg.export), "--init and --export take BERT, and rtd trains ELECTRA"),
-        ((cfg.init or cfg.export) and not importlib.util.find_spec("safetensors"),
-         "--init and --export need the package safetensors: pip install safetensors"),
-        (cfg.write_tokens and ranks > 1, "--write_tokens is for one process, without torchrun"),
+        (cfg.write_tokens and ranks > 1, "--write_tokens runs in one process, without torchrun"),
         (cfg.init_std == 0, "--init_std 0.0 draws no weights"),
         (cfg.embedding_dim and not rtd, "--embedding_dim is of --objective rtd"),
         (cfg.prompt and "[MASK]" not in cfg.prompt, "--prompt has no [MASK] to fill in"),
-        (cfg.init and (learned or not cfg.tokenizer),
-         f"{cfg.init} has a vocabulary of its own: --tokenizer is missing"),
-        (cfg.write_tokens and shard_paths(cfg.data),
-         "--write_tokens takes text, and --data is token shards"),
+        (cfg.init and learned, f"--init {cfg.init} needs the --tokenizer of its vocabulary"),
         (learned and not re.fullmatch(r"wordpiece:[1-9]\d{2,6}", cfg.tokenizer),
          f"--tokenizer {cfg.tokenizer} is not wordpiece:N with N from 100"),
-        ((learned or not cfg.tokenizer) and shard_paths(cfg.data),
-         f"{cfg.data} is token shards, whose [MASK] is unknown: --tokenizer is missing"),
     ):
         if wrong:
             raise ValueError(message)
+    if cfg.init or cfg.export:
+        with explain("--init and --export need: pip install safetensors", ImportError):
+            import safetensors  # noqa: F401
 
 def dry_run(cfg):
-    """Prints parameters, FLOPs per token and bytes per rank in each phase, from shapes alone."""
+    """Print parameters, FLOPs per token and bytes per rank in each phase, from shapes alone."""
     check(cfg, cfg.world_size)
     learned = re.fullmatch(r"wordpiece:(\d+)", cfg.tokenizer)
-    entries = cfg.vocab_size or (int(learned[1]) if learned else choose_tokenizer(cfg, []).n_vocab)
-    cfg.vocab_size = entries
+    if not cfg.vocab_size and learned:
+        cfg.vocab_size = int(learned[1])
+    cfg.vocab_size = cfg.vocab_size or choose_tokenizer(cfg.tokenizer, []).n_vocab
     with torch.device("meta"):
         total, activated = count_parameters(build_model(cfg))
     print(f"parameters {total:,} | activated {activated:,}")
@@ -1116,411 +1242,556 @@ def dry_run(cfg):
         print(f"FLOPs per token {flops_per_token(phase):.4g} at length {phase.seq_len}", end=" ")
         print(f"| 6 N gives {6 * activated:.4g}")
         memory = memory_per_rank(phase)
-        for kind, size in (memory | {"sum": sum(memory.values())}).items():
-            print(f"{kind:12} {size / 2**30:8.3f} GiB on each of {cfg.world_size} ranks")
+        for kind, n_bytes in (memory | {"sum": sum(memory.values())}).items():
+            print(f"{kind:12} {n_bytes / 2**30:8.3f} GiB on each of {cfg.world_size} ranks")
 
-def train_in_phases(model, optimizer, corpus, heldout, state, run, device):
-    """Updates until run.steps, or until SIGTERM or SIGINT; state says how far it came."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    mesh = init_device_mesh(device.type, (ranks,), mesh_dim_names=("dp",))
+def train(model, optimizer, corpus, heldout, state, run, device, signals):
+    """Update the model until the sequences of the run are used up, or a signal was received."""
+    place = device, dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp",))
     replicas = parallelize(model, run, mesh)
-    signals, saved, skipped, pace = [], state["step"], 0, 0.0
-    handlers = {s: signal(s, lambda *_: signals.append(1)) for s in (SIGTERM, SIGINT)}
-    while state["step"] < run.steps:
-        cfg = phase_at(state["step"], run)
-        if state["step"] % cfg.val_every == 0:
-            validate_objective(model, heldout, state["step"], cfg, device)
-        started = time.perf_counter()
-        first = state["sequences"] + state["offset"]
-        batches = next_batches(corpus, first, bool(signals), cfg, device, rank, ranks)
-        if batches is None:
-            break
-        torch.manual_seed(stable_hash(cfg.seed, state["step"], rank))  # of dropout
-        found = run_batches(replicas, batches, cfg, backward=True)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf).item()
-        lr = learning_rate(state["step"], run)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        finite = math.isfinite(norm)  # the same on all ranks; a loss that is not finite shows here
-        if finite:
-            optimizer.step()
-        optimizer.zero_grad()
-        state["step"] += 1
-        state["sequences" if finite else "offset"] += cfg.batch_size
-        state["tokens"] += finite * cfg.batch_size * cfg.seq_len
-        seconds = time.perf_counter() - started
-        pace = 0.9 * (pace or seconds) + 0.1 * seconds
-        if state["step"] % cfg.log_every == 0 or state["step"] in (1, cfg.steps):
-            means = dict(zip(found, sum_over_ranks(*found.values(), device=device)))
-            row = {"step": state["step"], "loss": means["loss"], "bpb": math.nan, "lr": lr}
-            row |= {"grad": norm, "tokens": state["tokens"]}
-            row |= {k: round(v, 4) for k, v in means.items() if k.endswith("_acc")}
-            n, counts = batches[0]["n_sequences"], batches[0]
-            trained = counts["n_tokens" if cfg.objective == "rtd" else "n_targets"]  # the loss's
-            row |= {"signals": round(trained / n, 1), "positions": round(counts["n_tokens"] / n, 1)}
-            log_step(row, pace, cfg, device)
-        skipped = 0 if finite else skipped + 1
-        if skipped:
-            print(f"step {state['step']} skipped: its gradient is not finite", flush=True)
-        if skipped == 3:
-            raise ValueError(f"three steps to {state['step']} had no finite gradient")
-        if cfg.out and state["step"] % cfg.save_every == 0:
-            save_checkpoint(cfg.out, model, optimizer, state)
-            saved = state["step"]
-    if run.out and saved < state["step"]:
-        save_checkpoint(run.out, model, optimizer, state)
-    for signum, handler in handlers.items():
-        signal(signum, handler)
+    thread = ThreadPoolExecutor(1)  # reads the next batch during an update
 
-def load_data(cfg):
-    """(training, held-out) Corpus; None after --write_tokens."""
-    documents = split_sentences(read_documents(cfg.data), cfg)
-    documents = list(documents) if cfg.tokenizer.startswith("wordpiece:") else documents
-    tokenizer = choose_tokenizer(cfg, documents)
-    n_vocab, mask = tokenizer.n_vocab, tokenizer._special_tokens["[MASK]"]
+    def read_ahead(first):
+        phase = phase_at(first / run.batch_size, run)
+        return thread.submit(read_batch, corpus, first, phase, *place)
+
+    ahead = read_ahead(state["sequences"])
+    first_step = saved = state["step"]
+    n_skipped = 0
+    pace = None
+    while True:
+        step = state["step"]
+        first = state["sequences"]  # of the batch to come
+        cfg = phase_at(first / run.batch_size, run)
+        steps_left = 0 if cfg.eval else math.ceil(cfg.steps - first / cfg.batch_size)
+        n_signals = n_errors = 0
+        if steps_left > 0:
+            error = ahead.exception()
+            n_signals, n_errors = sum_over_ranks(len(signals), error is not None)
+        end = steps_left <= 0 or n_signals or n_errors
+        if cfg.out and step > saved and not n_skipped and (end or step % cfg.save_every == 0):
+            save_checkpoint(cfg.out, model, optimizer, state)
+            saved = step
+        if n_errors:
+            raise_first(error)
+        if steps_left <= 0 or step % cfg.val_every == 0:
+            validate_objective(model, heldout, step, cfg, *place)
+        if end:
+            return steps_left <= 0
+
+        clock = time.perf_counter()
+        batches = ahead.result()
+        ahead = read_ahead(first + cfg.batch_size)
+        sum_counts(batches, dist.get_world_size())
+        torch.manual_seed(stable_hash(cfg.seed, step, dist.get_rank()))  # of dropout
+        lr = learning_rate(first / cfg.batch_size, cfg)
+        found = update_model(replicas, optimizer, batches, lr, cfg)
+        finite = math.isfinite(found["loss"]) and math.isfinite(found["grad"])
+        state["step"] += 1
+        state["sequences"] += cfg.batch_size
+        state["tokens"] += finite * cfg.batch_size * cfg.seq_len
+        seconds = time.perf_counter() - clock
+        if step > first_step:  # the first update, which may compile, tells nothing of the next
+            pace = 0.9 * (pace or seconds) + 0.1 * seconds
+        if step == 0 or steps_left == 1 or state["step"] % cfg.log_every == 0:
+            row = {"step": step + 1, "loss": found["loss"], "bpb": math.nan, "lr": lr}
+            row |= {"grad": found["grad"], "tokens": state["tokens"]}
+            row |= {k: round(v, 4) for k, v in found.items() if k.endswith("_acc")}
+            n_signals = batches[0]["n_tokens" if cfg.objective == "rtd" else "n_targets"]
+            row["signals"] = round(n_signals / cfg.batch_size, 1)  # per sequence
+            row["positions"] = round(batches[0]["n_tokens"] / cfg.batch_size, 1)
+            log_step(row, steps_left - 1, pace, cfg, device)
+        n_skipped = 0 if finite else n_skipped + 1
+        if n_skipped:
+            print(f"step {step + 1} skipped: its loss or gradient is not finite")
+        if n_skipped == 3 or (n_skipped and steps_left == 1):
+            raise ValueError(f"no finite gradient in the last {n_skipped} steps to {step + 1}")
+
+def load_sentences(cfg):
+    """(tokenizer, training SentenceCorpus, held-out SentenceCorpus) of --data; sets cfg.vocab_size.
+    With --write_tokens the data is written as shards instead, and the result is None."""
+    files, shards = find_files(cfg.data)
+    documents = split_sentences(read_documents(cfg.data, files), cfg)
+    if cfg.tokenizer.startswith("wordpiece:"):
+        documents = list(documents)  # read twice
+    if shards and (isinstance(documents, list) or not cfg.tokenizer):
+        raise ValueError("token shards need --tokenizer, the vocabulary that has their [MASK]")
+    tokenizer = choose_tokenizer(cfg.tokenizer, documents)
+    separator = tokenizer.encode_single_token("[SEP]")
+    cfg.vocab_size = vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
+    if cfg.vocab_size < tokenizer.n_vocab:
+        entries = f"the {tokenizer.n_vocab} entries of the tokenizer, [MASK] among them"
+        raise ValueError(f"--vocab_size {cfg.vocab_size} is less than {entries}")
     documents = tokenize_sentences(documents, tokenizer)
+    if cfg.write_tokens and shards:
+        raise ValueError("--write_tokens reads text, and --data has token shards")
     if cfg.write_tokens:
         write_tokens(cfg.write_tokens, documents)
-        return save_vocabulary(tokenizer, cfg.write_tokens)
-    if 0 < cfg.vocab_size < n_vocab:
-        raise ValueError(
-            f"--vocab_size {cfg.vocab_size} does not hold the tokenizer's {n_vocab} entries, of "
-            f"which [MASK] is {mask}"
-        )
+        return save_vocabulary(tokenizer, Path(cfg.write_tokens) / "vocab.wordpiece")
+    # Ids from tokenizer.n_vocab on have no entry, even if the model has room for more.
     longest = max(phase.seq_len for phase in phases_of(cfg))
-    sizes = cfg.vocab_size, cfg.batch_size, longest
-    corpus, heldout = load_corpora(cfg.data, documents, tokenizer, *sizes)
+    sizes = tokenizer.n_vocab, cfg.batch_size, longest
+    corpus, heldout = load_corpora(shards, documents, tokenizer, separator, *sizes)
     check_documents(corpus, heldout, cfg)
-    return corpus, heldout
+    return tokenizer, SentenceCorpus(corpus, tokenizer), SentenceCorpus(heldout, tokenizer)
 
 @record
 def main(argv=None):
-    """Reads the command line and the data, builds or resumes the run, trains, exports, samples."""
-    with one_line_mistakes():
-        cfg = parse(argv)
+    """Run the command line: read the data, build or resume the run, train, export and sample."""
+    with report_user_errors(), stop_signals() as signals:
+        cfg, given = parse(argv)
         if cfg.dry_run:
             return dry_run(cfg)
-        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        device = init_distributed(cfg.timeout)
+        ranks = dist.get_world_size()
         check(cfg, ranks)
         if cfg.init:
             source, theirs = from_hf(cfg.init)
-            shape = {name: getattr(theirs, name) for name in (*HF_CONFIG, "gelu")}
-            cfg = dataclasses.replace(cfg, **shape)
+            cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in SHAPE})
             check(cfg, ranks)
-        data = load_data(cfg)
-        if data is None:
+
+        data = load_sentences(cfg)
+        if not data:
             return
-        device = launch(cfg.timeout)
-        for folder in filter(None, (cfg.out, cfg.export)):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        corpus, heldout = data
-        cfg.vocab_size, windows = corpus.vocab_size, corpus.n_windows(cfg.seq_len)
+        tokenizer, corpus, heldout = data
+        n_windows = corpus.ids.n_windows(cfg.seq_len)
+
+        fixed = {name: getattr(cfg, name) for name in (*SHAPE, "seed")}
+        fixed["data_fingerprint"] = corpus.ids.fingerprint()
+        checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
+        if run and "steps" not in given:  # as many sequences as its first start planned
+            cfg.steps = math.ceil(run["steps"] * run["batch_size"] / cfg.batch_size)
+        if cfg.warmup_steps > cfg.steps // 10:
+            cfg.warmup_steps = cfg.steps // 10
+            print(f"the warm-up is cut to {cfg.warmup_steps} updates, a tenth of the run")
+        weights = list(Path(cfg.export).glob("*.safetensors*")) if cfg.export else []
+        if weights and run.get("export") != cfg.export:
+            raise ValueError(f"--export {cfg.export} has weights that this run did not write")
+
         model = build_model(cfg)
         init_weights(model, cfg)
         if cfg.init:
             model.load_state_dict(source.state_dict())
         optimizer = build_optimizer(model.to(device), cfg)
-        state = {"step": 0, "sequences": 0, "tokens": 0, "offset": 0, "seed": cfg.seed}
+        state = {"step": 0, "sequences": 0, "tokens": 0}
+        if checkpoint:
+            load_checkpoint(checkpoint, model, optimizer, state)
+        if cfg.eval:
+            cfg.out = ""  # nothing is written
         if cfg.out:
-            load_checkpoint(cfg.out, cfg.resume, cfg.steps, model, optimizer, state)
-        if cfg.out and dist.get_rank() == 0:
-            config = json.dumps(dataclasses.asdict(cfg), indent=2)
-            (Path(cfg.out) / "config.json").write_text(config + "\n")
-            save_vocabulary(corpus.tokenizer, cfg.out)
-        (total, activated), (steps, micro) = count_parameters(model), split_batch(cfg, ranks)
-        print(f"python {sys.version.split()[0]} | torch {torch.__version__} |", end=" ")
-        print(f"{device.type} {cfg.precision} | {windows:,} windows to train on")
-        print(f"parameters {total:,} | activated {activated:,} | FLOPs per token", end=" ")
-        tokens = f"{cfg.batch_size * cfg.seq_len:,}"
-        print(f"{flops_per_token(cfg):.3g} | tokens per step {tokens}", end=" ")
-        print(f"= {ranks} ranks x {steps} x {micro} sequences of {cfg.seq_len}", flush=True)
-        train_in_phases(model, optimizer, corpus, heldout, state, cfg, device)
-        if state["step"] < cfg.steps:
-            return print(f"stopped by a signal after step {state['step']}", flush=True)
-        cfg = phase_at(cfg.steps, cfg)
-        validate_objective(model, heldout, cfg.steps, cfg, device)
+            run = dataclasses.asdict(cfg) | fixed
+            lock = claim_directory(cfg.out, state["step"], run)  # held until this run ends
+            if dist.get_rank() == 0:
+                save_vocabulary(tokenizer, Path(cfg.out) / "vocab.txt")
+        print(f"torch {torch.__version__} | {device.type} {cfg.precision} | {n_windows:,} windows")
+        print("parameters {:,} | activated {:,}".format(*count_parameters(model)), end=" | ")
+        print(f"FLOPs per token {flops_per_token(cfg):.3g} | tokens per step", end=" ")
+        print("{:,} = {} ranks x {} x {} sequences of {}".format(
+            cfg.batch_size * cfg.seq_len, ranks, *split_batch(cfg, ranks), cfg.seq_len
+        ))  # fmt: skip
+        if not train(model, optimizer, corpus, heldout, state, cfg, device, signals):
+            return print(f"stopped by a signal after step {state['step']}")
         if cfg.export and dist.get_rank() == 0:
             to_hf(model, cfg, cfg.export)
-            save_vocabulary(corpus.tokenizer, cfg.export)
+            save_vocabulary(tokenizer, Path(cfg.export) / "vocab.txt")
         if dist.get_rank() == 0:
-            fill_masks(model, heldout, cfg)
+            fill_masks(model, heldout, tokenizer, phase_at(cfg.steps, cfg))
 
 # ---------------------------------------- Plumbing ----------------------------------------
 
 @contextlib.contextmanager
-def one_line_mistakes():
-    """Only rank 0 prints; what the user can mend is one line on stderr and exit status 2."""
+def report_user_errors():
+    """Print on rank 0 only; report user errors as one line on stderr and exit with status 2."""
     rank = int(os.environ.get("RANK", 0))
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         with contextlib.redirect_stdout(open(os.devnull, "w") if rank else sys.stdout):
             yield
+    except BrokenPipeError:  # the program that reads our output, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (OSError, ValueError) as error:
-        time.sleep(5 * (rank > 0))  # where rank 0 fails too, torchrun ends the others meanwhile
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr, flush=True)
+        time.sleep(5 * (rank > 0))  # so that rank 0, if it fails too, reports first
+        print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    finally:  # a rank that fails among others leaves at once: it must not wait for them here
+    finally:
+        # A rank that fails alone leaves at once; it would wait here for the others.
         if dist.is_initialized() and (dist.get_world_size() == 1 or not sys.exc_info()[0]):
             dist.destroy_process_group()
 
-def parse(argv):
-    """Config from the command line: a preset, and the flags given over it."""
+@contextlib.contextmanager
+def explain(what, *errors):
+    """Replace exceptions of the given kinds by a ValueError that says what failed, and why."""
+    try:
+        yield
+    except errors as error:
+        cause = error
+        if isinstance(error, dcp.CheckpointException):  # its text is the traceback of each rank
+            cause = next(iter(error.failures.values()))[0]
+        raise ValueError(f"{what}: {type(cause).__name__}: {cause}") from error
 
-    def mistake(message):
+@contextlib.contextmanager
+def stop_signals():
+    """A list that SIGTERM and SIGINT append to; a second one of a kind ends the process at once."""
+    received = []
+
+    def receive(signum, frame):
+        received.append(signum)
+        signal(signum, SIG_DFL)
+
+    handlers = {signum: signal(signum, receive) for signum in (SIGTERM, SIGINT)}
+    try:
+        yield received
+    finally:
+        for signum, handler in handlers.items():
+            signal(signum, handler)
+
+def parse(argv):
+    """(Config, names of the flags given): a preset's values, overridden by the flags."""
+
+    def refuse(message):
         raise ValueError(message)
 
-    usage, summary = "%(prog)s [--preset NAME] [--FLAG VALUE ...]", __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser(usage=usage, description=summary, allow_abbrev=False)
-    parser.error = mistake
-    preset = "small" if torch.cuda.is_available() else "demo"
-    parser.add_argument("--preset", choices=PRESETS, default=preset, help=f"(default: {preset})")
-    meanings = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
+    summary = __doc__.split("\n\n")[0]
+    parser = argparse.ArgumentParser(description=summary, allow_abbrev=False, add_help=False)
+    parser.usage = "%(prog)s [--preset NAME] [--FLAG VALUE ...]"
+    parser.error = refuse
+    default = "small" if torch.cuda.is_available() else "demo"
+    parser.add_argument("--preset", choices=PRESETS, default=default, help=f"(default: {default})")
+    preset = parser.parse_known_args(argv)[0].preset
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
     for field in dataclasses.fields(Config):
-        kind = dict(type=field.type)
+        kind = {"type": field.type}
         if field.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
+            kind = {"action": argparse.BooleanOptionalAction}
         elif get_args(field.type):
-            kind = dict(choices=get_args(field.type))
-        about = f"{meanings[field.name]} (default: {field.default!r})"
-        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=about, **kind)
-    flags = vars(parser.parse_args(argv))
-    cfg = Config(**(PRESETS[flags.pop("preset")] | flags))
+            kind = {"choices": get_args(field.type)}
+        value = PRESETS[preset].get(field.name, field.default)
+        text = f"{comments[field.name]} ({preset}: {value!r})".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
+    parser.add_argument("--help", action="help", help="print this list and exit")
+    given = vars(parser.parse_args(argv))
+    cfg = Config(**(PRESETS[given.pop("preset")] | given))
     if cfg.precision == "auto":
         cfg.precision = "bf16" if torch.cuda.is_available() else "fp32"
-    return cfg
+    return cfg, given.keys()
 
-def launch(timeout):
-    """This rank's device, after joining torchrun's process group, or one of a single rank."""
-    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "TORCHELASTIC_RESTART_COUNT": 0}
-    rank, ranks, local, restarts = (int(os.environ.get(k, v)) for k, v in names.items())
-    store, device, backend = dist.HashStore(), torch.device("cpu"), "gloo"
+def init_distributed(timeout):
+    """Join torchrun's process group, or one of a single rank; returns the device of this rank."""
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    store = dist.HashStore()
+    if world_size > 1:
+        store = shared_store(rank)
+    device = torch.device("cpu")
+    backend = "gloo"
     if torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
-            raise ValueError(f"rank {local} of this machine finds {torch.cuda.device_count()} GPUs")
-        device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if ranks > 1:  # a name for each restart: its workers must not meet the addresses of the dead
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        store = dist.TCPStore(*address, is_master=hosts)
-        store = dist.PrefixStore(f"start {restarts}", store)
+        backend = "cpu:gloo,cuda:nccl"
     limit = timedelta(seconds=timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=limit)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     return device
 
-def log_step(row, pace, cfg, device):
-    """Prints row, which has step, loss, bpb, lr, grad and tokens, and what the script adds to them,
-    and writes it to metrics.jsonl; pace is how many seconds a step has taken of late."""
-    step, speed = row["step"], cfg.batch_size * cfg.seq_len / pace
-    left = round((cfg.steps - step) * pace)
-    unit, mfu = 1 if sys.platform == "darwin" else 1024, ""
-    memory = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device)
-        peak = dist.get_world_size() * PEAK_FLOPS.get(torch.cuda.get_device_name(device), math.inf)
-        if cfg.precision == "bf16" and peak < math.inf:
-            mfu = f"mfu {speed * flops_per_token(cfg) / peak:.1%} | "
-    bpb = f"{row['bpb']:.3f}".replace("nan", "n/a")
-    more = "".join(f"{name} {value} | " for name, value in list(row.items())[6:])
-    print(
-        f"step {step}/{cfg.steps} | loss {row['loss']:.4f} | bpb {bpb} | "
-        f"lr {row['lr']:.2e} | grad {row['grad']:.2f} | tokens {row['tokens'] / 1e6:.1f}M | "
-        f"{more}{speed / 1e3:.1f}k tok/s | {mfu}mem {memory / 2**30:.1f}G | "
-        f"eta {left // 60}:{left % 60:02}", flush=True,
-    )  # fmt: skip
-    if cfg.out and dist.get_rank() == 0:
-        finite = {k: None if str(v) in ("nan", "inf", "-inf") else v for k, v in row.items()}
-        with open(Path(cfg.out) / "metrics.jsonl", "a") as file:
-            print(json.dumps(finite), file=file)
+def shared_store(rank):
+    """A store for this start alone: the agents' store outlives a restart and then holds addresses
+    of dead processes. Rank 0 opens it and publishes its address in the agents' store."""
+    with explain("torchrun sets MASTER_ADDR and MASTER_PORT", KeyError):
+        host = os.environ["MASTER_ADDR"]
+        port = int(os.environ["MASTER_PORT"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return dist.TCPStore(host, port, is_master=rank == 0, wait_for_workers=False)
+    agents = dist.TCPStore(host, port, is_master=False)
+    if rank == 0:
+        if os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
+            host = socket.getfqdn()  # the agents' store may be on another node
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        agents.set("rank 0", f"{host} {store.port}")
+        return store
+    while True:
+        host, port = agents.get("rank 0").decode().split()
+        try:
+            return dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=5))
+        except (dist.DistNetworkError, dist.DistStoreError):  # the address of an earlier start
+            time.sleep(0.1)
+
+def raise_first(error):
+    """Raise, on all ranks, the error of the first rank that has one."""
+    errors = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    raise error or next(filter(None, errors))
+
+def log_step(row, steps_left, pace, cfg, device):
+    """Print row, which has step and tokens among its numbers, and write it to metrics.jsonl;
+    pace is the number of seconds that an update takes, None if unknown."""
+    formats = {"loss": ".4f", "bpb": ".3f", "lr": ".2e", "grad": ".2f"}
+    fields = [f"step {row['step']}/{row['step'] + steps_left}"]
+    for name, value in row.items():
+        if name not in ("step", "tokens"):
+            fields.append(f"{name} {value:{formats.get(name, '')}}".replace("nan", "n/a"))
+    fields.append(f"tokens {row['tokens'] / 1e6:.1f}M")
+    on_gpu = device.type == "cuda"
+    peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if on_gpu else None
+    if pace:
+        speed = cfg.batch_size * cfg.seq_len / pace
+        fields.append(f"{speed / 1e3:.1f}k tok/s")
+        if peak and cfg.precision == "bf16":
+            fields.append(f"mfu {speed * flops_per_token(cfg) / peak / dist.get_world_size():.1%}")
+        if on_gpu:
+            fields.append(f"mem {torch.cuda.max_memory_allocated(device) / 2**30:.1f}G")
+        fields.append(f"eta {timedelta(seconds=round(steps_left * pace))}")
+    print(" | ".join(fields))
+    write_row(cfg.out, row)
+
+def write_row(out, row):
+    """Append row to metrics.jsonl in the directory out, if it is not empty, with null for numbers
+    that are not finite."""
+    if out and dist.get_rank() == 0:
+        row = {k: None if str(v) in ("nan", "inf", "-inf") else v for k, v in row.items()}
+        with open(Path(out) / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
 
 def stable_hash(*key):
     """64 bits that depend on the key alone: the seed of all that is drawn."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
 def shuffled(index, n, key):
-    """The image of index under a permutation of range(n) that key names: a Feistel network on the
-    bits of n, walked until it lands below n, which needs no memory however large n is."""
+    """Position of index in a pseudo-random permutation of range(n) seeded by key: a Feistel network
+    on the bits of n, repeated until the result is below n, which needs no memory."""
     half = (n.bit_length() + 1) // 2
     while True:
         left, right = divmod(index, 1 << half)
         for i in range(4):
-            left, right = right, left ^ stable_hash(key, i, right) % (1 << half)
+            mixed = left ^ stable_hash(key, i, right) % (1 << half)
+            left = right
+            right = mixed
         index = (left << half) + right
         if index < n:
             return index
 
 class Corpus:
-    """Token streams, in memory or memory-mapped, one array a part. Documents end with `separator`
-    (-1: unknown); token_bytes [V] is the length of each id's text (0: unknown)."""
+    """Ids start ... stop - 1 of the concatenation of parts, each an array or a token shard's path.
 
-    def __init__(self, parts, tokenizer, vocab_size, in_order):
-        self.parts, self.tokenizer, self.in_order = parts, tokenizer, in_order
-        self.vocab_size, n_vocab = vocab_size, tokenizer.n_vocab if tokenizer else 0
-        self.token_bytes = np.zeros(max(vocab_size, n_vocab), np.int64)
-        self.separator = end_token(tokenizer) if tokenizer else -1
-        for text, i in tokenizer._mergeable_ranks.items() if tokenizer else ():
-            self.token_bytes[i] = len(text)
+    separator: the id after each document, -1 if unknown; token_bytes [V]: the length of each id's
+    text, 0 if it has none; in_order: windows come in order and not shuffled.
+    """
+
+    def __init__(self, parts, start, stop, separator, token_bytes, in_order):
+        self.parts = parts
+        self.ends = np.cumsum([len(open_part(part)) for part in parts])
+        self.start = start
+        self.size = stop - start
+        self.separator = separator
+        self.token_bytes = token_bytes
+        self.in_order = in_order
+
+    def read(self, first, n):
+        """Ids first ... first + n - 1, int64 [n]; ValueError for an id that is not below V."""
+        pieces = []
+        first += self.start
+        stop = first + n
+        while first < stop:
+            i = np.searchsorted(self.ends, first, side="right")
+            ids = open_part(self.parts[i])
+            begin = first - (self.ends[i] - len(ids))
+            ids = ids[begin : begin + stop - first].astype(np.int64)
+            unknown = (ids >= len(self.token_bytes)) & (ids != self.separator)
+            if unknown.any():
+                where = f"{self.parts[i]}, position {begin + unknown.argmax()}"
+                raise ValueError(f"{where}: token id {ids[unknown][0]} is not in the vocabulary")
+            pieces.append(ids)
+            first += len(ids)
+        return np.concatenate(pieces)
 
     def n_windows(self, length):
-        """Windows of length + 1 ids in an epoch."""
-        return sum(max(len(part) // length - 1, 0) for part in self.parts)
+        """Number of windows of length + 1 ids in an epoch, at any offset below length."""
+        return max((self.size - 1) // length - 1, 0)
 
     def window(self, index, length, seed):
-        """Window `index` of the run, length + 1 ids. An epoch has each window once, in an order and
-        at a phase (ids before the first window) of its own; in_order, it has neither."""
-        n = self.n_windows(length)
-        epoch, index = divmod(index, n)
-        phase = 0 if self.in_order else stable_hash(seed, epoch) % length
-        index = index if self.in_order else shuffled(index, n, (seed, epoch))
-        for part in self.parts:
-            n = max(len(part) // length - 1, 0)
-            if index < n:
-                break
-            index -= n
-        start = phase + index * length
-        ids = part[start : start + length + 1].astype(np.int64)
-        strange = ids[(ids >= self.vocab_size) & (ids != self.separator)]
-        if len(strange):
-            raise ValueError(f"the data has token id {strange[0]}, but V is {self.vocab_size}")
-        return ids
+        """Window `index` of the run, length + 1 ids. An epoch has every window once, in an order
+        and at an offset of its own."""
+        epoch, index = divmod(index, self.n_windows(length))
+        offset = 0
+        if not self.in_order:
+            offset = stable_hash(seed, epoch) % length
+            index = shuffled(index, self.n_windows(length), (seed, epoch))
+        return self.read(offset + index * length, length + 1)
 
-    def text(self, n):
-        """The text of the first n ids as bytes; nothing where the tokenizer is unknown."""
-        ids = np.concatenate([part[:n] for part in self.parts])[:n]
-        ids = ids[self.token_bytes[ids] > 0].tolist()
-        return self.tokenizer.decode_bytes(ids) if self.tokenizer else b""
+    def fingerprint(self):
+        """A hash of the size and the first ids, by which a resumed run recognizes its data."""
+        return stable_hash(self.size, self.read(0, min(self.size, 1000)).tolist())
 
-def load_corpora(path, documents, tokenizer, vocab_size, batch_size, length):
-    """(training, held-out) Corpus. Held out is the end of the stream: one document in twenty, since
-    they come in the order of their hashes; of shards or a single document, the last 5 %."""
-    parts, cut = [open_shard(file) for file in shard_paths(path)], 0
-    vocab_size = vocab_size or (tokenizer.n_vocab if tokenizer else 0)
-    if vocab_size <= max(tokenizer._mergeable_ranks.values() if tokenizer else [0]):
-        raise ValueError(f"--vocab_size {vocab_size} is too small, or --tokenizer is missing")
-    if not parts:
-        hashed = sorted(((stable_hash(name), ids) for name, ids in documents), key=lambda x: x[0])
-        cut = sum(len(ids) for key, ids in hashed if key < 0.95 * 2**64)
-        parts = [np.concatenate([ids for _, ids in hashed] or [np.zeros(0, np.uint16)])]
-    total, least = sum(map(len, parts)), (batch_size + 1) * length
-    if min(cut, total - cut) < least:
-        cut = max(total - max(total // 20, least), 0)
-    train, held = [], []
-    for part in parts:
-        train.append(part[:cut])
-        held.append(part[cut:])
-        cut = max(cut - len(part), 0)
-    train = Corpus(train, tokenizer, vocab_size, in_order=False)
-    held = Corpus(held, tokenizer, vocab_size, in_order=True)
-    if min(train.n_windows(length), held.n_windows(length)) < batch_size:
-        raise ValueError(
-            f"{path} is too short: {total:,} tokens in {len(parts)} parts do not hold a batch of "
-            f"{batch_size} x {length} to train on and another to hold out"
-        )
-    return train, held
+def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size, length):
+    """(training, held-out) Corpus of shards or, without any, of tokenized documents.
 
-def read_documents(path):
-    """(name, text) of each document: a file (.txt, .md, .py), a line of a .jsonl file, or all of a
-    directory or a pattern; without a path, the modules of Python's standard library."""
+    Held out are the shards with "val" in their names, or documents by a hash of their names; if
+    these are less than a batch, the last 5 % of the ids, but at least a batch.
+    """
+    train = [path for path in shards if "val" not in path.name]
+    heldout = [path for path in shards if "val" in path.name]
+    if not shards:
+        documents = sorted(documents, key=lambda document: stable_hash(document[0]))
+        train = [ids for name, ids in documents if not is_held_out(name)]
+        heldout = [ids for name, ids in documents if is_held_out(name)]
+    n_train = sum(len(open_part(part)) for part in train)
+    total = n_train + sum(len(open_part(part)) for part in heldout)
+    least = (batch_size + 1) * length + 1  # ids of a batch of windows, and an offset
+    if min(n_train, total - n_train) < least:
+        n_train = total - max(total // 20, least)
+    if n_train < least:
+        batch = f"a batch of {batch_size} x {length}"
+        raise ValueError(f"{total:,} tokens are too few for {batch} and another to hold out")
+    token_bytes = np.zeros(vocab_size, np.int64)
+    if tokenizer:
+        for text in tokenizer.token_byte_values():
+            token_bytes[tokenizer.encode_single_token(text)] = len(text)
+    parts = train + heldout
+    corpus = Corpus(parts, 0, n_train, separator, token_bytes, in_order=False)
+    return corpus, Corpus(parts, n_train, total, separator, token_bytes, in_order=True)
+
+def vocabulary_size(vocab_size, tokenizer, init):
+    """vocab_size or, if it is 0, that of the tokenizer, whose ids must fit. A vocabulary that is
+    larger than the byte tokenizer's is a warning, and with --init a ValueError."""
+    if not tokenizer and not vocab_size:
+        raise ValueError("token shards need --tokenizer or --vocab_size")
+    if not tokenizer:
+        return vocab_size
+    n_ids = 1 + max(map(tokenizer.encode_single_token, tokenizer.token_byte_values()))
+    if 0 < vocab_size < n_ids:
+        raise ValueError(f"--vocab_size {vocab_size} is less than the {n_ids} ids of the tokenizer")
+    if tokenizer.name == "bytes" and vocab_size > tokenizer.n_vocab:
+        if init:
+            raise ValueError(f"--init {init} needs the --tokenizer of its {vocab_size:,} entries")
+        print(f"warning: a vocabulary of {vocab_size:,} entries over bytes: --tokenizer is missing")
+    return vocab_size or tokenizer.n_vocab
+
+def is_held_out(name):
+    """Whether a document is among the 5 % that are held out, by a hash of its name."""
+    return stable_hash(name) > 0.95 * 2**64
+
+def find_files(path):
+    """(text files, token shards) at path: a file, or a directory and what its links lead to, of
+    one kind; without a path, the modules of Python's standard library without its tests."""
+    if not path:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        files = [root / f"{name}.py" for name in sys.stdlib_module_names]
+        for name in sys.stdlib_module_names:
+            files += (root / name).rglob("*.py")
+        tests = {"test", "tests", "idle_test"}
+        files = [f for f in files if f.exists() and not tests & set(f.relative_to(root).parts)]
+        return sorted(files), []
+    files = [Path(path)]
+    seen = set(files[0].resolve().parents)  # following a link to these would not end
+    for folder, folders, names in os.walk(path, followlinks=True):
+        if Path(folder).resolve() in seen:
+            folders.clear()
+        else:
+            seen.add(Path(folder).resolve())
+            files += [Path(folder, name) for name in names]
+    files = sorted(file for file in files if file.is_file())
+    texts = [f for f in files if f.suffix.lower() in (".txt", ".md", ".py", ".jsonl")]
+    shards = [f for f in files if f.suffix.lower() in (".npy", ".bin")]
+    if not texts and not shards:
+        raise ValueError(f"{path} is or has no text (.txt .md .py .jsonl) or shard (.npy .bin)")
+    if texts and shards:
+        raise ValueError(f"{path} has both text and token shards: {texts[0]}, {shards[0]}")
+    print(f"{path}: {len(texts + shards)} of {len(files)} files are read")
+    return texts, shards
+
+def read_documents(path, files):
+    """(name, text) of each document: a text file or a line of a .jsonl file. Its name is the path
+    of the file below `path`, or the text of the line."""
     root = Path(path or sysconfig.get_paths()["stdlib"])
-    kinds = (".txt", ".md", ".py", ".jsonl") if path else (".py",)
-    skip = set() if path else {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-    files = list_files(root, skip)
-    if not root.is_dir():  # names are relative to the directory before the pattern
-        root = Path(re.split(r"[*?[]", f"{root}")[0] + "*").parent
-    if files != [Path(path)]:
-        files = [file for file in files if file.suffix in kinds and file.is_file()]
-    if not files:
-        raise ValueError(f"{path or root} has no file of {', '.join(kinds)}")
     for file in files:
-        where, wanted = file, "UTF-8 text"
-        try:
-            if file.suffix != ".jsonl":
-                text = file.read_text("utf-8", errors="strict" if path else "ignore")
-                yield file.relative_to(root).as_posix(), text
-                continue
-            for number, line in enumerate(file.open("rb"), 1):
-                if not line.strip():
-                    continue
-                where, wanted = f"{file}, line {number},", 'a JSON object with a string "text"'
-                text = json.loads(line)["text"]
-                if not isinstance(text, str):
-                    raise TypeError(f"it is {text!r:.40}")
+        if file.suffix.lower() == ".jsonl":
+            yield from read_json_lines(file)
+        else:
+            with explain(f"{file} is not UTF-8 text", UnicodeDecodeError):
+                text = file.read_text("utf-8-sig", errors="strict" if path else "ignore")
+            yield file.relative_to(root).as_posix(), text
+
+def read_json_lines(file):
+    """(text, text) of each line, a JSON object with a string "text"; empty lines are skipped."""
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                what = f'{file}, line {number}, is not a JSON object with a string "text"'
+                with explain(what, ValueError, KeyError, TypeError, AttributeError):
+                    code = json.loads(line)["text"].encode("utf-16", "surrogatepass")
+                text = code.decode("utf-16", "replace")  # U+FFFD for half a surrogate pair
                 yield text, text
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{where} is not {wanted}: {error}") from error
 
 def load_tokenizer(name, specials):
-    """tiktoken.Encoding of the 256 `bytes`, of one of tiktoken's own names or of a file of ranks,
-    with those special tokens that it lacks behind its last id."""
-    known = {}
-    try:
-        if name == "bytes":
-            pattern, ranks = r"[\s\S]", {bytes([i]): i for i in range(256)}
-        elif os.path.isfile(name):  # tiktoken's own loader would cache the first file of a name
-            pattern, lines = PATTERN, Path(name).read_bytes().splitlines()
-            ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
-        else:
-            base = tiktoken.get_encoding(name)
-            pattern, ranks, known = base._pat_str, base._mergeable_ranks, base._special_tokens
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer {name}: no file of ranks, and not to be had") from error
-    if not all(bytes([i]) in ranks for i in range(256)):
-        raise ValueError(f"tokenizer {name} lacks some of the 256 single bytes")
-    if len(set(ranks.values())) < len(ranks) or min(ranks.values()) < 0:
-        raise ValueError(f"tokenizer {name} has a rank twice, or one below 0")
+    """The tiktoken.Encoding `bytes`, of a BPE rank file, or of one of tiktoken's own names; special
+    tokens that it lacks get the ids after its last."""
+    ranks = {bytes([i]): i for i in range(256)}
+    settings = {"name": name, "pat_str": r"[\s\S]", "mergeable_ranks": ranks, "special_tokens": {}}
+    if os.path.isfile(name):  # tiktoken's own loader would cache the first file of a name
+        with explain(f"{name} is not a BPE rank file", ValueError):
+            lines = [line.split() for line in Path(name).read_bytes().splitlines() if line.strip()]
+            ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        settings |= {"pat_str": PATTERN, "mergeable_ranks": ranks}
+    elif name != "bytes":
+        what = "is neither a BPE rank file nor a tiktoken encoding, cached or to be downloaded"
+        with explain(f"{name} {what}", OSError, ValueError):
+            tiktoken.get_encoding(name)
+        settings = tiktoken.registry.ENCODING_CONSTRUCTORS[name]()
+        ranks = settings["mergeable_ranks"]
+    if len(set(ranks.values())) < len(ranks) or not all(bytes([i]) in ranks for i in range(256)):
+        raise ValueError(f"{name} has a rank twice, or lacks some of the 256 single bytes")
+    ids = settings["special_tokens"]
     for token in specials:
-        known = {token: max([*ranks.values(), *known.values()]) + 1} | known
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=known)
+        ids.setdefault(token, 1 + max([*ranks.values(), *ids.values()]))
+    settings.pop("explicit_n_vocab", None)  # a check of the number without new tokens
+    return tiktoken.Encoding(**settings)
 
-def end_token(tokenizer):
-    """The id that ends a document: the tokenizer's own <|endoftext|> if it has one, or END."""
-    return tokenizer._special_tokens.get("<|endoftext|>", tokenizer._special_tokens[END])
+def tokenize(documents, tokenizer, separator):
+    """(name, ids) of each document that is not empty; the last id is the separator."""
+    dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
+    for name, text in documents:
+        # tiktoken's PanicException, of the longest words, is a BaseException.
+        with explain(f"the tokenizer cannot take document {name[:80]!r}", BaseException):
+            ids = tokenizer.encode_to_numpy(text, disallowed_special=())
+        if text:
+            yield name, np.append(ids, separator).astype(dtype)
 
 def write_tokens(folder, documents):
-    """Writes tokenized documents to folder as .npy shards of 2**27 ids or a document more."""
-    if shard_paths(folder):
-        raise ValueError(f"--write_tokens: {folder} has shards already")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for n in itertools.count():
-        shard, size = [], 0
-        while size < 2**27 and (document := next(documents, None)):
-            shard.append(document[1])
-            size += len(document[1])
-        if not shard:
-            return print(f"{n} shards in {folder}", flush=True)
-        np.save(Path(folder) / f"tokens_{n:05d}.npy", np.concatenate(shard))
+    """Write tokenized documents to .npy shards in a new or empty folder: train_00000.npy ..., and
+    val_00000.npy ... of the documents that are held out; two shards per 2**27 ids."""
+    if os.path.exists(folder) and os.listdir(folder):
+        raise ValueError(f"--write_tokens {folder} is not empty")
+    with written_beside(folder) as partial:
+        for n in itertools.count():
+            splits = {"train": [], "val": []}
+            n_ids = 0
+            while n_ids < 2**27 and (document := next(documents, None)):
+                name, ids = document
+                splits["val" if is_held_out(name) else "train"].append(ids)
+                n_ids += len(ids)
+            if not n_ids:
+                break
+            for split, parts in splits.items():
+                if parts:
+                    np.save(partial / f"{split}_{n:05d}.npy", np.concatenate(parts))
+    print(f"{folder}: {n} shards to train on, with what is held out beside them")
 
-def list_files(path, skip=frozenset()):
-    """The files at path, in order: a file, all below a directory but what lies in folders named in
-    skip, or those of a pattern."""
-    if os.path.isdir(path):
-        found = []
-        for folder, folders, files in os.walk(path):
-            folders[:] = set(folders) - skip
-            found += (Path(folder, file) for file in files)
-        return [file for file in sorted(found) if file.is_file()]
-    return [Path(file) for file in sorted(glob.glob(str(path), recursive=True)) or [path]]
-
-def shard_paths(path):
-    """The token shards at path, if it is not empty, in order."""
-    files = list_files(path) if path else []
-    return [file for file in files if file.suffix in (".npy", ".bin")]
-
-def open_shard(path):
-    """Memory-maps a shard: .npy of uint16 or uint32, or .bin, uint16 behind 256 int32 of header."""
-    if path.suffix == ".npy":
-        try:
-            ids = np.load(path, mmap_mode="r")
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} is no .npy file: {error}") from error
+def open_part(part):
+    """Ids of a part of a Corpus: an array itself, or a shard that is memory-mapped while the result
+    lives: .npy of uint16 or uint32, or .bin, uint16 after a header of 256 int32."""
+    if isinstance(part, np.ndarray):
+        return part
+    with explain(f"{part} is not a token shard", ValueError, EOFError):
+        if part.suffix.lower() == ".npy":
+            ids = np.load(part, mmap_mode="r")
+        else:
+            magic, version, size = np.fromfile(part, np.int32, 3).tolist()
+            ids = np.memmap(part, np.uint16, "r", offset=1024)
+            if [magic, version, size] != [20240520, 1, len(ids)]:
+                raise ValueError("unexpected header, or its length does not match the file")
         if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32):
-            raise ValueError(f"{path} is {ids.dtype} {ids.shape}, not one row of uint16 or uint32")
-        return ids
-    header = np.fromfile(path, np.int32, 256)
-    if len(header) < 256 or (header[0], header[1]) != (20240520, 1):
-        raise ValueError(f"{path} has not the header of a .bin shard")
-    if path.stat().st_size != 1024 + 2 * int(header[2]):
-        raise ValueError(f"{path} is longer or shorter than the {header[2]} tokens of its header")
-    return np.memmap(path, np.uint16, "r", 1024)
+            raise ValueError(f"it holds {ids.dtype} {ids.shape}, not a row of uint16 or uint32")
+    return ids
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""Training Compute-Optimal Large Language Models (Hoffmann et al., 2022) in one file.
+r"""Training Compute-Optimal Large Language Models (Hoffmann et al., 2022) in one file.
 
 New against gpt1.py: the subject is a sweep of small runs and the laws fitted to it, not one run.
 - For each budget C of FLOPs models of several sizes N, each trained on D = C / 6N tokens with a
@@ -11,7 +11,8 @@ New against gpt1.py: the subject is a sweep of small runs and the laws fitted to
 - AdamW with a cosine that falls tenfold (§4.1, App. G); bf16 products over fp32 weights.
 
 Map: Tables 4, A9 PRESETS | App. F appendix_f | §3.1 fit_envelope | §3.2 fit_isoflop | §3.3
-fit_parametric | Eq. 4 frontier | Table 3, A3 TABLE_3 | §4.1 Chinchilla, build_optimizer, halves.
+fit_parametric | Eq. 4 frontier | Table 3, A3 TABLE_3 | §4.1 Chinchilla, build_optimizer |
+Table 4 (the batch doubles) at_sequence.
 Kaplan Eq. 1.5 kaplan_loss, Table 6 kaplan_optimum | Llama 3 §3.2.1 fit_llama | Sardana overtrain.
 Legend: B batch, T positions, D width, H heads, E head width, F hidden width, V vocabulary; of runs
 and laws: N parameters, embeddings included, D tokens, C FLOPs, L nats per token; P constants
@@ -20,7 +21,7 @@ Conventions: T + 1 tokens make T inputs and T targets; all count; loss in nats p
 
 Run: python chinchilla.py                         # a CPU: a sweep of minutes, and its fits
      torchrun --nproc_per_node=8 chinchilla.py    # GPUs: the preset small, runs spread over ranks
-     torchrun --nnodes=32 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
+     torchrun --nnodes=32 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
          chinchilla.py --preset 1018m --data massive/ --tokenizer ranks.tiktoken --out /shared/1b
      python chinchilla.py --budget 1e21            # the optimum by every law; no training
      python chinchilla.py --fit runs.csv           # the laws of any table with columns N, D, loss
@@ -34,27 +35,26 @@ import base64
 import contextlib
 import csv
 import dataclasses
+import fcntl
 import functools
-import glob
 import hashlib
-import importlib.util
 import inspect
 import io
 import itertools
 import json
-import lzma
 import math
 import os
 import re
-import resource
 import shutil
+import socket
 import sys
 import sysconfig
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from signal import SIGINT, SIGTERM, signal
+from signal import SIG_DFL, SIGINT, SIGTERM, signal
 from typing import Literal, get_args
 
 import numpy as np
@@ -67,65 +67,67 @@ import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------- Config ----------------------------------------
 
 @dataclasses.dataclass
 class Config:
-    """The run. Every field is a flag of the command line, and its comment is the flag's help."""
+    """Run configuration: each field is a command-line flag, and its comment is the flag's help."""
 
     # Model, Table 4: the 70B
-    vocab_size: int = 0  # V, entries of the vocabulary; 0: as many as the tokenizer has
+    vocab_size: int = 0  # V, entries of the vocabulary; 0: those of the tokenizer
     dim: int = 8192  # D, width of the residual stream
-    n_layers: int = 80  # blocks
+    n_layers: int = 80  # number of blocks
     n_heads: int = 64  # H, attention heads
     head_dim: int = 128  # E, width of a head; H x E need not be D
     hidden_dim: int = 32768  # F, width of the feed-forward layer
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
     # Data
-    data: str = ""  # text, token shards, or a directory of either; empty: Python's own library
-    tokenizer: str = ""  # bytes, gpt2, cl100k_base, o200k_base, or a rank file; empty: bytes
-    seq_len: int = 2048  # T, tokens of a training sequence
+    data: str = ""  # file or directory of text or token shards; empty: Python's standard library
+    tokenizer: str = ""  # bytes, an encoding of tiktoken or a BPE rank file; empty: bytes
+    seq_len: int = 2048  # T, tokens of a sequence
     # Optimization, §4.1 and Appendix D
-    batch_size: int = 256  # sequences of one update, over all ranks
-    second_batch: int = 0  # sequences of one update in the second half of the tokens; 0: the same
-    micro_batch: int = 0  # sequences of one forward pass on one rank, at most; 0: the rank's share
-    tokens: float = 0.0  # D of a single run; 0: twenty for each parameter
-    steps: int = 0  # updates of a single run; 0: as many as tokens needs
-    lr: float = 1e-4  # largest learning rate; in a sweep that of width dim, others by 1 / width
-    warmup_steps: int = 1500  # updates of linear warm-up; in a sweep a tenth of a run at most
-    cosine: float = 1.0  # length of the cosine over that of the run
-    weight_decay: float = 0.1  # decoupled, on matrices and embeddings
-    clip: float = 1.0  # largest norm of the gradient; 0: no clipping
-    seed: int = 0  # of weights and data order
+    batch_size: int = 256  # sequences per update, over all ranks
+    second_batch: int = 0  # sequences per update in the second half of the tokens; 0: batch_size
+    micro_batch: int = 0  # sequences per forward pass on one rank; 0: as many as the batch allows
+    tokens: float = 0.0  # D, training tokens of a single run, if --steps is 0; 0: 20 per parameter
+    steps: int = 0  # length of a single run in updates of batch_size; 0: --tokens, or a sweep
+    lr: float = 1e-4  # peak learning rate; a sweep multiplies it by dim / width of each model
+    warmup_steps: int = 1500  # updates of linear warm-up, at most a tenth of the run
+    cosine: float = 1.0  # length of the learning rate's cosine, as a multiple of the run's
+    weight_decay: float = 0.1  # decoupled weight decay of matrices and embeddings
+    clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
+    seed: int = 0  # seed of the weights and of the order of the data
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     # Machine
-    compile: bool = False  # compile each block
-    recompute: Literal["none", "block"] = "none"  # block: keep only its input for the backward pass
-    timeout: int = 600  # seconds until a collective gives up on a lost rank
-    dry_run: bool = False  # print what the run would need, and exit
-    world_size: int = 1  # ranks that dry_run plans for
+    compile: bool = False  # compile each block with torch.compile
+    recompute: Literal["none", "block"] = "none"  # block: recompute blocks in the backward pass
+    timeout: int = 600  # seconds that a collective waits for a lost rank
+    dry_run: bool = False  # print parameters, FLOPs and memory per rank, then exit
+    world_size: int = 1  # number of ranks that --dry_run plans for
     # Sweep and laws
-    sweep: str = ""  # budgets, FLOPS,...; empty, or with steps: a single run
+    sweep: str = ""  # budgets of a sweep, FLOPS,...; empty: a single run
     sizes: str = ""  # models of a sweep, WIDTHxLAYERS,...; heads of head_dim, F = 4 D
-    flops: Literal["6nd", "appF"] = "6nd"  # what a budget counts: 6 N D, or Appendix F
+    flops: Literal["6nd", "appF"] = "6nd"  # FLOPs that a budget counts: 6 N D, or Appendix F
     mismatched_cosine: bool = False  # add three runs whose cosine is 1.5, 2 and 5 times too long
-    fit: str = ""  # .csv (columns N, D, loss, ...) or .jsonl of runs to fit; no training
-    bootstrap: int = 100  # resamples of 80 in 100 runs, for the intervals of a fit; 0: none
-    budget: float = 0.0  # FLOPs to find the best N and D for, by every law; no training
-    inference_tokens: float = 0.0  # tokens that the model of that budget will read and write
-    plot: str = ""  # directory for plots as PNG; needs matplotlib
+    fit: str = ""  # file of runs to fit without training: .csv (columns N, D, loss, ...) or .jsonl
+    bootstrap: int = 100  # resamples of 80 % of the runs, for the intervals of a fit; 0: none
+    budget: float = 0.0  # FLOPs to find the best N and D for, by every law, without training
+    inference_tokens: float = 0.0  # tokens that the model of --budget will read and write
+    plot: str = ""  # directory to write plots to as PNG; needs matplotlib
     # Reports and files
     log_every: int = 10  # updates between log lines
     val_every: int = 1000  # updates between validations
-    val_batches: int = 16  # held-out batches of one validation, at most
+    val_batches: int = 16  # maximum number of batches per validation
     prompt: str = ""  # text that the sample continues; empty: the start of the held-out text
-    out: str = ""  # directory for checkpoints, metrics.jsonl, runs.jsonl; empty: none are written
+    out: str = ""  # directory of checkpoints, metrics.jsonl, runs.jsonl; empty: write nothing
     save_every: int = 1000  # updates between checkpoints
-    resume: bool = False  # go on from the newest checkpoint in out; a sweep always does
-    init: str = ""  # checkpoint directory to start from, as export writes it
-    export: str = ""  # directory to write the model to, in the manner of Hugging Face
-    write_tokens: str = ""  # directory to write the data to as token shards; then exit
+    resume: bool = False  # continue from the newest checkpoint in --out; a sweep always does
+    eval: bool = False  # validate and sample what --init or --out holds, without training
+    init: str = ""  # checkpoint directory to start from, as --export writes it
+    export: str = ""  # directory to write the model to after training, in Hugging Face's manner
+    write_tokens: str = ""  # directory to write the data to as token shards, then exit
 
 TABLE_A9 = (  # parameters in millions, D, E, H, layers; F = 4 D
     (44, 512, 64, 8, 8), (57, 576, 64, 9, 9), (74, 640, 64, 10, 10), (90, 640, 64, 10, 13),
@@ -185,9 +187,7 @@ for millions, *shape in TABLE_A9:
     # largest (here linear in ln N), and which batch (here 0.5M tokens, as the one that D.4 names).
     lr = 2e-4 - 0.75e-4 * math.log(millions / 44) / math.log(16183 / 44)
     PRESETS[f"{millions}m"] = published(*shape, lr=lr)
-BEGIN, END = "", "<|endoftext|>"  # tokens around each document of a stream; BEGIN may be none
-SPECIALS = (END,)
-PATTERN = (  # how GPT-4 and Llama 3 split text into words, for files of ranks
+PATTERN = (  # how GPT-4 and Llama 3 split text into words, for BPE rank files
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -261,7 +261,8 @@ class RelativeAttention(nn.Module):
 
     def __init__(self, dim, n_heads, head_dim):
         super().__init__()
-        self.n_heads, self.head_dim = n_heads, head_dim
+        self.n_heads = n_heads
+        self.head_dim = head_dim
         self.qkv = nn.Linear(dim, 3 * n_heads * head_dim, bias=False)
         self.distance = nn.Linear(dim, n_heads * head_dim, bias=False)  # W_R
         self.out = nn.Linear(n_heads * head_dim, dim, bias=False)
@@ -280,7 +281,7 @@ class RelativeAttention(nn.Module):
         return self.out((p @ v).transpose(1, 2).reshape(B, T, -1))  # [B, T, D]
 
 class MLP(nn.Module):
-    """GELU(x W_fc + b_fc) W_pr + b_pr, [B, T, D] -> [B, T, D] (§4.1)."""
+    """GELU(x W_up + b_up) W_down + b_down, [B, T, D] -> [B, T, D] (§4.1)."""
 
     # Undisclosed: the form of GELU. The released code of GPT and GPT-2 has the tanh form.
 
@@ -317,7 +318,6 @@ class Chinchilla(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.recompute = cfg.recompute
         self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
@@ -326,10 +326,7 @@ class Chinchilla(nn.Module):
         x = self.token_embedding(tokens)  # [B, T, D]
         places = distances(tokens.shape[1], x.shape[-1], tokens.device)  # [T, D], [T, T]
         for block in self.blocks:
-            if self.recompute == "block" and self.training:
-                x = torch.utils.checkpoint.checkpoint(block, x, *places, use_reentrant=False)
-            else:
-                x = block(x, *places)
+            x = block(x, *places)
         return F.linear(self.norm(x), self.token_embedding.weight)  # [B, T, V]
 
 def init_weights(model, cfg):
@@ -380,8 +377,8 @@ def appendix_f(cfg):
 def get_batch(corpus, first, n, cfg):
     """Sequences first ... first + n - 1 of the run, whatever the ranks or the moment: tokens and
     targets [n, T], and the counts n_targets and n_bytes (of the targets' text)."""
-    # Undisclosed: how documents fill sequences. As in GPT-3 they stand one behind another with END
-    # between, and attention sees across; every one of the T targets counts.
+    # Undisclosed: how documents fill sequences. As in GPT-3 they stand one behind another with
+    # <|endoftext|> between, and attention sees across; every one of the T targets counts.
     # Departure: MassiveText is not public; its mix (Table A1: 0.45 MassiveWeb, 0.3 books, 0.1 C4,
     # 0.1 news, 0.04 GitHub, 0.01 Wikipedia) is for whoever has the parts, in the shards of --data.
     # Nor is its vocabulary, 32,000 pieces of SentencePiece: --tokenizer takes another.
@@ -411,7 +408,6 @@ def objective(model, batch, cfg):
     nats = F.cross_entropy(logits, batch["targets"].flatten(), reduction="sum")
     return nats / max(batch["n_targets"], 1), {}
 
-@torch.no_grad()
 def cloze(model, heldout, cfg, device, n=256):
     """(nats per byte of the right answer, share of questions where it is the likeliest per byte,
     share where it is what the model itself would write) of n questions; chance: 1/4, and near 0;
@@ -798,19 +794,16 @@ def build_optimizer(model, cfg):
     ]
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
-def learning_rate(step, cfg):
+def learning_rate(sequences, cfg):
     """Linear from 1e-7 (Gopher), then a cosine that falls tenfold over `cosine` times the tokens of
-    the run (§3.1, App. B); step counts the updates made before."""
+    the run (§3.1, App. B), after that many sequences."""
     # Undisclosed: whether the cosine begins before the warm-up or behind it. Here it spans the
     # whole run, and the warm-up meets it just below the peak.
-    if step <= cfg.warmup_steps:
-        return 1e-7 + (cfg.lr - 1e-7) * step / max(cfg.warmup_steps, 1)
-    update = cfg.batch_size * cfg.seq_len
-    total = cfg.tokens or cfg.steps * update
-    first_half = 0 < cfg.second_batch != cfg.batch_size
-    tokens = total * (0.5 if first_half else 1.0) - (cfg.steps - step) * update
-    return cfg.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * tokens / (cfg.cosine * total))))
-
+    step = sequences / cfg.batch_size
+    if cfg.warmup_steps and step <= cfg.warmup_steps:
+        return 1e-7 + (cfg.lr - 1e-7) * step / cfg.warmup_steps
+    progress = min(sequences * cfg.seq_len / (cfg.cosine * cfg.tokens), 1)
+    return cfg.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 # ---------------------------------------- Precision ----------------------------------------
 
 # Parameters, gradients and Adam's moments are fp32. Under bf16, autocast (in objective) runs matrix
@@ -825,16 +818,22 @@ PEAK_FLOPS = {  # dense bf16, by the device's exact name; a device not listed ge
 # ---------------------------------------- Parallelism ----------------------------------------
 
 def parallelize(model, cfg, mesh):
-    """Synchronous data parallelism: each rank has a copy, gradients are averaged."""
-    if cfg.compile:
-        for block in model.blocks:
-            block.compile()
+    """Synchronous data parallelism: each rank has a copy, gradients are averaged. Recomputation and
+    compilation are applied to the blocks first."""
+    for block in model.blocks:
+        if cfg.recompute == "block":
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if cfg.compile:
+            torch.compiler.config.fail_on_recompile_limit_hit = True
+            block.compile(dynamic=False)
     if mesh.size() == 1:
         return model
-    steps, _ = split_batch(cfg, mesh.size())
+    # A static graph is faster, and wrong with gradient accumulation.
+    largest = dataclasses.replace(cfg, batch_size=max(cfg.batch_size, cfg.second_batch))
+    static_graph = split_batch(largest, mesh.size())[0] == 1
     return nn.parallel.DistributedDataParallel(
         model, process_group=mesh.get_group(), gradient_as_bucket_view=True,
-        static_graph=steps == 1,  # it is faster, and wrong under the no_sync() of accumulation
+        static_graph=static_graph,
     )  # fmt: skip
 
 def memory_per_rank(cfg):
@@ -858,121 +857,171 @@ def memory_per_rank(cfg):
 def join_queue(cfg):
     """(store, rank, ranks) of a sweep over torchrun's ranks, which draw runs from a counter in the
     store; then each is a process group of its own."""
-    names = {"RANK": 0, "WORLD_SIZE": 1, "TORCHELASTIC_RESTART_COUNT": 0}
-    rank, ranks, restarts = (int(os.environ.get(k, v)) for k, v in names.items())
-    if ranks == 1:
-        return dist.HashStore(), rank, ranks
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = dist.TCPStore(*address, is_master=hosts, timeout=timedelta(seconds=cfg.timeout))
-    os.environ.update(RANK="0", WORLD_SIZE="1")
-    return dist.PrefixStore(f"sweep {restarts}", store), rank, ranks
+    rank = int(os.environ.get("RANK", 0))
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    store = dist.HashStore()
+    if ranks > 1:
+        store = shared_store(rank)
+        store.set_timeout(timedelta(seconds=cfg.timeout))
+        os.environ.update(RANK="0", WORLD_SIZE="1")
+    return store, rank, ranks
 
 # ---------------------------------------- Checkpoint ----------------------------------------
 
-HF_CONFIG = (  # fields that a model's directory keeps
+SHAPE = (  # fields of Config that a checkpoint fixes
     "vocab_size", "dim", "n_layers", "n_heads", "head_dim", "hidden_dim", "norm_eps", "seq_len",
 )  # fmt: skip
+HF_FIXED = {"model_type": "chinchilla"}
 
 def from_hf(path):
-    """(model, cfg) from the directory that to_hf wrote: config.json, model.safetensors."""
+    """(model, cfg) from a directory that to_hf wrote: config.json and safetensors."""
     # Departure: Hugging Face has no class for this model; names and shapes are our own.
-    from safetensors.torch import load_file
-
-    try:
-        config = json.loads((Path(path) / "config.json").read_text())
-        if config["model_type"] != "chinchilla":
-            raise ValueError(f"its model_type is {config['model_type']}")
-        cfg = Config(**{name: config[name] for name in HF_CONFIG})
+    with explain(f"{path} holds no Chinchilla model", Exception):
+        cfg = Config(**read_hf_config(path, {name: (name, 0) for name in SHAPE}, HF_FIXED))
         model = Chinchilla(cfg)
-        model.load_state_dict(load_file(Path(path) / "model.safetensors"))
-    except Exception as error:
-        raise ValueError(f"{path} holds no Chinchilla model: {error!r}") from error
+        tensors = read_hf_tensors(path)
+        for name, p in model.named_parameters():
+            p.data.copy_(tensors[name])
     return model, cfg
 
 def to_hf(model, cfg, path):
-    """Writes model to the directory path, in the manner of Hugging Face."""
+    """Write model to the directory path, in the manner of Hugging Face."""
     from safetensors.torch import save_file
 
-    config = {name: getattr(cfg, name) for name in HF_CONFIG}
-    config |= dict(architectures=["Chinchilla"], model_type="chinchilla")
-    tensors = {name: p.cpu().contiguous() for name, p in model.state_dict().items()}
-    Path(path).mkdir(parents=True, exist_ok=True)
-    (Path(path) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(tensors, Path(path) / "model.safetensors", metadata={"format": "pt"})
+    config = {name: getattr(cfg, name) for name in SHAPE} | HF_FIXED
+    config["architectures"] = ["Chinchilla"]
+    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    with written_beside(path) as folder:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+def read_hf_config(path, fields, fixed):
+    """Fields of Config from the config.json of a Hugging Face checkpoint directory.
+
+    fields: {field: (key, default of Hugging Face's class)}; fixed: {key: the only value that is
+    supported}. Raises ValueError, with the key's name, for another value.
+    """
+    theirs = json.loads((Path(path) / "config.json").read_text())
+    for key, value in fixed.items():
+        if theirs.get(key) not in (None, value):
+            raise ValueError(f"{path}: config.json has {key} {theirs[key]!r}, not {value!r}")
+    return {field: theirs.get(key, default) for field, (key, default) in fields.items()}
+
+def read_hf_tensors(path):
+    """{name: tensor} of model.safetensors or, without it, of the files that the index names."""
+    from safetensors.torch import load_file
+
+    files = {"model.safetensors"}
+    if not (Path(path) / "model.safetensors").exists():
+        index = json.loads((Path(path) / "model.safetensors.index.json").read_text())
+        files = set(index["weight_map"].values())
+    return {name: tensor for file in files for name, tensor in load_file(Path(path) / file).items()}
+
+@contextlib.contextmanager
+def written_beside(path):
+    """A temporary directory; when the block ends, its files move to the directory path."""
+    path = Path(path)
+    folder = path.with_name(path.name + ".tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    yield folder
+    try:
+        folder.rename(path)  # at once, if path is new or empty
+    except OSError:
+        for file in folder.iterdir():
+            file.replace(path / file.name)
+        folder.rmdir()
+
+def newest_checkpoint(out, resume, fixed):
+    """(path of the newest checkpoint in out, config.json of its run), or (None, {}).
+
+    Raises ValueError if there is one, but neither --resume nor a restart by torchrun asks for it,
+    or if its run had another value of a field in `fixed`.
+    """
+    newest = [None, {}]
+    checkpoints = sorted(Path(out).glob("step_*[0-9]")) if out else []
+    if checkpoints:
+        newest = [checkpoints[-1], json.loads((Path(out) / "config.json").read_text())]
+    dist.broadcast_object_list(newest)  # ranks on a network file system may list other files
+    path, run = newest
+    (restarts,) = sum_over_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+    if path and not (resume or restarts):
+        raise ValueError(f"{out} has checkpoints: --resume continues, another --out starts anew")
+    for name in fixed:
+        if path and run.get(name) != fixed[name]:
+            raise ValueError(f"{path} has {name} {run.get(name)}, and this run {fixed[name]}")
+    if path:
+        print(f"continuing from {path}")
+    elif resume:
+        print(f"no checkpoint in {out or '--out'}: starting a run")
+    return path, run
+
+def claim_directory(out, step, config):
+    """Write config.json, and remove the rows of later steps from metrics.jsonl. Returns a lock,
+    which the process holds while it lives; ValueError if another process holds it."""
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "lock", "w")
+    if dist.get_rank() > 0:
+        return lock
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"another run is writing to {out}") from error
+    except OSError as error:
+        print(f"{out} cannot be locked against other runs: {error}")
+    log = folder / "metrics.jsonl"
+    log.touch()
+    rows = [json.loads(line) for line in log.open() if line.endswith("}\n")]
+    kept = [row for row in rows if row["step"] < step or (row["step"] == step and "loss" in row)]
+    texts = {"config.json": json.dumps(config, indent=2) + "\n"}
+    texts["metrics.jsonl"] = "".join(json.dumps(row) + "\n" for row in kept)
+    for name, text in texts.items():
+        (folder / f"{name}.tmp").write_text(text)
+        (folder / f"{name}.tmp").replace(folder / name)
+    return lock
 
 def save_checkpoint(out, model, optimizer, state):
-    """Writes model, optimizer and state to out/step_N, of which the two newest stay. The name comes
-    with a rename at the end, so that a process killed at any moment leaves whole checkpoints."""
+    """Write model, optimizer and state to out/step_N, and keep the two newest. The directory is
+    renamed when it is complete, so that a killed process leaves only complete checkpoints."""
     final = Path(out) / f"step_{state['step']:09d}"
     partial = final.with_suffix(".tmp")
-    if dist.get_rank() == 0:
-        for remains in Path(out).glob("step_*.tmp"):
-            shutil.rmtree(remains)
-    dist.barrier()
     weights, moments = get_state_dict(model, optimizer)
-    try:
-        dcp.save({"model": weights, "optimizer": moments, "state": state}, checkpoint_id=partial)
-    except dcp.api.CheckpointException as error:  # which is no Exception
-        raise OSError(f"cannot save {final}: {next(iter(error.failures.values()))[0]}") from error
+    content = {"model": weights, "optimizer": moments["state"], "state": state}
+    with explain(f"cannot save {final}", dcp.CheckpointException):
+        dcp.save(content, checkpoint_id=partial)
     if dist.get_rank() == 0:
         partial.rename(final)
-        for old in sorted(Path(out).glob("step_*[0-9]"))[:-2]:
-            shutil.rmtree(old)
+        old = sorted(Path(out).glob("step_*[0-9]"))[:-2]
+        for path in [*old, *Path(out).glob("step_*.tmp")]:  # .tmp: of killed processes
+            shutil.rmtree(path)
     dist.barrier()
 
-def load_checkpoint(out, resume, steps, model, optimizer, state):
-    """Fills model, optimizer and state from the newest checkpoint in out if --resume or a restart
-    by torchrun asks for it; ValueError if there is none, or one that nobody asked for."""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    listing = [sorted(Path(out).glob("step_*[0-9]"))]
-    dist.broadcast_object_list(listing)  # rank 0's, since network file systems show ranks old ones
-    (found,) = listing
-    if not found and resume and not restarted:
-        raise ValueError(f"--resume: {out} has no checkpoint")
-    if found and not resume and not restarted:
-        raise ValueError(f"{out} has checkpoints: --resume goes on, another --out starts anew")
-    if found:
-        path = found[-1]
-        settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-        weights, moments = get_state_dict(model, optimizer)
-        loaded = {"model": weights, "optimizer": moments, "state": dict(state)}
-        try:
-            dcp.load(loaded, checkpoint_id=path)
-        except dcp.api.CheckpointException as error:
-            cause = next(iter(error.failures.values()))[0]
-            raise ValueError(f"{path} does not fit or is damaged: {cause}") from error
-        if loaded["state"]["seed"] != state["seed"] or loaded["state"]["step"] > steps:
-            raise ValueError(f"{path} has --seed {loaded['state']['seed']} or is beyond --steps")
-        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-        for group, setting in zip(optimizer.param_groups, settings):
-            group.update(setting)  # the flags count, not what they were
-        state.update(loaded["state"])
-    log = Path(out) / "metrics.jsonl"
-    if dist.get_rank() == 0 and log.exists():  # what lies behind the checkpoint comes again
-        rows = [row for row in log.read_text().splitlines(True) if row.endswith("}\n")]
-        log.write_text("".join(row for row in rows if json.loads(row)["step"] <= state["step"]))
+def load_checkpoint(path, model, optimizer, state):
+    """Fill model, optimizer and state from a checkpoint; its hyperparameters stay as they are."""
+    weights, moments = get_state_dict(model, optimizer)
+    content = {"model": weights, "optimizer": moments["state"], "state": dict(state)}
+    with explain(f"{path} does not fit or is damaged", dcp.CheckpointException):
+        dcp.load(content, checkpoint_id=path)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    state.update(content["state"])
 
 def whole_lines(path):
-    """(number, object) of the lines of a .jsonl; a last line that a kill cut short is none."""
+    """(number, object) of the lines of a .jsonl file; a last line that a kill cut short is none."""
     *lines, last = read_text(path).split("\n")
-    for number, line in enumerate([*lines, last], 1):
-        try:
-            if line.strip():
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"it is {row!r:.40}")
-                yield number, row
-        except ValueError as error:
-            if number <= len(lines):
-                raise ValueError(f"{path}, line {number} is no JSON object: {error}") from error
+    with contextlib.suppress(ValueError):
+        json.loads(last)
+        lines.append(last)
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            with explain(f"{path}, line {number} is no JSON object", ValueError, TypeError):
+                row = {**json.loads(line)}
+            yield number, row
 
 def read_text(path):
     """The text of a file, which must be UTF-8; a mark of the byte order is none of it."""
-    try:
+    with explain(f"{path} is not UTF-8 text", UnicodeDecodeError):
         return Path(path).read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
 
 def table_lines(path):
     """(number, row) of a .csv, whose columns N, D and loss must be there."""
@@ -980,43 +1029,41 @@ def table_lines(path):
     for name in ("N", "D", "loss"):
         if table.fieldnames and name not in table.fieldnames:
             raise ValueError(f"{path} has no column {name}")
-    try:
-        yield from enumerate(table, 2)
-    except csv.Error as error:
-        raise ValueError(f"{path} is no table: {error}") from error
+    with explain(f"{path} is no table", csv.Error):
+        rows = list(table)
+    yield from enumerate(rows, 2)
 
 def number_of(row, name):
     """The number in a row's column, above 0 where accuracy may be 0; None where there is none and
     a fit can do without."""
-    if row.get(name) in (None, "") and name not in ("N", "D", "loss"):
+    if row.get(name) in (None, ""):
+        if name in ("N", "D", "loss"):
+            raise ValueError("there is none")
         return None
-    value = float(row.get(name) if row.get(name) not in (None, "") else "none")
-    high = 1 if name == "accuracy" else sys.float_info.max
-    if not (0 if name == "accuracy" else sys.float_info.min) <= value <= high:
-        raise ValueError("it must be in 0 ... 1" if high == 1 else "it must be a number above 0")
+    value = float(row[name])
+    if name == "accuracy" and not 0 <= value <= 1:
+        raise ValueError("it must be in 0 ... 1")
+    if name != "accuracy" and not 0 < value < math.inf:
+        raise ValueError("it must be a number above 0")
     return value
 
 def read_runs(path, settings=None):
     """Rows of a .csv or .jsonl of runs with N, D, loss and C (6 N D where it is not given), all of
     one sort of settings; without those that diverged or whose cosine was too long."""
-    found, names = [], "N D loss C nll accuracy N_non_embedding budget cosine".split()
+    found = []
     for number, row in (whole_lines if Path(path).suffix == ".jsonl" else table_lines)(path):
         if "loss" in row and row["loss"] is None and "name" in row:
             print(f"run {row['name']} diverged: it is left out")
             continue
-        for name in names:
-            try:
+        for name in "N D loss C nll accuracy N_non_embedding budget cosine".split():
+            what = f"{path}, line {number}: {name} is {row.get(name) or 'none'}"
+            with explain(what, TypeError, ValueError):
                 row[name] = number_of(row, name)
-            except (TypeError, ValueError) as error:
-                value = "none" if row.get(name) in (None, "") else row[name]
-                raise ValueError(f"{path}, line {number}: {name} is {value}: {error}") from error
-        try:
+        with explain(f"{path}, line {number}: curve is no pairs of tokens and loss above 0",
+                     TypeError, ValueError):  # fmt: skip
             curve = np.array(row.get("curve") or np.ones((2, 2)), np.float64)
             if curve.shape[1:] != (2,) or not (np.isfinite(curve) & (curve > 0)).all():
-                raise ValueError("they must be above 0")
-        except (TypeError, ValueError) as error:
-            message = f"{path}, line {number}: curve is no pairs of tokens and loss: {error}"
-            raise ValueError(message) from error
+                raise ValueError(f"it has the shape {curve.shape}")
         row["C"] = row["C"] or 6 * row["N"] * row["D"]
         found += [row] if row["cosine"] in (None, 1) else []
     kinds = {row.get("settings") for row in found}
@@ -1039,150 +1086,144 @@ def split_batch(cfg, ranks):
     micro = min(cfg.micro_batch or share, share)
     return share // max(micro, 1), micro
 
-def sum_over_ranks(*numbers, device):
+def sum_over_ranks(*numbers):
     """The numbers, each summed over all ranks, as floats."""
-    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
+    sums = torch.tensor(numbers, dtype=torch.float64)
     dist.all_reduce(sums)
     return sums.tolist()
 
-def next_batches(corpus, first, stop, cfg, device, rank, ranks):
-    """The micro-batches of data-parallel rank `rank` of `ranks` of the global batch that begins at
-    sequence `first`, on the device; their counts (n_...) are those of the global batch. None if
-    any rank was told to stop."""
+def read_batch(corpus, first, cfg, device, rank, ranks):
+    """Micro-batches, on the device, of data-parallel rank `rank` of `ranks` of the global batch
+    that begins with sequence `first`. Without collectives, so that a thread can call it."""
     steps, micro = split_batch(cfg, ranks)
     first += rank * steps * micro
     batches = [get_batch(corpus, first + i * micro, micro, cfg) for i in range(steps)]
+    for batch in batches:
+        for name, value in batch.items():
+            if torch.is_tensor(value) and device.type == "cuda":
+                batch[name] = value.pin_memory().to(device, non_blocking=True)
+    return batches
+
+def sum_counts(batches, ranks):
+    """Replace the counts (n_...) of micro-batches by those of the global batch, which `ranks`
+    data-parallel ranks read together; all others read the same as one of these."""
     names = [name for name in batches[0] if name.startswith("n_")]
-    sums = (sum(batch.pop(name) for batch in batches) for name in names)
-    stop, *sums = sum_over_ranks(stop, *sums, device=device)
-    if stop:
-        return None
-    copies = dist.get_world_size() // ranks  # ranks of other kinds of parallelism: the same counts
-    counts = {name: count / copies for name, count in zip(names, sums)}
-    return [{k: v.to(device) for k, v in batch.items()} | counts for batch in batches]
+    sums = sum_over_ranks(*(sum(batch[name] for batch in batches) for name in names))
+    counts = {name: n * ranks / dist.get_world_size() for name, n in zip(names, sums)}
+    for batch in batches:
+        batch.update(counts)
 
-def accumulate_gradients(model, batches, cfg):
-    """Adds the global batch's gradient to the parameters; returns this rank's part of the loss."""
-    total, ranks = 0.0, dist.get_world_size()
-    for i, batch in enumerate(batches):
-        alone = ranks > 1 and i < len(batches) - 1  # ranks meet once, in the last micro-batch
-        with model.no_sync() if alone else contextlib.nullcontext():
-            loss, _ = objective(model, batch, cfg)
-            (loss * ranks).backward()  # DDP averages over ranks what is an average already
-        total += loss.detach()
-    return total
-
-@torch.no_grad()
-def evaluate(model, batches, cfg):
-    """This rank's part of the mean loss over a global batch, without dropout."""
+@contextlib.contextmanager
+def evaluation_mode(model, compiled):
+    """No dropout, no gradients, and no compiled code, which would be compiled for each length."""
+    eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     model.eval()
-    loss = sum(objective(model, batch, cfg)[0] for batch in batches)
+    with torch.no_grad(), eager:
+        yield
     model.train()
-    return loss
 
 def validate(loss_of, corpus, step, cfg, device, rank, ranks):
-    """Prints nats per target and bits per byte of corpus; after training, lzma's bits as well.
-    loss_of(batches) is this rank's part of the mean loss over a global batch."""
+    """Print and log nats per target and bits per byte over the first windows of corpus.
+    loss_of(batches) is this rank's share of the loss of a global batch."""
     nats = n_targets = n_bytes = 0.0
-    n_batches = min(cfg.val_batches, corpus.n_windows(cfg.seq_len) // cfg.batch_size)
-    for i in range(n_batches):
-        first = i * cfg.batch_size
-        batches = next_batches(corpus, first, False, cfg, device, rank, ranks)
-        (loss,) = sum_over_ranks(loss_of(batches), device=device)
+    for i in range(min(cfg.val_batches, corpus.n_windows(cfg.seq_len) // cfg.batch_size)):
+        batches = read_batch(corpus, i * cfg.batch_size, cfg, device, rank, ranks)
+        sum_counts(batches, ranks)
+        (loss,) = sum_over_ranks(loss_of(batches))
         nats += loss * batches[0]["n_targets"]
         n_targets += batches[0]["n_targets"]
         n_bytes += batches[0]["n_bytes"]
-    bpb = f"{bits_per_byte(nats, n_bytes):.3f}".replace("nan", "n/a")
-    line = f"val {step} | loss {nats / max(n_targets, 1):.4f} | bpb {bpb}"
-    text = corpus.text(n_batches * cfg.batch_size * cfg.seq_len)
-    if step == cfg.steps and text:
-        line += f" | lzma {8 * len(lzma.compress(text, preset=9)) / len(text):.3f}"
-    print(line, flush=True)
+    if not n_targets:
+        raise ValueError("the held-out documents have no token to predict")
+    row = {"step": step, "val_loss": nats / n_targets, "val_bpb": bits_per_byte(nats, n_bytes)}
+    bpb = f"{row['val_bpb']:.3f}".replace("nan", "n/a")
+    print(f"val {step} | loss {row['val_loss']:.4f} | bpb {bpb}")
+    write_row(cfg.out, row)
 
-@torch.compiler.set_stance("force_eager")  # a compiled block would compile for every length
-@torch.no_grad()
-def sample(model, ids, n, known, cfg):
-    """ids and n more, drawn at temperature 0.8 from the softmax over what known [V] allows."""
-    model.eval()
+def sample(model, ids, n, allowed_ids, cfg):
+    """ids and n more, drawn at temperature 0.8 among allowed_ids [V] (boolean)."""
     device = model.token_embedding.weight.device
-    torch.manual_seed(cfg.seed)
-    for _ in range(n):
-        tokens = torch.tensor([ids[-cfg.seq_len :]], device=device)  # [1, T]
-        with torch.autocast(device.type, torch.bfloat16, cfg.precision == "bf16"):
-            logits = model(tokens)[0, -1].float().masked_fill(~known.to(device), -math.inf)  # [V]
-        ids = ids + torch.multinomial((logits / 0.8).softmax(-1), 1).tolist()
+    torch.manual_seed(stable_hash(cfg.seed, "sample"))
+    with evaluation_mode(model, cfg.compile):
+        for _ in range(n):
+            tokens = torch.tensor([ids[-cfg.seq_len :]], device=device)  # [1, T]
+            with torch.autocast(device.type, torch.bfloat16, cfg.precision == "bf16"):
+                logits = model(tokens)[0, -1].float().cpu()  # [V]
+            p = (logits / 0.8).masked_fill(~allowed_ids, -math.inf).softmax(-1)
+            ids = ids + torch.multinomial(p, 1).tolist()
     return ids
 
 def is_sweep(cfg):
-    """Whether the run is a sweep: it has budgets, and no count of updates."""
-    return bool(cfg.sweep) and not cfg.steps
+    """Whether to train a sweep: it has budgets, and nothing asks for a single run."""
+    return bool(cfg.sweep) and not cfg.steps and not cfg.eval
 
 def check(cfg, ranks):
-    """Raises ValueError for a configuration that cannot run on that many ranks."""
+    """Raise ValueError for a configuration that cannot run on that many ranks."""
     for field in dataclasses.fields(cfg):
-        low = 0 if field.default == 0 or field.type is float or field.name == "warmup_steps" else 1
-        low = 0 if field.name == "bootstrap" else low
-        if field.type in (int, float) and not low <= getattr(cfg, field.name) < math.inf:
-            raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {low} or more")
+        least = int(field.type is int and field.default > 0)
+        if field.name in ("warmup_steps", "bootstrap"):
+            least = 0
+        if field.type in (int, float) and not least <= getattr(cfg, field.name) < math.inf:
+            raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
     sweep = is_sweep(cfg)
-    parts = [split_batch(half, 1 if sweep else ranks) for half in halves(cfg)]
+    for name in ("init", "export", "second_batch", "tokens", "cosine"):
+        if sweep and getattr(cfg, name) != getattr(Config, name):
+            raise ValueError(f"--{name} is for a single run: --sweep= turns the sweep off")
+    sharers = 1 if sweep else ranks  # ranks that share a batch
+    for name in ("batch_size", "second_batch"):
+        n = getattr(cfg, name)
+        steps, micro = split_batch(dataclasses.replace(cfg, batch_size=n), sharers)
+        if sharers * steps * micro != n:
+            raise ValueError(f"--{name} {n} is not {sharers} ranks x micro-batches of {micro}")
     local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     for wrong, message in (
         (cfg.dim % 2, f"--dim {cfg.dim} is odd: half of a distance's encoding are sines"),
         (cfg.cosine < 1, f"--cosine {cfg.cosine} ends before the run"),
-        (any((1 if sweep else ranks) * steps * micro != half.batch_size
-             for half, (steps, micro) in zip(halves(cfg), parts)),
-         f"--batch_size {cfg.batch_size} or --second_batch {cfg.second_batch} is not "
-         f"{ranks} ranks x micro-batches of {parts[0][1]}"),
         (cfg.resume and not cfg.out, "--resume needs --out"),
+        (cfg.eval and not cfg.out and not cfg.init, "--eval needs --out or --init"),
+        (cfg.write_tokens and ranks > 1, "--write_tokens runs in one process, without torchrun"),
         (sweep and not cfg.sizes, "--sweep needs --sizes"),
-        (sweep and (cfg.init or cfg.export), "--init and --export are for a single run: --sweep="),
-        (sweep and cfg.second_batch, "--second_batch is for a single run: --sweep="),
-        (sweep and cfg.tokens, "--tokens is for a single run: --sweep=, or else --tokens 0"),
-        (sweep and cfg.cosine != 1, "--cosine is for a single run; for a sweep: "
-         "--mismatched_cosine"),
-        (sweep and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not cfg.out,
-         "a sweep with --max-restarts needs --out, where a restart finds its runs"),
+        (sweep and (restarts or local < ranks) and not cfg.out,
+         "a sweep over several machines or with --max-restarts needs --out, for its finished runs"),
+        (cfg.mismatched_cosine and not sweep, "--mismatched_cosine is part of a sweep"),
         (cfg.budget and not 1e6 <= cfg.budget <= 1e40, f"--budget {cfg.budget}: 1e6 ... 1e40"),
         (cfg.inference_tokens > 1e30, f"--inference_tokens {cfg.inference_tokens:g} is over 1e30"),
-        (sweep and local < ranks and not cfg.out, "a sweep over several machines needs --out"),
-        (cfg.mismatched_cosine and not sweep, "--mismatched_cosine is part of a sweep"),
         (cfg.inference_tokens and not cfg.budget, "--inference_tokens needs --budget"),
         (cfg.plot and not (cfg.fit or (cfg.out if cfg.budget else sweep)),
          "--plot is for a sweep, for the runs of --fit, or with --budget for those of --out"),
-        (cfg.plot and not importlib.util.find_spec("matplotlib"),
-         "--plot needs the package matplotlib: pip install matplotlib"),
-        ((cfg.init or cfg.export) and not importlib.util.find_spec("safetensors"),
-         "--init and --export need the package safetensors: pip install safetensors"),
-        (cfg.write_tokens and ranks > 1, "--write_tokens is for one process, without torchrun"),
-        (cfg.write_tokens and shard_paths(cfg.data),
-         "--write_tokens takes text, and --data is token shards"),
     ):  # fmt: skip
         if wrong:
             raise ValueError(message)
+    if cfg.init or cfg.export:
+        with explain("--init and --export need: pip install safetensors", ImportError):
+            import safetensors  # noqa: F401
+    if cfg.plot:
+        with explain("--plot needs: pip install matplotlib", ImportError):
+            import matplotlib  # noqa: F401
 
-def with_length(cfg, n):
-    """cfg of a single run with its steps and tokens, for a model of n parameters."""
-    batches = cfg.batch_size, cfg.second_batch or cfg.batch_size
-    per_step = 2 / (1 / batches[0] + 1 / batches[1]) * cfg.seq_len  # mean over all updates
-    steps = cfg.steps or max(math.ceil((cfg.tokens or 20 * n) / per_step), 1)
-    cfg = dataclasses.replace(cfg, steps=steps, tokens=float(steps * per_step))
-    if cfg.second_batch:  # whole updates in both halves
-        sizes = [half.batch_size * cfg.seq_len for half in halves(cfg)]
-        first, last = (half.steps for half in halves(cfg))
-        cfg.tokens = float(first * sizes[0] + (last - first) * sizes[1])
+def planned_tokens(cfg, n):
+    """D of a single run of a model of n parameters."""
+    if cfg.steps:
+        return float(cfg.steps * cfg.batch_size * cfg.seq_len)
+    return cfg.tokens or 20.0 * n
+
+def updates_left(sequences, cfg):
+    """Number of updates from that many sequences to the end of the run."""
+    total = cfg.tokens / cfg.seq_len
+    n_updates = 0
+    if cfg.second_batch and sequences < total / 2:
+        n_updates = math.ceil((total / 2 - sequences) / cfg.batch_size)
+        sequences += n_updates * cfg.batch_size
+    batch_size = cfg.second_batch or cfg.batch_size
+    return n_updates + max(math.ceil((total - sequences) / batch_size), 0)
+
+def at_sequence(sequences, cfg):
+    """cfg with the batch of the update that follows that many sequences: from half of the tokens
+    on, --second_batch (Table 4, "doubled midway")."""
+    if cfg.second_batch and 2 * sequences * cfg.seq_len >= cfg.tokens:
+        return dataclasses.replace(cfg, batch_size=cfg.second_batch)
     return cfg
-
-def halves(cfg):
-    """The run's Configs, whose steps are where each ends: one, or two of half the tokens each, with
-    batch_size and second_batch sequences an update (Table 4, "doubled midway")."""
-    if cfg.second_batch in (0, cfg.batch_size):
-        return [cfg]
-    end = round(cfg.steps * cfg.second_batch / (cfg.batch_size + cfg.second_batch))
-    return [
-        dataclasses.replace(cfg, steps=end),
-        dataclasses.replace(cfg, batch_size=cfg.second_batch),
-    ]
 
 def sweep_settings(cfg):
     """What all runs of one fit must share, as a hash: every flag that a run depends on, except for
@@ -1197,18 +1238,16 @@ def plan_sweep(cfg):
     """[(name, budget, N, Config of the run)] for each budget and size, the longest first; the name
     has all that a run depends on but the content of --data, so that one of that name need not be
     run again."""
-    try:
+    with explain(f"--sweep {cfg.sweep} --sizes {cfg.sizes} is not FLOPS,... and WIDTHxLAYERS,...",
+                 ValueError):  # fmt: skip
         budgets = [float(C) for C in cfg.sweep.split(",")]
         sizes = [tuple(map(int, size.split("x"))) for size in cfg.sizes.split(",")]
         if not all(0 < C < math.inf for C in budgets):
             raise ValueError("a budget is above 0")
         if any(len(size) != 2 or min(size) < 1 for size in sizes):
             raise ValueError("a size is two numbers above 0")
-    except ValueError as error:
-        wanted = "FLOPS,... and WIDTHxLAYERS,..."
-        given = f"--sweep {cfg.sweep} --sizes {cfg.sizes}"
-        raise ValueError(f"{given} is not {wanted}: {error}") from error
-    runs, middle = {}, (len(budgets) // 2, len(sizes) // 2)
+    runs = {}
+    middle = len(budgets) // 2, len(sizes) // 2
     for (i, C), (j, (dim, layers)) in itertools.product(enumerate(budgets), enumerate(sizes)):
         if dim % cfg.head_dim or dim % 2:
             raise ValueError(f"--sizes: heads of {cfg.head_dim} do not divide the width {dim}")
@@ -1220,11 +1259,12 @@ def plan_sweep(cfg):
             N, _ = count_parameters(Chinchilla(run))
         cost = 6 * N if cfg.flops == "6nd" else 3 * appendix_f(run)["total"] / run.seq_len
         run.steps = round(C / cost / (run.batch_size * run.seq_len))  # D = C / (FLOPs of a token)
-        run.tokens, run.warmup_steps = 0.0, min(cfg.warmup_steps, run.steps // 10)
+        run.tokens = planned_tokens(run, N)
+        run.warmup_steps = min(cfg.warmup_steps, run.steps // 10)
         if not run.steps:
             raise ValueError(f"--sweep: {C:g} FLOPs are not one update of {dim}x{layers}")
-        extra = (1.5, 2.0, 5.0) if cfg.mismatched_cosine and (i, j) == middle else ()
-        for cosine in (1.0, *extra):
+        longer = (1.5, 2.0, 5.0) if cfg.mismatched_cosine and (i, j) == middle else ()
+        for cosine in (1.0, *longer):
             run = dataclasses.replace(run, cosine=cosine)
             key = stable_hash(sweep_settings(cfg), C) % 16**8
             name = f"{dim}x{layers}_{C:g}_seed{cfg.seed}_cosine{cosine:g}_{key:08x}"
@@ -1232,53 +1272,65 @@ def plan_sweep(cfg):
     # an update of a tiny model takes as long as some 5e7 FLOPs, whatever it computes
     return sorted(runs.values(), key=lambda run: (-run[1] - 5e7 * run[3].steps, run[0]))
 
-def train_run(name, C, N, run, data, device, signals):
-    """Trains one run of a sweep in its directory run.out, from its checkpoint if it has one; its
-    row for runs.jsonl, where a run that diverged has no loss; None if a signal stopped it."""
-    corpus, heldout = data
-    started, diverged = time.perf_counter(), False
+def fixed_fields(cfg, corpus):
+    """{name: value} of what a resumed run must have in common with its first start."""
+    fixed = {name: getattr(cfg, name) for name in (*SHAPE, "seed")}
+    return fixed | {"data_fingerprint": corpus.fingerprint()}
+
+def build_run(cfg, fixed, source, checkpoint, device):
+    """(model, optimizer, state, lock on cfg.out) of a run: with the weights of the model source,
+    if there is one, and then with what the checkpoint holds, if there is one."""
+    model = Chinchilla(cfg)
+    init_weights(model, cfg)
+    if source:
+        model.load_state_dict(source.state_dict())
+    optimizer = build_optimizer(model.to(device), cfg)
+    state = {"step": 0, "sequences": 0, "tokens": 0}
+    if checkpoint:
+        load_checkpoint(checkpoint, model, optimizer, state)
+    lock = None
+    if cfg.out:
+        lock = claim_directory(cfg.out, state["step"], dataclasses.asdict(cfg) | fixed)
+    return model, optimizer, state, lock
+
+def train_run(name, C, N, run, corpus, heldout, device, signals):
+    """Train one run of a sweep in its directory run.out, from its checkpoint if it has one. Returns
+    its row for runs.jsonl, without a loss if it diverged; None if a signal stopped it."""
+    clock = time.perf_counter()
     if run.compile:
         torch.compiler.reset()  # each size compiles anew, and few are allowed for one block
-    model = Chinchilla(run)
-    init_weights(model, run)
-    optimizer = build_optimizer(model.to(device), run)
-    state = {"step": 0, "sequences": 0, "tokens": 0, "offset": 0, "seed": run.seed}
-    Path(run.out).mkdir(parents=True, exist_ok=True)
-    quiet = dataclasses.replace(run, val_batches=1, val_every=run.steps + 1)
+    run.val_every = run.steps + 1  # at the start and at the end
+    finite = True
     with contextlib.redirect_stdout(io.StringIO()):
-        resume = any(Path(run.out).glob("step_*[0-9]"))
-        load_checkpoint(run.out, resume, run.steps, model, optimizer, state)
-        if signals:
-            return None
+        fixed = fixed_fields(run, corpus)
+        checkpoint, _ = newest_checkpoint(run.out, True, fixed)
+        # the lock is held until the row is returned
+        model, optimizer, state, lock = build_run(run, fixed, None, checkpoint, device)
         try:
-            train(model, optimizer, corpus, heldout, state, quiet, device)
-        except ValueError as error:
-            diverged = "had no finite gradient" in str(error)
-            if not diverged:
-                raise
-    if state["step"] < run.steps and not diverged:
-        return None
+            if not train(model, optimizer, corpus, heldout, state, run, device, signals):
+                return None
+        except Diverged:
+            finite = False
     log = [json.loads(line) for line in (Path(run.out) / "metrics.jsonl").open()]
-    tokens, losses = columns([row for row in log if row["loss"] is not None], "tokens", "loss")
-    losses, n = smoothed(losses), heldout.n_windows(run.seq_len) // run.batch_size
-    n = min(n, run.val_batches)
+    tokens, losses = columns([row for row in log if row.get("loss")], "tokens", "loss")
+    losses = smoothed(losses)
     kept = np.unique(np.geomspace(1, len(losses), 100).round().astype(int)) - 1
-    firsts = range(0, n * run.batch_size, run.batch_size)  # the same windows for all runs
-    batches = (next_batches(heldout, first, False, run, device, 0, 1) for first in firsts)
     # Departure: all approaches but the first are fitted to held-out loss, where the paper has the
     # smoothed training loss; a toy reads its text several times, and has few updates to smooth.
-    loss = sum(evaluate(model, batch, run).item() for batch in batches) / n
-    finite = math.isfinite(loss) and not diverged
-    model.eval()
-    nll, accuracy, exact = cloze(model, heldout, run, device) if finite else (None, None, None)
-    D, counted = state["tokens"], 3 * appendix_f(run)["total"] / run.seq_len
+    loss = log[-1].get("val_loss")  # on the same windows for all runs
+    finite = finite and loss is not None
+    nll = accuracy = exact = None
+    if finite:
+        with evaluation_mode(model, run.compile):
+            nll, accuracy, exact = cloze(model, heldout, run, device)
+    D = state["tokens"]
     return {
         "name": name, "dim": run.dim, "layers": run.n_layers, "N": N, "D": D, "steps": run.steps,
         "N_non_embedding": N - run.vocab_size * run.dim, "budget": C, "C": 6 * N * D,
-        "C_appF": counted * D, "lr": run.lr, "seed": run.seed, "cosine": run.cosine,
-        "train_loss": losses[-1] if finite else None, "loss": loss if finite else None,
-        "nll": nll, "accuracy": accuracy, "exact_match": exact,
-        "seconds": time.perf_counter() - started,
+        "C_appF": 3 * appendix_f(run)["total"] / run.seq_len * D, "lr": run.lr, "seed": run.seed,
+        "cosine": run.cosine, "train_loss": losses[-1] if finite else None,
+        "loss": loss if finite else None, "nll": nll, "accuracy": accuracy, "exact_match": exact,
+        "seconds": time.perf_counter() - clock,
         "curve": np.stack((tokens, losses), 1)[kept].round(5).tolist() if finite else [],
     }  # fmt: skip
 
@@ -1288,7 +1340,7 @@ def finished(folder):
     return {row.get("name"): row for _, row in whole_lines(path)} if path.exists() else {}
 
 def report_run(row, place):
-    """Prints a row of runs.jsonl."""
+    """Print a row of runs.jsonl."""
     loss, train, accuracy, exact = (
         "n/a" if row[key] is None else f"{row[key]:.{digits}f}"
         for key, digits in (("loss", 4), ("train_loss", 4), ("accuracy", 3), ("exact_match", 3))
@@ -1296,13 +1348,15 @@ def report_run(row, place):
     print(
         f"run {place} | {row['dim']}x{row['layers']} | N {human(row['N'])} | D {human(row['D'])} | "
         f"6ND {row['C']:.3g} | App. F {row['C_appF']:.3g} | cosine {row['cosine']:g} | loss {loss} "
-        f"| train {train} | cloze {accuracy}, exact {exact} | {row['seconds']:.1f} s", flush=True,
+        f"| train {train} | cloze {accuracy}, exact {exact} | {row['seconds']:.1f} s"
     )  # fmt: skip
 
-def sweep(cfg, data, device, queue, signals):
-    """Trains what the queue gives this rank until all runs are in runs.jsonl, each at most once;
-    rank 0 prints them as they come, and what other ranks do. Whether all are done."""
-    (store, rank, ranks), plan, seen = queue, plan_sweep(cfg), set()
+def sweep(cfg, corpus, heldout, device, queue, signals):
+    """Train what the queue gives this rank until all runs are in runs.jsonl, each at most once;
+    rank 0 prints them as they come, and what other ranks do. Returns whether all are done."""
+    store, rank, ranks = queue
+    plan = plan_sweep(cfg)
+    seen = set()
     file = Path(cfg.out) / "runs.jsonl"
 
     def report():
@@ -1313,27 +1367,27 @@ def sweep(cfg, data, device, queue, signals):
                 report_run(rows[name], f"{len(seen)}/{len(plan)}")
 
     if rank == 0:
-        flops, done = sum(run[1] for run in plan), finished(cfg.out).keys() & {r[0] for r in plan}
-        print(f"sweep of {len(plan)} runs over {ranks} ranks, {flops:.3g} FLOPs |", end=" ")
-        print(f"{len(done)} are done", flush=True)
+        done = finished(cfg.out).keys() & {run[0] for run in plan}
+        print(f"sweep of {len(plan)} runs over {ranks} ranks,", end=" ")
+        print(f"{sum(run[1] for run in plan):.3g} FLOPs | {len(done)} are done")
         report()
     try:
         while not signals and (turn := store.add("next", 1) - 1) < len(plan):
             name, C, N, run = plan[turn]
             run.out = str(Path(cfg.out) / name)
             if name not in finished(cfg.out):
-                if not (row := train_run(name, C, N, run, data, device, signals)):
-                    signals.append(1)  # which train has heard
+                row = train_run(name, C, N, run, corpus, heldout, device, signals)
+                if not row:
                     break
                 line = json.dumps(row | {"settings": sweep_settings(cfg)}) + "\n"
-                with open(file, "ab", buffering=0) as end:  # in one write: ranks' lines do not mix
-                    if end.write(line.encode()) < len(line):
-                        raise OSError(f"{file} took only a part of a line: is the disk full?")
+                with open(file, "ab", buffering=2**20) as end:  # in one write: lines do not mix
+                    end.write(line.encode())
             for checkpoint in Path(run.out).glob("step_*"):
                 shutil.rmtree(checkpoint)
             report()
     finally:
-        store.add("ended", 1)
+        with contextlib.suppress(dist.DistNetworkError):  # rank 0 has ended, by a signal
+            store.add("ended", 1)
     while rank == 0 and not signals and store.add("ended", 0) < ranks:  # at their last runs
         report()
         time.sleep(0.1)
@@ -1373,7 +1427,7 @@ def draw(rows, width=66, height=18):
     print("\n".join("  |" + "".join(line).rstrip() for line in grid) + "\n  +" + "-" * width)
 
 def plot(rows, fits, folder):
-    """Writes isoflop.png (App. 2), envelope.png (App. 1) and frontier.png to folder."""
+    """Write isoflop.png (App. 2), envelope.png (App. 1) and frontier.png to folder."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -1452,7 +1506,6 @@ def fit_and_report(rows, cfg):
         plot(rows, fits, cfg.plot)
     elif groups:
         draw(rows)
-    sys.stdout.flush()
     return fits
 
 def power(k, a):
@@ -1482,7 +1535,7 @@ def all_laws(fits):
     return laws
 
 def answer(cfg, fits):
-    """Prints the optimal N and D for a budget by every law, what Kaplan says of it, 6 N D beside
+    """Print the optimal N and D for a budget by every law, what Kaplan says of it, 6 N D beside
     counted FLOPs, and the paper's tables 3 and A3 beside what the laws give."""
     C, laws, used = cfg.budget, all_laws(fits), cfg.inference_tokens
     print(f"budget {C:.3g} FLOPs = {C / PF_DAY:.3g} PF-days | D = C / 6N | a of N = k C^a")
@@ -1517,10 +1570,9 @@ def answer(cfg, fits):
             line += f" | {row[2 * i]:.2e} {human(row[2 * i + 1]):>6} -> {cost:.2e} "
             line += f"{human(cost / (6 * N)):>6}"
         print(line)
-    sys.stdout.flush()
 
 def print_kaplan(C):
-    """Prints what Kaplan's laws say of a budget: loss, batch, updates, overfitting, rate."""
+    """Print what Kaplan's laws say of a budget: loss, batch, updates, overfitting, rate."""
     best = kaplan_optimum(C)
     N, D, S = best["N"], best["D"], best["S"]
     loss = power(KAPLAN["C_min"][0] ** KAPLAN["C_min"][1], -KAPLAN["C_min"][1])(C / PF_DAY)
@@ -1541,274 +1593,387 @@ def print_kaplan(C):
         print("        these laws contradict each other from about 1e4 PF-days on (Kaplan §6.3)")
 
 def dry_run(cfg):
-    """Prints parameters, FLOPs per token and bytes per rank, from shapes; and a sweep's runs."""
-    cfg.vocab_size = cfg.vocab_size or load_tokenizer(cfg.tokenizer or "bytes", SPECIALS).n_vocab
+    """Print parameters, FLOPs per token and memory per rank, computed from shapes alone; and the
+    runs of a sweep."""
+    tokenizer = load_tokenizer(cfg.tokenizer or "bytes", ["<|endoftext|>"])
+    cfg.vocab_size = cfg.vocab_size or tokenizer.n_vocab
     check(cfg, cfg.world_size)
     with torch.device("meta"):
         total, activated = count_parameters(Chinchilla(cfg))
     print(f"parameters {total:,} | activated {activated:,}")
-    counted = 3 * appendix_f(cfg)["total"] / cfg.seq_len
     print(f"FLOPs per token {flops_per_token(cfg):.4g} | 6 N gives {6 * activated:.4g}", end=" ")
-    print(f"| App. F {counted:.4g}")
+    print(f"| App. F {3 * appendix_f(cfg)['total'] / cfg.seq_len:.4g}")
     memory = memory_per_rank(cfg)
-    for kind, size in (memory | {"sum": sum(memory.values())}).items():
-        print(f"{kind:12} {size / 2**30:8.3f} GiB on each of {cfg.world_size} ranks")
+    for kind, n_bytes in (memory | {"sum": sum(memory.values())}).items():
+        print(f"{kind:12} {n_bytes / 2**30:8.3f} GiB on each of {cfg.world_size} ranks")
     if is_sweep(cfg):
         for name, C, N, run in plan_sweep(cfg):
             print(f"run {name} | N {N:,} | {run.steps:,} updates | {C:.3g} FLOPs")
         return
-    cfg = with_length(cfg, total)
-    print(f"D {human(cfg.tokens)} in {cfg.steps:,} updates | 6ND {6 * total * cfg.tokens:.3g}")
+    cfg.tokens = planned_tokens(cfg, total)
+    print(f"D {human(cfg.tokens)} in {updates_left(0, cfg):,} updates | 6ND", end=" ")
+    print(f"{6 * total * cfg.tokens:.3g}")
 
-def train(model, optimizer, corpus, heldout, state, cfg, device):
-    """Updates until cfg.steps, or until SIGTERM or SIGINT; state says how far it came."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    mesh = init_device_mesh(device.type, (ranks,), mesh_dim_names=("dp",))
-    replicas, loss_of = parallelize(model, cfg, mesh), functools.partial(evaluate, model, cfg=cfg)
-    signals, saved, skipped, pace = [], state["step"], 0, 0.0
-    handlers = {s: signal(s, lambda *_: signals.append(1)) for s in (SIGTERM, SIGINT)}
-    while state["step"] < cfg.steps:
-        if state["step"] % cfg.val_every == 0:
-            validate(loss_of, heldout, state["step"], cfg, device, rank, ranks)
-        started = time.perf_counter()
-        first = state["sequences"] + state["offset"]
-        batches = next_batches(corpus, first, bool(signals), cfg, device, rank, ranks)
-        if batches is None:
-            break
-        torch.manual_seed(stable_hash(cfg.seed, state["step"], rank))  # of dropout
-        loss = accumulate_gradients(replicas, batches, cfg)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf).item()
-        lr = learning_rate(state["step"], cfg)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        finite = math.isfinite(norm)  # the same on all ranks; a loss that is not finite shows here
-        if finite:
-            optimizer.step()
-        optimizer.zero_grad()
-        state["step"] += 1
-        state["sequences" if finite else "offset"] += cfg.batch_size
-        state["tokens"] += finite * cfg.batch_size * cfg.seq_len
-        seconds = time.perf_counter() - started
-        pace = 0.9 * (pace or seconds) + 0.1 * seconds
-        if state["step"] % cfg.log_every == 0 or state["step"] in (1, cfg.steps):
-            (loss,) = sum_over_ranks(loss, device=device)
-            bpb = bits_per_byte(loss * batches[0]["n_targets"], batches[0]["n_bytes"])
-            row = {"step": state["step"], "loss": loss, "bpb": bpb, "lr": lr, "grad": norm}
-            log_step({**row, "tokens": state["tokens"]}, pace, cfg, device)
-        skipped = 0 if finite else skipped + 1
-        if skipped:
-            print(f"step {state['step']} skipped: its gradient is not finite", flush=True)
-        if skipped == 3:
-            raise ValueError(f"three steps to {state['step']} had no finite gradient")
-        if cfg.out and state["step"] % cfg.save_every == 0:
+def training_step(model, optimizer, batches, lr, cfg):
+    """One update from this rank's micro-batches; returns loss and gradient norm of the global
+    batch. Skips the update if either is not finite, which is the same on all ranks."""
+    loss = torch.zeros((), device=batches[0]["tokens"].device)
+    for i, batch in enumerate(batches):
+        model.require_backward_grad_sync = i == len(batches) - 1  # DDP: one all-reduce an update
+        part, _ = objective(model, batch, cfg)
+        (part * dist.get_world_size()).backward()  # DDP averages over the ranks
+        loss += part.detach()
+    dist.all_reduce(loss)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
+    loss, norm = torch.stack([loss, norm]).tolist()  # the only wait for the device in an update
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if math.isfinite(loss) and math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return loss, norm
+
+class Diverged(ValueError):
+    """The last updates had no finite gradient."""
+
+def train(model, optimizer, corpus, heldout, state, cfg, device, signals):
+    """Update the model until the tokens of the run are used up, or a signal was received."""
+    place = device, dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp",))
+    replicas = parallelize(model, cfg, mesh)
+    now = at_sequence(state["sequences"], cfg)  # with the batch size of the update to come
+    thread = ThreadPoolExecutor(1)  # reads the next batch during an update
+    ahead = thread.submit(read_batch, corpus, state["sequences"], now, *place)
+    first_step = saved = state["step"]
+    n_skipped = 0
+    pace = None
+
+    def evaluate(batches):
+        with evaluation_mode(model, cfg.compile):
+            return sum(objective(model, batch, cfg)[0] for batch in batches)
+
+    while True:
+        step = state["step"]
+        first = state["sequences"]  # of the batch to come
+        steps_left = 0 if cfg.eval else updates_left(first, cfg)
+        n_signals = n_errors = 0
+        if steps_left > 0:
+            error = ahead.exception()
+            n_signals, n_errors = sum_over_ranks(len(signals), error is not None)
+        end = steps_left <= 0 or n_signals or n_errors
+        if cfg.out and step > saved and not n_skipped and (end or step % cfg.save_every == 0):
             save_checkpoint(cfg.out, model, optimizer, state)
-            saved = state["step"]
-    if cfg.out and saved < state["step"]:
-        save_checkpoint(cfg.out, model, optimizer, state)
-    for signum, handler in handlers.items():
-        signal(signum, handler)
+            saved = step
+        if n_errors:
+            raise_first(error)
+        if steps_left <= 0 or step % cfg.val_every == 0:
+            validate(evaluate, heldout, step, cfg, *place)
+        if end:
+            return steps_left <= 0
 
-def single_run(cfg, data, tokenizer, source, device):
-    """Trains one model on all ranks, from source or a checkpoint if there is one; then samples."""
-    (corpus, heldout), ranks = data, dist.get_world_size()
-    model = Chinchilla(cfg)
-    init_weights(model, cfg)
-    if source:
-        model.load_state_dict(source.state_dict())
-    optimizer = build_optimizer(model.to(device), cfg)
-    total, activated = count_parameters(model)
-    cfg, (steps, micro) = with_length(cfg, total), split_batch(cfg, ranks)
-    state = {"step": 0, "sequences": 0, "tokens": 0, "offset": 0, "seed": cfg.seed}
-    if cfg.out:
-        load_checkpoint(cfg.out, cfg.resume, cfg.steps, model, optimizer, state)
-    if cfg.out and dist.get_rank() == 0:
-        config = json.dumps(dataclasses.asdict(cfg), indent=2)
-        (Path(cfg.out) / "config.json").write_text(config + "\n")
-    print(f"parameters {total:,} | activated {activated:,} | FLOPs per token", end=" ")
-    print(f"{flops_per_token(cfg):.3g} | tokens per step {cfg.batch_size * cfg.seq_len:,}", end=" ")
-    print(f"= {ranks} ranks x {steps} x {micro} sequences of {cfg.seq_len}", end=" ")
-    print(f"| D {human(cfg.tokens)}, {cfg.tokens / total:.3g} for each parameter", flush=True)
-    for half in halves(cfg)[1:]:
-        change = halves(cfg)[0].steps
-        print(f"{half.batch_size} sequences a step from step {change + 1} to {half.steps}", end=" ")
-        print(f"(the log counts to {change} first)", flush=True)
-    for half in halves(cfg):
-        train(model, optimizer, corpus, heldout, state, half, device)
-        if state["step"] < half.steps:
-            return print(f"stopped by a signal after step {state['step']}", flush=True)
-    loss_of = functools.partial(evaluate, model, cfg=cfg)
-    validate(loss_of, heldout, cfg.steps, cfg, device, dist.get_rank(), ranks)
+        clock = time.perf_counter()
+        batches = ahead.result()
+        now = at_sequence(first, cfg)
+        following = first + now.batch_size
+        ahead = thread.submit(read_batch, corpus, following, at_sequence(following, cfg), *place)
+        sum_counts(batches, dist.get_world_size())
+        lr = learning_rate(first, cfg)
+        loss, norm = training_step(replicas, optimizer, batches, lr, cfg)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        state["step"] += 1
+        state["sequences"] = following
+        state["tokens"] += finite * now.batch_size * cfg.seq_len
+        seconds = time.perf_counter() - clock
+        if step > first_step:  # the first update, which may compile, tells nothing of the next
+            pace = 0.9 * (pace or seconds) + 0.1 * seconds
+        if step == 0 or steps_left == 1 or state["step"] % cfg.log_every == 0:
+            bpb = bits_per_byte(loss * batches[0]["n_targets"], batches[0]["n_bytes"])
+            row = {"step": step + 1, "loss": loss, "bpb": bpb, "lr": lr, "grad": norm}
+            log_step(row | {"tokens": state["tokens"]}, steps_left - 1, pace, now, device)
+        n_skipped = 0 if finite else n_skipped + 1
+        if n_skipped:
+            print(f"step {step + 1} skipped: its loss or gradient is not finite")
+        if n_skipped == 3 or (n_skipped and steps_left == 1):
+            raise Diverged(f"no finite gradient in the last {n_skipped} steps to {step + 1}")
+
+def load_data(cfg):
+    """(tokenizer or None, training Corpus, held-out Corpus) of --data; sets cfg.vocab_size. With
+    --write_tokens the data is written as shards instead, and the result is None."""
+    files, shards = find_files(cfg.data)
+    tokenizer = None
+    separator = -1  # unknown
+    if cfg.tokenizer or files:
+        tokenizer = load_tokenizer(cfg.tokenizer or "bytes", ["<|endoftext|>"])
+        separator = tokenizer.eot_token
+    cfg.vocab_size = vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
+    documents = tokenize(read_documents(cfg.data, files), tokenizer, separator)
+    if cfg.write_tokens and shards:
+        raise ValueError("--write_tokens reads text, and --data has token shards")
+    if cfg.write_tokens:
+        return write_tokens(cfg.write_tokens, documents)
+    sizes = cfg.vocab_size, cfg.batch_size, cfg.seq_len
+    return tokenizer, *load_corpora(shards, documents, tokenizer, separator, *sizes)
+
+def single_run(cfg, given, corpus, heldout, tokenizer, source, device, signals):
+    """Train one model on all ranks, from source or a checkpoint if there is one; then sample."""
+    ranks = dist.get_world_size()
+    with torch.device("meta"):
+        total, activated = count_parameters(Chinchilla(cfg))
+    cfg.tokens = planned_tokens(cfg, total)
+    fixed = fixed_fields(cfg, corpus)
+    checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
+    if run and not given & {"steps", "tokens"}:  # as many tokens as its first start planned
+        cfg.tokens = run["tokens"]
+    n_updates = updates_left(0, cfg)
+    if cfg.warmup_steps > n_updates // 10:
+        cfg.warmup_steps = n_updates // 10
+        print(f"the warm-up is cut to {cfg.warmup_steps} updates, a tenth of the run")
+    weights = list(Path(cfg.export).glob("*.safetensors*")) if cfg.export else []
+    if weights and run.get("export") != cfg.export:
+        raise ValueError(f"--export {cfg.export} has weights that this run did not write")
+    if cfg.eval:
+        cfg.out = ""  # nothing is written
+    model, optimizer, state, lock = build_run(cfg, fixed, source, checkpoint, device)
+    steps, micro = split_batch(cfg, ranks)
+    tokens = cfg.batch_size * cfg.seq_len
+    print(f"parameters {total:,} | activated {activated:,}", end=" | ")
+    print(f"FLOPs per token {flops_per_token(cfg):.3g} | tokens per step", end=" ")
+    print(f"{tokens:,} = {ranks} ranks x {steps} x {micro} sequences of {cfg.seq_len}", end=" | ")
+    print(f"D {human(cfg.tokens)}, {cfg.tokens / total:.3g} per parameter")
+    if cfg.second_batch:
+        print(f"{cfg.second_batch} sequences per step from half of the tokens on")
+    if not train(model, optimizer, corpus, heldout, state, cfg, device, signals):
+        return print(f"stopped by a signal after step {state['step']}")
     if cfg.export and dist.get_rank() == 0:
         to_hf(model, cfg, cfg.export)
     if tokenizer and dist.get_rank() == 0:
-        ids = tokenizer.encode_ordinary(cfg.prompt or heldout.text(32).decode(errors="ignore"))
-        known = torch.from_numpy(heldout.token_bytes[: cfg.vocab_size] > 0)
-        print(tokenizer.decode(sample(model, ids, 256, known, cfg)), flush=True)
+        ids = get_batch(heldout, 0, 1, cfg)["tokens"][0, :32].tolist()
+        if cfg.prompt:
+            ids = tokenizer.encode_ordinary(cfg.prompt)
+        allowed_ids = torch.from_numpy(heldout.token_bytes > 0)
+        print(tokenizer.decode(sample(model, ids, 256, allowed_ids, cfg)))
 
-def sweep_and_fit(cfg, data, device, queue):
-    """The sweep, over the ranks of the queue, and on rank 0 what follows from it."""
+def sweep_and_fit(cfg, corpus, heldout, device, queue, signals):
+    """Train the sweep, over the ranks of the queue; fit the laws to it on rank 0."""
     store, rank, _ = queue
-    kept, signals, complete, threads = cfg.out, [], False, torch.get_num_threads()
-    handlers = {s: signal(s, lambda *_: signals.append(1)) for s in (SIGTERM, SIGINT)}
+    folder = contextlib.nullcontext(cfg.out)
+    if rank == 0 and not cfg.out:
+        folder = tempfile.TemporaryDirectory(prefix="chinchilla_", ignore_cleanup_errors=True)
+    advice = "; the same command continues" if cfg.out else ""
     if device.type == "cpu" and max(run.dim for *_, run in plan_sweep(cfg)) <= 256:
         torch.set_num_threads(1)  # for so small products threads cost more than they bring
-    try:
+    with folder as cfg.out:
         if rank == 0:
-            cfg.out = kept or tempfile.mkdtemp(prefix="chinchilla_")
-            Path(cfg.out).mkdir(parents=True, exist_ok=True)
             file = Path(cfg.out) / "runs.jsonl"
-            if file.exists():  # without what a kill cut short, before any rank adds to it
-                with open(file, "rb+") as end:
-                    end.truncate(end.read().rfind(b"\n") + 1)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with open(file, "ab+") as end:  # without what a kill cut short
+                end.seek(0)
+                end.truncate(end.read().rfind(b"\n") + 1)
             store.set("folder", cfg.out)
         cfg.out = store.get("folder").decode()
-        complete = sweep(cfg, data, device, queue, signals)
-        rows, done = [], finished(cfg.out)
-        if rank == 0 and complete:
-            rows = read_runs(Path(cfg.out) / "runs.jsonl", sweep_settings(cfg))
-    finally:
-        if rank == 0 and not kept:
-            shutil.rmtree(cfg.out, ignore_errors=True)
-        torch.set_num_threads(threads)
-        for signum, handler in handlers.items():
-            signal(signum, handler)
-    if rank == 0 and not complete:
-        why = "stopped by a signal" if signals else "another rank failed"
-        return print(f"{why}{'; the same command goes on' if kept else ''}", flush=True)
-    if rank == 0:
-        fit_and_report(rows, cfg)
-        plan = plan_sweep(cfg)
-        longer = {(run.dim, run.n_layers, C) for _, C, _, run in plan if run.cosine > 1}
-        same = [run for run in plan if (run[3].dim, run[3].n_layers, run[1]) in longer]
-        for name, *_, run in sorted(same, key=lambda run: run[3].cosine):
-            loss = "n/a" if done[name]["loss"] is None else f"{done[name]['loss']:.4f}"
-            print(f"cosine {run.cosine:g} x the run, {name}: loss {loss}", flush=True)
+        complete = sweep(cfg, corpus, heldout, device, queue, signals)
+        if rank > 0:
+            return
+        if not complete:
+            return print(f"{'stopped by a signal' if signals else 'another rank failed'}{advice}")
+        done = finished(cfg.out)
+        rows = read_runs(file, sweep_settings(cfg))
+    fit_and_report(rows, cfg)
+    plan = plan_sweep(cfg)
+    longer = {(run.dim, run.n_layers, C) for _, C, _, run in plan if run.cosine > 1}
+    same = [run for run in plan if (run[3].dim, run[3].n_layers, run[1]) in longer]
+    for name, *_, run in sorted(same, key=lambda run: run[3].cosine):
+        loss = "n/a" if done[name]["loss"] is None else f"{done[name]['loss']:.4f}"
+        print(f"cosine {run.cosine:g} x the run, {name}: loss {loss}")
 
 @record
 def main(argv=None):
-    """Reads the command line; answers from laws, or reads the data and trains a sweep or model."""
-    with one_line_mistakes():
-        cfg = parse(argv)
+    """Run the command line: answer from the laws, or train a sweep or a single model."""
+    with report_user_errors(), stop_signals() as signals:
+        cfg, given = parse(argv)
         if cfg.dry_run:
             return dry_run(cfg)
         ranks = int(os.environ.get("WORLD_SIZE", 1))
         check(cfg, ranks)
         runs = cfg.fit or (cfg.budget and cfg.out and str(Path(cfg.out) / "runs.jsonl"))
         fits = fit_and_report(read_runs(runs), cfg) if runs else {}
+        if cfg.budget:
+            answer(cfg, fits)
         if cfg.budget or cfg.fit:
-            return answer(cfg, fits) if cfg.budget else None
+            return
+        queue = join_queue(cfg) if is_sweep(cfg) else None
+        device = init_distributed(cfg.timeout)
         source = None
         if cfg.init:
             source, theirs = from_hf(cfg.init)
-            cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in HF_CONFIG})
+            cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in SHAPE})
             check(cfg, ranks)
-        documents = read_documents(cfg.data)
-        known = cfg.tokenizer or not shard_paths(cfg.data)
-        tokenizer = load_tokenizer(cfg.tokenizer or "bytes", SPECIALS) if known else None
-        if tokenizer and 0 < cfg.vocab_size <= end_token(tokenizer):
-            raise ValueError(f"--vocab_size {cfg.vocab_size} has no room for {END}")
-        documents = tokenize(documents, tokenizer)
-        if cfg.write_tokens:
-            return write_tokens(cfg.write_tokens, documents)
-        queue = join_queue(cfg) if is_sweep(cfg) else None
-        device = launch(cfg.timeout)
-        for folder in filter(None, (cfg.out, cfg.export)):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        sizes = cfg.vocab_size, max(cfg.batch_size, cfg.second_batch), cfg.seq_len
-        data = load_corpora(cfg.data, documents, tokenizer, *sizes)
-        cfg.vocab_size, windows = data[0].vocab_size, data[0].n_windows(cfg.seq_len)
-        print(f"python {sys.version.split()[0]} | torch {torch.__version__} |", end=" ")
-        print(f"{device.type} {cfg.precision} | {windows:,} windows to train on", flush=True)
+
+        data = load_data(cfg)
+        if not data:
+            return
+        tokenizer, corpus, heldout = data
+        if corpus.separator >= cfg.vocab_size:
+            raise ValueError(f"--vocab_size {cfg.vocab_size} has no place for <|endoftext|>")
+        n_windows = corpus.n_windows(cfg.seq_len)
+        print(f"torch {torch.__version__} | {device.type} {cfg.precision} | {n_windows:,} windows")
         if queue:
-            return sweep_and_fit(cfg, data, device, queue)
-        single_run(cfg, data, tokenizer, source, device)
+            return sweep_and_fit(cfg, corpus, heldout, device, queue, signals)
+        single_run(cfg, given, corpus, heldout, tokenizer, source, device, signals)
 
 # ---------------------------------------- Plumbing ----------------------------------------
 
 @contextlib.contextmanager
-def one_line_mistakes():
-    """Only rank 0 prints; what the user can mend is one line on stderr and exit status 2."""
+def report_user_errors():
+    """Print on rank 0 only; report user errors as one line on stderr and exit with status 2."""
     rank = int(os.environ.get("RANK", 0))
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         with contextlib.redirect_stdout(open(os.devnull, "w") if rank else sys.stdout):
             yield
+    except BrokenPipeError:  # the program that reads our output, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (OSError, ValueError) as error:
-        time.sleep(5 * (rank > 0))  # where rank 0 fails too, torchrun ends the others meanwhile
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr, flush=True)
+        time.sleep(5 * (rank > 0))  # so that rank 0, if it fails too, reports first
+        print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    finally:  # a rank that fails among others leaves at once: it must not wait for them here
+    finally:
+        # A rank that fails alone leaves at once; it would wait here for the others.
         if dist.is_initialized() and (dist.get_world_size() == 1 or not sys.exc_info()[0]):
             dist.destroy_process_group()
 
-def parse(argv):
-    """Config from the command line: a preset, and the flags given over it."""
+@contextlib.contextmanager
+def explain(what, *errors):
+    """Replace exceptions of the given kinds by a ValueError that says what failed, and why."""
+    try:
+        yield
+    except errors as error:
+        cause = error
+        if isinstance(error, dcp.CheckpointException):  # its text is the traceback of each rank
+            cause = next(iter(error.failures.values()))[0]
+        raise ValueError(f"{what}: {type(cause).__name__}: {cause}") from error
 
-    def mistake(message):
+@contextlib.contextmanager
+def stop_signals():
+    """A list that SIGTERM and SIGINT append to; a second one of a kind ends the process at once."""
+    received = []
+
+    def receive(signum, frame):
+        received.append(signum)
+        signal(signum, SIG_DFL)
+
+    handlers = {signum: signal(signum, receive) for signum in (SIGTERM, SIGINT)}
+    try:
+        yield received
+    finally:
+        for signum, handler in handlers.items():
+            signal(signum, handler)
+
+def parse(argv):
+    """(Config, names of the flags given): a preset's values, overridden by the flags."""
+
+    def refuse(message):
         raise ValueError(message)
 
-    usage, summary = "%(prog)s [--preset NAME] [--FLAG VALUE ...]", __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser(usage=usage, description=summary, allow_abbrev=False)
-    parser.error = mistake
-    preset = "small" if torch.cuda.is_available() else "demo"
-    parser.add_argument("--preset", choices=PRESETS, default=preset, help=f"(default: {preset})")
-    meanings = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
+    summary = __doc__.split("\n\n")[0]
+    parser = argparse.ArgumentParser(description=summary, allow_abbrev=False, add_help=False)
+    parser.usage = "%(prog)s [--preset NAME] [--FLAG VALUE ...]"
+    parser.error = refuse
+    default = "small" if torch.cuda.is_available() else "demo"
+    parser.add_argument("--preset", choices=PRESETS, default=default, help=f"(default: {default})")
+    preset = parser.parse_known_args(argv)[0].preset
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
     for field in dataclasses.fields(Config):
-        kind = dict(type=field.type)
+        kind = {"type": field.type}
         if field.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
+            kind = {"action": argparse.BooleanOptionalAction}
         elif get_args(field.type):
-            kind = dict(choices=get_args(field.type))
-        about = f"{meanings[field.name]} (default: {field.default!r})"
-        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=about, **kind)
-    flags = vars(parser.parse_args(argv))
-    cfg = Config(**(PRESETS[flags.pop("preset")] | flags))
+            kind = {"choices": get_args(field.type)}
+        value = PRESETS[preset].get(field.name, field.default)
+        text = f"{comments[field.name]} ({preset}: {value!r})".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
+    parser.add_argument("--help", action="help", help="print this list and exit")
+    given = vars(parser.parse_args(argv))
+    cfg = Config(**(PRESETS[given.pop("preset")] | given))
     if cfg.precision == "auto":
         cfg.precision = "bf16" if torch.cuda.is_available() else "fp32"
-    return cfg
+    return cfg, given.keys()
 
-def launch(timeout):
-    """This rank's device, after joining torchrun's process group, or one of a single rank."""
-    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "TORCHELASTIC_RESTART_COUNT": 0}
-    rank, ranks, local, restarts = (int(os.environ.get(k, v)) for k, v in names.items())
-    store, device, backend = dist.HashStore(), torch.device("cpu"), "gloo"
+def init_distributed(timeout):
+    """Join torchrun's process group, or one of a single rank; returns the device of this rank."""
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    store = dist.HashStore()
+    if world_size > 1:
+        store = shared_store(rank)
+    device = torch.device("cpu")
+    backend = "gloo"
     if torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
-            raise ValueError(f"rank {local} of this machine finds {torch.cuda.device_count()} GPUs")
-        device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if ranks > 1:  # a name for each restart: its workers must not meet the addresses of the dead
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        store = dist.TCPStore(*address, is_master=hosts)
-        store = dist.PrefixStore(f"start {restarts}", store)
+        backend = "cpu:gloo,cuda:nccl"
     limit = timedelta(seconds=timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=limit)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     return device
 
-def log_step(row, pace, cfg, device):
-    """Prints row, which has step, loss, bpb, lr, grad and tokens, and what the script adds to them,
-    and writes it to metrics.jsonl; pace is how many seconds a step has taken of late."""
-    step, speed = row["step"], cfg.batch_size * cfg.seq_len / pace
-    left = round((cfg.steps - step) * pace)
-    unit, mfu = 1 if sys.platform == "darwin" else 1024, ""
-    memory = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device)
-        peak = dist.get_world_size() * PEAK_FLOPS.get(torch.cuda.get_device_name(device), math.inf)
-        if cfg.precision == "bf16" and peak < math.inf:
-            mfu = f"mfu {speed * flops_per_token(cfg) / peak:.1%} | "
-    bpb = f"{row['bpb']:.3f}".replace("nan", "n/a")
-    more = "".join(f"{name} {value} | " for name, value in list(row.items())[6:])
-    print(
-        f"step {step}/{cfg.steps} | loss {row['loss']:.4f} | bpb {bpb} | "
-        f"lr {row['lr']:.2e} | grad {row['grad']:.2f} | tokens {row['tokens'] / 1e6:.1f}M | "
-        f"{more}{speed / 1e3:.1f}k tok/s | {mfu}mem {memory / 2**30:.1f}G | "
-        f"eta {left // 60}:{left % 60:02}", flush=True,
-    )  # fmt: skip
-    if cfg.out and dist.get_rank() == 0:
-        finite = {k: None if str(v) in ("nan", "inf", "-inf") else v for k, v in row.items()}
-        with open(Path(cfg.out) / "metrics.jsonl", "a") as file:
-            print(json.dumps(finite), file=file)
+def shared_store(rank):
+    """A store for this start alone: the agents' store outlives a restart and then holds addresses
+    of dead processes. Rank 0 opens it and publishes its address in the agents' store."""
+    with explain("torchrun sets MASTER_ADDR and MASTER_PORT", KeyError):
+        host = os.environ["MASTER_ADDR"]
+        port = int(os.environ["MASTER_PORT"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return dist.TCPStore(host, port, is_master=rank == 0, wait_for_workers=False)
+    agents = dist.TCPStore(host, port, is_master=False)
+    if rank == 0:
+        if os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
+            host = socket.getfqdn()  # the agents' store may be on another node
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        agents.set("rank 0", f"{host} {store.port}")
+        return store
+    while True:
+        host, port = agents.get("rank 0").decode().split()
+        try:
+            return dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=5))
+        except (dist.DistNetworkError, dist.DistStoreError):  # the address of an earlier start
+            time.sleep(0.1)
+
+def raise_first(error):
+    """Raise, on all ranks, the error of the first rank that has one."""
+    errors = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    raise error or next(filter(None, errors))
+
+def log_step(row, steps_left, pace, cfg, device):
+    """Print row, which has step and tokens among its numbers, and write it to metrics.jsonl;
+    pace is the number of seconds that an update takes, None if unknown."""
+    formats = {"loss": ".4f", "bpb": ".3f", "lr": ".2e", "grad": ".2f"}
+    fields = [f"step {row['step']}/{row['step'] + steps_left}"]
+    for name, value in row.items():
+        if name not in ("step", "tokens"):
+            fields.append(f"{name} {value:{formats.get(name, '')}}".replace("nan", "n/a"))
+    fields.append(f"tokens {row['tokens'] / 1e6:.1f}M")
+    on_gpu = device.type == "cuda"
+    peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if on_gpu else None
+    if pace:
+        speed = cfg.batch_size * cfg.seq_len / pace
+        fields.append(f"{speed / 1e3:.1f}k tok/s")
+        if peak and cfg.precision == "bf16":
+            fields.append(f"mfu {speed * flops_per_token(cfg) / peak / dist.get_world_size():.1%}")
+        if on_gpu:
+            fields.append(f"mem {torch.cuda.max_memory_allocated(device) / 2**30:.1f}G")
+        fields.append(f"eta {timedelta(seconds=round(steps_left * pace))}")
+    print(" | ".join(fields))
+    write_row(cfg.out, row)
+
+def write_row(out, row):
+    """Append row to metrics.jsonl in the directory out, if it is not empty, with null for numbers
+    that are not finite."""
+    if out and dist.get_rank() == 0:
+        row = {k: None if str(v) in ("nan", "inf", "-inf") else v for k, v in row.items()}
+        with open(Path(out) / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
 
 def bits_per_byte(nats, n_bytes):
     """nats over n_bytes of text in bits per byte; NaN, printed as n/a, if n_bytes is unknown."""
@@ -1819,199 +1984,241 @@ def stable_hash(*key):
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
 def shuffled(index, n, key):
-    """The image of index under a permutation of range(n) that key names: a Feistel network on the
-    bits of n, walked until it lands below n, which needs no memory however large n is."""
+    """Position of index in a pseudo-random permutation of range(n) seeded by key: a Feistel network
+    on the bits of n, repeated until the result is below n, which needs no memory."""
     half = (n.bit_length() + 1) // 2
     while True:
         left, right = divmod(index, 1 << half)
         for i in range(4):
-            left, right = right, left ^ stable_hash(key, i, right) % (1 << half)
+            mixed = left ^ stable_hash(key, i, right) % (1 << half)
+            left = right
+            right = mixed
         index = (left << half) + right
         if index < n:
             return index
 
 class Corpus:
-    """Token streams, in memory or memory-mapped, one array a part. Documents end with `separator`
-    (-1: unknown); token_bytes [V] is the length of each id's text (0: unknown)."""
+    """Ids start ... stop - 1 of the concatenation of parts, each an array or a token shard's path.
 
-    def __init__(self, parts, tokenizer, vocab_size, in_order):
-        self.parts, self.tokenizer, self.in_order = parts, tokenizer, in_order
-        self.vocab_size, n_vocab = vocab_size, tokenizer.n_vocab if tokenizer else 0
-        self.token_bytes = np.zeros(max(vocab_size, n_vocab), np.int64)
-        self.separator = end_token(tokenizer) if tokenizer else -1
-        for text, i in tokenizer._mergeable_ranks.items() if tokenizer else ():
-            self.token_bytes[i] = len(text)
+    separator: the id after each document, -1 if unknown; token_bytes [V]: the length of each id's
+    text, 0 if it has none; in_order: windows come in order and not shuffled.
+    """
+
+    def __init__(self, parts, start, stop, separator, token_bytes, in_order):
+        self.parts = parts
+        self.ends = np.cumsum([len(open_part(part)) for part in parts])
+        self.start = start
+        self.size = stop - start
+        self.separator = separator
+        self.token_bytes = token_bytes
+        self.in_order = in_order
+
+    def read(self, first, n):
+        """Ids first ... first + n - 1, int64 [n]; ValueError for an id that is not below V."""
+        pieces = []
+        first += self.start
+        stop = first + n
+        while first < stop:
+            i = np.searchsorted(self.ends, first, side="right")
+            ids = open_part(self.parts[i])
+            begin = first - (self.ends[i] - len(ids))
+            ids = ids[begin : begin + stop - first].astype(np.int64)
+            unknown = (ids >= len(self.token_bytes)) & (ids != self.separator)
+            if unknown.any():
+                where = f"{self.parts[i]}, position {begin + unknown.argmax()}"
+                raise ValueError(f"{where}: token id {ids[unknown][0]} is not in the vocabulary")
+            pieces.append(ids)
+            first += len(ids)
+        return np.concatenate(pieces)
 
     def n_windows(self, length):
-        """Windows of length + 1 ids in an epoch."""
-        return sum(max(len(part) // length - 1, 0) for part in self.parts)
+        """Number of windows of length + 1 ids in an epoch, at any offset below length."""
+        return max((self.size - 1) // length - 1, 0)
 
     def window(self, index, length, seed):
-        """Window `index` of the run, length + 1 ids. An epoch has each window once, in an order and
-        at a phase (ids before the first window) of its own; in_order, it has neither."""
-        n = self.n_windows(length)
-        epoch, index = divmod(index, n)
-        phase = 0 if self.in_order else stable_hash(seed, epoch) % length
-        index = index if self.in_order else shuffled(index, n, (seed, epoch))
-        for part in self.parts:
-            n = max(len(part) // length - 1, 0)
-            if index < n:
-                break
-            index -= n
-        start = phase + index * length
-        ids = part[start : start + length + 1].astype(np.int64)
-        strange = ids[(ids >= self.vocab_size) & (ids != self.separator)]
-        if len(strange):
-            raise ValueError(f"the data has token id {strange[0]}, but V is {self.vocab_size}")
-        return ids
+        """Window `index` of the run, length + 1 ids. An epoch has every window once, in an order
+        and at an offset of its own."""
+        epoch, index = divmod(index, self.n_windows(length))
+        offset = 0
+        if not self.in_order:
+            offset = stable_hash(seed, epoch) % length
+            index = shuffled(index, self.n_windows(length), (seed, epoch))
+        return self.read(offset + index * length, length + 1)
 
-    def text(self, n):
-        """The text of the first n ids as bytes; nothing where the tokenizer is unknown."""
-        ids = np.concatenate([part[:n] for part in self.parts])[:n]
-        ids = ids[self.token_bytes[ids] > 0].tolist()
-        return self.tokenizer.decode_bytes(ids) if self.tokenizer else b""
+    def fingerprint(self):
+        """A hash of the size and the first ids, by which a resumed run recognizes its data."""
+        return stable_hash(self.size, self.read(0, min(self.size, 1000)).tolist())
 
-def load_corpora(path, documents, tokenizer, vocab_size, batch_size, length):
-    """(training, held-out) Corpus. Held out is the end of the stream: one document in twenty, since
-    they come in the order of their hashes; of shards or a single document, the last 5 %."""
-    parts, cut = [open_shard(file) for file in shard_paths(path)], 0
-    vocab_size = vocab_size or (tokenizer.n_vocab if tokenizer else 0)
-    if vocab_size <= max(tokenizer._mergeable_ranks.values() if tokenizer else [0]):
-        raise ValueError(f"--vocab_size {vocab_size} is too small, or --tokenizer is missing")
-    if not parts:
-        hashed = sorted(((stable_hash(name), ids) for name, ids in documents), key=lambda x: x[0])
-        cut = sum(len(ids) for key, ids in hashed if key < 0.95 * 2**64)
-        parts = [np.concatenate([ids for _, ids in hashed] or [np.zeros(0, np.uint16)])]
-    total, least = sum(map(len, parts)), (batch_size + 1) * length
-    if min(cut, total - cut) < least:
-        cut = max(total - max(total // 20, least), 0)
-    train, held = [], []
-    for part in parts:
-        train.append(part[:cut])
-        held.append(part[cut:])
-        cut = max(cut - len(part), 0)
-    train = Corpus(train, tokenizer, vocab_size, in_order=False)
-    held = Corpus(held, tokenizer, vocab_size, in_order=True)
-    if min(train.n_windows(length), held.n_windows(length)) < batch_size:
-        raise ValueError(
-            f"{path} is too short: {total:,} tokens in {len(parts)} parts do not hold a batch of "
-            f"{batch_size} x {length} to train on and another to hold out"
-        )
-    return train, held
+def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size, length):
+    """(training, held-out) Corpus of shards or, without any, of tokenized documents.
 
-def read_documents(path):
-    """(name, text) of each document: a file (.txt, .md, .py), a line of a .jsonl file, or all of a
-    directory or a pattern; without a path, the modules of Python's standard library."""
+    Held out are the shards with "val" in their names, or documents by a hash of their names; if
+    these are less than a batch, the last 5 % of the ids, but at least a batch.
+    """
+    train = [path for path in shards if "val" not in path.name]
+    heldout = [path for path in shards if "val" in path.name]
+    if not shards:
+        documents = sorted(documents, key=lambda document: stable_hash(document[0]))
+        train = [ids for name, ids in documents if not is_held_out(name)]
+        heldout = [ids for name, ids in documents if is_held_out(name)]
+    n_train = sum(len(open_part(part)) for part in train)
+    total = n_train + sum(len(open_part(part)) for part in heldout)
+    least = (batch_size + 1) * length + 1  # ids of a batch of windows, and an offset
+    if min(n_train, total - n_train) < least:
+        n_train = total - max(total // 20, least)
+    if n_train < least:
+        batch = f"a batch of {batch_size} x {length}"
+        raise ValueError(f"{total:,} tokens are too few for {batch} and another to hold out")
+    token_bytes = np.zeros(vocab_size, np.int64)
+    if tokenizer:
+        for text in tokenizer.token_byte_values():
+            token_bytes[tokenizer.encode_single_token(text)] = len(text)
+    parts = train + heldout
+    corpus = Corpus(parts, 0, n_train, separator, token_bytes, in_order=False)
+    return corpus, Corpus(parts, n_train, total, separator, token_bytes, in_order=True)
+
+def vocabulary_size(vocab_size, tokenizer, init):
+    """vocab_size or, if it is 0, that of the tokenizer, whose ids must fit. A vocabulary that is
+    larger than the byte tokenizer's is a warning, and with --init a ValueError."""
+    if not tokenizer and not vocab_size:
+        raise ValueError("token shards need --tokenizer or --vocab_size")
+    if not tokenizer:
+        return vocab_size
+    n_ids = 1 + max(map(tokenizer.encode_single_token, tokenizer.token_byte_values()))
+    if 0 < vocab_size < n_ids:
+        raise ValueError(f"--vocab_size {vocab_size} is less than the {n_ids} ids of the tokenizer")
+    if tokenizer.name == "bytes" and vocab_size > tokenizer.n_vocab:
+        if init:
+            raise ValueError(f"--init {init} needs the --tokenizer of its {vocab_size:,} entries")
+        print(f"warning: a vocabulary of {vocab_size:,} entries over bytes: --tokenizer is missing")
+    return vocab_size or tokenizer.n_vocab
+
+def is_held_out(name):
+    """Whether a document is among the 5 % that are held out, by a hash of its name."""
+    return stable_hash(name) > 0.95 * 2**64
+
+def find_files(path):
+    """(text files, token shards) at path: a file, or a directory and what its links lead to, of
+    one kind; without a path, the modules of Python's standard library without its tests."""
+    if not path:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        files = [root / f"{name}.py" for name in sys.stdlib_module_names]
+        for name in sys.stdlib_module_names:
+            files += (root / name).rglob("*.py")
+        tests = {"test", "tests", "idle_test"}
+        files = [f for f in files if f.exists() and not tests & set(f.relative_to(root).parts)]
+        return sorted(files), []
+    files = [Path(path)]
+    seen = set(files[0].resolve().parents)  # following a link to these would not end
+    for folder, folders, names in os.walk(path, followlinks=True):
+        if Path(folder).resolve() in seen:
+            folders.clear()
+        else:
+            seen.add(Path(folder).resolve())
+            files += [Path(folder, name) for name in names]
+    files = sorted(file for file in files if file.is_file())
+    texts = [f for f in files if f.suffix.lower() in (".txt", ".md", ".py", ".jsonl")]
+    shards = [f for f in files if f.suffix.lower() in (".npy", ".bin")]
+    if not texts and not shards:
+        raise ValueError(f"{path} is or has no text (.txt .md .py .jsonl) or shard (.npy .bin)")
+    if texts and shards:
+        raise ValueError(f"{path} has both text and token shards: {texts[0]}, {shards[0]}")
+    print(f"{path}: {len(texts + shards)} of {len(files)} files are read")
+    return texts, shards
+
+def read_documents(path, files):
+    """(name, text) of each document: a text file or a line of a .jsonl file. Its name is the path
+    of the file below `path`, or the text of the line."""
     root = Path(path or sysconfig.get_paths()["stdlib"])
-    kinds = (".txt", ".md", ".py", ".jsonl") if path else (".py",)
-    skip = set() if path else {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-    files = list_files(root, skip)
-    if not root.is_dir():  # names are relative to the directory before the pattern
-        root = Path(re.split(r"[*?[]", f"{root}")[0] + "*").parent
-    if files != [Path(path)]:
-        files = [file for file in files if file.suffix in kinds and file.is_file()]
-    if not files:
-        raise ValueError(f"{path or root} has no file of {', '.join(kinds)}")
     for file in files:
-        where, wanted = file, "UTF-8 text"
-        try:
-            if file.suffix != ".jsonl":
-                text = file.read_text("utf-8", errors="strict" if path else "ignore")
-                yield file.relative_to(root).as_posix(), text
-                continue
-            for number, line in enumerate(file.open("rb"), 1):
-                if not line.strip():
-                    continue
-                where, wanted = f"{file}, line {number},", 'a JSON object with a string "text"'
-                text = json.loads(line)["text"]
-                if not isinstance(text, str):
-                    raise TypeError(f"it is {text!r:.40}")
+        if file.suffix.lower() == ".jsonl":
+            yield from read_json_lines(file)
+        else:
+            with explain(f"{file} is not UTF-8 text", UnicodeDecodeError):
+                text = file.read_text("utf-8-sig", errors="strict" if path else "ignore")
+            yield file.relative_to(root).as_posix(), text
+
+def read_json_lines(file):
+    """(text, text) of each line, a JSON object with a string "text"; empty lines are skipped."""
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                what = f'{file}, line {number}, is not a JSON object with a string "text"'
+                with explain(what, ValueError, KeyError, TypeError, AttributeError):
+                    code = json.loads(line)["text"].encode("utf-16", "surrogatepass")
+                text = code.decode("utf-16", "replace")  # U+FFFD for half a surrogate pair
                 yield text, text
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{where} is not {wanted}: {error}") from error
 
 def load_tokenizer(name, specials):
-    """tiktoken.Encoding of the 256 `bytes`, of one of tiktoken's own names or of a file of ranks,
-    with those special tokens that it lacks behind its last id."""
-    known = {}
-    try:
-        if name == "bytes":
-            pattern, ranks = r"[\s\S]", {bytes([i]): i for i in range(256)}
-        elif os.path.isfile(name):  # tiktoken's own loader would cache the first file of a name
-            pattern, lines = PATTERN, Path(name).read_bytes().splitlines()
-            ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
-        else:
-            base = tiktoken.get_encoding(name)
-            pattern, ranks, known = base._pat_str, base._mergeable_ranks, base._special_tokens
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer {name}: no file of ranks, and not to be had") from error
-    if not all(bytes([i]) in ranks for i in range(256)):
-        raise ValueError(f"tokenizer {name} lacks some of the 256 single bytes")
-    if len(set(ranks.values())) < len(ranks) or min(ranks.values()) < 0:
-        raise ValueError(f"tokenizer {name} has a rank twice, or one below 0")
+    """The tiktoken.Encoding `bytes`, of a BPE rank file, or of one of tiktoken's own names; special
+    tokens that it lacks get the ids after its last."""
+    ranks = {bytes([i]): i for i in range(256)}
+    settings = {"name": name, "pat_str": r"[\s\S]", "mergeable_ranks": ranks, "special_tokens": {}}
+    if os.path.isfile(name):  # tiktoken's own loader would cache the first file of a name
+        with explain(f"{name} is not a BPE rank file", ValueError):
+            lines = [line.split() for line in Path(name).read_bytes().splitlines() if line.strip()]
+            ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        settings |= {"pat_str": PATTERN, "mergeable_ranks": ranks}
+    elif name != "bytes":
+        what = "is neither a BPE rank file nor a tiktoken encoding, cached or to be downloaded"
+        with explain(f"{name} {what}", OSError, ValueError):
+            tiktoken.get_encoding(name)
+        settings = tiktoken.registry.ENCODING_CONSTRUCTORS[name]()
+        ranks = settings["mergeable_ranks"]
+    if len(set(ranks.values())) < len(ranks) or not all(bytes([i]) in ranks for i in range(256)):
+        raise ValueError(f"{name} has a rank twice, or lacks some of the 256 single bytes")
+    ids = settings["special_tokens"]
     for token in specials:
-        known = {token: max([*ranks.values(), *known.values()]) + 1} | known
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=known)
+        ids.setdefault(token, 1 + max([*ranks.values(), *ids.values()]))
+    settings.pop("explicit_n_vocab", None)  # a check of the number without new tokens
+    return tiktoken.Encoding(**settings)
 
-def end_token(tokenizer):
-    """The id that ends a document: the tokenizer's own <|endoftext|> if it has one, or END."""
-    return tokenizer._special_tokens.get("<|endoftext|>", tokenizer._special_tokens[END])
-
-def tokenize(documents, tokenizer):
-    """(name, ids between BEGIN, where the tokenizer has it, and END) of each (name, text)."""
-    kind = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
-    begin = [i for token, i in tokenizer._special_tokens.items() if token == BEGIN]
-    end = [end_token(tokenizer)]
-    for name, text in ((name, text) for name, text in documents if text):
-        ids = tokenizer.encode_to_numpy(text, disallowed_special=())
-        yield name, np.concatenate((begin, ids, end)).astype(kind)
+def tokenize(documents, tokenizer, separator):
+    """(name, ids) of each document that is not empty; the last id is the separator."""
+    dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
+    for name, text in documents:
+        # tiktoken's PanicException, of the longest words, is a BaseException.
+        with explain(f"the tokenizer cannot take document {name[:80]!r}", BaseException):
+            ids = tokenizer.encode_to_numpy(text, disallowed_special=())
+        if text:
+            yield name, np.append(ids, separator).astype(dtype)
 
 def write_tokens(folder, documents):
-    """Writes tokenized documents to folder as .npy shards of 2**27 ids or a document more."""
-    if shard_paths(folder):
-        raise ValueError(f"--write_tokens: {folder} has shards already")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for n in itertools.count():
-        shard, size = [], 0
-        while size < 2**27 and (document := next(documents, None)):
-            shard.append(document[1])
-            size += len(document[1])
-        if not shard:
-            return print(f"{n} shards in {folder}", flush=True)
-        np.save(Path(folder) / f"tokens_{n:05d}.npy", np.concatenate(shard))
+    """Write tokenized documents to .npy shards in a new or empty folder: train_00000.npy ..., and
+    val_00000.npy ... of the documents that are held out; two shards per 2**27 ids."""
+    if os.path.exists(folder) and os.listdir(folder):
+        raise ValueError(f"--write_tokens {folder} is not empty")
+    with written_beside(folder) as partial:
+        for n in itertools.count():
+            splits = {"train": [], "val": []}
+            n_ids = 0
+            while n_ids < 2**27 and (document := next(documents, None)):
+                name, ids = document
+                splits["val" if is_held_out(name) else "train"].append(ids)
+                n_ids += len(ids)
+            if not n_ids:
+                break
+            for split, parts in splits.items():
+                if parts:
+                    np.save(partial / f"{split}_{n:05d}.npy", np.concatenate(parts))
+    print(f"{folder}: {n} shards to train on, with what is held out beside them")
 
-def list_files(path, skip=frozenset()):
-    """The files at path, in order: a file, all below a directory but what lies in folders named in
-    skip, or those of a pattern."""
-    if os.path.isdir(path):
-        found = []
-        for folder, folders, files in os.walk(path):
-            folders[:] = set(folders) - skip
-            found += (Path(folder, file) for file in files)
-        return [file for file in sorted(found) if file.is_file()]
-    return [Path(file) for file in sorted(glob.glob(str(path), recursive=True)) or [path]]
-
-def shard_paths(path):
-    """The token shards at path, if it is not empty, in order."""
-    files = list_files(path) if path else []
-    return [file for file in files if file.suffix in (".npy", ".bin")]
-
-def open_shard(path):
-    """Memory-maps a shard: .npy of uint16 or uint32, or .bin, uint16 behind 256 int32 of header."""
-    if path.suffix == ".npy":
-        try:
-            ids = np.load(path, mmap_mode="r")
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} is no .npy file: {error}") from error
+def open_part(part):
+    """Ids of a part of a Corpus: an array itself, or a shard that is memory-mapped while the result
+    lives: .npy of uint16 or uint32, or .bin, uint16 after a header of 256 int32."""
+    if isinstance(part, np.ndarray):
+        return part
+    with explain(f"{part} is not a token shard", ValueError, EOFError):
+        if part.suffix.lower() == ".npy":
+            ids = np.load(part, mmap_mode="r")
+        else:
+            magic, version, size = np.fromfile(part, np.int32, 3).tolist()
+            ids = np.memmap(part, np.uint16, "r", offset=1024)
+            if [magic, version, size] != [20240520, 1, len(ids)]:
+                raise ValueError("unexpected header, or its length does not match the file")
         if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32):
-            raise ValueError(f"{path} is {ids.dtype} {ids.shape}, not one row of uint16 or uint32")
-        return ids
-    header = np.fromfile(path, np.int32, 256)
-    if len(header) < 256 or (header[0], header[1]) != (20240520, 1):
-        raise ValueError(f"{path} has not the header of a .bin shard")
-    if path.stat().st_size != 1024 + 2 * int(header[2]):
-        raise ValueError(f"{path} is longer or shorter than the {header[2]} tokens of its header")
-    return np.memmap(path, np.uint16, "r", 1024)
+            raise ValueError(f"it holds {ids.dtype} {ids.shape}, not a row of uint16 or uint32")
+    return ids
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""DeepSeek-V3 Technical Report (DeepSeek-AI, 2024, arXiv 2412.19437): pre-training in one file.
+r"""DeepSeek-V3 Technical Report (DeepSeek-AI, 2024, arXiv 2412.19437) in one file.
 
 New against its parent, llama3.py (and against DeepSeek-V2, arXiv 2405.04434, where marked):
 - multi-head latent attention: keys and values out of one small latent, a rotary key of its own
@@ -15,7 +15,7 @@ Map: §2.1.1 MultiHeadLatentAttention | §2.1.2 route, sequence_balance, Router,
 update_biases | §2.2 MultiTokenPrediction, objective | §3.2 DualPipe, ZeRO1, recomputed,
 update_average | §3.3 quantize, scaled_product, FP8Product, FP8Linear, FP8Experts, round_e5m6,
 AdamWithBF16Moments | §4.1 pack, fill_in_the_middle | §4.2 plan, learning_rate | §4.3 the later
-stages of plan. "Released" means the inference code and the weights that DeepSeek published.
+phases of plan. "Released" means the inference code and the weights that DeepSeek published.
 Legend: B batch, T positions, N = B T tokens, D width, H heads, E head width, R its rotary part, F
 hidden width, V vocabulary, X experts, K experts a token, M rows at the experts of a rank.
 Conventions: rotary pairs are (i, i + R/2), not the released interleaved ones; RMSNorm before each
@@ -24,40 +24,38 @@ sums over ranks, each divided by a count of the whole global batch.
 
 Run: python deepseek_v3.py                          # a laptop: the preset demo
      torchrun --nproc_per_node=8 deepseek_v3.py     # GPUs: the preset small, experts on 8 ranks
-     torchrun --nnodes=256 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
-         deepseek_v3.py --preset 671b --pp 16 --ep 64 --first_batch 4096 --recompute block \\
+     torchrun --nnodes=256 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
+         deepseek_v3.py --preset 671b --pp 16 --ep 64 --first_batch 4096 --recompute block \
          --long= --data shards/ --out /shared/671b
-Expect: in about a minute on two CPU cores the demo's held-out bits per byte fall from 8.05 to 2.70
-(lzma needs 2.06); multi-token prediction's loss stays close to the main one, and the fullest
-expert's load falls from 2.6 to some 1.5 times the mean.
+Expect: in about a minute on two CPU cores the demo's held-out bits per byte fall from 8.05 to 2.77;
+multi-token prediction's loss stays close to the main one, and the fullest expert's load falls from
+2.6 to some 1.4 times the mean.
 """
 
 import argparse
 import base64
 import bisect
-import collections
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import gc
-import glob
 import hashlib
-import importlib.util
 import inspect
 import itertools
 import json
-import lzma
 import math
 import os
 import re
-import resource
 import shutil
+import socket
 import sys
 import sysconfig
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from signal import SIGINT, SIGTERM, signal
+from signal import SIG_DFL, SIGINT, SIGTERM, signal
 from typing import Literal, get_args
 
 import numpy as np
@@ -80,88 +78,89 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclasses.dataclass(unsafe_hash=True)
 class Config:
-    """The run. Every field is a flag of the command line, and its comment is the flag's help."""
+    """Run configuration: each field is a command-line flag, and its comment is the flag's help."""
 
     # Model, §4.2
-    vocab_size: int = 0  # V; 0: the tokenizer's
+    vocab_size: int = 0  # V, vocabulary size; 0: that of the tokenizer
     dim: int = 7168  # D, width of the residual stream
-    n_layers: int = 61  # blocks
-    n_dense: int = 3  # of them, the first ones without experts
-    hidden_dim: int = 18432  # F of the blocks without experts
-    n_heads: int = 128  # H
-    q_rank: int = 1536  # d_c', width of the latent of the queries; 0: none
+    n_layers: int = 61  # number of blocks
+    n_dense: int = 3  # leading blocks with a dense feed-forward layer instead of experts
+    hidden_dim: int = 18432  # F, width of the dense feed-forward layers
+    n_heads: int = 128  # H, attention heads
+    q_rank: int = 1536  # d_c', width of the latent of the queries; 0: no such latent
     kv_rank: int = 512  # d_c, width of the latent of keys and values
     head_dim: int = 128  # d_h, width of a head without its rotary part
-    rope_dim: int = 64  # d_h^R, rotary part of queries and keys
+    rope_dim: int = 64  # d_h^R, width of the rotary part of queries and keys
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
-    init_std: float = 0.006  # standard deviation of all initial matrices
+    init_std: float = 0.006  # standard deviation of the initial matrices
     # Experts, §2.1.2
-    n_experts: int = 256  # X, routed experts
-    n_shared: int = 1  # shared experts, which every token passes
+    n_experts: int = 256  # X, routed experts of a layer
+    n_shared: int = 1  # shared experts of a layer, which process every token
     expert_dim: int = 2048  # F of an expert
-    top_k: int = 8  # K, routed experts a token
+    top_k: int = 8  # K, routed experts per token
     n_groups: int = 8  # groups of experts, each on a node of its own
-    groups_kept: int = 4  # groups that one token's experts may come from
-    route_scale: float = 2.5  # factor of the routed experts' weights
-    gamma: float = 0.001  # update of the balancing bias
+    groups_kept: int = 4  # groups that the experts of one token may come from
+    route_scale: float = 2.5  # factor of the weights of the routed experts
+    gamma: float = 0.001  # step of the balancing biases in one update
     balance_loss: float = 1e-4  # alpha, weight of the sequence-wise balance loss
     # Multi-token prediction, §2.2
-    mtp: Literal["none", "sequential", "parallel"] = "sequential"  # parallel: Gloeckle et al.'s
-    mtp_weight: float = 0.3  # lambda
-    mtp_last_weight: float = 0.1  # lambda, after 10 of 14.8 parts of the tokens
+    mtp: Literal["none", "sequential", "parallel"] = "sequential"  # multi-token prediction
+    mtp_weight: float = 0.3  # lambda, weight of the loss of multi-token prediction
+    mtp_last_weight: float = 0.1  # lambda after 10 of 14.8 parts of the tokens
     # Data, §4.1
-    data: str = ""  # text or token shards: a file, directory or pattern; empty: Python's library
-    tokenizer: str = ""  # bytes, gpt2, cl100k_base, o200k_base, or a rank file; empty: bytes
-    fim: float = 0.1  # share of the documents that are rearranged to fill in the middle
+    data: str = ""  # file or directory of text or token shards; empty: Python's standard library
+    tokenizer: str = ""  # bytes, an encoding of tiktoken or a BPE rank file; empty: bytes
+    fim: float = 0.1  # share of documents that are rearranged for fill-in-the-middle
     split_joined: float = 0.0  # share of tokens of punctuation and line breaks that are split
-    pack: int = 256  # sequences that documents are packed into at once, at most
-    seq_len: int = 4096  # T
+    pack: int = 256  # maximum number of sequences that documents are packed into at once
+    seq_len: int = 4096  # T, tokens of a sequence in pre-training
     # Schedule, §4.2, §4.3
-    tokens: float = 14.8e12  # of pre-training
-    batch_size: int = 15360  # sequences of one update, over all ranks, after the ramp
+    tokens: float = 14.8e12  # tokens of pre-training
+    batch_size: int = 15360  # sequences per update, over all ranks, after the ramp
     first_batch: int = 0  # sequences of the first update; 0: batch_size
-    ramp_tokens: float = 469e9  # until the batch has grown to batch_size
-    batch_multiple: int = 128  # it grows by so many sequences
-    long: str = ""  # LENGTHxSEQUENCES:STEPS,...: the extension of the context, with YaRN
+    ramp_tokens: float = 469e9  # tokens in which the batch grows to batch_size
+    batch_multiple: int = 128  # sequences by which the batch grows at each step of the ramp
+    long: str = ""  # context extension with YaRN, as LENGTHxSEQUENCES:STEPS,...; empty: none
     rope_theta: float = 10000.0  # base of the rotary frequencies
-    rope_scaling: Literal["none", "yarn"] = "none"  # in pre-training; in the extension it is yarn
-    rope_factor: float = 40.0  # YaRN's s
-    rope_original: int = 4096  # context before the extension
-    steps: int = 0  # updates, at most; 0: as many as the schedule has
+    rope_scaling: Literal["none", "yarn"] = "none"  # of pre-training; the extension has yarn
+    rope_factor: float = 40.0  # YaRN's s, the factor by which the context is extended
+    rope_original: int = 4096  # context length before the extension
+    steps: int = 0  # maximum number of updates; 0: as many as the schedule has
     # Optimization, §4.2
-    lr: float = 2.2e-4  # largest learning rate
-    min_lr: float = 2.2e-5  # after the decay, from 14.3 of 14.8 parts of the tokens on
-    last_lr: float = 7.3e-6  # from 14.633 of 14.8 parts on
-    decay: Literal["cosine", "steps"] = "cosine"  # steps: 0.316 lr after 0.8 of it, then 0.1
-    warmup_steps: int = 2000  # updates of linear warm-up
-    weight_decay: float = 0.1  # decoupled, on matrices and embeddings
+    lr: float = 2.2e-4  # peak learning rate
+    min_lr: float = 2.2e-5  # learning rate from 14.3 of 14.8 parts of the tokens
+    last_lr: float = 7.3e-6  # learning rate from 14.633 of 14.8 parts of the tokens
+    decay: Literal["cosine", "steps"] = "cosine"  # steps: 0.316 lr from 80 %, 0.1 lr from 90 %
+    warmup_steps: int = 2000  # updates of linear warm-up, at most a tenth of the run
+    weight_decay: float = 0.1  # decoupled weight decay of matrices and embeddings
     adam_eps: float = 1e-8  # added to the root of Adam's second moment
-    clip: float = 1.0  # largest norm of the gradient; 0: no clipping
-    ema: float = 0.0  # decay of an average of the weights, kept for its held-out loss; 0: none
-    seed: int = 0  # of weights and data order
+    clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
+    ema: float = 0.0  # decay of an average of the weights, validated at the end; 0: no average
+    seed: int = 0  # seed of the weights and the order of the data
     # Parallelism, §3.2
-    micro_batch: int = 0  # sequences of one forward pass; 0: the rank's share, pp: a part of it
-    pp: int = 1  # ranks that share the layers, two stages each
-    ep: int = 0  # ranks that share each layer's experts; 0: a divisor of the ranks, 8 at most
-    dp: int = 0  # copies of the experts; 0: all ranks that are left
+    micro_batch: int = 0  # sequences per forward pass on one rank; 0: as many as the batch allows
+    pp: int = 1  # ranks over which the layers are divided, two stages on each
+    ep: int = 0  # ranks over which the experts are divided; 0: a divisor of the ranks, at most 8
+    dp: int = 0  # copies of the experts; 0: as many as the ranks allow
     # Machine
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"  # auto: bf16 on a GPU, else fp32
-    compile: bool = False  # compile attention and feed-forward layers without experts
+    compile: bool = False  # compile attention and dense feed-forward layers with torch.compile
     recompute: Literal["none", "paper", "block"] = "none"  # paper: norms and up-projections
-    timeout: int = 600  # seconds until a collective gives up on a lost rank
-    dry_run: bool = False  # print what the run would need, and exit
-    world_size: int = 1  # ranks that dry_run plans for
+    timeout: int = 600  # timeout of a collective, in seconds
+    dry_run: bool = False  # print parameters, FLOPs and memory per rank, then exit
+    world_size: int = 1  # number of ranks that --dry_run plans for
     # Reports and files
     log_every: int = 10  # updates between log lines
     val_every: int = 1000  # updates between validations
-    val_batches: int = 16  # held-out batches of one validation, at most
+    val_batches: int = 16  # maximum number of batches per validation
     prompt: str = ""  # text that the sample continues; empty: the start of the held-out text
-    out: str = ""  # directory for checkpoints, metrics.jsonl, config.json; empty: none are written
+    out: str = ""  # directory of checkpoints, metrics.jsonl and config.json; empty: write nothing
     save_every: int = 1000  # updates between checkpoints
-    resume: bool = False  # go on from the newest checkpoint in out
-    init: str = ""  # Hugging Face checkpoint directory to start from, whose shape counts
-    export: str = ""  # directory to write the model to as a Hugging Face checkpoint
-    write_tokens: str = ""  # directory to write the data to as token shards; then exit
+    resume: bool = False  # continue from the newest checkpoint in --out, if there is one
+    eval: bool = False  # validate and sample the model of --init or --out, without training
+    init: str = ""  # Hugging Face checkpoint directory to start from
+    export: str = ""  # directory to write a Hugging Face checkpoint to after training
+    write_tokens: str = ""  # directory to write the data to as token shards, then exit
 
 LITE = dict(  # what V2-Lite and the three below share
     n_dense=1, q_rank=0, n_shared=2, n_experts=64, top_k=6, n_groups=1, groups_kept=1,
@@ -170,7 +169,7 @@ LITE = dict(  # what V2-Lite and the three below share
 # The plain baselines of arXiv 2512.24880, Table 5, in V3's style. Undisclosed: query compression,
 # dense width and groups; with these the printed totals come out. The factor is Moonlight's.
 STYLE = LITE | dict(vocab_size=129280, norm_eps=1e-20, adam_eps=1e-20, mtp="none")
-SHAPE = ("dim", "n_layers", "hidden_dim", "n_heads", "expert_dim")
+SIZES = ("dim", "n_layers", "hidden_dim", "n_heads", "expert_dim")
 PRESETS = {
     # A CPU, a minute, and an extension of the context at the end.
     "demo": dict(
@@ -178,7 +177,7 @@ PRESETS = {
         head_dim=16, rope_dim=16, init_std=0.02, n_experts=16, expert_dim=64, top_k=3, n_groups=4,
         groups_kept=2, gamma=0.01, seq_len=64, tokens=5.5e5, batch_size=48, first_batch=24,
         ramp_tokens=1e5, batch_multiple=24, pack=4096, long="128x24:20", rope_factor=2.0,
-        rope_original=64, lr=6e-3, min_lr=6e-4, last_lr=2e-4, warmup_steps=50, log_every=50,
+        rope_original=64, lr=4e-3, min_lr=4e-4, last_lr=2e-4, warmup_steps=20, log_every=50,
     ),
     # A GPU of 24 GB or a node of them, minutes: 215M parameters over bytes, 65M of them active.
     "small": dict(
@@ -186,7 +185,7 @@ PRESETS = {
         head_dim=64, rope_dim=32, init_std=0.02, n_experts=32, expert_dim=256, top_k=4, n_groups=8,
         groups_kept=4, seq_len=1024, tokens=1.6e8, batch_size=96, first_batch=48, ramp_tokens=2e7,
         batch_multiple=48, long="2048x48:30", rope_factor=2.0, rope_original=1024, lr=1e-3,
-        min_lr=1e-4, last_lr=3.3e-5, warmup_steps=200, val_every=500, micro_batch=12, compile=True,
+        min_lr=1e-4, last_lr=3.3e-5, warmup_steps=150, val_every=500, micro_batch=12, compile=True,
     ),
     # §4.2 and §4.3: the model, its schedule and its two extensions.
     "671b": dict(
@@ -202,76 +201,86 @@ PRESETS = {
         recompute="paper", micro_batch=1,
     ),
     # DeepSeek-V2-Lite (V2, appendix B), the small ablation of §4.5.
-    "16b": LITE | dict(zip(SHAPE, (2048, 27, 10944, 16, 1408)), vocab_size=102400, lr=4.2e-4,
+    "16b": LITE | dict(zip(SIZES, (2048, 27, 10944, 16, 1408)), vocab_size=102400, lr=4.2e-4,
                        tokens=1.33e12, batch_size=4608),
-    "27b": STYLE | dict(zip(SHAPE, (2560, 30, 12288, 32, 1536)), n_experts=72, lr=4e-4,
+    "27b": STYLE | dict(zip(SIZES, (2560, 30, 12288, 32, 1536)), n_experts=72, lr=4e-4,
                         tokens=262e9, batch_size=1280),
-    "9b": STYLE | dict(zip(SHAPE, (1920, 18, 10240, 24, 1280)), lr=5.9e-4, tokens=105e9,
+    "9b": STYLE | dict(zip(SIZES, (1920, 18, 10240, 24, 1280)), lr=5.9e-4, tokens=105e9,
                        batch_size=512),
-    "3b": STYLE | dict(zip(SHAPE, (1280, 12, 7168, 16, 896)), lr=8.6e-4, tokens=39.3e9,
+    "3b": STYLE | dict(zip(SIZES, (1280, 12, 7168, 16, 896)), lr=8.6e-4, tokens=39.3e9,
                        batch_size=320, batch_multiple=64),
 }  # fmt: skip
-# Undisclosed: whether a token begins a document, too. §4.1 shows only the one that ends it.
-BEGIN, END = "", "<|eos_token|>"  # tokens around each document of a stream; BEGIN may be none
-SPECIALS = (END, "<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>")  # §4.1
-PATTERN = (  # how GPT-4 and Llama 3 split text into words, for files of ranks
+# Undisclosed: whether a token begins a document, too. §4.1 shows only the one that ends it, an
+# <|eos_token|>; here it has the name that tiktoken's encodings know.
+SPECIALS = ("<|endoftext|>", "<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>")  # §4.1
+PATTERN = (  # how GPT-4 and Llama 3 split text into words, for BPE rank files
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 @dataclasses.dataclass
-class Stage:
+class PlanPhase:
     """A part of the run in which batch, length and rotary embedding stay the same."""
 
-    first: int  # the update that it begins with
-    end: int  # the update that the next one begins with
-    tokens: float  # all that came before it
-    sequences: int  # that came before it, of the same length
-    cfg: Config  # the run's, with this stage's batch_size, seq_len, rope_scaling
+    first: int  # updates before it
+    end: int  # updates before the next phase
+    tokens: float  # tokens before it
+    sequences: int  # sequences before it
+    cfg: Config  # the run's, with the batch_size, seq_len and rope_scaling of the phase
 
 @functools.lru_cache(64)
 def plan(cfg):
-    """§4.2 and §4.3: the run as a list of Stage: the batch grows with the tokens; then come the
-    stages of cfg.long."""
+    """§4.2 and §4.3: the run as a list of PlanPhase: the batch grows with the tokens; then come
+    the phases of cfg.long."""
     # Undisclosed: the shape of the ramp. It is linear in tokens, in steps of batch_multiple.
     # PyTorch's schedule wants as many micro-batches as stages, so that the paper's first 3,072
     # sequences do not fill 16 x 128 ranks.
-    rows, step, tokens, drawn = [], 0, 0.0, collections.Counter()
+    parts = []  # (updates, cfg)
+    tokens = 0.0
     start = cfg.first_batch or cfg.batch_size
     for size in [*range(start, cfg.batch_size, cfg.batch_multiple), cfg.batch_size]:
-        grown = (size + cfg.batch_multiple - start) / max(cfg.batch_size - start, 1)
-        ramped = min(cfg.ramp_tokens * min(grown, 1.0), cfg.tokens)
-        until = cfg.tokens if size == cfg.batch_size else ramped
-        steps = max(math.ceil((until - tokens) / (size * cfg.seq_len)), 0)
-        now = dataclasses.replace(cfg, batch_size=size)
-        rows += [Stage(step, step + steps, tokens, drawn[cfg.seq_len], now)] if steps else []
-        step, tokens = step + steps, tokens + steps * size * cfg.seq_len
-        drawn[cfg.seq_len] += steps * size
+        until = cfg.tokens
+        if size < cfg.batch_size:
+            grown = (size + cfg.batch_multiple - start) / (cfg.batch_size - start)
+            until = min(cfg.ramp_tokens * min(grown, 1.0), cfg.tokens)
+        steps = math.ceil((until - tokens) / (size * cfg.seq_len))
+        if steps > 0:
+            parts.append((steps, dataclasses.replace(cfg, batch_size=size)))
+            tokens += steps * size * cfg.seq_len
     for part in filter(None, cfg.long.split(",")):
-        if not (found := re.fullmatch(r"([1-9]\d*)x([1-9]\d*):([1-9]\d*)", part)):
+        if not (numbers := re.fullmatch(r"([1-9]\d*)x([1-9]\d*):([1-9]\d*)", part)):
             raise ValueError(f"--long: {part} is not LENGTHxSEQUENCES:STEPS")
-        length, size, steps = map(int, found.groups())
-        now = dataclasses.replace(cfg, batch_size=size, seq_len=length, rope_scaling="yarn")
-        rows.append(Stage(step, step + steps, tokens, drawn[length], now))
-        step, tokens = step + steps, tokens + steps * size * length
-        drawn[length] += steps * size
-    for row in rows:  # two micro-batches for each stage of a pipeline, or more
-        if cfg.pp > 1 and not cfg.micro_batch:
-            share = row.cfg.batch_size // reading_ranks(cfg)
+        length, size, steps = map(int, numbers.groups())
+        long = dict(seq_len=length, batch_size=size, rope_scaling="yarn")
+        parts.append((steps, dataclasses.replace(cfg, **long)))
+    phases = [PlanPhase(0, 0, 0.0, 0, cfg)]
+    for steps, now in parts:
+        if cfg.pp > 1 and not cfg.micro_batch:  # two micro-batches for each stage, or more
+            share = now.batch_size // reading_ranks(cfg)
             sizes = range(1, max(share // (4 * cfg.pp), 1) + 1)
-            row.cfg.micro_batch = max(size for size in sizes if share % size == 0)
-    return rows
+            now.micro_batch = max(size for size in sizes if share % size == 0)
+        last = phases[-1]
+        sequences = (last.end - last.first) * last.cfg.batch_size
+        tokens = last.tokens + sequences * last.cfg.seq_len
+        sequences += last.sequences
+        phases.append(PlanPhase(last.end, last.end + steps, tokens, sequences, now))
+    return phases[1:]
+
+def planned_step(sequences, cfg):
+    """Updates, and a fraction of one, in which the plan uses that many sequences."""
+    phase = [phase for phase in plan(cfg) if phase.sequences <= sequences][-1]
+    return phase.first + (sequences - phase.sequences) / phase.cfg.batch_size
 
 def at_step(step, cfg):
-    """(the Stage of an update, its cfg with the gamma and lambda of the moment, the share of the
-    tokens of pre-training that came before it): λ falls at 10/14.8 of them, γ at 14.3/14.8."""
-    rows = plan(cfg)
-    stage = next((row for row in rows if step < row.end), rows[-1])
-    tokens = stage.tokens + (step - stage.first) * stage.cfg.batch_size * stage.cfg.seq_len
+    """(the PlanPhase of an update, its cfg with the gamma and lambda of the moment, the share of
+    the tokens of pre-training before it): λ falls at 10/14.8 of them, γ at 14.3/14.8."""
+    phases = plan(cfg)
+    phase = next((phase for phase in phases if step < phase.end), phases[-1])
+    tokens = phase.tokens + (step - phase.first) * phase.cfg.batch_size * phase.cfg.seq_len
     share = tokens / cfg.tokens if cfg.tokens else 1.0
     weight = cfg.mtp_weight if share < 10 / 14.8 else cfg.mtp_last_weight
     gamma = cfg.gamma if share < 14.3 / 14.8 else 0.0
-    return stage, dataclasses.replace(stage.cfg, mtp_weight=weight, gamma=gamma), share
+    return phase, dataclasses.replace(phase.cfg, mtp_weight=weight, gamma=gamma), share
 
 # ---------------------------------------- Model ----------------------------------------
 
@@ -754,15 +763,18 @@ def flops_per_token(cfg):
 
 # ---------------------------------------- Data ----------------------------------------
 
+@functools.lru_cache(1)
+def document_tokenizer(name):
+    """The tokenizer of that name, loaded once; None without a name."""
+    return load_tokenizer(name, SPECIALS) if name else None
+
 def fill_in_the_middle(ids, tokenizer, key):
     """§4.1, PSM: a document's ids, whose text is cut at two places, as begin f_pre hole f_suf end
     f_middle, and the id that ended it."""
     # Undisclosed: the places. Two characters, uniformly.
-    begin, hole, end = (tokenizer._special_tokens[name] for name in SPECIALS[1:])
-    try:
+    begin, hole, end = map(tokenizer.encode_single_token, SPECIALS[1:])
+    with explain(f"the data is not that of --tokenizer {tokenizer.name}", KeyError):
         text = tokenizer.decode(ids[:-1].tolist(), errors="ignore")
-    except KeyError as error:
-        raise ValueError(f"the data is not of this --tokenizer: {error}") from error
     first, second = sorted(stable_hash(key, i) % (len(text) + 1) for i in range(2))
     parts = text[:first], text[first:second], text[second:]
     pre, middle, suffix = map(tokenizer.encode_ordinary, parts)
@@ -771,11 +783,13 @@ def fill_in_the_middle(ids, tokenizer, key):
 @functools.lru_cache(1)
 def joined_tokens(tokenizer):
     """{id of a token of punctuation and line breaks: (id of the former, id of the latter)}."""
-    ranks, pairs = tokenizer._mergeable_ranks, {}
-    for text, i in ranks.items():
-        found = re.fullmatch(rb"([!-/:-@\[-`{-~]+)([\r\n]+)", text)
-        if found and found[1] in ranks and found[2] in ranks:
-            pairs[i] = ranks[found[1]], ranks[found[2]]
+    pairs = {}
+    texts = set(tokenizer.token_byte_values())
+    for text in texts:
+        match = re.fullmatch(rb"([!-/:-@\[-`{-~]+)([\r\n]+)", text)
+        if match and texts.issuperset(match.groups()):
+            first, second = map(tokenizer.encode_single_token, match.groups())
+            pairs[tokenizer.encode_single_token(text)] = first, second
     return pairs
 
 def prepare_document(ids, tokenizer, fim, split_joined, key):
@@ -789,13 +803,13 @@ def prepare_document(ids, tokenizer, fim, split_joined, key):
             for place, i in enumerate(ids.tolist())
         ]
         ids = np.array(list(itertools.chain(*ids)))
-    whole = len(ids) > 1 and ids[-1] == end_token(tokenizer)
-    if whole and stable_hash(key, "fim") % 2**20 < fim * 2**20:
+    complete = len(ids) > 1 and ids[-1] == tokenizer.eot_token
+    if complete and stable_hash(key, "fim") % 2**20 < fim * 2**20:
         return fill_in_the_middle(ids, tokenizer, key), True
     return ids, False
 
 @functools.lru_cache(32)
-def pack(corpus, block, length, n, fim, split_joined, seed):
+def pack(corpus, tokenizer, block, length, n, fim, split_joined, seed):
     """Block `block` of n sequences: (ids [n, T + 1], -1 where none are left; of each sequence the
     documents that begin, those rearranged, and cuts that no document's length asks for)."""
     # Undisclosed: the packing, "inspired by" best-fit packing (arXiv 2404.10830). Here a stretch of
@@ -806,9 +820,9 @@ def pack(corpus, block, length, n, fim, split_joined, seed):
     ids = corpus.window(block, n * window - 1, seed)
     for i, part in enumerate(np.split(ids, np.flatnonzero(ids == corpus.separator) + 1)):
         rearranged = False
-        if corpus.tokenizer and len(part) and i:  # the first is the end of one that began before
+        if tokenizer and len(part) and i:  # the first is the end of one that began before
             key = (seed, "document", length, block, i)
-            part, rearranged = prepare_document(part, corpus.tokenizer, fim, split_joined, key)
+            part, rearranged = prepare_document(part, tokenizer, fim, split_joined, key)
         cuts = range(0, len(part), window)
         pieces += [(part[j : j + window], i > 0 == j, rearranged and j == 0) for j in cuts]
     rows, used = np.full((n, window), -1, np.int32), [0] * n
@@ -836,7 +850,7 @@ def pack(corpus, block, length, n, fim, split_joined, seed):
     return rows, counts
 
 def get_batch(corpus, first, n, cfg):
-    """Sequences first ... first + n - 1 of the stage, whatever the ranks or the moment: tokens and
+    """Sequences first ... first + n - 1 of the run, whatever the ranks or the moment: tokens and
     targets [n, T]; and the counts n_targets, n_bytes (of the targets' text), n_sequences,
     n_documents, n_fim and n_cut. Held-out text is neither packed nor rearranged."""
     windows, counts, size = [], np.zeros(3, np.int64), min(cfg.pack, corpus.n_windows(cfg.seq_len))
@@ -849,7 +863,8 @@ def get_batch(corpus, first, n, cfg):
         group, place = divmod(i, 16 * size)  # 16 blocks at a time are mixed
         place = shuffled(place, 16 * size, (cfg.seed, "pack", group))
         settings = cfg.seq_len, size, cfg.fim, cfg.split_joined, cfg.seed
-        rows, more = pack(corpus, 16 * group + place // size, *settings)
+        tokenizer = document_tokenizer(cfg.tokenizer)
+        rows, more = pack(corpus, tokenizer, 16 * group + place // size, *settings)
         windows.append(rows[place % size].astype(np.int64))
         counts = counts + more[place % size]
     windows = np.stack(windows)
@@ -956,17 +971,14 @@ def learning_rate(step, cfg):
 
 def update_biases(found, gamma, group):
     """§2.1.2: b += γ sign(mean load - load) for each router, with the loads of all data-parallel
-    ranks and micro-batches of an update; returns (largest, smallest) load over the mean."""
-    if not found:
-        return 0.0, math.inf
-    loads = torch.stack([router.load for router in found])  # [layers, X]
+    ranks and micro-batches of an update; returns the loads over their mean, [layers, X]."""
+    loads = torch.stack([router.load for router in found])
     dist.all_reduce(loads, group=group)
     mean = loads.mean(1, keepdim=True)
     for router, change in zip(found, torch.sign(mean - loads)):
         router.bias += gamma * change
         router.load.zero_()
-    relative = loads / mean.clamp(min=1e-9)
-    return relative.max().item(), relative.min().item()
+    return loads / mean.clamp(min=1e-9)
 
 # ---------------------------------------- Precision ----------------------------------------
 
@@ -1192,9 +1204,12 @@ def parallelize(model, cfg, mesh):
     model.to_empty(device=mesh.device_type)
     for p in model.parameters():
         p.grad_dtype = torch.float32
-    for module in model.modules() if cfg.compile else ():
-        if isinstance(module, (MultiHeadLatentAttention, GatedMLP)):
-            module.compile()
+    if cfg.compile:
+        torch.compiler.config.fail_on_recompile_limit_hit = True
+        torch.compiler.config.recompile_limit = 64  # a graph for each length and width
+        for module in model.modules():
+            if isinstance(module, (MultiHeadLatentAttention, GatedMLP)):
+                module.compile(dynamic=False)
     return model
 
 class ZeRO1:
@@ -1282,12 +1297,14 @@ class ZeRO1:
         """What this rank has of a master."""
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
-    def clip(self, *numbers, limit, device):
+    def clip(self, *numbers, limit):
         """(norm of the whole gradient, numbers summed over ranks), after scaling the gradient down
         to `limit`. What several ranks hold is in one part, so that it counts once."""
         parts = [self.local(master.grad) for master in self.masters.values()]
         square = nn.utils.get_total_norm(parts).double() ** 2
-        square, *sums = sum_over_ranks(square, *numbers, device=device)
+        sums = torch.stack([square, *(square.new_tensor(0.0) + number for number in numbers)])
+        dist.all_reduce(sums)
+        square, *sums = sums.tolist()  # an update waits for the device here, and in Exchange
         norm = math.sqrt(square) if square >= 0 else math.nan
         if limit and norm > limit:
             torch._foreach_mul_(parts, limit / (norm + 1e-6))
@@ -1361,13 +1378,18 @@ class DualPipe:
             self.saved.register_buffer(key, self.average[name])
 
     def enter(self, cfg):
-        """Prepares for a stage of the run: positions, and a schedule, whose shapes are fixed."""
+        """Prepare for a phase of the run, and print it: positions, and a schedule, whose shapes are
+        fixed."""
         self.cfg, pp = cfg, self.mesh["pp"]
         for stage in self.stages:
             stage.extend(cfg)
+        steps, micro = split_batch(cfg, reading_ranks(cfg))
+        print(f"rope scaling {cfg.rope_scaling} | tokens per step", end=" ")
+        print(f"{cfg.batch_size * cfg.seq_len:,} = {reading_ranks(cfg)} ranks", end=" ")
+        print(f"x {steps} x {micro} sequences of {cfg.seq_len:,}")
         if pp.size() > 1:
+            stages = []
             where = dict(device=next(self.model.parameters()).device, group=pp.get_group())
-            (steps, micro), stages = split_batch(cfg, reading_ranks(cfg)), []
             # shapes that are not given are found by a pass of their own, which routers would count
             real = functools.partial(torch.empty, device="meta", requires_grad=True)
             state = real(micro, cfg.seq_len, cfg.dim, dtype=self.stages[0].dtype)
@@ -1411,10 +1433,10 @@ class DualPipe:
                     loss.backward()
         return self.main
 
-    @torch.no_grad()
     def evaluate(self, batches):
         """run without gradients."""
-        return self.run(batches)
+        with evaluation_mode(self.model, self.cfg.compile):
+            return self.run(batches)
 
     @torch.no_grad()
     def update_average(self, decay):
@@ -1425,7 +1447,7 @@ class DualPipe:
 
 def memory_per_rank(cfg):
     """Bytes on the rank of cfg.world_size that needs most, by kind, as a backward pass begins in
-    the stage cfg: sizes from shapes, activations from what a forward pass on the meta device would
+    the phase cfg: sizes from shapes, activations from what a forward pass on the meta device would
     keep, with tokens spread evenly over experts."""
     # of n = 2 PP stages number i has n - i micro-batches under way, a rank's two n + 1: of its part
     # of the layers PP + 1/2, where Table 2 says PP + 1
@@ -1501,15 +1523,25 @@ def kept_for_backward(stage, cfg, micro):
 
 # ---------------------------------------- Checkpoint ----------------------------------------
 
-HF_CONFIG = {  # ours: Hugging Face's
-    "vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers",
-    "n_dense": "first_k_dense_replace", "hidden_dim": "intermediate_size",
-    "n_heads": "num_attention_heads", "q_rank": "q_lora_rank", "kv_rank": "kv_lora_rank",
-    "head_dim": "qk_nope_head_dim", "rope_dim": "qk_rope_head_dim", "norm_eps": "rms_norm_eps",
-    "n_experts": "n_routed_experts", "n_shared": "n_shared_experts",
-    "expert_dim": "moe_intermediate_size", "top_k": "num_experts_per_tok", "n_groups": "n_group",
-    "groups_kept": "topk_group", "route_scale": "routed_scaling_factor",
+HF_CONFIG = {  # field of Config: (key in config.json, default of DeepseekV3Config)
+    "vocab_size": ("vocab_size", 129280), "dim": ("hidden_size", 7168),
+    "n_layers": ("num_hidden_layers", 61), "n_dense": ("first_k_dense_replace", 3),
+    "hidden_dim": ("intermediate_size", 18432), "n_heads": ("num_attention_heads", 128),
+    "q_rank": ("q_lora_rank", 1536), "kv_rank": ("kv_lora_rank", 512),
+    "head_dim": ("qk_nope_head_dim", 128), "rope_dim": ("qk_rope_head_dim", 64),
+    "norm_eps": ("rms_norm_eps", 1e-6), "n_experts": ("n_routed_experts", 256),
+    "n_shared": ("n_shared_experts", 1), "expert_dim": ("moe_intermediate_size", 2048),
+    "top_k": ("num_experts_per_tok", 8), "n_groups": ("n_group", 8),
+    "groups_kept": ("topk_group", 4), "route_scale": ("routed_scaling_factor", 2.5),
 }  # fmt: skip
+HF_FIXED = {  # the only values that are supported
+    "model_type": "deepseek_v3", "hidden_act": "silu", "attention_bias": False,
+    "norm_topk_prob": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
+    "tie_word_embeddings": False, "moe_layer_freq": 1, "rope_interleave": True,
+}  # fmt: skip
+HF_YARN = {"rope_type": "yarn", "beta_fast": 32, "beta_slow": 1, "mscale": 1.0,
+           "mscale_all_dim": 1.0}  # fmt: skip
+SHAPE = (*HF_CONFIG, "rope_theta", "mtp")  # fields of Config that must agree with a checkpoint
 HF_NAMES = {  # the first that fits
     r"^token_embedding": "model.embed_tokens", r"^final_norm": "model.norm", r"^head": "lm_head",
     r"^blocks\.(\d+)": r"model.layers.\1", r"^mtp\.block": "model.layers.L",
@@ -1556,96 +1588,82 @@ def hf_views(model, cfg, first=0):
 
 def read_config(path):
     """Config of the DeepseekV3ForCausalLM in a directory."""
-    if not importlib.util.find_spec("safetensors"):
-        raise ValueError("--init needs the package safetensors: pip install safetensors")
-    try:
-        theirs = json.loads((Path(path) / "config.json").read_text())
-        cfg = Config(**{ours: theirs[name] or 0 for ours, name in HF_CONFIG.items()})
-        rope = dict(theirs.get("rope_parameters") or theirs.get("rope_scaling") or {})
-        cfg.rope_theta = rope.pop("rope_theta", None) or theirs["rope_theta"]
-        kind = rope.pop("type", None) or rope.get("rope_type", "default")
-        cfg.rope_scaling = "yarn" if kind == "yarn" else "none"
-        cfg.rope_factor = rope.get("factor", cfg.rope_factor)
-        cfg.rope_original = rope.get("original_max_position_embeddings", cfg.rope_original)
-        cfg.seq_len = theirs["max_position_embeddings"]
-        n_mtp = theirs.get("num_nextn_predict_layers", theirs.get("num_mtp_layers")) or 0
+    keys = ("model_type", "rope_parameters", "rope_scaling", "rope_theta", "v_head_dim",
+            "num_key_value_heads", "max_position_embeddings", "num_nextn_predict_layers",
+            "num_mtp_layers")  # fmt: skip
+    with explain(f"{path} holds no DeepSeek-V3 model", Exception):
+        theirs = read_hf_config(path, HF_CONFIG | {key: (key, None) for key in keys}, HF_FIXED)
+        cfg = Config(**{field: theirs[field] or 0 for field in HF_CONFIG})
+        cfg.seq_len = theirs["max_position_embeddings"] or 4096
+        n_mtp = theirs["num_nextn_predict_layers"] or theirs["num_mtp_layers"] or 0
         cfg.mtp = "sequential" if n_mtp else "none"
-        known = dict(  # what this script does, where it is said at all
-            model_type="deepseek_v3", hidden_act="silu", attention_bias=False, norm_topk_prob=True,
-            scoring_func="sigmoid", topk_method="noaux_tc", tie_word_embeddings=False,
-            moe_layer_freq=1, rope_interleave=True, num_key_value_heads=cfg.n_heads,
-            v_head_dim=cfg.head_dim, num_nextn_predict_layers=min(n_mtp, 1), beta_fast=32,
-            beta_slow=1, mscale=1.0, mscale_all_dim=1.0,
-        )  # fmt: skip
-        for name, found in (theirs | rope).items():
-            if found not in (None, known.get(name, found)):
-                raise ValueError(f"its {name} is {found}")
-        if kind not in ("default", "yarn"):
-            raise ValueError(f"its rope is {kind}")
-    except Exception as error:
-        raise ValueError(f"{path} holds no DeepSeek-V3 model: {error!r}") from error
+        rope = theirs["rope_parameters"] or theirs["rope_scaling"] or {}
+        rope = {"rope_type": rope.get("type", "default")} | rope
+        cfg.rope_theta = rope.pop("rope_theta", theirs["rope_theta"] or 1e4)
+        cfg.rope_factor = rope.pop("factor", cfg.rope_factor)
+        cfg.rope_original = rope.pop("original_max_position_embeddings", cfg.rope_original)
+        rope.pop("type", None)
+        wanted = {"rope_type": "default"}
+        if rope["rope_type"] == "yarn":
+            cfg.rope_scaling = "yarn"
+            wanted = HF_YARN
+            rope = {"beta_fast": 32, "beta_slow": 1} | rope
+        for key, value, supported in (
+            ("model_type", theirs["model_type"], ["deepseek_v3"]),
+            ("v_head_dim", theirs["v_head_dim"], [None, cfg.head_dim]),
+            ("num_key_value_heads", theirs["num_key_value_heads"], [None, cfg.n_heads]),
+            ("num_nextn_predict_layers", n_mtp, [0, 1]),
+            ("rope_parameters", rope, [wanted]),
+        ):
+            if value not in supported:
+                raise ValueError(f"config.json has {key} {value}, not {supported[-1]}")
     return cfg
 
 def read_weights(model, cfg, path, first=0):
-    """Fills a model, or a rank's part of one, whose experts count from `first`, from the
+    """Fill a model, or a rank's part of one, whose experts count from `first`, from the
     safetensors of a directory, FP8 ones with their block scales (§9)."""
-    from safetensors import SafetensorError, safe_open
-
-    wanted = {name: (part, order) for name, part, order in hf_views(model, cfg, first)}
-    for file in sorted(Path(path).glob("*.safetensors")):
-        try:
-            with safe_open(file, "pt") as tensors:
-                there = set(tensors.keys())
-                for name in sorted(wanted.keys() & there):
-                    (part, order), tensor = wanted.pop(name), tensors.get_tensor(name)
-                    if tensor.shape != part.shape:
-                        raise ValueError(f"{name} in {file} is {list(tensor.shape)}")
-                    if f"{name}_scale_inv" in there:  # it is the factor, not its inverse
-                        scale = tensors.get_tensor(f"{name}_scale_inv")
-                        scale = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
-                        tensor = tensor.float() * scale[: tensor.shape[0], : tensor.shape[1]]
-                    part.copy_(tensor if order is None else tensor[order])
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged: {error}") from error
-    if wanted:
-        raise ValueError(f"{path} holds no {next(iter(wanted))}")
+    with explain(f"{path} holds no such DeepSeek-V3 model", Exception):
+        tensors = read_hf_tensors(path)
+        for name, part, order in hf_views(model, cfg, first):
+            tensor = tensors[name]
+            if tensor.shape != part.shape:
+                raise ValueError(f"{name} is {list(tensor.shape)}, not {list(part.shape)}")
+            if f"{name}_scale_inv" in tensors:  # it is the factor, not its inverse
+                scale = tensors[f"{name}_scale_inv"]
+                scale = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+                tensor = tensor.float() * scale[: tensor.shape[0], : tensor.shape[1]]
+            part.copy_(tensor if order is None else tensor[order])
 
 def from_hf(path):
-    """(model, cfg) from the directory of a DeepseekV3ForCausalLM: config.json, *.safetensors, with
-    multi-token prediction as one layer more."""
+    """(model, cfg) from the checkpoint directory of a DeepseekV3ForCausalLM, with multi-token
+    prediction as one layer more."""
     cfg = read_config(path)
     model = DeepSeekV3(cfg)
     read_weights(model, cfg, path)
     return model, cfg
 
 def to_hf(model, cfg, path, mesh=None):
-    """Writes a model, or on every rank its part of one, to a directory as a DeepseekV3ForCausalLM:
+    """Write a model, or on every rank its part of one, to a directory as a DeepseekV3ForCausalLM:
     a file for each layer and rank that has experts of it."""
     from safetensors.torch import save_file
 
-    config = {theirs: getattr(cfg, ours) for ours, theirs in HF_CONFIG.items()}
-    config |= dict(architectures=["DeepseekV3ForCausalLM"], model_type="deepseek_v3",
-                   q_lora_rank=cfg.q_rank or None, num_key_value_heads=cfg.n_heads,
-                   v_head_dim=cfg.head_dim, hidden_act="silu", rope_theta=cfg.rope_theta,
-                   norm_topk_prob=True, scoring_func="sigmoid", topk_method="noaux_tc",
-                   tie_word_embeddings=False, num_nextn_predict_layers=int(cfg.mtp != "none"),
-                   max_position_embeddings=cfg.seq_len, initializer_range=cfg.init_std,
-                   torch_dtype="bfloat16" if keeps_bf16("", cfg) else "float32")  # fmt: skip
-    rope = dict(rope_type="default", rope_theta=cfg.rope_theta)
+    config = {key: getattr(cfg, field) for field, (key, _) in HF_CONFIG.items()} | HF_FIXED
+    config |= dict(
+        architectures=["DeepseekV3ForCausalLM"], q_lora_rank=cfg.q_rank or None,
+        num_key_value_heads=cfg.n_heads, v_head_dim=cfg.head_dim, rope_theta=cfg.rope_theta,
+        num_nextn_predict_layers=int(cfg.mtp != "none"), max_position_embeddings=cfg.seq_len,
+        initializer_range=cfg.init_std,
+        torch_dtype="bfloat16" if keeps_bf16("", cfg) else "float32",
+    )  # fmt: skip
+    config["rope_parameters"] = dict(rope_type="default", rope_theta=cfg.rope_theta)
     if cfg.rope_scaling == "yarn":
-        rope |= dict(rope_type="yarn", factor=cfg.rope_factor, beta_fast=32, beta_slow=1,
-                     original_max_position_embeddings=cfg.rope_original, mscale=1.0,
-                     mscale_all_dim=1.0)  # fmt: skip
-    config["rope_parameters"] = rope
-    ep, copy = (mesh[name].get_local_rank() if mesh else 0 for name in ("ep", "dp"))
-    first, files = ep * cfg.n_experts // max(mesh["ep"].size() if mesh else 1, 1), {}
-    Path(path).mkdir(parents=True, exist_ok=True)
-    if not mesh or dist.get_rank() == 0:
-        for old in Path(path).glob("*.safetensors*"):
-            old.unlink()
-        (Path(path) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if mesh:
-        dist.barrier()
+        scaling = dict(factor=cfg.rope_factor, original_max_position_embeddings=cfg.rope_original)
+        config["rope_parameters"] |= HF_YARN | scaling
+    rank = dist.get_rank() if mesh else 0
+    ep = mesh["ep"].get_local_rank() if mesh else 0
+    copy = mesh["dp"].get_local_rank() if mesh else 0
+    first = ep * cfg.n_experts // mesh["ep"].size() if mesh else 0
+    files = {}
     for name, part, order in hf_views(model, cfg, first):
         theirs = part.cpu().clone()  # save_file wants tensors that share no memory
         if order is not None:
@@ -1658,68 +1676,132 @@ def to_hf(model, cfg, path, mesh=None):
                 if cfg.mtp != "none" and name.endswith(f"{end}.weight"):  # as released
                     more = f"model.layers.{cfg.n_layers}.{copied}.weight"
                     files[f"{file}.safetensors"][more] = theirs.clone()
-    for file, tensors in files.items():
-        save_file(tensors, Path(path) / file, metadata={"format": "pt"})
-    index = {name: file for file, tensors in files.items() for name in tensors}
-    if mesh:
-        indices = [None] * dist.get_world_size()
-        dist.all_gather_object(indices, index)
-        index = {name: file for part in indices for name, file in part.items()}
-    if not mesh or dist.get_rank() == 0:
-        index = {"metadata": {}, "weight_map": index}
-        (Path(path) / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    indices = [{name: file for file, tensors in files.items() for name in tensors}]
+    with written_beside(path) if rank == 0 else contextlib.nullcontext() as folder:
+        if mesh:
+            indices *= dist.get_world_size()
+            dist.barrier()
+        for file, tensors in files.items():
+            save_file(tensors, f"{Path(path)}.tmp/{file}", metadata={"format": "pt"})
+        if mesh:
+            dist.all_gather_object(indices, indices[rank])
+        if rank == 0:
+            weight_map = {name: file for index in indices for name, file in index.items()}
+            index = json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2)
+            (folder / "model.safetensors.index.json").write_text(index + "\n")
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+def read_hf_config(path, fields, fixed):
+    """Fields of Config from the config.json of a Hugging Face checkpoint directory.
+
+    fields: {field: (key, default of Hugging Face's class)}; fixed: {key: the only value that is
+    supported}. Raises ValueError, with the key's name, for another value.
+    """
+    theirs = json.loads((Path(path) / "config.json").read_text())
+    for key, value in fixed.items():
+        if theirs.get(key) not in (None, value):
+            raise ValueError(f"{path}: config.json has {key} {theirs[key]!r}, not {value!r}")
+    return {field: theirs.get(key, default) for field, (key, default) in fields.items()}
+
+def read_hf_tensors(path):
+    """{name: tensor} of model.safetensors or, without it, of the files that the index names."""
+    from safetensors.torch import load_file
+
+    files = {"model.safetensors"}
+    if not (Path(path) / "model.safetensors").exists():
+        index = json.loads((Path(path) / "model.safetensors.index.json").read_text())
+        files = set(index["weight_map"].values())
+    return {name: tensor for file in files for name, tensor in load_file(Path(path) / file).items()}
+
+@contextlib.contextmanager
+def written_beside(path):
+    """A temporary directory; when the block ends, its files move to the directory path."""
+    path = Path(path)
+    folder = path.with_name(path.name + ".tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    yield folder
+    try:
+        folder.rename(path)  # at once, if path is new or empty
+    except OSError:
+        for file in folder.iterdir():
+            file.replace(path / file.name)
+        folder.rmdir()
+
+def newest_checkpoint(out, resume, fixed):
+    """(path of the newest checkpoint in out, config.json of its run), or (None, {}).
+
+    Raises ValueError if there is one, but neither --resume nor a restart by torchrun asks for it,
+    or if its run had another value of a field in `fixed`.
+    """
+    newest = [None, {}]
+    checkpoints = sorted(Path(out).glob("step_*[0-9]")) if out else []
+    if checkpoints:
+        newest = [checkpoints[-1], json.loads((Path(out) / "config.json").read_text())]
+    dist.broadcast_object_list(newest)  # ranks on a network file system may list other files
+    path, run = newest
+    (restarts,) = sum_over_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+    if path and not (resume or restarts):
+        raise ValueError(f"{out} has checkpoints: --resume continues, another --out starts anew")
+    for name in fixed:
+        if path and run.get(name) != fixed[name]:
+            raise ValueError(f"{path} has {name} {run.get(name)}, and this run {fixed[name]}")
+    if path:
+        print(f"continuing from {path}")
+    elif resume:
+        print(f"no checkpoint in {out or '--out'}: starting a run")
+    return path, run
+
+def claim_directory(out, step, config):
+    """Write config.json, and remove the rows of later steps from metrics.jsonl. Returns a lock,
+    which the process holds while it lives; ValueError if another process holds it."""
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "lock", "w")
+    if dist.get_rank() > 0:
+        return lock
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"another run is writing to {out}") from error
+    except OSError as error:
+        print(f"{out} cannot be locked against other runs: {error}")
+    log = folder / "metrics.jsonl"
+    log.touch()
+    rows = [json.loads(line) for line in log.open() if line.endswith("}\n")]
+    kept = [row for row in rows if row["step"] < step or (row["step"] == step and "loss" in row)]
+    texts = {"config.json": json.dumps(config, indent=2) + "\n"}
+    texts["metrics.jsonl"] = "".join(json.dumps(row) + "\n" for row in kept)
+    for name, text in texts.items():
+        (folder / f"{name}.tmp").write_text(text)
+        (folder / f"{name}.tmp").replace(folder / name)
+    return lock
 
 def save_checkpoint(out, model, optimizer, state):
-    """Writes model, optimizer and state to out/step_N, of which the two newest stay. The name comes
-    with a rename at the end, so that a process killed at any moment leaves whole checkpoints."""
+    """Write model, optimizer and state to out/step_N, and keep the two newest. The directory is
+    renamed when it is complete, so that a killed process leaves only complete checkpoints."""
     final = Path(out) / f"step_{state['step']:09d}"
     partial = final.with_suffix(".tmp")
-    if dist.get_rank() == 0:
-        for remains in Path(out).glob("step_*.tmp"):
-            shutil.rmtree(remains)
-    dist.barrier()
     weights, moments = get_state_dict(model, optimizer)
-    try:
-        dcp.save({"model": weights, "optimizer": moments, "state": state}, checkpoint_id=partial)
-    except dcp.api.CheckpointException as error:  # which is no Exception
-        raise OSError(f"cannot save {final}: {next(iter(error.failures.values()))[0]}") from error
+    content = {"model": weights, "optimizer": moments["state"], "state": state}
+    with explain(f"cannot save {final}", dcp.CheckpointException):
+        dcp.save(content, checkpoint_id=partial)
     if dist.get_rank() == 0:
         partial.rename(final)
-        for old in sorted(Path(out).glob("step_*[0-9]"))[:-2]:
-            shutil.rmtree(old)
+        old = sorted(Path(out).glob("step_*[0-9]"))[:-2]
+        for path in [*old, *Path(out).glob("step_*.tmp")]:  # .tmp: of killed processes
+            shutil.rmtree(path)
     dist.barrier()
 
-def load_checkpoint(out, resume, steps, model, optimizer, state):
-    """Fills model, optimizer and state from the newest checkpoint in out if --resume or a restart
-    by torchrun asks for it; ValueError if there is none, or one that nobody asked for."""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    listing = [sorted(Path(out).glob("step_*[0-9]"))]
-    dist.broadcast_object_list(listing)  # rank 0's, since network file systems show ranks old ones
-    (found,) = listing
-    if not found and resume and not restarted:
-        raise ValueError(f"--resume: {out} has no checkpoint")
-    if found and not resume and not restarted:
-        raise ValueError(f"{out} has checkpoints: --resume goes on, another --out starts anew")
-    if found:
-        path = found[-1]
-        settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-        weights, moments = get_state_dict(model, optimizer)
-        loaded = {"model": weights, "optimizer": moments, "state": dict(state)}
-        try:
-            dcp.load(loaded, checkpoint_id=path)
-        except dcp.api.CheckpointException as error:
-            cause = next(iter(error.failures.values()))[0]
-            raise ValueError(f"{path} does not fit or is damaged: {cause}") from error
-        if loaded["state"]["seed"] != state["seed"] or loaded["state"]["step"] > steps:
-            raise ValueError(f"{path} has --seed {loaded['state']['seed']} or is beyond --steps")
-        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-        for group, setting in zip(optimizer.param_groups, settings):
-            group.update(setting)  # the flags count, not what they were
-        state.update(loaded["state"])
-    log = Path(out) / "metrics.jsonl"
-    if dist.get_rank() == 0 and log.exists():  # what lies behind the checkpoint comes again
-        rows = [row for row in log.read_text().splitlines(True) if row.endswith("}\n")]
-        log.write_text("".join(row for row in rows if json.loads(row)["step"] <= state["step"]))
+def load_checkpoint(path, model, optimizer, state):
+    """Fill model, optimizer and state from a checkpoint; its hyperparameters stay as they are."""
+    weights, moments = get_state_dict(model, optimizer)
+    content = {"model": weights, "optimizer": moments["state"], "state": dict(state)}
+    with explain(f"{path} does not fit or is damaged", dcp.CheckpointException):
+        dcp.load(content, checkpoint_id=path)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    state.update(content["state"])
+
 
 # ---------------------------------------- Training ----------------------------------------
 
@@ -1729,46 +1811,60 @@ def split_batch(cfg, ranks):
     micro = min(cfg.micro_batch or share, share)
     return share // max(micro, 1), micro
 
-def sum_over_ranks(*numbers, device):
+def sum_over_ranks(*numbers):
     """The numbers, each summed over all ranks, as floats."""
-    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
+    sums = torch.tensor(numbers, dtype=torch.float64)
     dist.all_reduce(sums)
     return sums.tolist()
 
-def next_batches(corpus, first, stop, cfg, device, rank, ranks):
-    """The micro-batches of data-parallel rank `rank` of `ranks` of the global batch that begins at
-    sequence `first`, on the device; their counts (n_...) are those of the global batch. None if
-    any rank was told to stop."""
+def read_batch(corpus, first, cfg, device, rank, ranks):
+    """Micro-batches, on the device, of data-parallel rank `rank` of `ranks` of the global batch
+    that begins with sequence `first`. Without collectives, so that a thread can call it."""
     steps, micro = split_batch(cfg, ranks)
     first += rank * steps * micro
     batches = [get_batch(corpus, first + i * micro, micro, cfg) for i in range(steps)]
+    for batch in batches:
+        for name, value in batch.items():
+            if torch.is_tensor(value) and device.type == "cuda":
+                batch[name] = value.pin_memory().to(device, non_blocking=True)
+    return batches
+
+def sum_counts(batches, ranks):
+    """Replace the counts (n_...) of micro-batches by those of the global batch, which `ranks`
+    data-parallel ranks read together; all others read the same as one of these."""
     names = [name for name in batches[0] if name.startswith("n_")]
-    sums = (sum(batch.pop(name) for batch in batches) for name in names)
-    stop, *sums = sum_over_ranks(stop, *sums, device=device)
-    if stop:
-        return None
-    copies = dist.get_world_size() // ranks  # ranks of other kinds of parallelism: the same counts
-    counts = {name: count / copies for name, count in zip(names, sums)}
-    return [{k: v.to(device) for k, v in batch.items()} | counts for batch in batches]
+    sums = sum_over_ranks(*(sum(batch[name] for batch in batches) for name in names))
+    counts = {name: n * ranks / dist.get_world_size() for name, n in zip(names, sums)}
+    for batch in batches:
+        batch.update(counts)
+
+@contextlib.contextmanager
+def evaluation_mode(model, compiled):
+    """No dropout, no gradients, and no compiled code, which would be compiled for each length."""
+    eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+    model.eval()
+    with torch.no_grad(), eager:
+        yield
+    model.train()
 
 def validate(loss_of, corpus, step, cfg, device, rank, ranks):
-    """Prints nats per target and bits per byte of corpus; after training, lzma's bits as well.
-    loss_of(batches) is this rank's part of the mean loss over a global batch."""
+    """Print and log nats per target and bits per byte over the first windows of corpus.
+    loss_of(batches) is this rank's share of the loss of a global batch."""
     nats = n_targets = n_bytes = 0.0
-    n_batches = min(cfg.val_batches, corpus.n_windows(cfg.seq_len) // cfg.batch_size)
-    for i in range(n_batches):
-        first = i * cfg.batch_size
-        batches = next_batches(corpus, first, False, cfg, device, rank, ranks)
-        (loss,) = sum_over_ranks(loss_of(batches), device=device)
+    for i in range(min(cfg.val_batches, corpus.n_windows(cfg.seq_len) // cfg.batch_size)):
+        batches = read_batch(corpus, i * cfg.batch_size, cfg, device, rank, ranks)
+        sum_counts(batches, ranks)
+        (loss,) = sum_over_ranks(loss_of(batches))
         nats += loss * batches[0]["n_targets"]
         n_targets += batches[0]["n_targets"]
         n_bytes += batches[0]["n_bytes"]
-    bpb = f"{bits_per_byte(nats, n_bytes):.3f}".replace("nan", "n/a")
-    line = f"val {step} | loss {nats / max(n_targets, 1):.4f} | bpb {bpb}"
-    text = corpus.text(n_batches * cfg.batch_size * cfg.seq_len)
-    if step == cfg.steps and text:
-        line += f" | lzma {8 * len(lzma.compress(text, preset=9)) / len(text):.3f}"
-    print(line, flush=True)
+    if not n_targets:
+        raise ValueError("the held-out documents have no token to predict")
+    row = {"step": step, "val_loss": nats / n_targets, "val_bpb": bits_per_byte(nats, n_bytes)}
+    bpb = f"{row['val_bpb']:.3f}".replace("nan", "n/a")
+    print(f"val {step} | loss {row['val_loss']:.4f} | bpb {bpb}")
+    write_row(cfg.out, row)
+
 
 def gather_stages(pipe, cfg):
     """The whole model on rank 0 and None on the others, however it is laid out; all ranks call."""
@@ -1790,29 +1886,28 @@ def gather_stages(pipe, cfg):
     model.load_state_dict(whole, strict=False)
     return model.to(pipe.stages[0].token_embedding.weight.device)
 
-@torch.compiler.set_stance("force_eager")  # a compiled layer would compile for every length
-@torch.no_grad()
-def sample(model, ids, n, known, cfg):
-    """ids and n more, drawn at temperature 0.8 from the softmax over what known [V] allows."""
+def sample(model, ids, n, allowed_ids, cfg):
+    """ids and n more, drawn at temperature 0.8 among allowed_ids [V] (boolean)."""
     model.extend(cfg)
     device = model.token_embedding.weight.device
-    torch.manual_seed(cfg.seed)
-    for _ in range(n):
-        tokens = torch.tensor([ids[-cfg.seq_len :]], device=device)  # [1, T]
-        logits = model(tokens)[0, -1].masked_fill(~known.to(device), -math.inf)  # [V]
-        ids = ids + torch.multinomial((logits / 0.8).softmax(-1), 1).tolist()
+    torch.manual_seed(stable_hash(cfg.seed, "sample"))
+    with evaluation_mode(model, cfg.compile):
+        for _ in range(n):
+            tokens = torch.tensor([ids[-cfg.seq_len :]], device=device)  # [1, T]
+            logits = model(tokens)[0, -1].cpu()  # [V]
+            p = (logits / 0.8).masked_fill(~allowed_ids, -math.inf).softmax(-1)
+            ids = ids + torch.multinomial(p, 1).tolist()
     return ids
 
 def check(cfg, ranks):
-    """Raises ValueError for a configuration that cannot run on that many ranks."""
-    zero = "warmup_steps", "n_dense", "n_shared", "q_rank"
+    """Raise ValueError for a configuration that cannot run on that many ranks."""
+    may_be_0 = "warmup_steps", "n_dense", "n_shared", "q_rank"
     for field in dataclasses.fields(cfg):
-        may_be_0 = field.type is float or field.name in zero
-        low = 0 if field.default == 0 or may_be_0 else 1
-        if field.type in (int, float) and not low <= getattr(cfg, field.name) < math.inf:
-            raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {low} or more")
-    group, stages = cfg.n_experts // cfg.n_groups, 2 * cfg.pp if cfg.pp > 1 else 1
-    paths = list_files(cfg.data) if cfg.data else []
+        least = int(field.type is int and field.default > 0 and field.name not in may_be_0)
+        if field.type in (int, float) and not least <= getattr(cfg, field.name) < math.inf:
+            raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
+    group = cfg.n_experts // cfg.n_groups
+    stages = 2 * cfg.pp if cfg.pp > 1 else 1
     for wrong, message in (
         (cfg.rope_dim % 2, f"--rope_dim {cfg.rope_dim} is odd"),
         (cfg.rope_theta <= 1, f"--rope_theta {cfg.rope_theta} is not above 1"),
@@ -1838,20 +1933,19 @@ def check(cfg, ranks):
          f"{cfg.n_layers} layers, embedding and head are fewer than {stages} stages"),
         (cfg.compile and cfg.recompute == "paper", "--recompute paper is not for --compile"),
         (cfg.resume and not cfg.out, "--resume needs --out"),
+        (cfg.eval and not cfg.out and not cfg.init, "--eval needs --out or --init"),
         ((cfg.init or cfg.export) and cfg.mtp == "parallel",
          "--init and --export have no form for --mtp parallel"),
-        (cfg.export and not importlib.util.find_spec("safetensors"),
-         "--export needs the package safetensors: pip install safetensors"),
-        (cfg.write_tokens and ranks > 1, "--write_tokens is for one process, without torchrun"),
-        (cfg.write_tokens and shard_paths(cfg.data),
-         "--write_tokens takes text, and --data is token shards"),
-        (not all(map(os.path.exists, paths)), f"--data: there is no {cfg.data}"),
+        (cfg.write_tokens and ranks > 1, "--write_tokens runs in one process, without torchrun"),
     ):  # fmt: skip
         if wrong:
             raise ValueError(message)
+    if cfg.init or cfg.export:
+        with explain("--init and --export need: pip install safetensors", ImportError):
+            import safetensors  # noqa: F401
 
-def check_stage(cfg):
-    """Raises ValueError for a stage of the run whose batch does not fit the layout."""
+def check_batch(cfg):
+    """Raise ValueError for a phase of the run whose batch does not fit the layout."""
     steps, micro = split_batch(cfg, reading_ranks(cfg))
     where = f"{cfg.batch_size} sequences of {cfg.seq_len}"
     if reading_ranks(cfg) * steps * micro != cfg.batch_size:
@@ -1861,7 +1955,7 @@ def check_stage(cfg):
         raise ValueError(f"{where}: {steps} micro-batches are fewer than the {2 * cfg.pp} stages")
 
 def dry_run(cfg):
-    """Prints parameters, FLOPs per token, and for the first and the last batch of pre-training and
+    """Print parameters, FLOPs per token, and for the first and the last batch of pre-training and
     each extension the bytes on the rank that needs most, or why the layout cannot run it; from
     shapes alone."""
     cfg = fit_layout(cfg, cfg.world_size)
@@ -1873,17 +1967,18 @@ def dry_run(cfg):
     total, activated = count_parameters(model)
     ahead = sum(p.numel() for p in model.mtp.parameters()) if model.mtp else 0
     print(f"parameters {total:,} | activated {activated:,} | multi-token prediction {ahead:,}")
-    rows = plan(cfg)
-    flops = flops_per_token(rows[0].cfg)
+    phases = plan(cfg)
+    flops = flops_per_token(phases[0].cfg)
     print(f"FLOPs per token {flops:.4g} | 6 N of the activated gives {6 * activated:.4g}")
-    last = [row for row in rows if row.cfg.rope_scaling == cfg.rope_scaling][-1:]
-    for row in rows:
-        if row not in (rows[0], *last) and row.cfg.rope_scaling == cfg.rope_scaling:
-            continue
-        now, steps = row.cfg, split_batch(row.cfg, reading_ranks(cfg))[0]
-        print(f"{now.batch_size:,} sequences of {now.seq_len:,} from step {row.first:,}", end=" | ")
+    scaled = [phase.cfg.rope_scaling for phase in phases].count("yarn")
+    ends = [phases[0], *phases[-1 - scaled :]]
+    for phase in ends:
+        now = phase.cfg
+        steps, _ = split_batch(now, reading_ranks(cfg))
+        print(f"{now.batch_size:,} sequences of {now.seq_len:,}", end=" ")
+        print(f"from step {phase.first:,}", end=" | ")
         try:
-            check_stage(now)
+            check_batch(now)
         except ValueError as error:
             print(f"{error} | another layout is needed")
             continue
@@ -1894,156 +1989,197 @@ def dry_run(cfg):
         fits = "fits 80 GB" if need < 80e9 else f"does not fit 80 GB, {most} most of all"
         print(f"{steps} micro-batches | {parts} | sum {need / 2**30:.3f} GiB a rank: {fits}")
 
-def advance(pipe, optimizer, batches, state, cfg, device):
-    """One update of parameters and balancing biases, unless the gradient is not finite; cfg is the
-    moment's. Returns the row that log_step wants."""
-    zero = pipe.zero
+def advance(pipe, optimizer, batches, lr, cfg):
+    """One update of parameters and balancing biases from this rank's micro-batches; cfg is that of
+    the moment. Returns the loss, the loss of multi-token prediction and the gradient norm of the
+    global batch, and of all layers the largest load over the mean and minus the smallest, on the
+    device. Parameters and biases stay as they are if loss or norm is not finite."""
     pipe.run(batches)
-    zero.reduce()
-    norm, main, ahead = zero.clip(pipe.main, pipe.ahead, limit=cfg.clip, device=device)
-    lr = learning_rate(state["step"], cfg)
+    pipe.zero.reduce()
+    norm, loss, ahead = pipe.zero.clip(pipe.main, pipe.ahead, limit=cfg.clip)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    state["step"] += 1
-    finite = math.isfinite(norm) and math.isfinite(main)
+    finite = math.isfinite(norm) and math.isfinite(loss)
     if finite:
         optimizer.step()
-        zero.gather()
+        pipe.zero.gather()
         pipe.update_average(cfg.ema)
-        state["sequences"] += cfg.batch_size
-        state["tokens"] += cfg.batch_size * cfg.seq_len
+    optimizer.zero_grad()
+    extremes = torch.tensor([0.0, -math.inf], device=batches[0]["tokens"].device)
+    if pipe.routers:
+        loads = update_biases(pipe.routers, cfg.gamma * finite, pipe.zero.data.get_group())
+        extremes = torch.stack((loads.max(), -loads.min()))
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    return loss, ahead, norm, extremes
+
+def train(pipe, optimizer, corpus, heldout, state, cfg, device, signals):
+    """Update the model until the plan is carried out, or a signal was received."""
+    place = device, pipe.data_rank, reading_ranks(cfg)
+    thread = ThreadPoolExecutor(1)  # reads the next batch during an update
+    first_step = saved = state["step"]
+    entered = None
+    n_skipped = 0
+    pace = None
+
+    def read_ahead(first):
+        now = at_step(planned_step(first, cfg), cfg)[1]
+        return thread.submit(read_batch, corpus, first, now, *place)
+
+    ahead = read_ahead(state["sequences"])
+    while True:
+        step = state["step"]
+        first = state["sequences"]  # of the batch to come
+        position = planned_step(first, cfg)  # the same in updates of the plan
+        steps_left = 0 if cfg.eval else math.ceil(cfg.steps - position)
+        phase, now, _ = at_step(min(position, cfg.steps - 1), cfg)
+        if phase.first != entered:
+            pipe.enter(now)
+            entered = phase.first
+            first_step = step
+            pace = None
+        pipe.cfg = now
+        n_signals = n_errors = 0
+        if steps_left > 0:
+            clock = time.perf_counter()
+            error = ahead.exception()
+            waited = time.perf_counter() - clock
+            n_signals, n_errors = sum_over_ranks(len(signals), error is not None)
+        end = steps_left <= 0 or n_signals or n_errors
+        if cfg.out and step > saved and not n_skipped and (end or step % cfg.save_every == 0):
+            save_checkpoint(cfg.out, pipe.saved, optimizer, state)
+            saved = step
+        if n_errors:
+            raise_first(error)
+        if steps_left <= 0 or (step % cfg.val_every == 0 and not end):
+            validate(pipe.evaluate, heldout, step, now, *place)
+        if end:
+            return steps_left <= 0
+
+        clock = time.perf_counter()
+        batches = ahead.result()
+        ahead = read_ahead(first + now.batch_size)
+        sum_counts(batches, reading_ranks(cfg))
+        lr = learning_rate(position, cfg)
+        loss, mtp, norm, extremes = advance(pipe, optimizer, batches, lr, now)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        state["step"] += 1
+        state["sequences"] += now.batch_size
+        state["tokens"] += finite * now.batch_size * now.seq_len
         for name in ("n_documents", "n_fim", "n_cut"):
             state[name] += round(batches[0][name])
-    else:
-        print(f"step {state['step']} skipped: its gradient is not finite", flush=True)
-        state["offset"] += cfg.batch_size
-    optimizer.zero_grad()
-    state["bad"] = 0 if finite else state["bad"] + 1
-    loads = update_biases(pipe.routers, cfg.gamma * finite, zero.data.get_group())
-    loads = torch.tensor([loads[0], -loads[1]], device=device)
-    dist.all_reduce(loads, dist.ReduceOp.MAX)
-    bpb = bits_per_byte(main * batches[0]["n_targets"], batches[0]["n_bytes"])
-    row = {"step": state["step"], "loss": main, "bpb": bpb, "lr": lr, "grad": norm}
-    row |= {"tokens": state["tokens"]} | ({"mtp": round(ahead, 4)} if cfg.mtp != "none" else {})
-    largest, smallest = round(loads[0].item(), 3), round(-loads[1].item(), 3)
-    return row | ({"max_load": largest, "min_load": smallest} if largest else {})
+        seconds = waited + time.perf_counter() - clock
+        if step > first_step:  # the first update may compile and is left out
+            pace = 0.9 * (pace or seconds) + 0.1 * seconds
+        if step == 0 or steps_left == 1 or state["step"] % cfg.log_every == 0:
+            bpb = bits_per_byte(loss * batches[0]["n_targets"], batches[0]["n_bytes"])
+            row = {"step": step + 1, "loss": loss, "bpb": bpb, "lr": lr, "grad": norm}
+            if cfg.mtp != "none":
+                row["mtp"] = round(mtp, 4)
+            largest, smallest = extremes.tolist()
+            if largest:
+                row |= {"max_load": round(largest, 3), "min_load": round(-smallest, 3)}
+            log_step(row | {"tokens": state["tokens"]}, steps_left - 1, pace, now, device)
+        n_skipped = 0 if finite else n_skipped + 1
+        if n_skipped:
+            print(f"step {step + 1} skipped: its loss or gradient is not finite")
+        if n_skipped == 3 or (n_skipped and steps_left == 1):
+            raise ValueError(f"no finite gradient in the last {n_skipped} steps to {step + 1}")
 
-def train_by_tokens(pipe, optimizer, corpus, heldout, state, cfg, device):
-    """Updates until cfg.steps, or until SIGTERM or SIGINT; state says how far it came."""
-    rank, ranks = pipe.data_rank, reading_ranks(cfg)
-    signals, saved, pace, entered = [], state["step"], 0.0, None
-    handlers = {s: signal(s, lambda *_: signals.append(1)) for s in (SIGTERM, SIGINT)}
-    while (step := state["step"]) < cfg.steps:
-        stage, now, _ = at_step(step, cfg)
-        if stage.first != entered:
-            entered = stage.first
-            announce_stage(stage, cfg)
-            pipe.enter(now)
-        pipe.cfg = now
-        if step % cfg.val_every == 0:
-            validate(pipe.evaluate, heldout, step, now, device, rank, ranks)
-        started = time.perf_counter()
-        first = stage.sequences + (step - stage.first) * now.batch_size
-        batches = next_batches(corpus, first, bool(signals), now, device, rank, ranks)
-        if batches is None:
-            break
-        row = advance(pipe, optimizer, batches, state, now, device)
-        seconds = time.perf_counter() - started
-        pace = 0.9 * (pace or seconds) + 0.1 * seconds
-        if row["step"] % cfg.log_every == 0 or row["step"] in (1, cfg.steps):
-            log_step(row, pace, now, device)
-        if state["bad"] == 3:
-            raise ValueError(f"three steps to {row['step']} had no finite gradient")
-        if cfg.out and row["step"] % cfg.save_every == 0:
-            save_checkpoint(cfg.out, pipe.saved, optimizer, state)
-            saved = row["step"]
-    if cfg.out and saved < state["step"]:
-        save_checkpoint(cfg.out, pipe.saved, optimizer, state)
-    for signum, handler in handlers.items():
-        signal(signum, handler)
-
-def introduce(cfg, device):
-    """Prints versions, layout and model."""
-    with torch.device("meta"):
-        total, activated = count_parameters(DeepSeekV3(cfg))
-    print(f"python {sys.version.split()[0]} | torch {torch.__version__} | {device.type}", end=" ")
-    print(f"{cfg.precision} | pp {cfg.pp} x dp {cfg.dp} x ep {cfg.ep} | {cfg.steps:,} updates")
-    print(f"parameters {total:,} | activated {activated:,} | FLOPs per token", end=" ")
-    print(f"{flops_per_token(cfg):.3g}", flush=True)
-
-def announce_stage(stage, cfg):
-    """Prints what a stage of the run is about to do."""
-    now, ranks = stage.cfg, reading_ranks(cfg)
-    steps, micro = split_batch(now, ranks)
-    rope = f"YaRN x {now.rope_factor:g}" if now.rope_scaling == "yarn" else "unscaled"
-    print(f"to step {stage.end:,} | rope {rope} | tokens per step", end=" ")
-    print(f"{now.batch_size * now.seq_len:,} = {ranks} ranks x {steps} x {micro}", end=" ")
-    print(f"sequences of {now.seq_len:,}", flush=True)
-
-def conclude(pipe, heldout, tokenizer, state, cfg, device):
-    """Says what became of the documents, validates, with the moving average too, exports and
-    samples."""
-    last = at_step(cfg.steps - 1, cfg)[1]
-    pipe.enter(last)
+def conclude(pipe, heldout, tokenizer, state, device):
+    """Say what became of the documents, export, sample, and validate the moving average."""
+    cfg = pipe.cfg  # of the last phase
     print(f"documents {state['n_documents']:,} | filled in the middle {state['n_fim']:,}", end=" ")
-    print(f"| cut by the packing {state['n_cut']:,}", flush=True)
-    place = pipe.data_rank, reading_ranks(cfg)
-    validate(pipe.evaluate, heldout, cfg.steps, last, device, *place)
+    print(f"| cut by the packing {state['n_cut']:,}")
     if cfg.export:
-        to_hf(pipe.model, last, cfg.export, pipe.mesh)
+        to_hf(pipe.model, cfg, cfg.export, pipe.mesh)
     with torch.device("meta"):
         small = count_parameters(DeepSeekV3(cfg))[0] < 2e9  # fits one rank
-    if (model := gather_stages(pipe, last) if tokenizer and small else None) is not None:
-        ids = tokenizer.encode_ordinary(cfg.prompt or heldout.text(32).decode(errors="ignore"))
-        known = torch.from_numpy(heldout.token_bytes[: cfg.vocab_size] > 0)
-        known = F.pad(known, (0, cfg.vocab_size - len(known)))
-        print(tokenizer.decode(sample(model, ids, 256, known, last)), flush=True)
+    model = gather_stages(pipe, cfg) if tokenizer and small else None
+    if model:
+        ids = get_batch(heldout, 0, 1, cfg)["tokens"][0, :32].tolist()
+        if cfg.prompt:
+            ids = tokenizer.encode_ordinary(cfg.prompt)
+        allowed_ids = torch.from_numpy(heldout.token_bytes > 0)
+        print(tokenizer.decode(sample(model, ids, 256, allowed_ids, cfg)))
     if pipe.average:
         for name, average in pipe.average.items():
             pipe.zero.local(pipe.zero.masters[name].data).copy_(average)
         pipe.zero.gather()
-        print("the moving average of the weights:", end=" ", flush=True)
-        validate(pipe.evaluate, heldout, cfg.steps, last, device, *place)
+        print("the moving average of the weights:", end=" ")
+        place = device, pipe.data_rank, reading_ranks(cfg)
+        unlogged = dataclasses.replace(cfg, out="")
+        validate(pipe.evaluate, heldout, state["step"], unlogged, *place)
+
+def load_documents(cfg):
+    """(tokenizer or None, training Corpus, held-out Corpus) of --data; sets cfg.tokenizer and
+    cfg.vocab_size. With --write_tokens the data is written as shards instead: None."""
+    files, shards = find_files(cfg.data)
+    if files and not cfg.tokenizer:
+        cfg.tokenizer = "bytes"
+    tokenizer = document_tokenizer(cfg.tokenizer)
+    separator = -1  # unknown
+    cfg.vocab_size = vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
+    if tokenizer:
+        separator = tokenizer.eot_token
+        if cfg.vocab_size < tokenizer.n_vocab:
+            n_ids = f"{tokenizer.n_vocab} ids of text and special tokens"
+            raise ValueError(f"--vocab_size {cfg.vocab_size} is less than the {n_ids}")
+    else:
+        print("without --tokenizer documents have no borders, and none is rearranged")
+    documents = tokenize(read_documents(cfg.data, files), tokenizer, separator)
+    if cfg.write_tokens and shards:
+        raise ValueError("--write_tokens reads text, and --data has token shards")
+    if cfg.write_tokens:
+        return write_tokens(cfg.write_tokens, documents)
+    phases = [phase.cfg for phase in plan(cfg)]
+    length = max(phase.seq_len for phase in phases)
+    batch = max(math.ceil(phase.batch_size * phase.seq_len / length) for phase in phases)
+    sizes = cfg.vocab_size, batch, length
+    return tokenizer, *load_corpora(shards, documents, tokenizer, separator, *sizes)
 
 @record
 def main(argv=None):
-    """Reads the command line and the data, builds or resumes the run, trains, exports, samples."""
-    with one_line_mistakes():
-        cfg = parse(argv)
+    """Run the command line: read the data, build or resume the run, train, export and sample."""
+    with report_user_errors(), stop_signals() as signals:
+        cfg, given = parse(argv)
         if cfg.init:
             check(cfg, 1)
             theirs = read_config(cfg.init)
-            same = [*HF_CONFIG, "rope_theta"] + ["mtp"] * (cfg.mtp != "none")
-            if theirs.rope_scaling == "yarn":
-                same += ["rope_scaling", "rope_factor", "rope_original"]
-            cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in same})
+            yarn = ("rope_scaling", "rope_factor", "rope_original")
+            names = SHAPE + yarn if theirs.rope_scaling == "yarn" else SHAPE
+            cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in names})
         if cfg.dry_run:
             return dry_run(cfg)
-        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        device = init_distributed(cfg.timeout)
+        ranks = dist.get_world_size()
         cfg = fit_layout(cfg, ranks)
         check(cfg, ranks)
-        for stage in plan(cfg):
-            if stage.first < cfg.steps or not cfg.steps:
-                check_stage(stage.cfg)
-        known = cfg.tokenizer or not shard_paths(cfg.data)
-        tokenizer = load_tokenizer(cfg.tokenizer or "bytes", SPECIALS) if known else None
-        documents = tokenize(read_documents(cfg.data), tokenizer)
-        if cfg.write_tokens:
-            return write_tokens(cfg.write_tokens, documents)
-        if tokenizer and 0 < cfg.vocab_size < tokenizer.n_vocab:
-            raise ValueError(f"--vocab_size {cfg.vocab_size} is below {tokenizer.n_vocab}")
-        if not tokenizer:
-            print("without --tokenizer there are no borders of documents, and none is rearranged")
-        device = launch(cfg.timeout)
-        for folder in filter(None, (cfg.out, cfg.export)):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        rows = plan(cfg)
-        cfg.steps = min(cfg.steps or math.inf, rows[-1].end)
-        length = max(row.cfg.seq_len for row in rows)
-        batch = max(math.ceil(row.cfg.batch_size * row.cfg.seq_len / length) for row in rows)
-        sizes = cfg.vocab_size, batch, length
-        corpus, heldout = load_corpora(cfg.data, documents, tokenizer, *sizes)
-        cfg.vocab_size = corpus.vocab_size
+        data = load_documents(cfg)
+        if not data:
+            return
+        tokenizer, corpus, heldout = data
+
+        fixed = {name: getattr(cfg, name) for name in SHAPE}
+        if not cfg.eval:
+            fixed |= {"seed": cfg.seed, "data_fingerprint": corpus.fingerprint()}
+        checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
+        if cfg.eval and not checkpoint and not cfg.init:
+            raise ValueError(f"--eval: {cfg.out} has no checkpoint")
+        if run:
+            for name in {"tokens", "long"} - given:
+                setattr(cfg, name, run[name])
+        cfg.steps = min(cfg.steps or math.inf, plan(cfg)[-1].end)
+        if run and not given & {"steps", "tokens", "long"}:  # the sequences that were planned first
+            cfg.steps = math.ceil(planned_step(run["planned_sequences"], cfg))
+        for phase in plan(cfg):
+            if phase.first < cfg.steps:
+                check_batch(phase.cfg)
+        if cfg.warmup_steps > cfg.steps // 10:
+            cfg.warmup_steps = cfg.steps // 10
+            print(f"the warm-up is cut to {cfg.warmup_steps} updates, a tenth of the run")
+        weights = list(Path(cfg.export).glob("*.safetensors*")) if cfg.export else []
+        if weights and run.get("export") != cfg.export:
+            raise ValueError(f"--export {cfg.export} has weights that this run did not write")
 
         pipe = DualPipe(cfg, expert_mesh(cfg, device.type))
         init_weights(pipe.model, cfg, pipe.ep)
@@ -2052,106 +2188,180 @@ def main(argv=None):
             read_weights(pipe.model, cfg, cfg.init, own)
         pipe.share(cfg)
         optimizer = build_optimizer(pipe.zero, cfg)
-        state = {"step": 0, "sequences": 0, "tokens": 0, "offset": 0, "seed": cfg.seed, "bad": 0}
-        state |= {"n_documents": 0, "n_fim": 0, "n_cut": 0}
-        if cfg.out:
-            load_checkpoint(cfg.out, cfg.resume, cfg.steps, pipe.saved, optimizer, state)
+        state = dict.fromkeys(("step", "sequences", "tokens", "n_documents", "n_fim", "n_cut"), 0)
+        if checkpoint:
+            load_checkpoint(checkpoint, pipe.saved, optimizer, state)
             pipe.zero.gather()
-        if cfg.out and dist.get_rank() == 0:
-            config = json.dumps(dataclasses.asdict(cfg), indent=2)
-            (Path(cfg.out) / "config.json").write_text(config + "\n")
-        introduce(cfg, device)
-        train_by_tokens(pipe, optimizer, corpus, heldout, state, cfg, device)
-        if state["step"] < cfg.steps:
-            return print(f"stopped by a signal after step {state['step']}", flush=True)
-        conclude(pipe, heldout, tokenizer, state, cfg, device)
+        if cfg.eval:
+            cfg.out = ""  # nothing is written
+        if cfg.out:
+            last = at_step(cfg.steps - 1, cfg)[0]
+            planned = last.sequences + (cfg.steps - last.first) * last.cfg.batch_size
+            run = dataclasses.asdict(cfg) | fixed | {"planned_sequences": planned}
+            lock = claim_directory(cfg.out, state["step"], run)  # held until this run ends
+        with torch.device("meta"):
+            counts = count_parameters(DeepSeekV3(cfg))
+        print(f"torch {torch.__version__} | {device.type} {cfg.precision}", end=" | ")
+        print(f"pp {cfg.pp} x dp {cfg.dp} x ep {cfg.ep} | {cfg.steps:,} updates")
+        print("parameters {:,} | activated {:,}".format(*counts), end=" | ")
+        print(f"FLOPs per token {flops_per_token(cfg):.3g}")
+        if not train(pipe, optimizer, corpus, heldout, state, cfg, device, signals):
+            return print(f"stopped by a signal after step {state['step']}")
+        conclude(pipe, heldout, tokenizer, state, device)
 
 # ---------------------------------------- Plumbing ----------------------------------------
 
 @contextlib.contextmanager
-def one_line_mistakes():
-    """Only rank 0 prints; what the user can mend is one line on stderr and exit status 2."""
+def report_user_errors():
+    """Print on rank 0 only; report user errors as one line on stderr and exit with status 2."""
     rank = int(os.environ.get("RANK", 0))
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         with contextlib.redirect_stdout(open(os.devnull, "w") if rank else sys.stdout):
             yield
+    except BrokenPipeError:  # the program that reads our output, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (OSError, ValueError) as error:
-        time.sleep(5 * (rank > 0))  # where rank 0 fails too, torchrun ends the others meanwhile
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr, flush=True)
+        time.sleep(5 * (rank > 0))  # so that rank 0, if it fails too, reports first
+        print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    finally:  # a rank that fails among others leaves at once: it must not wait for them here
+    finally:
+        # A rank that fails alone leaves at once; it would wait here for the others.
         if dist.is_initialized() and (dist.get_world_size() == 1 or not sys.exc_info()[0]):
             dist.destroy_process_group()
 
-def parse(argv):
-    """Config from the command line: a preset, and the flags given over it."""
+@contextlib.contextmanager
+def explain(what, *errors):
+    """Replace exceptions of the given kinds by a ValueError that says what failed, and why."""
+    try:
+        yield
+    except errors as error:
+        cause = error
+        if isinstance(error, dcp.CheckpointException):  # its text is the traceback of each rank
+            cause = next(iter(error.failures.values()))[0]
+        raise ValueError(f"{what}: {type(cause).__name__}: {cause}") from error
 
-    def mistake(message):
+@contextlib.contextmanager
+def stop_signals():
+    """A list that SIGTERM and SIGINT append to; a second one of a kind ends the process at once."""
+    received = []
+
+    def receive(signum, frame):
+        received.append(signum)
+        signal(signum, SIG_DFL)
+
+    handlers = {signum: signal(signum, receive) for signum in (SIGTERM, SIGINT)}
+    try:
+        yield received
+    finally:
+        for signum, handler in handlers.items():
+            signal(signum, handler)
+
+def parse(argv):
+    """(Config, names of the flags given): a preset's values, overridden by the flags."""
+
+    def refuse(message):
         raise ValueError(message)
 
-    usage, summary = "%(prog)s [--preset NAME] [--FLAG VALUE ...]", __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser(usage=usage, description=summary, allow_abbrev=False)
-    parser.error = mistake
-    preset = "small" if torch.cuda.is_available() else "demo"
-    parser.add_argument("--preset", choices=PRESETS, default=preset, help=f"(default: {preset})")
-    meanings = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
+    summary = __doc__.split("\n\n")[0]
+    parser = argparse.ArgumentParser(description=summary, allow_abbrev=False, add_help=False)
+    parser.usage = "%(prog)s [--preset NAME] [--FLAG VALUE ...]"
+    parser.error = refuse
+    default = "small" if torch.cuda.is_available() else "demo"
+    parser.add_argument("--preset", choices=PRESETS, default=default, help=f"(default: {default})")
+    preset = parser.parse_known_args(argv)[0].preset
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
     for field in dataclasses.fields(Config):
-        kind = dict(type=field.type)
+        kind = {"type": field.type}
         if field.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
+            kind = {"action": argparse.BooleanOptionalAction}
         elif get_args(field.type):
-            kind = dict(choices=get_args(field.type))
-        about = f"{meanings[field.name]} (default: {field.default!r})"
-        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=about, **kind)
-    flags = vars(parser.parse_args(argv))
-    cfg = Config(**(PRESETS[flags.pop("preset")] | flags))
+            kind = {"choices": get_args(field.type)}
+        value = PRESETS[preset].get(field.name, field.default)
+        text = f"{comments[field.name]} ({preset}: {value!r})".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
+    parser.add_argument("--help", action="help", help="print this list and exit")
+    given = vars(parser.parse_args(argv))
+    cfg = Config(**(PRESETS[given.pop("preset")] | given))
     if cfg.precision == "auto":
         cfg.precision = "bf16" if torch.cuda.is_available() else "fp32"
-    return cfg
+    return cfg, given.keys()
 
-def launch(timeout):
-    """This rank's device, after joining torchrun's process group, or one of a single rank."""
-    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "TORCHELASTIC_RESTART_COUNT": 0}
-    rank, ranks, local, restarts = (int(os.environ.get(k, v)) for k, v in names.items())
-    store, device, backend = dist.HashStore(), torch.device("cpu"), "gloo"
+def init_distributed(timeout):
+    """Join torchrun's process group, or one of a single rank; returns the device of this rank."""
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    store = dist.HashStore()
+    if world_size > 1:
+        store = shared_store(rank)
+    device = torch.device("cpu")
+    backend = "gloo"
     if torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
-            raise ValueError(f"rank {local} of this machine finds {torch.cuda.device_count()} GPUs")
-        device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if ranks > 1:  # a name for each restart: its workers must not meet the addresses of the dead
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        store = dist.TCPStore(*address, is_master=hosts)
-        store = dist.PrefixStore(f"start {restarts}", store)
+        backend = "cpu:gloo,cuda:nccl"
     limit = timedelta(seconds=timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=limit)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     return device
 
-def log_step(row, pace, cfg, device):
-    """Prints row, which has step, loss, bpb, lr, grad and tokens, and what the script adds to them,
-    and writes it to metrics.jsonl; pace is how many seconds a step has taken of late."""
-    step, speed = row["step"], cfg.batch_size * cfg.seq_len / pace
-    left = round((cfg.steps - step) * pace)
-    unit, mfu = 1 if sys.platform == "darwin" else 1024, ""
-    memory = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device)
-        peak = dist.get_world_size() * PEAK_FLOPS.get(torch.cuda.get_device_name(device), math.inf)
-        if cfg.precision == "bf16" and peak < math.inf:
-            mfu = f"mfu {speed * flops_per_token(cfg) / peak:.1%} | "
-    bpb = f"{row['bpb']:.3f}".replace("nan", "n/a")
-    more = "".join(f"{name} {value} | " for name, value in list(row.items())[6:])
-    print(
-        f"step {step}/{cfg.steps} | loss {row['loss']:.4f} | bpb {bpb} | "
-        f"lr {row['lr']:.2e} | grad {row['grad']:.2f} | tokens {row['tokens'] / 1e6:.1f}M | "
-        f"{more}{speed / 1e3:.1f}k tok/s | {mfu}mem {memory / 2**30:.1f}G | "
-        f"eta {left // 60}:{left % 60:02}", flush=True,
-    )  # fmt: skip
-    if cfg.out and dist.get_rank() == 0:
-        finite = {k: None if str(v) in ("nan", "inf", "-inf") else v for k, v in row.items()}
-        with open(Path(cfg.out) / "metrics.jsonl", "a") as file:
-            print(json.dumps(finite), file=file)
+def shared_store(rank):
+    """A store for this start alone: the agents' store outlives a restart and then holds addresses
+    of dead processes. Rank 0 opens it and publishes its address in the agents' store."""
+    with explain("torchrun sets MASTER_ADDR and MASTER_PORT", KeyError):
+        host = os.environ["MASTER_ADDR"]
+        port = int(os.environ["MASTER_PORT"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return dist.TCPStore(host, port, is_master=rank == 0, wait_for_workers=False)
+    agents = dist.TCPStore(host, port, is_master=False)
+    if rank == 0:
+        if os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
+            host = socket.getfqdn()  # the agents' store may be on another node
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        agents.set("rank 0", f"{host} {store.port}")
+        return store
+    while True:
+        host, port = agents.get("rank 0").decode().split()
+        try:
+            return dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=5))
+        except (dist.DistNetworkError, dist.DistStoreError):  # the address of an earlier start
+            time.sleep(0.1)
+
+def raise_first(error):
+    """Raise, on all ranks, the error of the first rank that has one."""
+    errors = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    raise error or next(filter(None, errors))
+
+def log_step(row, steps_left, pace, cfg, device):
+    """Print row, which has step and tokens among its numbers, and write it to metrics.jsonl;
+    pace is the number of seconds that an update takes, None if unknown."""
+    formats = {"loss": ".4f", "bpb": ".3f", "lr": ".2e", "grad": ".2f"}
+    fields = [f"step {row['step']}/{row['step'] + steps_left}"]
+    for name, value in row.items():
+        if name not in ("step", "tokens"):
+            fields.append(f"{name} {value:{formats.get(name, '')}}".replace("nan", "n/a"))
+    fields.append(f"tokens {row['tokens'] / 1e6:.1f}M")
+    on_gpu = device.type == "cuda"
+    peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if on_gpu else None
+    if pace:
+        speed = cfg.batch_size * cfg.seq_len / pace
+        fields.append(f"{speed / 1e3:.1f}k tok/s")
+        if peak and cfg.precision == "bf16":
+            fields.append(f"mfu {speed * flops_per_token(cfg) / peak / dist.get_world_size():.1%}")
+        if on_gpu:
+            fields.append(f"mem {torch.cuda.max_memory_allocated(device) / 2**30:.1f}G")
+        fields.append(f"eta {timedelta(seconds=round(steps_left * pace))}")
+    print(" | ".join(fields))
+    write_row(cfg.out, row)
+
+def write_row(out, row):
+    """Append row to metrics.jsonl in the directory out, if it is not empty, with null for numbers
+    that are not finite."""
+    if out and dist.get_rank() == 0:
+        row = {k: None if str(v) in ("nan", "inf", "-inf") else v for k, v in row.items()}
+        with open(Path(out) / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
 
 def bits_per_byte(nats, n_bytes):
     """nats over n_bytes of text in bits per byte; NaN, printed as n/a, if n_bytes is unknown."""
@@ -2162,199 +2372,241 @@ def stable_hash(*key):
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
 def shuffled(index, n, key):
-    """The image of index under a permutation of range(n) that key names: a Feistel network on the
-    bits of n, walked until it lands below n, which needs no memory however large n is."""
+    """Position of index in a pseudo-random permutation of range(n) seeded by key: a Feistel network
+    on the bits of n, repeated until the result is below n, which needs no memory."""
     half = (n.bit_length() + 1) // 2
     while True:
         left, right = divmod(index, 1 << half)
         for i in range(4):
-            left, right = right, left ^ stable_hash(key, i, right) % (1 << half)
+            mixed = left ^ stable_hash(key, i, right) % (1 << half)
+            left = right
+            right = mixed
         index = (left << half) + right
         if index < n:
             return index
 
 class Corpus:
-    """Token streams, in memory or memory-mapped, one array a part. Documents end with `separator`
-    (-1: unknown); token_bytes [V] is the length of each id's text (0: unknown)."""
+    """Ids start ... stop - 1 of the concatenation of parts, each an array or a token shard's path.
 
-    def __init__(self, parts, tokenizer, vocab_size, in_order):
-        self.parts, self.tokenizer, self.in_order = parts, tokenizer, in_order
-        self.vocab_size, n_vocab = vocab_size, tokenizer.n_vocab if tokenizer else 0
-        self.token_bytes = np.zeros(max(vocab_size, n_vocab), np.int64)
-        self.separator = end_token(tokenizer) if tokenizer else -1
-        for text, i in tokenizer._mergeable_ranks.items() if tokenizer else ():
-            self.token_bytes[i] = len(text)
+    separator: the id after each document, -1 if unknown; token_bytes [V]: the length of each id's
+    text, 0 if it has none; in_order: windows come in order and not shuffled.
+    """
+
+    def __init__(self, parts, start, stop, separator, token_bytes, in_order):
+        self.parts = parts
+        self.ends = np.cumsum([len(open_part(part)) for part in parts])
+        self.start = start
+        self.size = stop - start
+        self.separator = separator
+        self.token_bytes = token_bytes
+        self.in_order = in_order
+
+    def read(self, first, n):
+        """Ids first ... first + n - 1, int64 [n]; ValueError for an id that is not below V."""
+        pieces = []
+        first += self.start
+        stop = first + n
+        while first < stop:
+            i = np.searchsorted(self.ends, first, side="right")
+            ids = open_part(self.parts[i])
+            begin = first - (self.ends[i] - len(ids))
+            ids = ids[begin : begin + stop - first].astype(np.int64)
+            unknown = (ids >= len(self.token_bytes)) & (ids != self.separator)
+            if unknown.any():
+                where = f"{self.parts[i]}, position {begin + unknown.argmax()}"
+                raise ValueError(f"{where}: token id {ids[unknown][0]} is not in the vocabulary")
+            pieces.append(ids)
+            first += len(ids)
+        return np.concatenate(pieces)
 
     def n_windows(self, length):
-        """Windows of length + 1 ids in an epoch."""
-        return sum(max(len(part) // length - 1, 0) for part in self.parts)
+        """Number of windows of length + 1 ids in an epoch, at any offset below length."""
+        return max((self.size - 1) // length - 1, 0)
 
     def window(self, index, length, seed):
-        """Window `index` of the run, length + 1 ids. An epoch has each window once, in an order and
-        at a phase (ids before the first window) of its own; in_order, it has neither."""
-        n = self.n_windows(length)
-        epoch, index = divmod(index, n)
-        phase = 0 if self.in_order else stable_hash(seed, epoch) % length
-        index = index if self.in_order else shuffled(index, n, (seed, epoch))
-        for part in self.parts:
-            n = max(len(part) // length - 1, 0)
-            if index < n:
-                break
-            index -= n
-        start = phase + index * length
-        ids = part[start : start + length + 1].astype(np.int64)
-        strange = ids[(ids >= self.vocab_size) & (ids != self.separator)]
-        if len(strange):
-            raise ValueError(f"the data has token id {strange[0]}, but V is {self.vocab_size}")
-        return ids
+        """Window `index` of the run, length + 1 ids. An epoch has every window once, in an order
+        and at an offset of its own."""
+        epoch, index = divmod(index, self.n_windows(length))
+        offset = 0
+        if not self.in_order:
+            offset = stable_hash(seed, epoch) % length
+            index = shuffled(index, self.n_windows(length), (seed, epoch))
+        return self.read(offset + index * length, length + 1)
 
-    def text(self, n):
-        """The text of the first n ids as bytes; nothing where the tokenizer is unknown."""
-        ids = np.concatenate([part[:n] for part in self.parts])[:n]
-        ids = ids[self.token_bytes[ids] > 0].tolist()
-        return self.tokenizer.decode_bytes(ids) if self.tokenizer else b""
+    def fingerprint(self):
+        """A hash of the size and the first ids, by which a resumed run recognizes its data."""
+        return stable_hash(self.size, self.read(0, min(self.size, 1000)).tolist())
 
-def load_corpora(path, documents, tokenizer, vocab_size, batch_size, length):
-    """(training, held-out) Corpus. Held out is the end of the stream: one document in twenty, since
-    they come in the order of their hashes; of shards or a single document, the last 5 %."""
-    parts, cut = [open_shard(file) for file in shard_paths(path)], 0
-    vocab_size = vocab_size or (tokenizer.n_vocab if tokenizer else 0)
-    if vocab_size <= max(tokenizer._mergeable_ranks.values() if tokenizer else [0]):
-        raise ValueError(f"--vocab_size {vocab_size} is too small, or --tokenizer is missing")
-    if not parts:
-        hashed = sorted(((stable_hash(name), ids) for name, ids in documents), key=lambda x: x[0])
-        cut = sum(len(ids) for key, ids in hashed if key < 0.95 * 2**64)
-        parts = [np.concatenate([ids for _, ids in hashed] or [np.zeros(0, np.uint16)])]
-    total, least = sum(map(len, parts)), (batch_size + 1) * length
-    if min(cut, total - cut) < least:
-        cut = max(total - max(total // 20, least), 0)
-    train, held = [], []
-    for part in parts:
-        train.append(part[:cut])
-        held.append(part[cut:])
-        cut = max(cut - len(part), 0)
-    train = Corpus(train, tokenizer, vocab_size, in_order=False)
-    held = Corpus(held, tokenizer, vocab_size, in_order=True)
-    if min(train.n_windows(length), held.n_windows(length)) < batch_size:
-        raise ValueError(
-            f"{path} is too short: {total:,} tokens in {len(parts)} parts do not hold a batch of "
-            f"{batch_size} x {length} to train on and another to hold out"
-        )
-    return train, held
+def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size, length):
+    """(training, held-out) Corpus of shards or, without any, of tokenized documents.
 
-def read_documents(path):
-    """(name, text) of each document: a file (.txt, .md, .py), a line of a .jsonl file, or all of a
-    directory or a pattern; without a path, the modules of Python's standard library."""
+    Held out are the shards with "val" in their names, or documents by a hash of their names; if
+    these are less than a batch, the last 5 % of the ids, but at least a batch.
+    """
+    train = [path for path in shards if "val" not in path.name]
+    heldout = [path for path in shards if "val" in path.name]
+    if not shards:
+        documents = sorted(documents, key=lambda document: stable_hash(document[0]))
+        train = [ids for name, ids in documents if not is_held_out(name)]
+        heldout = [ids for name, ids in documents if is_held_out(name)]
+    n_train = sum(len(open_part(part)) for part in train)
+    total = n_train + sum(len(open_part(part)) for part in heldout)
+    least = (batch_size + 1) * length + 1  # ids of a batch of windows, and an offset
+    if min(n_train, total - n_train) < least:
+        n_train = total - max(total // 20, least)
+    if n_train < least:
+        batch = f"a batch of {batch_size} x {length}"
+        raise ValueError(f"{total:,} tokens are too few for {batch} and another to hold out")
+    token_bytes = np.zeros(vocab_size, np.int64)
+    if tokenizer:
+        for text in tokenizer.token_byte_values():
+            token_bytes[tokenizer.encode_single_token(text)] = len(text)
+    parts = train + heldout
+    corpus = Corpus(parts, 0, n_train, separator, token_bytes, in_order=False)
+    return corpus, Corpus(parts, n_train, total, separator, token_bytes, in_order=True)
+
+def vocabulary_size(vocab_size, tokenizer, init):
+    """vocab_size or, if it is 0, that of the tokenizer, whose ids must fit. A vocabulary that is
+    larger than the byte tokenizer's is a warning, and with --init a ValueError."""
+    if not tokenizer and not vocab_size:
+        raise ValueError("token shards need --tokenizer or --vocab_size")
+    if not tokenizer:
+        return vocab_size
+    n_ids = 1 + max(map(tokenizer.encode_single_token, tokenizer.token_byte_values()))
+    if 0 < vocab_size < n_ids:
+        raise ValueError(f"--vocab_size {vocab_size} is less than the {n_ids} ids of the tokenizer")
+    if tokenizer.name == "bytes" and vocab_size > tokenizer.n_vocab:
+        if init:
+            raise ValueError(f"--init {init} needs the --tokenizer of its {vocab_size:,} entries")
+        print(f"warning: a vocabulary of {vocab_size:,} entries over bytes: --tokenizer is missing")
+    return vocab_size or tokenizer.n_vocab
+
+def is_held_out(name):
+    """Whether a document is among the 5 % that are held out, by a hash of its name."""
+    return stable_hash(name) > 0.95 * 2**64
+
+def find_files(path):
+    """(text files, token shards) at path: a file, or a directory and what its links lead to, of
+    one kind; without a path, the modules of Python's standard library without its tests."""
+    if not path:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        files = [root / f"{name}.py" for name in sys.stdlib_module_names]
+        for name in sys.stdlib_module_names:
+            files += (root / name).rglob("*.py")
+        tests = {"test", "tests", "idle_test"}
+        files = [f for f in files if f.exists() and not tests & set(f.relative_to(root).parts)]
+        return sorted(files), []
+    files = [Path(path)]
+    seen = set(files[0].resolve().parents)  # following a link to these would not end
+    for folder, folders, names in os.walk(path, followlinks=True):
+        if Path(folder).resolve() in seen:
+            folders.clear()
+        else:
+            seen.add(Path(folder).resolve())
+            files += [Path(folder, name) for name in names]
+    files = sorted(file for file in files if file.is_file())
+    texts = [f for f in files if f.suffix.lower() in (".txt", ".md", ".py", ".jsonl")]
+    shards = [f for f in files if f.suffix.lower() in (".npy", ".bin")]
+    if not texts and not shards:
+        raise ValueError(f"{path} is or has no text (.txt .md .py .jsonl) or shard (.npy .bin)")
+    if texts and shards:
+        raise ValueError(f"{path} has both text and token shards: {texts[0]}, {shards[0]}")
+    print(f"{path}: {len(texts + shards)} of {len(files)} files are read")
+    return texts, shards
+
+def read_documents(path, files):
+    """(name, text) of each document: a text file or a line of a .jsonl file. Its name is the path
+    of the file below `path`, or the text of the line."""
     root = Path(path or sysconfig.get_paths()["stdlib"])
-    kinds = (".txt", ".md", ".py", ".jsonl") if path else (".py",)
-    skip = set() if path else {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-    files = list_files(root, skip)
-    if not root.is_dir():  # names are relative to the directory before the pattern
-        root = Path(re.split(r"[*?[]", f"{root}")[0] + "*").parent
-    if files != [Path(path)]:
-        files = [file for file in files if file.suffix in kinds and file.is_file()]
-    if not files:
-        raise ValueError(f"{path or root} has no file of {', '.join(kinds)}")
     for file in files:
-        where, wanted = file, "UTF-8 text"
-        try:
-            if file.suffix != ".jsonl":
-                text = file.read_text("utf-8", errors="strict" if path else "ignore")
-                yield file.relative_to(root).as_posix(), text
-                continue
-            for number, line in enumerate(file.open("rb"), 1):
-                if not line.strip():
-                    continue
-                where, wanted = f"{file}, line {number},", 'a JSON object with a string "text"'
-                text = json.loads(line)["text"]
-                if not isinstance(text, str):
-                    raise TypeError(f"it is {text!r:.40}")
+        if file.suffix.lower() == ".jsonl":
+            yield from read_json_lines(file)
+        else:
+            with explain(f"{file} is not UTF-8 text", UnicodeDecodeError):
+                text = file.read_text("utf-8-sig", errors="strict" if path else "ignore")
+            yield file.relative_to(root).as_posix(), text
+
+def read_json_lines(file):
+    """(text, text) of each line, a JSON object with a string "text"; empty lines are skipped."""
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                what = f'{file}, line {number}, is not a JSON object with a string "text"'
+                with explain(what, ValueError, KeyError, TypeError, AttributeError):
+                    code = json.loads(line)["text"].encode("utf-16", "surrogatepass")
+                text = code.decode("utf-16", "replace")  # U+FFFD for half a surrogate pair
                 yield text, text
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{where} is not {wanted}: {error}") from error
 
 def load_tokenizer(name, specials):
-    """tiktoken.Encoding of the 256 `bytes`, of one of tiktoken's own names or of a file of ranks,
-    with those special tokens that it lacks behind its last id."""
-    known = {}
-    try:
-        if name == "bytes":
-            pattern, ranks = r"[\s\S]", {bytes([i]): i for i in range(256)}
-        elif os.path.isfile(name):  # tiktoken's own loader would cache the first file of a name
-            pattern, lines = PATTERN, Path(name).read_bytes().splitlines()
-            ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
-        else:
-            base = tiktoken.get_encoding(name)
-            pattern, ranks, known = base._pat_str, base._mergeable_ranks, base._special_tokens
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer {name}: no file of ranks, and not to be had") from error
-    if not all(bytes([i]) in ranks for i in range(256)):
-        raise ValueError(f"tokenizer {name} lacks some of the 256 single bytes")
-    if len(set(ranks.values())) < len(ranks) or min(ranks.values()) < 0:
-        raise ValueError(f"tokenizer {name} has a rank twice, or one below 0")
+    """The tiktoken.Encoding `bytes`, of a BPE rank file, or of one of tiktoken's own names; special
+    tokens that it lacks get the ids after its last."""
+    ranks = {bytes([i]): i for i in range(256)}
+    settings = {"name": name, "pat_str": r"[\s\S]", "mergeable_ranks": ranks, "special_tokens": {}}
+    if os.path.isfile(name):  # tiktoken's own loader would cache the first file of a name
+        with explain(f"{name} is not a BPE rank file", ValueError):
+            lines = [line.split() for line in Path(name).read_bytes().splitlines() if line.strip()]
+            ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        settings |= {"pat_str": PATTERN, "mergeable_ranks": ranks}
+    elif name != "bytes":
+        what = "is neither a BPE rank file nor a tiktoken encoding, cached or to be downloaded"
+        with explain(f"{name} {what}", OSError, ValueError):
+            tiktoken.get_encoding(name)
+        settings = tiktoken.registry.ENCODING_CONSTRUCTORS[name]()
+        ranks = settings["mergeable_ranks"]
+    if len(set(ranks.values())) < len(ranks) or not all(bytes([i]) in ranks for i in range(256)):
+        raise ValueError(f"{name} has a rank twice, or lacks some of the 256 single bytes")
+    ids = settings["special_tokens"]
     for token in specials:
-        known = {token: max([*ranks.values(), *known.values()]) + 1} | known
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=known)
+        ids.setdefault(token, 1 + max([*ranks.values(), *ids.values()]))
+    settings.pop("explicit_n_vocab", None)  # a check of the number without new tokens
+    return tiktoken.Encoding(**settings)
 
-def end_token(tokenizer):
-    """The id that ends a document: the tokenizer's own <|endoftext|> if it has one, or END."""
-    return tokenizer._special_tokens.get("<|endoftext|>", tokenizer._special_tokens[END])
-
-def tokenize(documents, tokenizer):
-    """(name, ids between BEGIN, where the tokenizer has it, and END) of each (name, text)."""
-    kind = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
-    begin = [i for token, i in tokenizer._special_tokens.items() if token == BEGIN]
-    end = [end_token(tokenizer)]
-    for name, text in ((name, text) for name, text in documents if text):
-        ids = tokenizer.encode_to_numpy(text, disallowed_special=())
-        yield name, np.concatenate((begin, ids, end)).astype(kind)
+def tokenize(documents, tokenizer, separator):
+    """(name, ids) of each document that is not empty; the last id is the separator."""
+    dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
+    for name, text in documents:
+        # tiktoken's PanicException, of the longest words, is a BaseException.
+        with explain(f"the tokenizer cannot take document {name[:80]!r}", BaseException):
+            ids = tokenizer.encode_to_numpy(text, disallowed_special=())
+        if text:
+            yield name, np.append(ids, separator).astype(dtype)
 
 def write_tokens(folder, documents):
-    """Writes tokenized documents to folder as .npy shards of 2**27 ids or a document more."""
-    if shard_paths(folder):
-        raise ValueError(f"--write_tokens: {folder} has shards already")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for n in itertools.count():
-        shard, size = [], 0
-        while size < 2**27 and (document := next(documents, None)):
-            shard.append(document[1])
-            size += len(document[1])
-        if not shard:
-            return print(f"{n} shards in {folder}", flush=True)
-        np.save(Path(folder) / f"tokens_{n:05d}.npy", np.concatenate(shard))
+    """Write tokenized documents to .npy shards in a new or empty folder: train_00000.npy ..., and
+    val_00000.npy ... of the documents that are held out; two shards per 2**27 ids."""
+    if os.path.exists(folder) and os.listdir(folder):
+        raise ValueError(f"--write_tokens {folder} is not empty")
+    with written_beside(folder) as partial:
+        for n in itertools.count():
+            splits = {"train": [], "val": []}
+            n_ids = 0
+            while n_ids < 2**27 and (document := next(documents, None)):
+                name, ids = document
+                splits["val" if is_held_out(name) else "train"].append(ids)
+                n_ids += len(ids)
+            if not n_ids:
+                break
+            for split, parts in splits.items():
+                if parts:
+                    np.save(partial / f"{split}_{n:05d}.npy", np.concatenate(parts))
+    print(f"{folder}: {n} shards to train on, with what is held out beside them")
 
-def list_files(path, skip=frozenset()):
-    """The files at path, in order: a file, all below a directory but what lies in folders named in
-    skip, or those of a pattern."""
-    if os.path.isdir(path):
-        found = []
-        for folder, folders, files in os.walk(path):
-            folders[:] = set(folders) - skip
-            found += (Path(folder, file) for file in files)
-        return [file for file in sorted(found) if file.is_file()]
-    return [Path(file) for file in sorted(glob.glob(str(path), recursive=True)) or [path]]
-
-def shard_paths(path):
-    """The token shards at path, if it is not empty, in order."""
-    files = list_files(path) if path else []
-    return [file for file in files if file.suffix in (".npy", ".bin")]
-
-def open_shard(path):
-    """Memory-maps a shard: .npy of uint16 or uint32, or .bin, uint16 behind 256 int32 of header."""
-    if path.suffix == ".npy":
-        try:
-            ids = np.load(path, mmap_mode="r")
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} is no .npy file: {error}") from error
+def open_part(part):
+    """Ids of a part of a Corpus: an array itself, or a shard that is memory-mapped while the result
+    lives: .npy of uint16 or uint32, or .bin, uint16 after a header of 256 int32."""
+    if isinstance(part, np.ndarray):
+        return part
+    with explain(f"{part} is not a token shard", ValueError, EOFError):
+        if part.suffix.lower() == ".npy":
+            ids = np.load(part, mmap_mode="r")
+        else:
+            magic, version, size = np.fromfile(part, np.int32, 3).tolist()
+            ids = np.memmap(part, np.uint16, "r", offset=1024)
+            if [magic, version, size] != [20240520, 1, len(ids)]:
+                raise ValueError("unexpected header, or its length does not match the file")
         if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32):
-            raise ValueError(f"{path} is {ids.dtype} {ids.shape}, not one row of uint16 or uint32")
-        return ids
-    header = np.fromfile(path, np.int32, 256)
-    if len(header) < 256 or (header[0], header[1]) != (20240520, 1):
-        raise ValueError(f"{path} has not the header of a .bin shard")
-    if path.stat().st_size != 1024 + 2 * int(header[2]):
-        raise ValueError(f"{path} is longer or shorter than the {header[2]} tokens of its header")
-    return np.memmap(path, np.uint16, "r", 1024)
+            raise ValueError(f"it holds {ids.dtype} {ids.shape}, not a row of uint16 or uint32")
+    return ids
 
 if __name__ == "__main__":
     main()

@@ -1,11 +1,12 @@
 r"""Improving Language Understanding by Generative Pre-Training (Radford et al., 2018) in one file.
 
-New against its parent, the Transformer of Vaswani et al. (2017):
-- a decoder alone, trained as a left-to-right language model on unlabelled books (§3.1, Eq. 1, 2);
+What is new compared with its parent, the Transformer (Vaswani et al., 2017):
+- a decoder-only Transformer, trained as a language model on unlabelled books (§3.1, Eq. 1, 2);
 - learned position embeddings (§4.1), added once at the bottom; no scaling by sqrt(D) (code);
 - GELU in place of ReLU, weights drawn from N(0, 0.02) (§4.1); a bias on every projection (code);
 - dropout 0.1 on embeddings, residual branches and attention probabilities (§4.1);
-- Adam with decoupled weight decay, 2000 updates of warm-up, then a cosine to zero (§4.1).
+- Adam with decoupled weight decay, 2000 updates of warm-up, then a cosine to zero (§4.1);
+- no label smoothing.
 Kept: the norm follows each residual sum (post-norm), and no norm follows the last block.
 "Code" and "released" mean openai/finetune-transformer-lm; the pre-training code was never released.
 
@@ -19,6 +20,7 @@ Run: python gpt1.py                         # a laptop: the preset demo
      torchrun --nproc_per_node=8 gpt1.py    # GPUs: the preset small
      torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
          gpt1.py --preset gpt1 --data books/ --tokenizer ranks.tiktoken --out /shared/gpt1 --resume
+     (ranks.tiktoken: a BPE rank file of at most 40,478 entries, such as gpt3.py learns)
 Expect: on two CPU cores the demo takes a minute; its held-out loss falls from 7.68 to 2.34 bits
 per byte, and it ends with a sample that looks like Python.
 """
@@ -36,7 +38,6 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
 import socket
 import sys
@@ -67,7 +68,7 @@ class Config:
     """Run configuration: each field is a command-line flag, and its comment is the flag's help."""
 
     # Model, §4.1 "Model specifications"
-    vocab_size: int = 0  # V, entries of the vocabulary; 0: those of the tokenizer
+    vocab_size: int = 0  # V, vocabulary size; 0: that of the tokenizer
     seq_len: int = 512  # T, tokens of a sequence and positions of the model
     dim: int = 768  # D, width of the residual stream
     n_layers: int = 12  # number of blocks
@@ -91,7 +92,7 @@ class Config:
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     compile: bool = False  # compile each block with torch.compile
     recompute: Literal["none", "block"] = "none"  # block: recompute blocks in the backward pass
-    timeout: int = 600  # seconds that a collective waits for a lost rank
+    timeout: int = 600  # timeout of a collective, in seconds
     dry_run: bool = False  # print parameters, FLOPs and memory per rank, then exit
     world_size: int = 1  # number of ranks that --dry_run plans for
     # Reports and files
@@ -102,25 +103,25 @@ class Config:
     out: str = ""  # directory of checkpoints, metrics.jsonl and config.json; empty: write nothing
     save_every: int = 1000  # updates between checkpoints
     resume: bool = False  # continue from the newest checkpoint in --out, if there is one
-    eval: bool = False  # validate and sample what --init or --out holds, without training
+    eval: bool = False  # validate and sample the model of --init or --out, without training
     init: str = ""  # Hugging Face checkpoint directory to start from
     export: str = ""  # directory to write a Hugging Face checkpoint to after training
     write_tokens: str = ""  # directory to write the data to as token shards, then exit
 
 PRESETS = {
-    # A CPU, a minute. Two blocks, because deep post-norm models learn slowly at first; no dropout,
-    # because the run is shorter than one epoch; 24 sequences divide by 1, 2, 3, 4, 6 and 8 ranks.
+    # For a CPU, about a minute. Two blocks, because deep post-norm models learn slowly at first; no
+    # dropout, because the run is shorter than an epoch; 24 sequences, for 1, 2, 3, 4, 6 or 8 ranks.
     "demo": dict(
         seq_len=128, dim=96, n_layers=2, n_heads=3, hidden_dim=384, dropout=0.0, batch_size=24,
         steps=1200, lr=6e-3, warmup_steps=100, log_every=50,
     ),
-    # One GPU of 24 GB or a node of them, minutes: the paper's shape, over bytes.
+    # The paper's model over bytes: minutes on one GPU of 24 GB or a node of them.
     "small": dict(micro_batch=16, steps=1500, warmup_steps=150, compile=True, val_every=500),
     # §4.1: 12 blocks of width 768, 512 positions, batch 64, 100 epochs; 116,534,784 parameters.
     "gpt1": dict(vocab_size=40478, micro_batch=16, compile=True),
 }  # fmt: skip
-# Departure: a byte-level BPE in place of the paper's 40,000 merges of spaCy's lower-cased words,
-# and none of ftfy's cleaning, so that the paper's perplexity of 18.4 does not compare.
+# Departure: a byte-level BPE instead of the paper's 40,000 merges on lower-cased spaCy tokens, and
+# no cleaning with ftfy. Perplexities do not compare with the paper's 18.4.
 PATTERN = (  # how GPT-4 and Llama 3 split text into words, for BPE rank files
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -129,7 +130,7 @@ PATTERN = (  # how GPT-4 and Llama 3 split text into words, for BPE rank files
 # ---------------------------------------- Model ----------------------------------------
 
 class CausalSelfAttention(nn.Module):
-    """softmax(q kᵀ / sqrt(E)) v over this and earlier positions, [B, T, D] -> [B, T, D], with
+    """Multi-head causal self-attention, softmax(q kᵀ / sqrt(E)) v, [B, T, D] -> [B, T, D], with
     dropout on the probabilities and on the output (§4.1)."""
 
     def __init__(self, dim, n_heads, dropout):
@@ -143,12 +144,12 @@ class CausalSelfAttention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.n_heads, -1))  # [B, T, 3, H, E]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, T, E] each
         p = self.dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)  # [B, H, T, E]
-        x = self.out(x.transpose(1, 2).flatten(2))  # [B, T, D]
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)  # [B, H, T, E]
+        x = self.out(o.transpose(1, 2).flatten(2))  # [B, T, D]
         return F.dropout(x, self.dropout, self.training)
 
 class MLP(nn.Module):
-    """GELU(x W_fc + b_fc) W_pr + b_pr, [B, T, D] -> [B, T, D] (§4.1)."""
+    """GELU(x W_up + b_up) W_down + b_down, [B, T, D] -> [B, T, D] (§4.1)."""
 
     # Undisclosed: the form of GELU. The released code of GPT and GPT-2 has the tanh form.
 
@@ -177,7 +178,7 @@ class Block(nn.Module):
         return self.norm2(n + self.mlp(n))
 
 class GPT1(nn.Module):
-    """Eq. 2, tokens [B, T] -> logits [B, T, V]; the softmax shares W_e with the token embedding."""
+    """Eq. 2, tokens [B, T] -> logits [B, T, V]; the output projection is the embedding W_e."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -189,8 +190,8 @@ class GPT1(nn.Module):
     def forward(self, tokens):
         positions = self.position_embedding.weight[: tokens.shape[1]]  # [T, D]
         x = self.token_embedding(tokens) + positions  # Eq. 2, h_0 = U W_e + W_p: [B, T, D]
-        # Undisclosed: what embedding dropout drops. The released fine-tuning code drops entries of
-        # both tables, the softmax's included; here, as in every later model, it drops their sum.
+        # Undisclosed: what embedding dropout drops. The released code drops entries of the tables
+        # and uses them in the output projection, too; here it drops entries of the sum.
         x = F.dropout(x, self.dropout, self.training)
         for block in self.blocks:
             x = block(x)  # Eq. 2, h_l = transformer_block(h_{l-1})
@@ -199,7 +200,7 @@ class GPT1(nn.Module):
 def init_weights(model, cfg):
     """Draw matrices and embeddings from N(0, 0.02); set biases to 0 and gains to 1 (§4.1).
 
-    Each parameter has a random stream of its own, named by (seed, name), so that every layout
+    Each parameter is drawn from a generator seeded by (seed, name), so that every layout
     starts from the same numbers. Raises ValueError for a parameter without a rule.
     """
     for name, p in model.named_parameters():
@@ -233,14 +234,15 @@ def get_batch(corpus, first, n, cfg):
     A pure function of the seed and the index, so that any number of ranks, any accumulation and
     any resume see the same sequences. n_targets counts targets, n_bytes the bytes of their text.
     """
-    # Undisclosed: how the "randomly sampled, contiguous sequences" lie in the books. Each epoch
-    # reads every window of a grid once, at a random offset and in random order. T + 1 tokens give
-    # T targets (the released code scores T - 1 of T).
+    # Undisclosed: where the "randomly sampled, contiguous sequences" begin. An epoch reads
+    # consecutive windows, from a random offset and in random order; they may cross books. T + 1
+    # tokens give T targets (the released code scores T - 1 of T).
     tokens = torch.zeros(n, cfg.seq_len, dtype=torch.int64)
     targets = torch.full_like(tokens, -100)
     for row in range(n):
         window = torch.from_numpy(corpus.window(first + row, cfg.seq_len, cfg.seed))  # [T + 1]
-        # The vocabulary has no separator: it is removed, and nothing is predicted across it.
+        # The paper's vocabulary has no separator: it is removed, the prediction across it is not
+        # scored, and the row is padded at its end.
         (kept,) = torch.where(window != corpus.separator)
         adjacent = kept.diff() == 1
         length = len(adjacent)
@@ -253,8 +255,8 @@ def get_batch(corpus, first, n, cfg):
 # ---------------------------------------- Objective ----------------------------------------
 
 def objective(model, batch, cfg):
-    """Eq. 1 as a loss, and no further metrics: the sum of -log P(u_i | u_{i-k} ... u_{i-1}) over
-    the batch's targets, divided by batch["n_targets"], the count of the whole global batch."""
+    """Eq. 1 as a loss: the sum of -log P(u_i | u_{i-k} ... u_{i-1}) over the batch's targets,
+    divided by batch["n_targets"], the count of the whole global batch. There are no metrics."""
     with torch.autocast(batch["tokens"].device.type, torch.bfloat16, cfg.precision == "bf16"):
         logits = model(batch["tokens"]).float().flatten(0, 1)  # [B T, V]
     nats = F.cross_entropy(logits, batch["targets"].flatten(), reduction="sum")  # Eq. 1, -L1
@@ -275,7 +277,7 @@ def build_optimizer(model, cfg):
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 def learning_rate(step, cfg):
-    """§4.1: linear from 0, then a cosine to 0; step = sequences / batch_size before the update."""
+    """§4.1: linear from 0, then a cosine to 0; step: updates so far, sequences / batch_size."""
     # Undisclosed: the cosine's span. As in the released code it is the whole run, so that after
     # the warm-up it begins a little below the peak.
     if cfg.warmup_steps and step <= cfg.warmup_steps:
@@ -306,7 +308,7 @@ def parallelize(model, cfg, mesh):
             block.compile(dynamic=False)
     if mesh.size() == 1:
         return model
-    # A static graph is faster, and wrong with gradient accumulation.
+    # static_graph is faster, but gives wrong gradients when gradients are accumulated.
     static_graph = split_batch(cfg, mesh.size())[0] == 1
     return nn.parallel.DistributedDataParallel(
         model, process_group=mesh.get_group(), gradient_as_bucket_view=True,
@@ -319,16 +321,19 @@ HF_CONFIG = {  # field of Config: (key in config.json, default of OpenAIGPTConfi
     "vocab_size": ("vocab_size", 40478), "seq_len": ("n_positions", 512), "dim": ("n_embd", 768),
     "n_layers": ("n_layer", 12), "n_heads": ("n_head", 12),
 }  # fmt: skip
-HF_FIXED = {"model_type": "openai-gpt", "afn": "gelu", "layer_norm_epsilon": 1e-5}
+HF_FIXED = {  # the only values that are supported
+    "model_type": "openai-gpt", "afn": "gelu", "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+}  # fmt: skip
 HF_NAMES = {
     "token_embedding": "tokens_embed", "position_embedding": "positions_embed", "blocks": "h",
     "attn.qkv": "attn.c_attn", "attn.out": "attn.c_proj", "norm1": "ln_1", "norm2": "ln_2",
     "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj",
 }  # fmt: skip
-SHAPE = (*HF_CONFIG, "hidden_dim")  # fields of Config that a checkpoint fixes
+SHAPE = (*HF_CONFIG, "hidden_dim")  # fields of Config that must agree with a checkpoint
 
 def hf_tensors(model):
-    """(Hugging Face's name, our tensor seen in Hugging Face's layout) of each parameter."""
+    """(name in Hugging Face's class, view of our tensor in its layout) of each parameter."""
     for name, p in model.named_parameters():
         for ours, theirs in HF_NAMES.items():
             name = name.replace(ours, theirs)
@@ -342,7 +347,9 @@ def from_hf(path):
         model = GPT1(cfg)
         tensors = {k.removeprefix("transformer."): v for k, v in read_hf_tensors(path).items()}
         for name, tensor in hf_tensors(model):
-            tensor.copy_(tensors[name].view_as(tensor))
+            if tensors[name].shape != tensor.shape:
+                raise ValueError(f"{name} is {list(tensors[name].shape)}, not {list(tensor.shape)}")
+            tensor.copy_(tensors[name])
     return model, cfg
 
 def to_hf(model, cfg, path):
@@ -365,7 +372,7 @@ def read_hf_config(path, fields, fixed):
     """
     theirs = json.loads((Path(path) / "config.json").read_text())
     for key, value in fixed.items():
-        if theirs.get(key, value) != value:
+        if theirs.get(key) not in (None, value):
             raise ValueError(f"{path}: config.json has {key} {theirs[key]!r}, not {value!r}")
     return {field: theirs.get(key, default) for field, (key, default) in fields.items()}
 
@@ -381,7 +388,7 @@ def read_hf_tensors(path):
 
 @contextlib.contextmanager
 def written_beside(path):
-    """Directory path.tmp to write files to; at the end they become those of the directory path."""
+    """A temporary directory; when the block ends, its files move to the directory path."""
     path = Path(path)
     folder = path.with_name(path.name + ".tmp")
     shutil.rmtree(folder, ignore_errors=True)
@@ -397,28 +404,30 @@ def written_beside(path):
 def newest_checkpoint(out, resume, fixed):
     """(path of the newest checkpoint in out, config.json of its run), or (None, {}).
 
-    Raises ValueError if there is one that neither --resume nor a restart by torchrun asks for,
-    or if a field of `fixed` had another value in its run.
+    Raises ValueError if there is one, but neither --resume nor a restart by torchrun asks for it,
+    or if its run had another value of a field in `fixed`.
     """
-    found = [None, {}]
+    newest = [None, {}]
     checkpoints = sorted(Path(out).glob("step_*[0-9]")) if out else []
     if checkpoints:
-        found = [checkpoints[-1], json.loads((Path(out) / "config.json").read_text())]
-    dist.broadcast_object_list(found)  # a network file system may show each rank another listing
-    path, run = found
+        newest = [checkpoints[-1], json.loads((Path(out) / "config.json").read_text())]
+    dist.broadcast_object_list(newest)  # ranks on a network file system may list other files
+    path, run = newest
     (restarts,) = sum_over_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
     if path and not (resume or restarts):
         raise ValueError(f"{out} has checkpoints: --resume continues, another --out starts anew")
     for name in fixed:
         if path and run.get(name) != fixed[name]:
             raise ValueError(f"{path} has {name} {run.get(name)}, and this run {fixed[name]}")
-    if out and resume:
-        print(f"continuing from {path}" if path else f"no checkpoint in {out}: starting a run")
+    if path:
+        print(f"continuing from {path}")
+    elif resume:
+        print(f"no checkpoint in {out or '--out'}: starting a run")
     return path, run
 
 def claim_directory(out, step, config):
-    """Write config.json, and drop what metrics.jsonl has of later steps. Returns a lock, which
-    the process holds while it lives; ValueError if another process holds it."""
+    """Write config.json, and remove the rows of later steps from metrics.jsonl. Returns a lock,
+    which the process holds while it lives; ValueError if another process holds it."""
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / "lock", "w")
@@ -430,17 +439,20 @@ def claim_directory(out, step, config):
         raise ValueError(f"another run is writing to {out}") from error
     except OSError as error:
         print(f"{out} cannot be locked against other runs: {error}")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     log = folder / "metrics.jsonl"
     log.touch()
     rows = [json.loads(line) for line in log.open() if line.endswith("}\n")]
     kept = [row for row in rows if row["step"] < step or (row["step"] == step and "loss" in row)]
-    log.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    texts = {"config.json": json.dumps(config, indent=2) + "\n"}
+    texts["metrics.jsonl"] = "".join(json.dumps(row) + "\n" for row in kept)
+    for name, text in texts.items():
+        (folder / f"{name}.tmp").write_text(text)
+        (folder / f"{name}.tmp").replace(folder / name)
     return lock
 
 def save_checkpoint(out, model, optimizer, state):
-    """Write model, optimizer and state to out/step_N, of which the two newest stay. The name comes
-    with a rename at the end: a process killed at any moment leaves complete checkpoints."""
+    """Write model, optimizer and state to out/step_N, and keep the two newest. The directory is
+    renamed when it is complete, so that a killed process leaves only complete checkpoints."""
     final = Path(out) / f"step_{state['step']:09d}"
     partial = final.with_suffix(".tmp")
     weights, moments = get_state_dict(model, optimizer)
@@ -450,12 +462,12 @@ def save_checkpoint(out, model, optimizer, state):
     if dist.get_rank() == 0:
         partial.rename(final)
         old = sorted(Path(out).glob("step_*[0-9]"))[:-2]
-        for path in [*old, *Path(out).glob("step_*.tmp")]:  # .tmp: of a process that was killed
+        for path in [*old, *Path(out).glob("step_*.tmp")]:  # .tmp: of killed processes
             shutil.rmtree(path)
     dist.barrier()
 
 def load_checkpoint(path, model, optimizer, state):
-    """Fill model, optimizer and state from a checkpoint; the optimizer keeps its own settings."""
+    """Fill model, optimizer and state from a checkpoint; its hyperparameters stay as they are."""
     weights, moments = get_state_dict(model, optimizer)
     content = {"model": weights, "optimizer": moments["state"], "state": dict(state)}
     with explain(f"{path} does not fit or is damaged", dcp.CheckpointException):
@@ -491,7 +503,7 @@ def read_batch(corpus, first, cfg, device, rank, ranks):
 
 def sum_counts(batches, ranks):
     """Replace the counts (n_...) of micro-batches by those of the global batch, which `ranks`
-    data-parallel ranks read; any other rank reads the same as one of these."""
+    data-parallel ranks read together; all others read the same as one of these."""
     names = [name for name in batches[0] if name.startswith("n_")]
     sums = sum_over_ranks(*(sum(batch[name] for batch in batches) for name in names))
     counts = {name: n * ranks / dist.get_world_size() for name, n in zip(names, sums)}
@@ -509,7 +521,7 @@ def evaluation_mode(model, compiled):
 
 def validate(loss_of, corpus, step, cfg, device, rank, ranks):
     """Print and log nats per target and bits per byte over the first windows of corpus.
-    loss_of(batches) is this rank's part of the mean loss over a global batch."""
+    loss_of(batches) is this rank's share of the loss of a global batch."""
     nats = n_targets = n_bytes = 0.0
     for i in range(min(cfg.val_batches, corpus.n_windows(cfg.seq_len) // cfg.batch_size)):
         batches = read_batch(corpus, i * cfg.batch_size, cfg, device, rank, ranks)
@@ -548,7 +560,7 @@ def check(cfg, ranks):
     for wrong, message in (
         (cfg.dim % cfg.n_heads, f"{cfg.n_heads} heads do not divide the width {cfg.dim}"),
         (ranks * steps * micro != cfg.batch_size,
-         f"--batch_size {cfg.batch_size} is not {ranks} ranks x micro-batches of {micro}"),
+         f"--batch_size {cfg.batch_size} is not {ranks} ranks x n micro-batches of {micro}"),
         (cfg.resume and not cfg.out, "--resume needs --out"),
         (cfg.eval and not cfg.out and not cfg.init, "--eval needs --out or --init"),
         (cfg.export and cfg.hidden_dim != 4 * cfg.dim, "--export needs a hidden_dim of 4 dim"),
@@ -557,7 +569,8 @@ def check(cfg, ranks):
         if wrong:
             raise ValueError(message)
     if cfg.init or cfg.export:
-        import safetensors  # noqa: F401, a package of its own: pip install safetensors
+        with explain("--init and --export need: pip install safetensors", ImportError):
+            import safetensors  # noqa: F401
 
 def dry_run(cfg):
     """Print parameters, FLOPs per token and memory per rank, computed from shapes alone."""
@@ -568,16 +581,18 @@ def dry_run(cfg):
         n, activated = count_parameters(GPT1(cfg))
     # Kept for the backward pass, per position and block: the inputs of both norms in fp32; the
     # inputs of the four products and of GELU, q, k and v in the products' precision; a byte per
-    # entry of a GPU's two dropout masks. The peak is where the backward pass begins: the loss then
-    # holds three fp32 tensors of V per position.
+    # entry of a GPU's two dropout masks. The peak is where the backward pass begins, when the loss
+    # holds three fp32 tensors of V per position, or with recomputation in the largest block.
+    # Autocast keeps bf16 copies of the weights.
     size = 2 if cfg.precision == "bf16" else 4
     block = 8 * cfg.dim + size * (6 * cfg.dim + 2 * cfg.hidden_dim)
     block += 2 * cfg.dim * (cfg.dropout > 0)
-    blocks = cfg.n_layers * block
+    head = size * cfg.dim + 12 * cfg.vocab_size
+    per_position = cfg.n_layers * block + head
     if cfg.recompute == "block":
-        blocks = cfg.n_layers * 4 * cfg.dim + block  # the inputs of all, and one block in full
-    positions = split_batch(cfg, cfg.world_size)[1] * cfg.seq_len
-    activations = positions * (blocks + size * cfg.dim + 12 * cfg.vocab_size)
+        per_position = cfg.n_layers * 4 * cfg.dim + max(block, head)
+    activations = split_batch(cfg, cfg.world_size)[1] * cfg.seq_len * per_position
+    activations += 2 * n * (cfg.precision == "bf16")
     print(f"parameters {n:,} | activated {activated:,}")
     print(f"FLOPs per token {flops_per_token(cfg):.4g} | 6 N gives {6 * activated:.4g}")
     sizes = {"parameters": 4 * n, "gradients": 4 * n, "optimizer": 8 * n}
@@ -586,8 +601,8 @@ def dry_run(cfg):
         print(f"{kind:12} {n_bytes / 2**30:8.3f} GiB on each of {cfg.world_size} ranks")
 
 def training_step(model, optimizer, batches, lr, cfg):
-    """One update from this rank's micro-batches: (loss, gradient norm) of the global batch. The
-    parameters stay as they are if either is not finite, which all ranks find alike."""
+    """One update from this rank's micro-batches; returns loss and gradient norm of the global
+    batch. Skips the update if either is not finite, which is the same on all ranks."""
     loss = torch.zeros((), device=batches[0]["tokens"].device)
     for i, batch in enumerate(batches):
         model.require_backward_grad_sync = i == len(batches) - 1  # DDP: one all-reduce an update
@@ -596,7 +611,7 @@ def training_step(model, optimizer, batches, lr, cfg):
         loss += part.detach()
     dist.all_reduce(loss)
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
-    loss, norm = torch.stack([loss, norm]).tolist()  # the update waits for the device here alone
+    loss, norm = torch.stack([loss, norm]).tolist()  # the only wait for the device in an update
     for group in optimizer.param_groups:
         group["lr"] = lr
     if math.isfinite(loss) and math.isfinite(norm):
@@ -625,7 +640,9 @@ def train(model, optimizer, corpus, heldout, state, cfg, device, signals):
         steps_left = 0 if cfg.eval else math.ceil(cfg.steps - first / cfg.batch_size)
         n_signals = n_errors = 0
         if steps_left > 0:
+            clock = time.perf_counter()
             error = ahead.exception()
+            waited = time.perf_counter() - clock
             n_signals, n_errors = sum_over_ranks(len(signals), error is not None)
         end = steps_left <= 0 or n_signals or n_errors
         if cfg.out and step > saved and not n_skipped and (end or step % cfg.save_every == 0):
@@ -633,7 +650,7 @@ def train(model, optimizer, corpus, heldout, state, cfg, device, signals):
             saved = step
         if n_errors:
             raise_first(error)
-        if steps_left <= 0 or step % cfg.val_every == 0:
+        if steps_left <= 0 or (step % cfg.val_every == 0 and not end):
             validate(evaluate, heldout, step, cfg, *place)
         if end:
             return steps_left <= 0
@@ -649,8 +666,8 @@ def train(model, optimizer, corpus, heldout, state, cfg, device, signals):
         state["step"] += 1
         state["sequences"] += cfg.batch_size
         state["tokens"] += finite * cfg.batch_size * cfg.seq_len
-        seconds = time.perf_counter() - clock
-        if step > first_step:  # the first update, which may compile, tells nothing of the next
+        seconds = waited + time.perf_counter() - clock
+        if step > first_step:  # the first update may compile and is left out
             pace = 0.9 * (pace or seconds) + 0.1 * seconds
         if step == 0 or steps_left == 1 or state["step"] % cfg.log_every == 0:
             bpb = bits_per_byte(loss * batches[0]["n_targets"], batches[0]["n_bytes"])
@@ -661,6 +678,24 @@ def train(model, optimizer, corpus, heldout, state, cfg, device, signals):
             print(f"step {step + 1} skipped: its loss or gradient is not finite")
         if n_skipped == 3 or (n_skipped and steps_left == 1):
             raise ValueError(f"no finite gradient in the last {n_skipped} steps to {step + 1}")
+
+def load_data(cfg):
+    """(tokenizer or None, training Corpus, held-out Corpus) of --data; sets cfg.vocab_size. With
+    --write_tokens the data is written as shards instead, and the result is None."""
+    files, shards = find_files(cfg.data)
+    tokenizer = None
+    separator = -1  # unknown
+    if cfg.tokenizer or files:
+        tokenizer = load_tokenizer(cfg.tokenizer or "bytes", ["<|endoftext|>"])
+        separator = tokenizer.eot_token
+    cfg.vocab_size = vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
+    documents = tokenize(read_documents(cfg.data, files), tokenizer, separator)
+    if cfg.write_tokens and shards:
+        raise ValueError("--write_tokens reads text, and --data has token shards")
+    if cfg.write_tokens:
+        return write_tokens(cfg.write_tokens, documents)
+    sizes = cfg.vocab_size, cfg.batch_size, cfg.seq_len
+    return tokenizer, *load_corpora(shards, documents, tokenizer, separator, *sizes)
 
 @record
 def main(argv=None):
@@ -677,25 +712,20 @@ def main(argv=None):
             cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in SHAPE})
             check(cfg, ranks)
 
-        files, shards = find_files(cfg.data)
-        tokenizer = None
-        separator = -1  # unknown
-        if cfg.tokenizer or files:
-            tokenizer = load_tokenizer(cfg.tokenizer or "bytes", ["<|endoftext|>"])
-            separator = tokenizer.eot_token
-            cfg.vocab_size = vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
-        documents = tokenize(read_documents(cfg.data, files), tokenizer, separator)
-        if cfg.write_tokens:
-            return write_tokens(cfg.write_tokens, documents)
-        sizes = cfg.vocab_size, cfg.batch_size, cfg.seq_len
-        corpus, heldout = load_corpora(shards, documents, tokenizer, separator, *sizes)
+        data = load_data(cfg)
+        if not data:
+            return
+        tokenizer, corpus, heldout = data
         n_windows = corpus.n_windows(cfg.seq_len)
 
         # Undisclosed: the number of updates; it follows from the 100 epochs.
         cfg.steps = cfg.steps or math.ceil(cfg.epochs * n_windows / cfg.batch_size)
-        fixed = {name: getattr(cfg, name) for name in (*SHAPE, "seed")}
-        fixed["data_fingerprint"] = corpus.fingerprint()
+        fixed = {name: getattr(cfg, name) for name in SHAPE}
+        if not cfg.eval:
+            fixed |= {"seed": cfg.seed, "data_fingerprint": corpus.fingerprint()}
         checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
+        if cfg.eval and not checkpoint and not cfg.init:
+            raise ValueError(f"--eval: {cfg.out} has no checkpoint")
         if run and not given & {"steps", "epochs"}:  # as many sequences as its first start planned
             cfg.steps = math.ceil(run["steps"] * run["batch_size"] / cfg.batch_size)
         if cfg.warmup_steps > cfg.steps // 10:
@@ -718,11 +748,10 @@ def main(argv=None):
         if cfg.out:
             run = dataclasses.asdict(cfg) | fixed
             lock = claim_directory(cfg.out, state["step"], run)  # held until this run ends
-        total, activated = count_parameters(model)
         steps, micro = split_batch(cfg, ranks)
         tokens = cfg.batch_size * cfg.seq_len
         print(f"torch {torch.__version__} | {device.type} {cfg.precision} | {n_windows:,} windows")
-        print(f"parameters {total:,} | activated {activated:,}", end=" | ")
+        print("parameters {:,} | activated {:,}".format(*count_parameters(model)), end=" | ")
         print(f"FLOPs per token {flops_per_token(cfg):.3g} | tokens per step", end=" ")
         print(f"{tokens:,} = {ranks} ranks x {steps} x {micro} sequences of {cfg.seq_len}")
         if not train(model, optimizer, corpus, heldout, state, cfg, device, signals):
@@ -749,9 +778,9 @@ def report_user_errors():
     except BrokenPipeError:  # the program that reads our output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (OSError, ValueError, ModuleNotFoundError) as error:
+    except (OSError, ValueError) as error:
         time.sleep(5 * (rank > 0))  # so that rank 0, if it fails too, reports first
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     finally:
         # A rank that fails alone leaves at once; it would wait here for the others.
@@ -779,12 +808,14 @@ def stop_signals():
         signal(signum, SIG_DFL)
 
     handlers = {signum: signal(signum, receive) for signum in (SIGTERM, SIGINT)}
-    yield received
-    for signum, handler in handlers.items():
-        signal(signum, handler)
+    try:
+        yield received
+    finally:
+        for signum, handler in handlers.items():
+            signal(signum, handler)
 
 def parse(argv):
-    """(Config, names of the flags in argv): the flags over those of a preset."""
+    """(Config, names of the flags given): a preset's values, overridden by the flags."""
 
     def refuse(message):
         raise ValueError(message)
@@ -831,8 +862,8 @@ def init_distributed(timeout):
     return device
 
 def shared_store(rank):
-    """A store for this start alone: one that torchrun's agents keep over a restart has addresses
-    of processes that ended. Rank 0 opens it and publishes its address in the agents' store."""
+    """A store for this start alone: the agents' store outlives a restart and then holds addresses
+    of dead processes. Rank 0 opens it and publishes its address in the agents' store."""
     with explain("torchrun sets MASTER_ADDR and MASTER_PORT", KeyError):
         host = os.environ["MASTER_ADDR"]
         port = int(os.environ["MASTER_PORT"])
@@ -856,7 +887,7 @@ def raise_first(error):
     """Raise, on all ranks, the error of the first rank that has one."""
     errors = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
-    raise next(filter(None, errors))
+    raise error or next(filter(None, errors))
 
 def log_step(row, steps_left, pace, cfg, device):
     """Print row, which has step and tokens among its numbers, and write it to metrics.jsonl;
@@ -867,18 +898,15 @@ def log_step(row, steps_left, pace, cfg, device):
         if name not in ("step", "tokens"):
             fields.append(f"{name} {value:{formats.get(name, '')}}".replace("nan", "n/a"))
     fields.append(f"tokens {row['tokens'] / 1e6:.1f}M")
-    memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak = None
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device)
-        peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device))
+    on_gpu = device.type == "cuda"
+    peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if on_gpu else None
     if pace:
         speed = cfg.batch_size * cfg.seq_len / pace
         fields.append(f"{speed / 1e3:.1f}k tok/s")
         if peak and cfg.precision == "bf16":
             fields.append(f"mfu {speed * flops_per_token(cfg) / peak / dist.get_world_size():.1%}")
-    fields.append(f"mem {memory / 2**30:.1f}G")
-    if pace:
+        if on_gpu:
+            fields.append(f"mem {torch.cuda.max_memory_allocated(device) / 2**30:.1f}G")
         fields.append(f"eta {timedelta(seconds=round(steps_left * pace))}")
     print(" | ".join(fields))
     write_row(cfg.out, row)
@@ -900,8 +928,8 @@ def stable_hash(*key):
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
 def shuffled(index, n, key):
-    """The image of index under a permutation of range(n) that key names: a Feistel network on the
-    bits of n, repeated until the result is below n. It needs no memory, however large n is."""
+    """Position of index in a pseudo-random permutation of range(n) seeded by key: a Feistel network
+    on the bits of n, repeated until the result is below n, which needs no memory."""
     half = (n.bit_length() + 1) // 2
     while True:
         left, right = divmod(index, 1 << half)
@@ -930,7 +958,7 @@ class Corpus:
         self.in_order = in_order
 
     def read(self, first, n):
-        """Ids first ... first + n - 1, int64 [n]. Raises ValueError for an id outside of [0, V)."""
+        """Ids first ... first + n - 1, int64 [n]; ValueError for an id that is not below V."""
         pieces = []
         first += self.start
         stop = first + n
@@ -948,7 +976,7 @@ class Corpus:
         return np.concatenate(pieces)
 
     def n_windows(self, length):
-        """Windows of length + 1 ids in an epoch, at any offset below length."""
+        """Number of windows of length + 1 ids in an epoch, at any offset below length."""
         return max((self.size - 1) // length - 1, 0)
 
     def window(self, index, length, seed):
@@ -962,7 +990,7 @@ class Corpus:
         return self.read(offset + index * length, length + 1)
 
     def fingerprint(self):
-        """A number that tells data apart: a hash of the size and of the first ids."""
+        """A hash of the size and the first ids, by which a resumed run recognizes its data."""
         return stable_hash(self.size, self.read(0, min(self.size, 1000)).tolist())
 
 def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size, length):
@@ -994,15 +1022,19 @@ def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size
     return corpus, Corpus(parts, n_train, total, separator, token_bytes, in_order=True)
 
 def vocabulary_size(vocab_size, tokenizer, init):
-    """vocab_size or, if it is 0, that of the tokenizer. The byte tokenizer is a warning if it has
-    less entries than the vocabulary, and with --init a ValueError."""
+    """vocab_size or, if it is 0, that of the tokenizer, whose ids must fit. A vocabulary that is
+    larger than the byte tokenizer's is a warning, and with --init a ValueError."""
+    if not tokenizer and not vocab_size:
+        raise ValueError("token shards need --tokenizer or --vocab_size")
+    if not tokenizer:
+        return vocab_size
     n_ids = 1 + max(map(tokenizer.encode_single_token, tokenizer.token_byte_values()))
     if 0 < vocab_size < n_ids:
         raise ValueError(f"--vocab_size {vocab_size} is less than the {n_ids} ids of the tokenizer")
     if tokenizer.name == "bytes" and vocab_size > tokenizer.n_vocab:
         if init:
             raise ValueError(f"--init {init} needs the --tokenizer of its {vocab_size:,} entries")
-        print(f"warning: a vocabulary of {vocab_size:,} entries for bytes; --tokenizer is missing")
+        print(f"warning: a vocabulary of {vocab_size:,} entries over bytes: --tokenizer is missing")
     return vocab_size or tokenizer.n_vocab
 
 def is_held_out(name):
@@ -1021,7 +1053,7 @@ def find_files(path):
         files = [f for f in files if f.exists() and not tests & set(f.relative_to(root).parts)]
         return sorted(files), []
     files = [Path(path)]
-    seen = set(files[0].resolve().parents)  # links to these would lead around in circles
+    seen = set(files[0].resolve().parents)  # following a link to these would not end
     for folder, folders, names in os.walk(path, followlinks=True):
         if Path(folder).resolve() in seen:
             folders.clear()
@@ -1064,36 +1096,29 @@ def read_json_lines(file):
 def load_tokenizer(name, specials):
     """The tiktoken.Encoding `bytes`, of a BPE rank file, or of one of tiktoken's own names; special
     tokens that it lacks get the ids after its last."""
-    special_tokens = {}
-    if name == "bytes":
-        pattern = r"[\s\S]"
-        ranks = {bytes([i]): i for i in range(256)}
-    elif os.path.isfile(name):  # tiktoken's own loader would cache the first file of a name
-        pattern = PATTERN
+    ranks = {bytes([i]): i for i in range(256)}
+    settings = {"name": name, "pat_str": r"[\s\S]", "mergeable_ranks": ranks, "special_tokens": {}}
+    if os.path.isfile(name):  # tiktoken's own loader would cache the first file of a name
         with explain(f"{name} is not a BPE rank file", ValueError):
             lines = [line.split() for line in Path(name).read_bytes().splitlines() if line.strip()]
             ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-    else:
+        settings |= {"pat_str": PATTERN, "mergeable_ranks": ranks}
+    elif name != "bytes":
         what = "is neither a BPE rank file nor a tiktoken encoding, cached or to be downloaded"
         with explain(f"{name} {what}", OSError, ValueError):
             tiktoken.get_encoding(name)
         settings = tiktoken.registry.ENCODING_CONSTRUCTORS[name]()
-        pattern = settings["pat_str"]
         ranks = settings["mergeable_ranks"]
-        special_tokens = settings["special_tokens"]
-    if not all(bytes([i]) in ranks for i in range(256)):
-        raise ValueError(f"tokenizer {name} lacks some of the 256 single bytes")
-    if len(set(ranks.values())) < len(ranks) or min(ranks.values()) < 0:
-        raise ValueError(f"tokenizer {name} has a rank twice, or one below 0")
+    if len(set(ranks.values())) < len(ranks) or not all(bytes([i]) in ranks for i in range(256)):
+        raise ValueError(f"{name} has a rank twice, or lacks some of the 256 single bytes")
+    ids = settings["special_tokens"]
     for token in specials:
-        if token not in special_tokens:
-            special_tokens[token] = max([*ranks.values(), *special_tokens.values()]) + 1
-    return tiktoken.Encoding(
-        name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
-    )
+        ids.setdefault(token, 1 + max([*ranks.values(), *ids.values()]))
+    settings.pop("explicit_n_vocab", None)  # a check of the number without new tokens
+    return tiktoken.Encoding(**settings)
 
 def tokenize(documents, tokenizer, separator):
-    """(name, ids) of each (name, text) with a text; the last id is the separator."""
+    """(name, ids) of each document that is not empty; the last id is the separator."""
     dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
     for name, text in documents:
         # tiktoken's PanicException, of the longest words, is a BaseException.
@@ -1103,8 +1128,8 @@ def tokenize(documents, tokenizer, separator):
             yield name, np.append(ids, separator).astype(dtype)
 
 def write_tokens(folder, documents):
-    """Write tokenized documents to .npy shards of about 2**28 bytes in a new or empty folder:
-    train_00000.npy ..., and val_00000.npy ... of the documents that are held out."""
+    """Write tokenized documents to .npy shards in a new or empty folder: train_00000.npy ..., and
+    val_00000.npy ... of the documents that are held out; two shards per 2**27 ids."""
     if os.path.exists(folder) and os.listdir(folder):
         raise ValueError(f"--write_tokens {folder} is not empty")
     with written_beside(folder) as partial:
@@ -1120,7 +1145,7 @@ def write_tokens(folder, documents):
             for split, parts in splits.items():
                 if parts:
                     np.save(partial / f"{split}_{n:05d}.npy", np.concatenate(parts))
-    print(f"{folder}: {n} times 2**27 tokens, or less in the last")
+    print(f"{folder}: {n} shards to train on, with what is held out beside them")
 
 def open_part(part):
     """Ids of a part of a Corpus: an array itself, or a shard that is memory-mapped while the result
@@ -1134,7 +1159,7 @@ def open_part(part):
             magic, version, size = np.fromfile(part, np.int32, 3).tolist()
             ids = np.memmap(part, np.uint16, "r", offset=1024)
             if [magic, version, size] != [20240520, 1, len(ids)]:
-                raise ValueError("another header, or another length than in the header")
+                raise ValueError("unexpected header, or its length does not match the file")
         if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32):
             raise ValueError(f"it holds {ids.dtype} {ids.shape}, not a row of uint16 or uint32")
     return ids

@@ -1,5 +1,5 @@
-"""Language Models are Few-Shot Learners (Brown et al., 2020, arXiv 2005.14165), GPT-3, and Language
-Models are Unsupervised Multitask Learners (Radford et al., 2019), GPT-2, in one file.
+r"""Language Models are Few-Shot Learners (Brown et al., 2020, arXiv 2005.14165), GPT-3, and
+Language Models are Unsupervised Multitask Learners (Radford et al., 2019), GPT-2, in one file.
 
 New against its parent, gpt1.py; in GPT-2 (§2.2, §2.3):
 - the norm moves to the input of each branch, and one more follows the last block;
@@ -23,12 +23,12 @@ Conventions: T + 1 tokens make T inputs and T targets; loss in nats per target.
 
 Run: python gpt3.py                         # a laptop: the preset demo
      torchrun --nproc_per_node=8 gpt3.py    # GPUs: the preset small
-     torchrun --nnodes=16 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
-         gpt3.py --preset 13b --tp 8 --pp 4 --tokenizer gpt2 --out /shared/13b \\
+     torchrun --nnodes=16 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
+         gpt3.py --preset 13b --tp 8 --pp 4 --tokenizer gpt2 --out /shared/13b \
          --data "60:cc/,22:webtext2/,8:books1/,8:books2/,3:wikipedia/"
 Expect: in a minute on two CPU cores the demo learns a BPE of 1,024 entries, and its held-out bits
-per byte fall from 3.92 to 2.24 (lzma needs 1.93); an example in the context makes an answer
-likelier, but none is found yet.
+per byte fall from 3.92 to 2.24; an example in the context makes an answer likelier, but none is
+found yet.
 """
 
 import argparse
@@ -37,26 +37,25 @@ import bisect
 import collections
 import contextlib
 import dataclasses
+import fcntl
 import functools
-import glob
 import hashlib
 import heapq
-import importlib.util
 import inspect
 import itertools
 import json
-import lzma
 import math
 import os
 import re
-import resource
 import shutil
+import socket
 import sys
 import sysconfig
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from signal import SIGINT, SIGTERM, signal
+from signal import SIG_DFL, SIGINT, SIGTERM, signal
 from typing import Literal, get_args
 
 import numpy as np
@@ -72,64 +71,66 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------- Config ----------------------------------------
 
 @dataclasses.dataclass
 class Config:
-    """The run. Every field is a flag of the command line, and its comment is the flag's help."""
+    """Run configuration: each field is a command-line flag, and its comment is the flag's help."""
 
     # Model, Table 2.1
-    vocab_size: int = 0  # V, entries of the vocabulary; 0: as many as the tokenizer has
-    seq_len: int = 2048  # T, positions that the model has, and tokens of every training sequence
+    vocab_size: int = 0  # V, entries of the vocabulary; 0: those of the tokenizer
+    seq_len: int = 2048  # T, tokens of a sequence and positions of the model
     dim: int = 768  # D, width of the residual stream
-    n_layers: int = 12  # blocks
+    n_layers: int = 12  # number of blocks
     n_heads: int = 12  # H, attention heads
     hidden_dim: int = 3072  # F, width of the feed-forward layer
     band: int = 128  # positions that a banded layer attends to, its own included; 0: all are dense
     banded: Literal["odd", "even"] = "odd"  # which layers are banded, counted from 0
-    dropout: float = 0.0  # on embeddings and residual branches
+    dropout: float = 0.0  # dropout of embeddings and residual branches
     # Data
-    data: str = ""  # WEIGHT:PATH,...: a mix of text and shards of its ids; empty: Python's library
-    tokenizer: str = ""  # bytes, gpt2, ..., a rank file, or bpe:N, learned here; empty: bytes
-    train_tokenizer: int = 0  # entries of a BPE to learn from the data for out/ranks.tiktoken; exit
+    data: str = ""  # WEIGHT:PATH,... of text or token shards; empty: Python's standard library
+    tokenizer: str = ""  # bytes, bpe:N (N entries, learned), an encoding of tiktoken or a rank file
+    train_tokenizer: int = 0  # entries of a BPE to learn for out/ranks.tiktoken, then exit
     # Optimization, Table 2.1 and appendix B
-    batch_size: int = 256  # sequences of one update, over all ranks, once ramped up
+    batch_size: int = 256  # sequences per update after the ramp, over all ranks
     first_batch: int = 16  # sequences of the first update; 0: batch_size
-    ramp_tokens: float = 4e9  # over which the batch grows
-    batch_multiple: int = 1  # sequences that a growing batch is a multiple of
-    tokens: float = 300e9  # of the run
-    steps: int = 0  # updates, at most; 0: as many as the tokens need
-    lr: float = 6e-4  # largest learning rate
-    warmup_tokens: float = 375e6  # of linear warm-up
-    decay_tokens: float = 260e9  # at which the cosine ends, at a tenth of the rate
-    weight_decay: float = 0.1  # decoupled, on matrices and embeddings
-    clip: float = 1.0  # largest norm of the gradient; 0: no clipping
+    ramp_tokens: float = 4e9  # tokens over which the batch grows
+    batch_multiple: int = 1  # sequences by which the batch grows at each step of the ramp
+    tokens: float = 300e9  # tokens of the run, if --steps is 0
+    steps: int = 0  # updates of the run; 0: as many as --tokens needs
+    lr: float = 6e-4  # peak learning rate
+    warmup_tokens: float = 375e6  # tokens of linear warm-up, at most a tenth of the run
+    decay_tokens: float = 260e9  # tokens after which the cosine has reached a tenth of the peak
+    weight_decay: float = 0.1  # decoupled weight decay of matrices and embeddings
+    clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
     noise_scale: bool = False  # log the gradient noise scale, in tokens
-    seed: int = 0  # of weights, data order and dropout
+    seed: int = 0  # seed of the weights, the order of the data and dropout
     # Parallelism, §2.1
-    micro_batch: int = 0  # sequences of one forward pass, at most; 0: the share, pp: a part of it
-    tp: int = 1  # ranks that share each layer's matrices
-    pp: int = 1  # ranks that share the layers
-    dp: int = 0  # ranks that read their own data and share the optimizer; 0: all that are left
+    micro_batch: int = 0  # maximum sequences of a forward pass on one rank; 0: chosen by the layout
+    tp: int = 1  # tensor-parallel ranks, which share each layer's matrices
+    pp: int = 1  # pipeline-parallel ranks, which share the layers
+    dp: int = 0  # data-parallel ranks, which share parameters and optimizer; 0: all that are left
     # Machine
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on GPUs, else fp32
-    compile: bool = False  # compile each block
-    recompute: Literal["none", "block"] = "none"  # block: keep only its input for the backward pass
-    timeout: int = 600  # seconds until a collective gives up on a lost rank
-    dry_run: bool = False  # print what the run would need, and exit
-    world_size: int = 1  # ranks that dry_run plans for
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU, else fp32
+    compile: bool = False  # compile each block with torch.compile
+    recompute: Literal["none", "block"] = "none"  # block: recompute blocks in the backward pass
+    timeout: int = 600  # seconds that a collective waits for a lost rank
+    dry_run: bool = False  # print parameters, FLOPs and memory per rank, then exit
+    world_size: int = 1  # number of ranks that --dry_run plans for
     # Reports and files
     log_every: int = 10  # updates between log lines
     val_every: int = 1000  # updates between validations
-    val_batches: int = 16  # held-out batches of one validation, at most
+    val_batches: int = 16  # maximum number of batches per validation
     prompt: str = ""  # text that the sample continues; empty: the start of the held-out text
-    out: str = ""  # directory for checkpoints, metrics.jsonl, config.json; empty: none are written
+    out: str = ""  # directory of checkpoints, metrics.jsonl and config.json; empty: write nothing
     save_every: int = 1000  # updates between checkpoints
-    resume: bool = False  # go on from the newest checkpoint in out
+    resume: bool = False  # continue from the newest checkpoint in --out, if there is one
+    eval: bool = False  # validate and sample what --init or --out holds, without training
     init: str = ""  # Hugging Face checkpoint directory to start from
-    export: str = ""  # directory to write the model to as a Hugging Face checkpoint
-    write_tokens: str = ""  # directory to write the data to as token shards; then exit
+    export: str = ""  # directory to write a Hugging Face checkpoint to after training
+    write_tokens: str = ""  # directory to write the data to as token shards, then exit
 
 # Batches in sequences: 32k, 0.5M, 1M, 2M and 3.2M tokens are 16, 256, 512, 1024 and 1536 of 2,048.
 # Undisclosed: how long each size's ramp is ("the first 4-12 billion tokens"), and how batches are
@@ -144,7 +145,7 @@ GPT2 = GPT3 | dict(
     seq_len=1024, band=0, batch_size=512, first_batch=0, tokens=3e5 * 2**19,
     warmup_tokens=2e3 * 2**19, decay_tokens=3e5 * 2**19,
 )  # fmt: skip
-SHAPE = ("n_layers", "dim", "n_heads", "hidden_dim")
+SIZES = ("n_layers", "dim", "n_heads", "hidden_dim")
 BATCH = ("batch_size", "ramp_tokens", "lr")
 PRESETS = {
     # A CPU, a minute: a BPE of its own, a batch that grows from 24 sequences to 72.
@@ -160,24 +161,22 @@ PRESETS = {
         val_every=500,
     ),
     # GPT-2, Table 2; heads of 64 as released.
-    "gpt2": GPT2 | dict(zip(SHAPE, (12, 768, 12, 3072)), lr=6e-4),
-    "gpt2_medium": GPT2 | dict(zip(SHAPE, (24, 1024, 16, 4096)), lr=3e-4),
-    "gpt2_large": GPT2 | dict(zip(SHAPE, (36, 1280, 20, 5120)), lr=2.5e-4),
-    "gpt2_xl": GPT2 | dict(zip(SHAPE, (48, 1600, 25, 6400)), lr=2e-4),
+    "gpt2": GPT2 | dict(zip(SIZES, (12, 768, 12, 3072)), lr=6e-4),
+    "gpt2_medium": GPT2 | dict(zip(SIZES, (24, 1024, 16, 4096)), lr=3e-4),
+    "gpt2_large": GPT2 | dict(zip(SIZES, (36, 1280, 20, 5120)), lr=2.5e-4),
+    "gpt2_xl": GPT2 | dict(zip(SIZES, (48, 1600, 25, 6400)), lr=2e-4),
     # GPT-3, Table 2.1. It prints 24 heads of 128 for 1.3b and a width of 5,140 for 13b; the
     # parameters of Table D.1, 1,320M and 12,850M, say 16 heads and 5,120.
-    "125m": GPT3 | dict(zip(SHAPE + BATCH, (12, 768, 12, 3072, 256, 4e9, 6e-4))),
-    "350m": GPT3 | dict(zip(SHAPE + BATCH, (24, 1024, 16, 4096, 256, 4e9, 3e-4))),
-    "760m": GPT3 | dict(zip(SHAPE + BATCH, (24, 1536, 16, 6144, 256, 4e9, 2.5e-4))),
-    "1.3b": GPT3 | dict(zip(SHAPE + BATCH, (24, 2048, 16, 8192, 512, 6e9, 2e-4))),
-    "2.7b": GPT3 | dict(zip(SHAPE + BATCH, (32, 2560, 32, 10240, 512, 6e9, 1.6e-4))),
-    "6.7b": GPT3 | dict(zip(SHAPE + BATCH, (32, 4096, 32, 16384, 1024, 8e9, 1.2e-4))),
-    "13b": GPT3 | dict(zip(SHAPE + BATCH, (40, 5120, 40, 20480, 1024, 8e9, 1e-4))),
-    "175b": GPT3 | dict(zip(SHAPE + BATCH, (96, 12288, 96, 49152, 1536, 12e9, 0.6e-4))),
+    "125m": GPT3 | dict(zip(SIZES + BATCH, (12, 768, 12, 3072, 256, 4e9, 6e-4))),
+    "350m": GPT3 | dict(zip(SIZES + BATCH, (24, 1024, 16, 4096, 256, 4e9, 3e-4))),
+    "760m": GPT3 | dict(zip(SIZES + BATCH, (24, 1536, 16, 6144, 256, 4e9, 2.5e-4))),
+    "1.3b": GPT3 | dict(zip(SIZES + BATCH, (24, 2048, 16, 8192, 512, 6e9, 2e-4))),
+    "2.7b": GPT3 | dict(zip(SIZES + BATCH, (32, 2560, 32, 10240, 512, 6e9, 1.6e-4))),
+    "6.7b": GPT3 | dict(zip(SIZES + BATCH, (32, 4096, 32, 16384, 1024, 8e9, 1.2e-4))),
+    "13b": GPT3 | dict(zip(SIZES + BATCH, (40, 5120, 40, 20480, 1024, 8e9, 1e-4))),
+    "175b": GPT3 | dict(zip(SIZES + BATCH, (96, 12288, 96, 49152, 1536, 12e9, 0.6e-4))),
 }  # fmt: skip
-BEGIN, END = "", "<|endoftext|>"  # tokens around each document of a stream; BEGIN may be none
-SPECIALS = (END,)
-PATTERN = (  # how GPT-4 and Llama 3 split text into words, for files of ranks
+PATTERN = (  # how GPT-4 and Llama 3 split text into words, for BPE rank files
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -316,9 +315,11 @@ class GPT3(nn.Module):
 
     def __init__(self, cfg, layers=None, first=True, last=True, tp=None):
         super().__init__()
-        self.tp, self.cfg = tp, cfg
+        self.tp = tp
+        self.cfg = cfg
         self.dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(cfg.precision, torch.float32)
-        rows, layers = padded_rows(cfg, tp), range(cfg.n_layers) if layers is None else layers
+        rows = padded_rows(cfg, tp)
+        layers = range(cfg.n_layers) if layers is None else layers
         self.token_embedding = nn.Embedding(rows, cfg.dim) if first else None
         self.position_embedding = nn.Embedding(cfg.seq_len, cfg.dim) if first else None
         self.blocks = nn.ModuleDict({str(i): Block(cfg, tp) for i in layers})
@@ -348,21 +349,17 @@ class GPT3(nn.Module):
         return x
 
     def forward(self, x):
-        cfg, masks = self.cfg, (None, None)
+        cfg = self.cfg
+        mask = None
         low = self.dtype != torch.float32
         with torch.autocast(x.device.type, self.dtype) if low else contextlib.nullcontext():
             if self.token_embedding is not None:
                 x = F.dropout(self.embed(x), cfg.dropout, self.training)
             if cfg.band:
                 # Undisclosed: whether odd or even layers are banded. Odd: the first is dense.
-                masks = None, banded_mask(x.shape[1], cfg.band, x.device)
+                mask = banded_mask(x.shape[1], cfg.band, x.device)
             for i, block in self.blocks.items():
-                mask = masks[int(i) % 2 == (cfg.banded == "odd")]
-                if cfg.recompute == "block" and self.training:
-                    checkpoint = torch.utils.checkpoint.checkpoint
-                    x = checkpoint(block, x, mask, use_reentrant=False)
-                else:
-                    x = block(x, mask)
+                x = block(x, mask if int(i) % 2 == (cfg.banded == "odd") else None)
             return x if self.final_norm is None else self.logits(x)
 
 def group_size(group):
@@ -372,7 +369,7 @@ def group_size(group):
 def padded_rows(cfg, tp):
     """Rows of the embedding on a rank of tp: Megatron pads V to a multiple of 128 times them."""
     ranks = group_size(tp)
-    return cfg.vocab_size if ranks == 1 else -(-cfg.vocab_size // (128 * ranks)) * 128
+    return cfg.vocab_size if ranks == 1 else 128 * math.ceil(cfg.vocab_size / (128 * ranks))
 
 def init_weights(model, cfg, tp=None):
     """GPT-2 §2.3: N(0, 0.02), and what is added to the residual stream smaller by sqrt(2 L), the
@@ -403,7 +400,8 @@ def flops_per_token(cfg):
     """Training FLOPs per token: 2 per weight of a matrix product forward, twice that backward.
     Attention counts what a query sees: as causal, (T + 1) / 2 keys, half of what the full square
     gives, and in banded layers those of the band."""
-    T, band = cfg.seq_len, min(cfg.band or cfg.seq_len, cfg.seq_len)
+    T = cfg.seq_len
+    band = min(cfg.band or T, T)
     n_banded = (cfg.n_layers + (cfg.banded == "even")) // 2
     keys = (cfg.n_layers - n_banded) * (T + 1) / 2
     keys += n_banded * band * (T - (band - 1) / 2) / T
@@ -461,50 +459,66 @@ def train_bpe(texts, entries):
         raise ValueError(f"the text has no more than {len(ranks)} entries of a BPE, not {entries}")
     return ranks
 
-def learn_ranks(cfg, entries, most, folder):
-    """train_bpe on documents that are not held out, in the order of their hashes and up to `most`
-    characters; written to folder/ranks.tiktoken if there is a folder."""
-    paths = [path for path in parse_mix(cfg.data) if not shard_paths(path)]
-    documents = (document for path in paths for document in read_documents(path))
-    hashed = sorted((stable_hash(name), text) for name, text in documents)
-    texts = [text for key, text in hashed if key < 0.95 * 2**64] or [text for _, text in hashed]
+def learn_ranks(documents, n_entries, n_characters, folder):
+    """train_bpe on documents that are not held out, in the order of their hashes, until it has
+    n_characters; written to folder/ranks.tiktoken, if folder is not empty."""
+    documents = sorted(documents, key=lambda document: stable_hash(document[0]))
+    if not documents:
+        raise ValueError("a BPE is learned from text, and --data has token shards")
+    texts = [text for name, text in documents if not is_held_out(name)]
+    texts = texts or [text for _, text in documents]
     sizes = itertools.accumulate(map(len, texts), initial=0)
-    ranks = train_bpe((text for text, before in zip(texts, sizes) if before < most), entries)
-    if folder and int(os.environ.get("RANK", 0)) == 0:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+    texts = (text for text, before in zip(texts, sizes) if before < n_characters)
+    ranks = train_bpe(texts, n_entries)
+    if folder and dist.get_rank() == 0:
         lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
-        partial = Path(folder) / "ranks.tmp"
-        partial.write_text("".join(lines))
-        partial.rename(Path(folder) / "ranks.tiktoken")
+        with written_beside(folder) as partial:
+            (partial / "ranks.tiktoken").write_text("".join(lines))
     return ranks
 
-def make_tokenizer(cfg):
-    """The tokenizer of cfg. bpe:N is learned from 4 MB of text, once: a run that goes on has it."""
-    if not cfg.tokenizer.startswith("bpe:"):
-        return load_tokenizer(cfg.tokenizer or "bytes", SPECIALS)
-    entries, folder = int(cfg.tokenizer.removeprefix("bpe:")), cfg.out or cfg.write_tokens
-    known = f"{folder}/ranks.tiktoken"
-    if not folder or not os.path.exists(known):
-        settings = dict(mergeable_ranks=learn_ranks(cfg, entries, 2**22, folder))
-        settings["special_tokens"] = {END: entries}
-        return tiktoken.Encoding(cfg.tokenizer, pat_str=PATTERN, **settings)
-    if (tokenizer := load_tokenizer(known, SPECIALS)).n_vocab != entries + 1:
-        raise ValueError(f"{known} has {tokenizer.n_vocab - 1} entries, and not {entries}")
+def entries_to_learn(tokenizer):
+    """N of the tokenizer bpe:N; 0 of any other."""
+    learned = re.fullmatch(r"bpe:(\d+)", tokenizer)
+    return int(learned[1]) if learned else 0
+
+def make_tokenizer(cfg, documents):
+    """The tokenizer of cfg. bpe:N is learned from 4 MB of the documents, or read from --out, where
+    the run has written it."""
+    n_entries = entries_to_learn(cfg.tokenizer)
+    written = f"{cfg.out}/ranks.tiktoken"
+    if not n_entries:
+        return load_tokenizer(cfg.tokenizer or "bytes", ["<|endoftext|>"])
+    if not cfg.out or not os.path.exists(written):
+        ranks = learn_ranks(documents, n_entries, 2**22, cfg.out)
+        specials = {"<|endoftext|>": n_entries}
+        return tiktoken.Encoding(
+            cfg.tokenizer, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=specials
+        )
+    tokenizer = load_tokenizer(written, ["<|endoftext|>"])
+    if tokenizer.n_vocab != n_entries + 1:
+        raise ValueError(f"{written} has {tokenizer.n_vocab - 1} entries, and not {n_entries}")
     return tokenizer
 
 class Mixture:
-    """Corpora drawn by weight, a sequence at a time. Of each block of 1,000 sequences every
-    corpus has its exact share, in an order that the seed shuffles, so that its own position is
-    arithmetic. starts are the windows of each corpus that are spent already, and first the
-    sequences that earlier phases drew from this mixture."""
+    """Corpora that are drawn by weight, one sequence at a time.
+
+    Of each block of 1,000 sequences every corpus has its exact share, in an order that the seed
+    shuffles, so that its own position is arithmetic. starts: windows of each corpus that earlier
+    phases spent; first: sequences that earlier phases drew from this mixture.
+    """
 
     def __init__(self, mix, corpora, starts, first):
-        self.names, self.corpora, self.starts, self.first = list(mix), corpora, starts, first
+        self.names = list(mix)
+        self.weights = list(mix.values())
+        self.corpora = corpora
+        self.starts = starts
+        self.first = first
         self.block = 1000 if len(mix) > 1 else 1
-        sums = itertools.accumulate(mix.values(), initial=0.0)
+        sums = itertools.accumulate(self.weights, initial=0.0)
         self.bounds = [round(self.block * part) for part in sums]
         self.shares = [b - a for a, b in itertools.pairwise(self.bounds)]
-        self.separator, self.token_bytes = corpora[0].separator, corpora[0].token_bytes
+        self.separator = corpora[0].separator
+        self.token_bytes = corpora[0].token_bytes
 
     def draw(self, index, seed):
         """(corpus, window of it) of sequence `index` of the phase."""
@@ -515,24 +529,32 @@ class Mixture:
         return corpus, self.starts[corpus] + position
 
     def spent(self, n):
-        """The windows of each corpus that are spent after n sequences of the phase."""
-        blocks = -(-(self.first + n) // self.block)
+        """Windows of each corpus that are spent after n sequences of the phase."""
+        blocks = math.ceil((self.first + n) / self.block)
         return [start + blocks * share for start, share in zip(self.starts, self.shares)]
+
+    def n_windows(self, length):
+        """Sequences of length + 1 ids until one of the corpora begins another epoch."""
+        pairs = zip(self.corpora, self.weights)
+        return round(min(corpus.n_windows(length) / weight for corpus, weight in pairs))
 
     def window(self, index, length, seed):
         """Window `index` of the phase, length + 1 ids."""
         corpus, position = self.draw(index, seed)
         return self.corpora[corpus].window(position, length, seed)
 
+    def fingerprint(self):
+        """A number that tells mixtures of other shares or other data apart."""
+        return stable_hash(self.shares, [corpus.fingerprint() for corpus in self.corpora])
+
 def parse_mix(text):
-    """{path: weight} of WEIGHT:PATH,...; a path alone has weight 1."""
+    """{path: weight} of WEIGHT:PATH,...; a path alone has weight 1. The weights are divided by
+    their sum."""
     mix = {}
     for part in text.split(","):
         weight, path = re.fullmatch(r"(?:([^:/\\]*):)?(.*)", part, re.S).groups()
-        try:
+        with explain(f"{part} is not WEIGHT:PATH", ValueError):
             number = float(weight or 1)
-        except ValueError:
-            raise ValueError(f"{part} is not WEIGHT:PATH") from None
         if not 0 < number < math.inf:
             raise ValueError(f"the weight of {path or 'the library'} is {weight}, not positive")
         mix[path] = mix.get(path, 0.0) + number
@@ -541,48 +563,55 @@ def parse_mix(text):
         raise ValueError(f"the weight of {min(mix, key=mix.get)} is too small")
     return mix
 
-def mix_held_out(mix, heldout, batch, length, most):
-    """Parts of the held-out corpora of a mix, batch by batch of sequences of `length`, in which
-    every corpus has its share; `most` batches at most."""
-    sizes = {path: (math.ceil(batch * mix[path]) + 1) * length for path in mix}
-    rounds = min(sum(map(len, heldout[path].parts)) // size for path, size in sizes.items())
-    parts = []
-    for i in range(min(rounds, most)):
-        for path, size in sizes.items():
-            start = i * size
-            for part in heldout[path].parts:
-                parts.append(part[max(start, 0) : max(start + size, 0)])
-                start -= len(part)
-    return parts
-
-def load_mixture(cfg, tokenizer):
-    """(Mixture to train on, held-out Corpus of the same mix). A corpus whose epoch is over begins
-    another, in another order; till then no sequence of it comes twice (appendix B)."""
+def load_mixture(cfg):
+    """(tokenizer or None, Mixture to train on, Mixture of the held-out text) of --data; sets
+    cfg.vocab_size. The result is None after --train_tokenizer, and after --write_tokens, which
+    writes the data as shards. A corpus whose epoch is over begins another; till then no sequence of
+    it comes twice (appendix B)."""
     # Table 2.2: of Common Crawl (410B tokens), WebText2 (19B), Books1 (12B), Books2 (55B) and
     # Wikipedia (3B) it prints weights of 60, 22, 8, 8 and 3 %, and 0.44, 2.9, 1.9, 0.43 and 3.4
     # epochs in 300B tokens. The weights, which add up to 101 %, give 0.43, 3.4, 2.0, 0.43 and 3.0.
     # Departure: the corpora are to be had clean: quality filter, fuzzy deduplication (appendix A)
     # and removal of what benchmarks contain (appendix C) are not here.
-    mix, corpora = parse_mix(cfg.data), {}
-    for path, weight in mix.items():
-        documents = [] if shard_paths(path) else tokenize(read_documents(path), tokenizer)
-        sizes = cfg.vocab_size, math.ceil(cfg.batch_size * weight), cfg.seq_len
-        corpora[path] = load_corpora(path, documents, tokenizer, *sizes)
-    cfg.vocab_size = max(corpus.vocab_size for corpus, _ in corpora.values())
-    mixture = Mixture(mix, [corpora[path][0] for path in mix], [0] * len(mix), 0)
-    heldout = {path: held for path, (_, held) in corpora.items()}
-    parts = mix_held_out(mix, heldout, cfg.batch_size, cfg.seq_len, cfg.val_batches)
-    return mixture, Corpus(parts, tokenizer, cfg.vocab_size, in_order=True)
+    mix = parse_mix(cfg.data)
+    sources = {path: find_files(path) for path in mix}  # (text files, token shards) of each
+    texts = (text for path in mix for text in read_documents(path, sources[path][0]))
+    if cfg.train_tokenizer:
+        learn_ranks(texts, cfg.train_tokenizer, math.inf, cfg.out)
+        return print(f"{cfg.train_tokenizer} entries in {cfg.out}/ranks.tiktoken")
+    tokenizer = None
+    separator = -1  # unknown
+    if cfg.tokenizer or any(files for files, _ in sources.values()):
+        tokenizer = make_tokenizer(cfg, texts)
+        separator = tokenizer.eot_token
+    cfg.vocab_size = vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
+    corpora = []
+    for path, (files, shards) in sources.items():
+        documents = tokenize(read_documents(path, files), tokenizer, separator)
+        if cfg.write_tokens and shards:
+            raise ValueError("--write_tokens reads text, and --data has token shards")
+        if cfg.write_tokens:
+            return write_tokens(cfg.write_tokens, documents)
+        sizes = cfg.vocab_size, math.ceil(cfg.batch_size * mix[path]), cfg.seq_len
+        with explain(f"--data {path}", ValueError):
+            corpora.append(load_corpora(shards, documents, tokenizer, separator, *sizes))
+    starts = [0] * len(mix)
+    mixture, heldout = (Mixture(mix, parts, starts, 0) for parts in zip(*corpora))
+    return tokenizer, mixture, heldout
 
 def get_batch(corpus, first, n, cfg):
-    """Sequences first ... first + n - 1 of the run, whatever the ranks or the moment: tokens and
-    targets [n, T], and the counts n_targets and n_bytes (of the targets' text)."""
-    # Appendix B: documents in one stream, END after each, cut into windows; nothing is masked, all
-    # targets count, and attention crosses documents. Undisclosed: how windows lie in the stream.
+    """Sequences first ... first + n - 1 of the run: tokens and targets [n, T], and their counts.
+
+    A pure function of the seed and the index, so that any number of ranks, any accumulation and
+    any resume see the same sequences. n_targets counts targets, n_bytes the bytes of their text.
+    """
+    # Appendix B: documents in one stream, a separator after each, cut into windows; nothing is
+    # masked, all targets count, and attention crosses documents. Undisclosed: how windows lie.
     windows = np.stack([corpus.window(first + i, cfg.seq_len, cfg.seed) for i in range(n)])
-    tokens, targets = torch.from_numpy(windows[:, :-1].copy()), windows[:, 1:]
+    tokens = torch.from_numpy(windows[:, :-1].copy())
+    targets = windows[:, 1:].copy()
     counts = {"n_targets": targets.size, "n_bytes": int(corpus.token_bytes[targets].sum())}
-    return {"tokens": tokens, "targets": torch.from_numpy(targets.copy()), **counts}
+    return {"tokens": tokens, "targets": torch.from_numpy(targets), **counts}
 
 # ---------------------------------------- Objective ----------------------------------------
 
@@ -639,23 +668,35 @@ def batch_at(tokens, cfg):
     grown = (cfg.batch_size - cfg.first_batch) * tokens / cfg.ramp_tokens
     return int(cfg.first_batch + grown) // cfg.batch_multiple * cfg.batch_multiple
 
-def count_steps(cfg):
-    """(updates of the ramp, of the run)."""
-    tokens, ramp = 0, 0
+def count_steps(cfg, tokens=0):
+    """(updates of the ramp, all updates) from `tokens` on to the end of the run."""
+    ramp = 0
     while tokens < min(cfg.tokens, cfg.ramp_tokens) and batch_at(tokens, cfg) < cfg.batch_size:
-        tokens, ramp = tokens + batch_at(tokens, cfg) * cfg.seq_len, ramp + 1
+        tokens += batch_at(tokens, cfg) * cfg.seq_len
+        ramp += 1
     left = math.ceil((cfg.tokens - tokens) / (cfg.batch_size * cfg.seq_len))
     return ramp, ramp + max(left, 0)
 
-def gradient_norm(model, loss, mesh, device):
+def count_tokens(cfg, steps):
+    """Tokens of the first `steps` updates."""
+    tokens = 0
+    for _ in range(steps):
+        tokens += batch_at(tokens, cfg) * cfg.seq_len
+    return tokens
+
+def gradient_norm(model, loss, mesh):
     """(norm of the whole gradient, loss summed over ranks). What several ranks hold counts once."""
-    whole, copied = [], []  # by tensor parallelism: a part on each rank, the same on all
+    sharded = []  # by tensor parallelism
+    replicated = []
     for name, p in model.named_parameters():
         if name != "head.weight":  # the last stage's copy of the embedding
-            local = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
-            (copied if tensor_dimension(name) is None else whole).append(local)
-    square, more = (nn.utils.get_total_norm(part).double() ** 2 for part in (whole, copied))
-    square, loss = sum_over_ranks(square + more / mesh["tp"].size(), loss, device=device)
+            part = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
+            (replicated if tensor_dimension(name) is None else sharded).append(part)
+    square = nn.utils.get_total_norm(sharded).double() ** 2
+    square = square + nn.utils.get_total_norm(replicated).double() ** 2 / mesh["tp"].size()
+    sums = torch.stack([square, loss.double()])
+    dist.all_reduce(sums)
+    square, loss = sums.tolist()  # the update waits for the device here alone
     return math.sqrt(square) if square >= 0 else math.nan, loss
 
 def noise_scale(small, big, n_small, n_big):
@@ -690,7 +731,7 @@ def lay_out(cfg, ranks):
             f"tp {cfg.tp} x pp {cfg.pp} x dp {cfg.dp or 'any'} are not {ranks} ranks"
         )
     cfg = dataclasses.replace(cfg, dp=ranks // others)
-    if cfg.pp > 1 and not cfg.micro_batch:  # two for each rank of the pipeline, at the least
+    if cfg.pp > 1 and not cfg.micro_batch:  # at least two micro-batches for each pipeline rank
         share = math.gcd(cfg.first_batch or cfg.batch_size, cfg.batch_size) // cfg.dp
         fits = (n for n in range(share // (2 * cfg.pp), 0, -1) if share % n == 0)
         cfg.micro_batch = next(fits, 1)
@@ -735,14 +776,18 @@ def whole_tensor(name, tensor, tp):
 def parallelize(model, cfg, mesh):
     """Data parallelism of a model on the meta device, or a stage of it, which gets its memory here:
     parameters, gradients and optimizer are cut over the data-parallel ranks. Parameters are
-    gathered once an update, in fp32, so that the layout changes no number."""
+    gathered once an update, in fp32, so that the layout changes no number. Recomputation and
+    compilation are applied to the blocks first."""
     # Undisclosed: how data parallelism went. Cutting the optimizer's state is later than the paper.
     settings = dict(mesh=mesh["dp"], reshard_after_forward=False)
     settings["mp_policy"] = MixedPrecisionPolicy(cast_forward_inputs=False)
     model.to_empty(device=mesh.device_type)
     for block in model.blocks.values():
+        if cfg.recompute == "block":
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         if cfg.compile:
-            block.compile()
+            torch.compiler.config.fail_on_recompile_limit_hit = True
+            block.compile(dynamic=False)
         if cfg.dp > 1:
             fully_shard(block, **settings)
     return fully_shard(model, **settings) if cfg.dp > 1 else model
@@ -755,14 +800,19 @@ class ModelParallel:
 
     def __init__(self, cfg, device):
         """Builds this rank's part, without values yet; ranks are tp + TP (pp + PP dp)."""
-        names, sizes = ("dp", "pp", "tp"), (cfg.dp, cfg.pp, cfg.tp)
-        self.mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
-        self.cfg, self.device, self.n_targets, self.n_micro = cfg, device, 0.0, 0
+        sizes = cfg.dp, cfg.pp, cfg.tp
+        self.mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("dp", "pp", "tp"))
+        self.cfg = cfg
+        self.device = device
         self.tp = self.mesh["tp"].get_group() if cfg.tp > 1 else None
-        self.data_rank, self.stage = (self.mesh[n].get_local_rank() for n in ("dp", "pp"))
-        self.ends = self.stage == 0, self.stage == cfg.pp - 1
+        self.data_rank = self.mesh["dp"].get_local_rank()
+        self.stage = self.mesh["pp"].get_local_rank()
+        self.n_micro = 0  # micro-batches of the pipeline's schedule
+        self.is_first = self.stage == 0
+        self.is_last = self.stage == cfg.pp - 1
         with torch.device("meta"):
-            model = GPT3(cfg, stage_blocks(cfg, self.stage), *self.ends, self.tp)
+            layers = stage_blocks(cfg, self.stage)
+            model = GPT3(cfg, layers, self.is_first, self.is_last, self.tp)
         self.model = parallelize(model, cfg, self.mesh)
         self.saved = nn.Module()  # what a checkpoint holds: names are unique among tp's ranks
         self.saved.add_module(f"tp{self.mesh['tp'].get_local_rank()}", self.model)
@@ -776,99 +826,152 @@ class ModelParallel:
         """(this rank's part of the mean loss over the global batch, norm after the first
         micro-batch with --noise_scale); where autograd is on, the gradient of scale times all of it
         is added to the parameters."""
-        # sharding averages gradients over its ranks, and they are to be summed
-        cfg, losses, norm, self.scale = self.cfg, [], 0.0, scale * self.cfg.dp
-        self.n_targets, learns = batches[0]["n_targets"], torch.is_grad_enabled()
+        cfg = self.cfg
+        self.n_targets = batches[0]["n_targets"]
+        self.scale = scale * cfg.dp  # FSDP averages over its ranks what is to be summed
+        losses = []
+        norm = 0.0
         if cfg.pp > 1:
             self.run_pipeline(batches, losses)
-        for i, batch in enumerate(batches if cfg.pp == 1 else (), 1):
+        else:
+            norm = self.run_in_turn(batches, losses)
+        if not torch.is_grad_enabled():  # as the backward pass would
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+        loss = torch.zeros((), device=self.device)
+        for part in losses:
+            loss += part.detach()
+        return loss / self.scale / cfg.tp, norm
+
+    def run_in_turn(self, batches, losses):
+        """run without a pipeline; the losses of the micro-batches are appended to losses."""
+        cfg = self.cfg
+        norm = 0.0
+        for i, batch in enumerate(batches, 1):
             loss, _ = objective(self.model, batch, cfg)
             losses.append(loss * self.scale)
-            first = learns and cfg.noise_scale and i == 1 < len(batches)
-            if learns:
-                meets = i == len(batches) or first
-                if cfg.dp > 1:  # ranks meet once, in the last micro-batch
-                    self.model.set_requires_gradient_sync(meets)
-                    self.model.set_reshard_after_backward(meets)
-                    self.model.set_is_last_backward(meets)
-                losses[-1].backward()
-            if first:
-                norm, _ = gradient_norm(self.model, 0.0, self.mesh, self.device)
-        for module in self.model.modules() if not learns else ():  # as the backward pass would
-            module.reshard() if isinstance(module, FSDPModule) else None
-        return sum(loss.detach() for loss in losses) / self.scale / cfg.tp if losses else 0.0, norm
+            if not torch.is_grad_enabled():
+                continue
+            measured = cfg.noise_scale and i == 1 < len(batches)
+            if cfg.dp > 1:  # ranks reduce their gradients once, in the last micro-batch
+                reduces = measured or i == len(batches)
+                self.model.set_requires_gradient_sync(reduces)
+                self.model.set_reshard_after_backward(reduces)
+                self.model.set_is_last_backward(reduces)
+            losses[-1].backward()
+            if measured:
+                norm, _ = gradient_norm(self.model, loss.detach(), self.mesh)
+        return norm
 
     def run_pipeline(self, batches, losses):
         """run by the stages of a pipeline, whose schedule fits one number of micro-batches."""
-        n, group = len(batches), self.mesh["pp"].get_group()
-        if n != self.n_micro:
+        group = self.mesh["pp"].get_group()
+        if len(batches) != self.n_micro:
+            self.n_micro = len(batches)
             stage = PipelineStage(self.model, self.stage, self.cfg.pp, self.device, group=group)
-            self.schedule = Schedule1F1B(stage, n, self.loss, scale_grads=False)
-            self.n_micro = n
+            self.schedule = Schedule1F1B(stage, self.n_micro, self.loss, scale_grads=False)
         step = self.schedule.step if torch.is_grad_enabled() else self.schedule.eval
-        tokens, targets = (torch.cat([b[name] for b in batches]) for name in ("tokens", "targets"))
-        last = dict(target=targets, losses=losses) if self.ends[1] else {}
-        step(*[tokens] * self.ends[0], **last, return_outputs=False)
-        if torch.is_grad_enabled() and any(self.ends):  # both have a copy of the embedding
-            table = self.model.token_embedding if self.ends[0] else self.model.head
-            gradient = table.weight.grad
-            gradient = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-            other = torch.empty_like(gradient)
-            peer = dist.get_global_rank(group, self.cfg.pp - 1 - self.stage)
-            operations = [dist.P2POp(dist.isend, gradient, peer, group)]
-            operations.append(dist.P2POp(dist.irecv, other, peer, group))
-            for request in dist.batch_isend_irecv(operations):
-                request.wait()
-            gradient += other
+        inputs = []
+        last = {}
+        if self.is_first:
+            inputs = [torch.cat([batch["tokens"] for batch in batches])]
+        if self.is_last:
+            last = {"target": torch.cat([batch["targets"] for batch in batches]), "losses": losses}
+        step(*inputs, **last, return_outputs=False)
+        if torch.is_grad_enabled() and (self.is_first or self.is_last):
+            self.sum_embedding_gradients(group)
 
-    @torch.no_grad()
+    def sum_embedding_gradients(self, group):
+        """Add up the gradients of the embedding on the first and on the last stage."""
+        table = self.model.token_embedding if self.is_first else self.model.head
+        gradient = table.weight.grad
+        gradient = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        other = torch.empty_like(gradient)
+        peer = dist.get_global_rank(group, self.cfg.pp - 1 - self.stage)
+        operations = [dist.P2POp(dist.isend, gradient, peer, group)]
+        operations.append(dist.P2POp(dist.irecv, other, peer, group))
+        for request in dist.batch_isend_irecv(operations):
+            request.wait()
+        gradient += other
+
     def evaluate(self, batches):
         """This rank's part of the mean loss over a global batch, without dropout."""
-        self.model.eval()
-        loss, _ = self.run(batches)
-        self.model.train()
-        return loss
+        with evaluation_mode(self.model, False):  # the lengths are those of training
+            loss, _ = self.run(batches)
+        return loss.item()
+
+    def named_parameters(self):
+        """(name, value) of each parameter of the whole model, on rank 0 and its CPU; other ranks
+        get None, and have to iterate as well."""
+        cfg = self.cfg
+        own = dict(self.model.named_parameters())
+        for stage in range(cfg.pp):
+            source = stage * cfg.tp  # the rank of this stage that sends
+            with torch.device("meta"):
+                part = GPT3(cfg, stage_blocks(cfg, stage), stage == 0, stage == cfg.pp - 1)
+            for name, p in part.named_parameters():
+                if name == "head.weight":  # the last stage's copy of the embedding
+                    continue
+                value = torch.empty(p.shape)
+                if stage == self.stage:
+                    value = whole_tensor(name, own[name].data, self.tp)
+                    value = value[: len(p)].cpu()  # without the rows that pad the vocabulary
+                if dist.get_rank() == source > 0:
+                    dist.send(value, 0)
+                if dist.get_rank() == 0 < source:
+                    dist.recv(value, source)
+                yield name, value if dist.get_rank() == 0 else None
 
 def memory_per_rank(cfg):
     """Bytes on the rank of cfg.world_size that needs most, by kind, as an eager backward pass
     begins at the full batch."""
-    steps, micro = split_batch(cfg, max(cfg.dp, 1))
+    steps, micro = split_batch(cfg, cfg.dp)
     # Kept per position and block: inputs of both norms (fp32), inputs of the first products of both
     # branches, and, cut by tensor parallelism, q, k, v, the attended values, GELU's in- and output.
-    size, found = 4 if cfg.precision == "fp32" else 2, []
+    size = 4 if cfg.precision == "fp32" else 2
     block = 8 * cfg.dim + size * (2 * cfg.dim + (4 * cfg.dim + 2 * cfg.hidden_dim) / cfg.tp)
     block += 2 * cfg.dim * (cfg.dropout > 0)  # a byte an entry of a GPU's two dropout masks
     head = 4 * cfg.dim + size * cfg.dim + 4 * cfg.vocab_size / cfg.tp  # norm, product, softmax
+    stages = []
     for i in range(cfg.pp):
         with torch.device("meta"):
             stage = GPT3(cfg, stage_blocks(cfg, i), i == 0, i == cfg.pp - 1)
-        local = whole = 0
+        n = 0
         for name, p in stage.named_parameters():
-            part = p.numel() / (cfg.tp if tensor_dimension(name) is not None else 1)
-            whole += part
-            local += part / max(cfg.dp, 1)
-        flight, blocks = min(cfg.pp - i, steps), len(stage.blocks)
-        kept = flight * blocks * block
+            n += p.numel() / (cfg.tp if tensor_dimension(name) is not None else 1)
+        in_flight = min(cfg.pp - i, steps)
+        n_blocks = len(stage.blocks)
+        kept = in_flight * n_blocks * block
         if cfg.recompute == "block":  # every block's input, and one block at a time in full
-            kept = flight * blocks * 4 * cfg.dim + block * (blocks > 0)
-        kept += head if i == cfg.pp - 1 else 0
-        memory = dict(parameters=4 * local, gradients=4 * local, optimizer=8 * local)
-        memory["gathered"] = 8 * whole * (cfg.dp > 1)  # parameters, and gradients before they meet
+            kept = in_flight * n_blocks * 4 * cfg.dim + block * (n_blocks > 0)
+        if i == cfg.pp - 1:
+            kept += head
+        shard = n / cfg.dp
+        memory = {"parameters": 4 * shard, "gradients": 4 * shard, "optimizer": 8 * shard}
+        memory["gathered"] = 8 * n * (cfg.dp > 1)  # parameters, and gradients before they meet
         memory["activations"] = micro * cfg.seq_len * kept
-        found.append({kind: int(bytes) for kind, bytes in memory.items()})
-    return max(found, key=lambda memory: sum(memory.values()))
+        stages.append(memory)
+    return max(stages, key=lambda memory: sum(memory.values()))
 
 # ---------------------------------------- Checkpoint ----------------------------------------
 
-HF_CONFIG = {  # ours: Hugging Face's
-    "vocab_size": "vocab_size", "seq_len": "n_positions", "dim": "n_embd", "n_layers": "n_layer",
-    "n_heads": "n_head", "hidden_dim": "n_inner",
+HF_CONFIG = {  # field of Config: (key in config.json, default of GPT2Config; bands are ours)
+    "vocab_size": ("vocab_size", 50257), "seq_len": ("n_positions", 1024), "dim": ("n_embd", 768),
+    "n_layers": ("n_layer", 12), "n_heads": ("n_head", 12), "hidden_dim": ("n_inner", None),
+    "band": ("band", 0), "banded": ("banded", "odd"),
+}  # fmt: skip
+HF_FIXED = {
+    "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False, "tie_word_embeddings": True,
 }  # fmt: skip
 HF_NAMES = {
     "token_embedding": "wte", "position_embedding": "wpe", "blocks": "h", "attn.qkv": "attn.c_attn",
     "attn.out": "attn.c_proj", "norm1": "ln_1", "norm2": "ln_2", "mlp.up": "mlp.c_fc",
     "mlp.down": "mlp.c_proj", "final_norm": "ln_f", "head": "wte",
 }  # fmt: skip
+SHAPE = tuple(HF_CONFIG)  # fields of Config that a checkpoint fixes
 
 def gpt2_name(name):
     """Hugging Face's name of our parameter, as the released checkpoints have it, without prefix."""
@@ -876,167 +979,178 @@ def gpt2_name(name):
         name = name.replace(ours, theirs)
     return name
 
-def to_conv1d(name, tensor, n_heads):
-    """A whole parameter as GPT2LMHeadModel has it: matrices [in, out], all q before all k and v."""
+def as_conv1d(name, tensor, n_heads):
+    """A whole parameter seen in Hugging Face's layout: matrices are [in, out], and the outputs of
+    qkv, [3, H, E], are all q before all k and v."""
     if "qkv" in name:
-        tensor = tensor.unflatten(0, (n_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
-    return tensor.T if re.search(r"(qkv|out|up|down)\.weight$", name) else tensor
-
-def from_conv1d(name, tensor, n_heads):
-    """The inverse of to_conv1d."""
-    tensor = tensor.T if re.search(r"(qkv|out|up|down)\.weight$", name) else tensor
-    if "qkv" in name:
-        tensor = tensor.unflatten(0, (3, n_heads, -1)).transpose(0, 1).flatten(0, 2)
+        tensor = tensor.unflatten(0, (n_heads, 3, -1)).transpose(0, 1)
+    if re.search(r"(qkv|out|up|down)\.weight$", name):
+        tensor = tensor.movedim(-1, 0)
     return tensor
 
 def read_gpt2_config(path):
-    """Config of the GPT2LMHeadModel in a directory."""
-    if not importlib.util.find_spec("safetensors"):
-        raise ValueError("--init needs the package safetensors: pip install safetensors")
-    try:
-        theirs = json.loads((Path(path) / "config.json").read_text())
-        theirs["n_inner"] = theirs.get("n_inner") or 4 * theirs["n_embd"]
-        cfg = Config(**{ours: theirs[name] for ours, name in HF_CONFIG.items()})
-        cfg.band, cfg.banded = theirs.get("band", 0), theirs.get("banded", "odd")
-        known = dict(  # what this script does, where it is said at all
-            model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5,
-            scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
-            add_cross_attention=False, tie_word_embeddings=True,
-        )  # fmt: skip
-        for name, value in known.items():
-            if theirs.get(name, None if name == "model_type" else value) != value:
-                raise ValueError(f"its {name} is {theirs.get(name)}")
-    except Exception as error:
-        raise ValueError(f"{path} holds no GPT-2 model: {error!r}") from error
-    return cfg
+    """Fields of Config from the checkpoint directory of a GPT2LMHeadModel."""
+    with explain(f"{path} holds no GPT2LMHeadModel", Exception):
+        fields = read_hf_config(path, HF_CONFIG, HF_FIXED)
+        fields["hidden_dim"] = fields["hidden_dim"] or 4 * fields["dim"]
+    return fields
 
 def read_gpt2_weights(model, cfg, path, tp=None):
-    """Fills the parameters that this rank has from the safetensors of a directory."""
-    from safetensors import SafetensorError, safe_open
-
-    wanted = {gpt2_name(name): (name, p) for name, p in model.named_parameters()}
-    for file in sorted(Path(path).glob("*.safetensors")):
-        try:
-            with safe_open(file, "pt") as tensors:
-                keys = {key.removeprefix("transformer."): key for key in tensors.keys()}
-                for key in wanted.keys() & keys.keys():
-                    (name, p), tensor = wanted.pop(key), tensors.get_tensor(keys[key])
-                    whole = from_conv1d(name, tensor, cfg.n_heads)
-                    rows = whole_shape(name, p, tp)[0]
-                    if "token_embedding" in name or "head" in name:
-                        whole = F.pad(whole, (0, 0, 0, rows - cfg.vocab_size))
-                    if list(whole.shape) != whole_shape(name, p, tp):
-                        raise ValueError(f"{keys[key]} in {file} is {list(tensor.shape)}")
-                    fill(name, p, whole, tp)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged: {error}") from error
-    if wanted:
-        raise ValueError(f"{path} holds no {next(iter(wanted))}")
+    """Fill the parameters that this rank has from the checkpoint directory."""
+    with explain(f"{path} holds no GPT2LMHeadModel", Exception):
+        # The files are memory-mapped: a rank reads what it needs.
+        tensors = {k.removeprefix("transformer."): v for k, v in read_hf_tensors(path).items()}
+        for name, p in model.named_parameters():
+            whole = torch.zeros(whole_shape(name, p, tp))
+            tensor = tensors[gpt2_name(name)]
+            rows = len(tensor) if "embedding" in name or "head" in name else len(whole)
+            seen = as_conv1d(name, whole[:rows], cfg.n_heads)
+            seen.copy_(tensor.view_as(seen))
+            fill(name, p, whole, tp)
 
 def from_hf(path):
-    """(model, cfg) from the directory of a GPT2LMHeadModel: config.json, *.safetensors."""
-    cfg = read_gpt2_config(path)
+    """(model, cfg) from the checkpoint directory of a GPT2LMHeadModel."""
+    cfg = Config(**read_gpt2_config(path))
     model = GPT3(cfg)
     read_gpt2_weights(model, cfg, path)
     return model, cfg
 
-def to_hf(model, cfg, path, mesh=None):
-    """Writes a model, or on every rank its part of one, to a directory as a GPT2LMHeadModel: a file
-    for each layer, from the stage that has it."""
+def to_hf(model, cfg, path):
+    """Write a GPT3 or a ModelParallel to the directory path as a GPT2LMHeadModel, a file for each
+    block and table."""
     # Departure: that class has no banded layers. It reads them as dense ones, and this script, by
     # two entries of config.json that are its own, as what they are.
     from safetensors.torch import save_file
 
-    config = {theirs: getattr(cfg, ours) for ours, theirs in HF_CONFIG.items()}
-    config |= dict(architectures=["GPT2LMHeadModel"], model_type="gpt2", torch_dtype="float32")
-    config |= dict(activation_function="gelu_new", layer_norm_epsilon=1e-5)
-    config |= dict.fromkeys(("resid_pdrop", "embd_pdrop"), cfg.dropout) | dict(attn_pdrop=0.0)
-    config |= dict(band=cfg.band, banded=cfg.banded) if cfg.band else {}
+    config = {key: getattr(cfg, field) for field, (key, _) in HF_CONFIG.items()} | HF_FIXED
+    config |= dict(resid_pdrop=cfg.dropout, embd_pdrop=cfg.dropout, attn_pdrop=0.0)
     end = cfg.vocab_size - 1 if cfg.vocab_size == 50257 else None
-    config |= dict(bos_token_id=end, eos_token_id=end)
-    tp = mesh["tp"].get_group() if mesh and mesh["tp"].size() > 1 else None
-    writes = not mesh or all(mesh[name].get_local_rank() == 0 for name in ("dp", "tp"))
-
-    def file_of(name):  # one for each layer, and for what is in none
-        layer = re.match(r"blocks\.(\d+)\.", name)
-        return f"model-{layer[1].zfill(5) if layer else name.split('.')[0]}.safetensors"
-
-    with torch.device("meta"):
-        names = [name for name, _ in GPT3(cfg).named_parameters()]
-    files = {f"transformer.{gpt2_name(name)}": file_of(name) for name in names}
-    if not mesh or dist.get_rank() == 0:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        for old in Path(path).glob("*.safetensors*"):
-            old.unlink()
-        (Path(path) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    config |= dict(architectures=["GPT2LMHeadModel"], bos_token_id=end, eos_token_id=end)
+    files = {}
+    with written_beside(path) as folder:
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        parameters = ((name, p.detach().cpu()) for name, p in model.named_parameters())
+        parts = itertools.groupby(parameters, lambda p: re.match(r"blocks\.\d+|\w+", p[0])[0])
+        for part, parameters in parts:
+            tensors = {}
+            for name, p in parameters:
+                tensor = as_conv1d(name, p, cfg.n_heads).flatten(p.ndim - 1).contiguous()
+                tensors[f"transformer.{gpt2_name(name)}"] = tensor
+            save_file(tensors, folder / f"{part}.safetensors", metadata={"format": "pt"})
+            files |= dict.fromkeys(tensors, f"{part}.safetensors")
         index = json.dumps({"metadata": {}, "weight_map": files}, indent=2)
-        (Path(path) / "model.safetensors.index.json").write_text(index + "\n")
-    if mesh:
-        dist.barrier()
-    own = [(name, p) for name, p in model.named_parameters() if name != "head.weight"]
-    for file, group in itertools.groupby(own, lambda parameter: file_of(parameter[0])):
-        tensors = {}
-        for name, p in group:
-            whole = whole_tensor(name, p.data, tp).cpu()
-            whole = whole[: cfg.vocab_size] if "token_embedding" in name else whole
-            key = f"transformer.{gpt2_name(name)}"
-            tensors[key] = to_conv1d(name, whole, cfg.n_heads).contiguous()
-        if writes:
-            save_file(tensors, Path(path) / file, metadata={"format": "pt"})
-    if mesh:
-        dist.barrier()
+        (folder / "model.safetensors.index.json").write_text(index + "\n")
+
+def read_hf_config(path, fields, fixed):
+    """Fields of Config from the config.json of a Hugging Face checkpoint directory.
+
+    fields: {field: (key, default of Hugging Face's class)}; fixed: {key: the only value that is
+    supported}. Raises ValueError, with the key's name, for another value.
+    """
+    theirs = json.loads((Path(path) / "config.json").read_text())
+    for key, value in fixed.items():
+        if theirs.get(key) not in (None, value):
+            raise ValueError(f"{path}: config.json has {key} {theirs[key]!r}, not {value!r}")
+    return {field: theirs.get(key, default) for field, (key, default) in fields.items()}
+
+def read_hf_tensors(path):
+    """{name: tensor} of model.safetensors or, without it, of the files that the index names."""
+    from safetensors.torch import load_file
+
+    files = {"model.safetensors"}
+    if not (Path(path) / "model.safetensors").exists():
+        index = json.loads((Path(path) / "model.safetensors.index.json").read_text())
+        files = set(index["weight_map"].values())
+    return {name: tensor for file in files for name, tensor in load_file(Path(path) / file).items()}
+
+@contextlib.contextmanager
+def written_beside(path):
+    """A temporary directory; when the block ends, its files move to the directory path."""
+    path = Path(path)
+    folder = path.with_name(path.name + ".tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    yield folder
+    try:
+        folder.rename(path)  # at once, if path is new or empty
+    except OSError:
+        for file in folder.iterdir():
+            file.replace(path / file.name)
+        folder.rmdir()
+
+def newest_checkpoint(out, resume, fixed):
+    """(path of the newest checkpoint in out, config.json of its run), or (None, {}).
+
+    Raises ValueError if there is one, but neither --resume nor a restart by torchrun asks for it,
+    or if its run had another value of a field in `fixed`.
+    """
+    newest = [None, {}]
+    checkpoints = sorted(Path(out).glob("step_*[0-9]")) if out else []
+    if checkpoints:
+        newest = [checkpoints[-1], json.loads((Path(out) / "config.json").read_text())]
+    dist.broadcast_object_list(newest)  # ranks on a network file system may list other files
+    path, run = newest
+    (restarts,) = sum_over_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+    if path and not (resume or restarts):
+        raise ValueError(f"{out} has checkpoints: --resume continues, another --out starts anew")
+    for name in fixed:
+        if path and run.get(name) != fixed[name]:
+            raise ValueError(f"{path} has {name} {run.get(name)}, and this run {fixed[name]}")
+    if path:
+        print(f"continuing from {path}")
+    elif resume:
+        print(f"no checkpoint in {out or '--out'}: starting a run")
+    return path, run
+
+def claim_directory(out, step, config):
+    """Write config.json, and remove the rows of later steps from metrics.jsonl. Returns a lock,
+    which the process holds while it lives; ValueError if another process holds it."""
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "lock", "w")
+    if dist.get_rank() > 0:
+        return lock
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"another run is writing to {out}") from error
+    except OSError as error:
+        print(f"{out} cannot be locked against other runs: {error}")
+    log = folder / "metrics.jsonl"
+    log.touch()
+    rows = [json.loads(line) for line in log.open() if line.endswith("}\n")]
+    kept = [row for row in rows if row["step"] < step or (row["step"] == step and "loss" in row)]
+    texts = {"config.json": json.dumps(config, indent=2) + "\n"}
+    texts["metrics.jsonl"] = "".join(json.dumps(row) + "\n" for row in kept)
+    for name, text in texts.items():
+        (folder / f"{name}.tmp").write_text(text)
+        (folder / f"{name}.tmp").replace(folder / name)
+    return lock
 
 def save_checkpoint(out, model, optimizer, state):
-    """Writes model, optimizer and state to out/step_N, of which the two newest stay. The name comes
-    with a rename at the end, so that a process killed at any moment leaves whole checkpoints."""
+    """Write model, optimizer and state to out/step_N, and keep the two newest. The directory is
+    renamed when it is complete, so that a killed process leaves only complete checkpoints."""
     final = Path(out) / f"step_{state['step']:09d}"
     partial = final.with_suffix(".tmp")
-    if dist.get_rank() == 0:
-        for remains in Path(out).glob("step_*.tmp"):
-            shutil.rmtree(remains)
-    dist.barrier()
     weights, moments = get_state_dict(model, optimizer)
-    try:
-        dcp.save({"model": weights, "optimizer": moments, "state": state}, checkpoint_id=partial)
-    except dcp.api.CheckpointException as error:  # which is no Exception
-        raise OSError(f"cannot save {final}: {next(iter(error.failures.values()))[0]}") from error
+    content = {"model": weights, "optimizer": moments["state"], "state": state}
+    with explain(f"cannot save {final}", dcp.CheckpointException):
+        dcp.save(content, checkpoint_id=partial)
     if dist.get_rank() == 0:
         partial.rename(final)
-        for old in sorted(Path(out).glob("step_*[0-9]"))[:-2]:
-            shutil.rmtree(old)
+        old = sorted(Path(out).glob("step_*[0-9]"))[:-2]
+        for path in [*old, *Path(out).glob("step_*.tmp")]:  # .tmp: of killed processes
+            shutil.rmtree(path)
     dist.barrier()
 
-def load_checkpoint(out, resume, steps, model, optimizer, state):
-    """Fills model, optimizer and state from the newest checkpoint in out if --resume or a restart
-    by torchrun asks for it; ValueError if there is none, or one that nobody asked for."""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    listing = [sorted(Path(out).glob("step_*[0-9]"))]
-    dist.broadcast_object_list(listing)  # rank 0's, since network file systems show ranks old ones
-    (found,) = listing
-    if not found and resume and not restarted:
-        raise ValueError(f"--resume: {out} has no checkpoint")
-    if found and not resume and not restarted:
-        raise ValueError(f"{out} has checkpoints: --resume goes on, another --out starts anew")
-    if found:
-        path = found[-1]
-        settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-        weights, moments = get_state_dict(model, optimizer)
-        loaded = {"model": weights, "optimizer": moments, "state": dict(state)}
-        try:
-            dcp.load(loaded, checkpoint_id=path)
-        except dcp.api.CheckpointException as error:
-            cause = next(iter(error.failures.values()))[0]
-            raise ValueError(f"{path} does not fit or is damaged: {cause}") from error
-        if loaded["state"]["seed"] != state["seed"] or loaded["state"]["step"] > steps:
-            raise ValueError(f"{path} has --seed {loaded['state']['seed']} or is beyond --steps")
-        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-        for group, setting in zip(optimizer.param_groups, settings):
-            group.update(setting)  # the flags count, not what they were
-        state.update(loaded["state"])
-    log = Path(out) / "metrics.jsonl"
-    if dist.get_rank() == 0 and log.exists():  # what lies behind the checkpoint comes again
-        rows = [row for row in log.read_text().splitlines(True) if row.endswith("}\n")]
-        log.write_text("".join(row for row in rows if json.loads(row)["step"] <= state["step"]))
+def load_checkpoint(path, model, optimizer, state):
+    """Fill model, optimizer and state from a checkpoint; its hyperparameters stay as they are."""
+    weights, moments = get_state_dict(model, optimizer)
+    content = {"model": weights, "optimizer": moments["state"], "state": dict(state)}
+    with explain(f"{path} does not fit or is damaged", dcp.CheckpointException):
+        dcp.load(content, checkpoint_id=path)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    state.update(content["state"])
 
 # ---------------------------------------- Training ----------------------------------------
 
@@ -1046,90 +1160,96 @@ def split_batch(cfg, ranks):
     micro = min(cfg.micro_batch or share, share)
     return share // max(micro, 1), micro
 
-def sum_over_ranks(*numbers, device):
+def sum_over_ranks(*numbers):
     """The numbers, each summed over all ranks, as floats."""
-    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
+    sums = torch.tensor(numbers, dtype=torch.float64)
     dist.all_reduce(sums)
     return sums.tolist()
 
-def next_batches(corpus, first, stop, cfg, device, rank, ranks):
-    """The micro-batches of data-parallel rank `rank` of `ranks` of the global batch that begins at
-    sequence `first`, on the device; their counts (n_...) are those of the global batch. None if
-    any rank was told to stop."""
+def read_batch(corpus, first, cfg, device, rank, ranks):
+    """Micro-batches, on the device, of data-parallel rank `rank` of `ranks` of the global batch
+    that begins with sequence `first`. Without collectives, so that a thread can call it."""
     steps, micro = split_batch(cfg, ranks)
     first += rank * steps * micro
     batches = [get_batch(corpus, first + i * micro, micro, cfg) for i in range(steps)]
+    for batch in batches:
+        for name, value in batch.items():
+            if torch.is_tensor(value) and device.type == "cuda":
+                batch[name] = value.pin_memory().to(device, non_blocking=True)
+    return batches
+
+def sum_counts(batches, ranks):
+    """Replace the counts (n_...) of micro-batches by those of the global batch, which `ranks`
+    data-parallel ranks read together; all others read the same as one of these."""
     names = [name for name in batches[0] if name.startswith("n_")]
-    sums = (sum(batch.pop(name) for batch in batches) for name in names)
-    stop, *sums = sum_over_ranks(stop, *sums, device=device)
-    if stop:
-        return None
-    copies = dist.get_world_size() // ranks  # ranks of other kinds of parallelism: the same counts
-    counts = {name: count / copies for name, count in zip(names, sums)}
-    return [{k: v.to(device) for k, v in batch.items()} | counts for batch in batches]
+    sums = sum_over_ranks(*(sum(batch[name] for batch in batches) for name in names))
+    counts = {name: n * ranks / dist.get_world_size() for name, n in zip(names, sums)}
+    for batch in batches:
+        batch.update(counts)
+
+@contextlib.contextmanager
+def evaluation_mode(model, compiled):
+    """No dropout, no gradients, and no compiled code, which would be compiled for each length."""
+    eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+    model.eval()
+    with torch.no_grad(), eager:
+        yield
+    model.train()
 
 def validate(loss_of, corpus, step, cfg, device, rank, ranks):
-    """Prints nats per target and bits per byte of corpus; after training, lzma's bits as well.
-    loss_of(batches) is this rank's part of the mean loss over a global batch."""
+    """Print and log nats per target and bits per byte over the first windows of corpus.
+    loss_of(batches) is this rank's share of the loss of a global batch."""
     nats = n_targets = n_bytes = 0.0
-    n_batches = min(cfg.val_batches, corpus.n_windows(cfg.seq_len) // cfg.batch_size)
-    for i in range(n_batches):
-        first = i * cfg.batch_size
-        batches = next_batches(corpus, first, False, cfg, device, rank, ranks)
-        (loss,) = sum_over_ranks(loss_of(batches), device=device)
+    for i in range(min(cfg.val_batches, corpus.n_windows(cfg.seq_len) // cfg.batch_size)):
+        batches = read_batch(corpus, i * cfg.batch_size, cfg, device, rank, ranks)
+        sum_counts(batches, ranks)
+        (loss,) = sum_over_ranks(loss_of(batches))
         nats += loss * batches[0]["n_targets"]
         n_targets += batches[0]["n_targets"]
         n_bytes += batches[0]["n_bytes"]
-    bpb = f"{bits_per_byte(nats, n_bytes):.3f}".replace("nan", "n/a")
-    line = f"val {step} | loss {nats / max(n_targets, 1):.4f} | bpb {bpb}"
-    text = corpus.text(n_batches * cfg.batch_size * cfg.seq_len)
-    if step == cfg.steps and text:
-        line += f" | lzma {8 * len(lzma.compress(text, preset=9)) / len(text):.3f}"
-    print(line, flush=True)
+    if not n_targets:
+        raise ValueError("the held-out documents have no token to predict")
+    row = {"step": step, "val_loss": nats / n_targets, "val_bpb": bits_per_byte(nats, n_bytes)}
+    bpb = f"{row['val_bpb']:.3f}".replace("nan", "n/a")
+    print(f"val {step} | loss {row['val_loss']:.4f} | bpb {bpb}")
+    write_row(cfg.out, row)
 
 def whole_model(parallel, cfg):
     """The whole model on rank 0 and None on the others, however it is laid out; all ranks call."""
     if dist.get_world_size() == 1:
         return parallel.model
-    pp, tensors = parallel.mesh["pp"], {}
-    for name, p in parallel.model.named_parameters():
-        whole = whole_tensor(name, p.data, parallel.tp).cpu()
-        tensors[name] = whole[: cfg.vocab_size] if "token_embedding" in name else whole
-    tensors.pop("head.weight", None)
-    stages = [None] * pp.size() if pp.get_local_rank() == 0 else None
-    dist.gather_object(tensors, stages, dist.get_global_rank(pp.get_group(), 0), pp.get_group())
+    values = dict(parallel.named_parameters())
     if dist.get_rank() > 0:
         return None
     model = GPT3(cfg)
-    model.load_state_dict({name: whole for stage in stages for name, whole in stage.items()})
+    model.load_state_dict(values)
     return model.to(parallel.device)
 
-@torch.compiler.set_stance("force_eager")  # a compiled block would compile for every length
-@torch.no_grad()
-def sample(model, ids, n, known, cfg):
-    """ids and n more, drawn at temperature 0.8 from the softmax over what known [V] allows."""
+def sample(model, ids, n, allowed_ids, cfg):
+    """ids and n more, drawn at temperature 0.8 among allowed_ids [V] (boolean)."""
     device = model.token_embedding.weight.device
-    torch.manual_seed(cfg.seed)
-    for _ in range(n):
-        tokens = torch.tensor([ids[-cfg.seq_len :]], device=device)  # [1, T]
-        logits = model(tokens)[0, -1].masked_fill(~known.to(device), -math.inf)  # [V]
-        ids = ids + torch.multinomial((logits / 0.8).softmax(-1), 1).tolist()
+    torch.manual_seed(stable_hash(cfg.seed, "sample"))
+    with evaluation_mode(model, cfg.compile):
+        for _ in range(n):
+            tokens = torch.tensor([ids[-cfg.seq_len :]], device=device)  # [1, T]
+            with torch.autocast(device.type, torch.bfloat16, cfg.precision == "bf16"):
+                logits = model(tokens)[0, -1].float().cpu()  # [V]
+            p = (logits / 0.8).masked_fill(~allowed_ids, -math.inf).softmax(-1)
+            ids = ids + torch.multinomial(p, 1).tolist()
     return ids
 
-@torch.compiler.set_stance("force_eager")
-@torch.no_grad()
 def loss_by_position(model, heldout, n, cfg):
     """Mean nats of the targets at each position of the context, over n held-out sequences: [T]."""
-    device, total = model.token_embedding.weight.device, 0.0
-    for i in range(n):
-        batch = get_batch(heldout, i, 1, cfg)
-        logits = model(batch["tokens"].to(device))[0]  # [T, V]
-        targets = batch["targets"][0].to(device)
-        total = total + F.cross_entropy(logits, targets, reduction="none")
+    device = model.token_embedding.weight.device
+    total = 0.0
+    with evaluation_mode(model, cfg.compile):
+        for i in range(n):
+            batch = get_batch(heldout, i, 1, cfg)
+            logits = model(batch["tokens"].to(device))[0]  # [T, V]
+            targets = batch["targets"][0].to(device)
+            total = total + F.cross_entropy(logits, targets, reduction="none")
     return (total / n).tolist()
 
-@torch.compiler.set_stance("force_eager")
-@torch.no_grad()
 def shots(model, tokenizer, n_shots, n, cfg):
     """A mapping made up on the spot, eight words to eight others, of which n_shots are shown, the
     one that is asked for among them: (nats of an answer, share of answers all of whose tokens are
@@ -1149,20 +1269,20 @@ def shots(model, tokenizer, n_shots, n, cfg):
         if len(prompt + answer) > cfg.seq_len:
             return math.nan, math.nan
         ids = torch.tensor(prompt + answer, device=model.token_embedding.weight.device)
-        logits = model(ids[None, :-1])[0, len(prompt) - 1 :]  # [T, V] of the answer
+        with evaluation_mode(model, cfg.compile):
+            logits = model(ids[None, :-1])[0, len(prompt) - 1 :]  # [T, V] of the answer
         nats += F.cross_entropy(logits, ids[len(prompt) :], reduction="sum").item() / n
         right += torch.equal(logits.argmax(-1), ids[len(prompt) :]) / n
     return nats, right
 
 def check(cfg, ranks):
-    """Raises ValueError for a configuration that cannot run on that many ranks."""
+    """Raise ValueError for a configuration that cannot run on that many ranks."""
     for field in dataclasses.fields(cfg):
-        may_be_0 = field.type is float or field.name in ("band", "first_batch")
-        low = 0 if field.default == 0 or may_be_0 else 1
-        if field.type in (int, float) and not low <= getattr(cfg, field.name) < math.inf:
-            raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {low} or more")
-    learned = re.fullmatch(r"bpe:(\d+)", cfg.tokenizer)
-    entries = cfg.train_tokenizer or (int(learned[1]) if learned else 0)
+        least = int(field.type is int and field.default > 0)
+        least *= field.name not in ("band", "first_batch")
+        if field.type in (int, float) and not least <= getattr(cfg, field.name) < math.inf:
+            raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
+    n_entries = cfg.train_tokenizer or entries_to_learn(cfg.tokenizer)
     for wrong, message in (
         (cfg.dim % cfg.n_heads, f"{cfg.n_heads} heads do not divide the width {cfg.dim}"),
         (cfg.n_heads % cfg.tp, f"--tp {cfg.tp} does not divide {cfg.n_heads} heads"),
@@ -1170,11 +1290,7 @@ def check(cfg, ranks):
         (cfg.n_layers + 2 < cfg.pp,
          f"{cfg.n_layers} layers, embedding and softmax are fewer than --pp {cfg.pp}"),
         (cfg.dropout >= 1, f"--dropout {cfg.dropout} leaves nothing"),
-        (cfg.tokenizer.startswith("bpe:") and not learned, f"{cfg.tokenizer} is not bpe:N"),
-        ((learned or cfg.train_tokenizer) and entries <= 256,
-         f"a BPE of {entries} entries has no more than the 256 bytes"),
-        ((learned or cfg.train_tokenizer) and all(map(shard_paths, parse_mix(cfg.data))),
-         "a BPE is learned from text, and --data is token shards"),
+        (0 < n_entries <= 256, f"a BPE of {n_entries} entries has no more than the 256 bytes"),
         (cfg.train_tokenizer and not cfg.out, "--train_tokenizer needs --out"),
         (cfg.train_tokenizer and os.path.exists(f"{cfg.out}/ranks.tiktoken"),
          f"--train_tokenizer: {cfg.out} has ranks.tiktoken already"),
@@ -1185,26 +1301,23 @@ def check(cfg, ranks):
          f"--first_batch {cfg.first_batch} is more than --batch_size {cfg.batch_size}"),
         (cfg.first_batch % cfg.batch_multiple or cfg.batch_size % cfg.batch_multiple,
          f"--first_batch and --batch_size are not multiples of {cfg.batch_multiple}"),
-        (not cfg.tokens, "--tokens 0 gives not a single update"),
+        (cfg.compile and cfg.first_batch and not cfg.micro_batch,
+         "--compile needs --micro_batch where the batch grows"),
         (cfg.resume and not cfg.out, "--resume needs --out"),
-        (cfg.export and not importlib.util.find_spec("safetensors"),
-         "--export needs the package safetensors: pip install safetensors"),
+        (cfg.eval and not cfg.out and not cfg.init, "--eval needs --out or --init"),
         (ranks > 1 and (cfg.write_tokens or cfg.train_tokenizer),
-         "--write_tokens and --train_tokenizer are for one process, without torchrun"),
+         "--write_tokens and --train_tokenizer run in one process, without torchrun"),
         (cfg.write_tokens and len(parse_mix(cfg.data)) > 1,
          "--write_tokens takes one corpus, not a mix"),
-        (cfg.write_tokens and all(map(shard_paths, parse_mix(cfg.data))),
-         "--write_tokens takes text, and --data is token shards"),
+        (cfg.write_tokens and entries_to_learn(cfg.tokenizer) and not cfg.out,
+         "--write_tokens needs --out for the ranks of a BPE that it learns"),
     ):  # fmt: skip
         if wrong:
             raise ValueError(message)
-    for path in filter(None, parse_mix(cfg.data)):
-        if not all(map(os.path.exists, list_files(path))):
-            raise ValueError(f"--data: there is no {path}")
     check_batches(cfg)
 
 def check_batches(cfg):
-    """Raises ValueError if a batch of the ramp does not fit the layout."""
+    """Raise ValueError if a batch of the ramp does not fit the layout."""
     for n in range(cfg.first_batch or cfg.batch_size, cfg.batch_size + 1, cfg.batch_multiple):
         steps, micro = split_batch(dataclasses.replace(cfg, batch_size=n), cfg.dp)
         if cfg.dp * steps * micro != n or not steps:
@@ -1216,13 +1329,15 @@ def check_batches(cfg):
             raise ValueError(f"{steps} micro-batches are fewer than --pp {cfg.pp}: --first_batch")
 
 def dry_run(cfg):
-    """Prints parameters, FLOPs per token, updates and bytes on the rank that needs most, from
-    shapes alone."""
+    """Print parameters, FLOPs per token, updates and memory on the rank that needs most, computed
+    from shapes alone."""
     cfg = lay_out(cfg, cfg.world_size)
     check(cfg, cfg.world_size)
-    learned = cfg.tokenizer.startswith("bpe:") and int(cfg.tokenizer.removeprefix("bpe:")) + 1
-    known = learned or load_tokenizer(cfg.tokenizer or "bytes", SPECIALS).n_vocab
-    cfg.vocab_size = cfg.vocab_size or known
+    n_entries = entries_to_learn(cfg.tokenizer)
+    if not cfg.vocab_size and n_entries:
+        cfg.vocab_size = n_entries + 1
+    elif not cfg.vocab_size:
+        cfg.vocab_size = load_tokenizer(cfg.tokenizer or "bytes", ["<|endoftext|>"]).n_vocab
     with torch.device("meta"):
         total, activated = count_parameters(GPT3(cfg))
     print(f"parameters {total:,} | activated {activated:,}")
@@ -1230,272 +1345,373 @@ def dry_run(cfg):
     ramp, steps = count_steps(cfg)
     print(f"updates {steps:,}, {ramp:,} of them of the ramp | pipeline bubble", end=" ")
     print(f"{(cfg.pp - 1) / split_batch(cfg, cfg.dp)[0]:.1%} of the work on a full batch")
-    memory = memory_per_rank(cfg)
-    for kind, size in (memory | {"sum": sum(memory.values())}).items():
-        print(f"{kind:12} {size / 2**30:8.3f} GiB on one of {cfg.world_size} ranks")
+    sizes = memory_per_rank(cfg)
+    for kind, n_bytes in (sizes | {"sum": sum(sizes.values())}).items():
+        print(f"{kind:12} {n_bytes / 2**30:8.3f} GiB on one of {cfg.world_size} ranks")
 
-def take_step(parallel, optimizer, batches, state, cfg):
-    """One update of the parameters, unless its gradient is not finite; returns log_step's row. With
-    a loss scale, a gradient that overflows halves it and is tried again."""
+def take_step(parallel, optimizer, batches, lr, state):
+    """One update from this data-parallel rank's micro-batches: (loss, gradient norm) of the global
+    batch, and what else to log. The parameters stay as they are if either is not finite, which all
+    ranks find alike. With a loss scale, a gradient that overflows halves it and is computed again.
+    """
+    cfg = parallel.cfg
     while True:
-        loss, first = parallel.run(batches, state["scale"])
-        norm, loss = gradient_norm(parallel.model, loss, parallel.mesh, parallel.device)
+        loss, first_norm = parallel.run(batches, state["scale"])
+        norm, loss = gradient_norm(parallel.model, loss, parallel.mesh)
         if math.isfinite(norm) or not math.isfinite(loss) or state["scale"] <= 1:
             break
-        state["scale"], state["clean"] = state["scale"] / 2, 0
-        print(f"step {state['step'] + 1} overflows: loss scale {state['scale']:g}", flush=True)
+        state["scale"] /= 2
+        state["clean"] = 0
+        print(f"step {state['step'] + 1} overflows: loss scale {state['scale']:g}")
         optimizer.zero_grad()
-    norm, finite = norm / state["scale"], math.isfinite(norm) and math.isfinite(loss)
-    lr, size = learning_rate(state["tokens"], cfg), sum(len(batch["tokens"]) for batch in batches)
-    row = {"step": state["step"] + 1, "loss": loss, "lr": lr, "grad": norm, "batch": size * cfg.dp}
-    if first and finite:
-        some = len(batches[0]["tokens"]) * cfg.dp
-        small = first * row["batch"] / some / state["scale"]  # as the mean of its own targets
+    norm /= state["scale"]
+    finite = math.isfinite(norm) and math.isfinite(loss)
+    n_big = sum(len(batch["tokens"]) for batch in batches) * cfg.dp
+    measured = {"batch": n_big}
+    if first_norm and finite:
+        n_small = len(batches[0]["tokens"]) * cfg.dp
+        small = first_norm * n_big / n_small / state["scale"]  # as the mean of its own targets
+        square, trace = noise_scale(small, norm, n_small, n_big)
         # Undisclosed: the decay of the averages.
-        for name, value in zip(("square", "trace"), noise_scale(small, norm, some, row["batch"])):
-            state[name] = 0.99 * state[name] + 0.01 * value
-    factor = min(1.0, cfg.clip / (norm + 1e-6)) if cfg.clip else 1.0
-    for p in parallel.model.parameters() if finite and factor != state["scale"] else ():
-        p.grad.mul_(factor / state["scale"])
+        state["square"] = 0.99 * state["square"] + 0.01 * square
+        state["trace"] = 0.99 * state["trace"] + 0.01 * trace
+        measured["noise"] = round(state["trace"] / state["square"] * cfg.seq_len)
+    factor = 1 / state["scale"]
+    if cfg.clip:
+        factor *= min(1.0, cfg.clip / (norm + 1e-6))
     for group in optimizer.param_groups:
         group["lr"] = lr
     if finite:
+        for p in parallel.model.parameters():
+            p.grad.mul_(factor)
         optimizer.step()
-    else:
-        print(f"step {row['step']} skipped: its gradient is not finite", flush=True)
     optimizer.zero_grad()
-    state["step"] += 1
-    state["sequences" if finite else "offset"] += row["batch"]
-    state["tokens"] += finite * row["batch"] * cfg.seq_len
-    state["bad"] = 0 if finite else state["bad"] + 1
     state["clean"] = state["clean"] + 1 if finite and cfg.precision == "fp16" else 0
     if state["clean"] == 1000:
-        state["scale"], state["clean"] = 2 * state["scale"], 0
-    return row
+        state["scale"] *= 2
+        state["clean"] = 0
+    if cfg.precision == "fp16":
+        measured["scale"] = state["scale"]
+    return loss, norm, measured
 
-def train_with_ramp(parallel, optimizer, mixture, heldout, state, cfg):
-    """Updates until cfg.steps, or until SIGTERM or SIGINT; state says how far it came."""
-    place, device = (parallel.data_rank, cfg.dp), parallel.device
-    signals, saved, pace = [], state["step"], 0.0
-    handlers = {s: signal(s, lambda *_: signals.append(1)) for s in (SIGTERM, SIGINT)}
-    while state["step"] < cfg.steps:
-        if state["step"] % cfg.val_every == 0:
-            validate(parallel.evaluate, heldout, state["step"], cfg, device, *place)
-        started = time.perf_counter()
-        first = state["sequences"] + state["offset"]
-        now = dataclasses.replace(cfg, batch_size=batch_at(state["tokens"], cfg))
-        batches = next_batches(mixture, first, bool(signals), now, device, *place)
-        if batches is None:
-            break
-        key = cfg.seed, state["step"], parallel.data_rank, parallel.stage  # the same for all of tp
-        torch.manual_seed(stable_hash(*key))  # of dropout
-        row = take_step(parallel, optimizer, batches, state, cfg)
-        seconds = time.perf_counter() - started
-        pace = 0.9 * (pace or seconds) + 0.1 * seconds
-        if row["step"] % cfg.log_every == 0 or row["step"] in (1, cfg.steps):
-            counts = batches[0]["n_targets"], batches[0]["n_bytes"]
-            bpb, more = bits_per_byte(row["loss"] * counts[0], counts[1]), {"batch": row["batch"]}
-            if cfg.noise_scale and state["square"]:
-                more["noise"] = round(state["trace"] / state["square"] * cfg.seq_len)
-            if cfg.precision == "fp16":
-                more["scale"] = state["scale"]
-            row = {"step": row["step"], "loss": row["loss"], "bpb": bpb, "lr": row["lr"]} | {
-                "grad": row["grad"], "tokens": state["tokens"], **more
-            }
-            log_step(row, pace, now, device)
-        if state["bad"] == 3:
-            raise ValueError(f"three steps to {state['step']} had no finite gradient")
-        if cfg.out and state["step"] % cfg.save_every == 0:
+def train(parallel, optimizer, mixture, heldout, state, cfg, signals):
+    """Update the model until the tokens of the run are used up, or a signal was received. A skipped
+    update counts for the batch and for the end of the run, and not for the learning rate."""
+    place = parallel.device, parallel.data_rank, cfg.dp
+    thread = ThreadPoolExecutor(1)  # reads the next batch during an update
+    first = state["sequences"]  # of the batch to come
+    now = dataclasses.replace(cfg, batch_size=batch_at(first * cfg.seq_len, cfg))
+    ahead = thread.submit(read_batch, mixture, first, now, *place)
+    steps_left = 0 if cfg.eval else count_steps(cfg, first * cfg.seq_len)[1]
+    first_step = saved = state["step"]
+    n_skipped = 0
+    pace = None
+
+    while True:
+        step = state["step"]
+        n_signals = n_errors = 0
+        if steps_left > 0:
+            error = ahead.exception()
+            n_signals, n_errors = sum_over_ranks(len(signals), error is not None)
+        end = steps_left <= 0 or n_signals or n_errors
+        if cfg.out and step > saved and not n_skipped and (end or step % cfg.save_every == 0):
             save_checkpoint(cfg.out, parallel.saved, optimizer, state)
-            saved = state["step"]
-    if cfg.out and saved < state["step"]:
-        save_checkpoint(cfg.out, parallel.saved, optimizer, state)
-    for signum, handler in handlers.items():
-        signal(signum, handler)
+            saved = step
+        if n_errors:
+            raise_first(error)
+        if steps_left <= 0 or step % cfg.val_every == 0:
+            validate(parallel.evaluate, heldout, step, cfg, *place)
+        if end:
+            return steps_left <= 0
 
-def present(mixture, cfg, device):
-    """Prints versions, layout, model and batch, and how often each corpus of a mix comes."""
+        clock = time.perf_counter()
+        batches = ahead.result()
+        n = now.batch_size
+        first += n
+        now = dataclasses.replace(cfg, batch_size=batch_at(first * cfg.seq_len, cfg))
+        ahead = thread.submit(read_batch, mixture, first, now, *place)
+        sum_counts(batches, cfg.dp)
+        key = cfg.seed, step, parallel.data_rank, parallel.stage  # the same for all of tp
+        torch.manual_seed(stable_hash(*key))  # of dropout
+        lr = learning_rate(state["tokens"], cfg)
+        loss, norm, measured = take_step(parallel, optimizer, batches, lr, state)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        state["step"] += 1
+        state["sequences"] = first
+        state["tokens"] += finite * n * cfg.seq_len
+        seconds = time.perf_counter() - clock
+        if step > first_step:  # the first update, which may compile, tells nothing of the next
+            pace = 0.9 * (pace or seconds) + 0.1 * seconds
+        if step == 0 or steps_left == 1 or state["step"] % cfg.log_every == 0:
+            bpb = bits_per_byte(loss * batches[0]["n_targets"], batches[0]["n_bytes"])
+            row = {"step": step + 1, "loss": loss, "bpb": bpb, "lr": lr, "grad": norm}
+            row |= measured | {"tokens": state["tokens"]}
+            as_read = dataclasses.replace(cfg, batch_size=n)
+            log_step(row, steps_left - 1, pace, as_read, parallel.device)
+        steps_left -= 1
+        n_skipped = 0 if finite else n_skipped + 1
+        if n_skipped:
+            print(f"step {step + 1} skipped: its loss or gradient is not finite")
+        if n_skipped == 3 or (n_skipped and steps_left == 0):
+            raise ValueError(f"no finite gradient in the last {n_skipped} steps to {step + 1}")
+
+def print_plan(mixture, cfg, device):
+    """Print versions, layout, model and batch, and how many epochs of each corpus the run has."""
     with torch.device("meta"):
         total, activated = count_parameters(GPT3(cfg))
     now = dataclasses.replace(cfg, batch_size=batch_at(0, cfg))
     steps, micro = split_batch(now, cfg.dp)
-    print(f"python {sys.version.split()[0]} | torch {torch.__version__} | {device.type}", end=" ")
-    print(f"{cfg.precision} | tp {cfg.tp} x pp {cfg.pp} x dp {cfg.dp} | {cfg.steps:,} updates")
-    print(f"parameters {total:,} | activated {activated:,} | FLOPs per token", end=" ")
-    print(f"{flops_per_token(cfg):.3g} | tokens per step {now.batch_size * cfg.seq_len:,}", end=" ")
-    print(f"to {cfg.batch_size * cfg.seq_len:,}, at first", end=" ")
-    print(f"= {cfg.dp} ranks x {steps} x {micro} sequences of {cfg.seq_len}", flush=True)
-    rows = zip(mixture.names, mixture.corpora, mixture.shares)
-    for name, corpus, share in rows if len(mixture.names) > 1 else ():
-        part = share / mixture.block
-        epochs = part * cfg.tokens / cfg.seq_len / corpus.n_windows(cfg.seq_len)
-        print(f"  {part:.1%} {name or 'the library'}, {epochs:.2f} epochs", flush=True)
+    print(f"torch {torch.__version__} | {device.type} {cfg.precision}", end=" | ")
+    print(f"{mixture.n_windows(cfg.seq_len):,} windows | {count_steps(cfg)[1]:,} updates")
+    print(f"parameters {total:,} | activated {activated:,}", end=" | ")
+    print(f"FLOPs per token {flops_per_token(cfg):.3g} | tokens per step", end=" ")
+    print(f"{now.batch_size * cfg.seq_len:,} = {cfg.dp} ranks x {steps} x {micro}", end=" ")
+    print(f"sequences of {cfg.seq_len} | up to {cfg.batch_size * cfg.seq_len:,}", end=" | ")
+    print(f"tp {cfg.tp} x pp {cfg.pp} x dp {cfg.dp}")
+    if len(mixture.names) > 1:
+        for name, corpus, share in zip(mixture.names, mixture.corpora, mixture.shares):
+            part = share / mixture.block
+            epochs = part * cfg.tokens / cfg.seq_len / corpus.n_windows(cfg.seq_len)
+            print(f"  {part:.1%} {name or 'the library'}, {epochs:.2f} epochs")
 
-def wrap_up(parallel, heldout, tokenizer, cfg):
-    """Validates, exports, measures what the context is good for, and samples."""
-    place = parallel.device, parallel.data_rank, cfg.dp
-    validate(parallel.evaluate, heldout, cfg.steps, cfg, *place)
-    if cfg.export:
-        to_hf(parallel.model, cfg, cfg.export, parallel.mesh)
+def show_context_use(parallel, heldout, tokenizer, cfg):
+    """Print the loss by position, what examples in the context are good for (the title), and a
+    sample, of a model that fits one rank; all ranks call."""
     with torch.device("meta"):
-        small = count_parameters(GPT3(cfg))[0] < 2e9  # fits one rank
-    if (model := whole_model(parallel, cfg) if small else None) is None:
+        fits = count_parameters(GPT3(cfg))[0] < 2e9
+    model = whole_model(parallel, cfg) if fits else None
+    if not model:
         return
-    model.eval()
-    n, edges = min(64, heldout.n_windows(cfg.seq_len)), [0]
+    n = min(64, heldout.n_windows(cfg.seq_len))
     nats = loss_by_position(model, heldout, n, cfg)
+    edges = [0]
     while edges[-1] < cfg.seq_len:
         edges.append(min(max(4, 2 * edges[-1]), cfg.seq_len))
-    parts = ((a, b, sum(nats[a:b]) / (b - a)) for a, b in itertools.pairwise(edges))
-    print("loss by position |", " | ".join(f"{a}-{b - 1} {mean:.3f}" for a, b, mean in parts))
+    means = [f"{a}-{b - 1} {sum(nats[a:b]) / (b - a):.3f}" for a, b in itertools.pairwise(edges)]
+    print("loss by position |", " | ".join(means))
     if tokenizer:
         for n_shots in (0, 1, 8):
             nats, right = shots(model, tokenizer, n_shots, 64, cfg)
-            line = f"{n_shots} shots | {nats:.3f} nats an answer | {right:.1%} right"
-            print(line if nats == nats else f"{n_shots} shots | n/a: they do not fit --seq_len")
-        ids = tokenizer.encode_ordinary(cfg.prompt or heldout.text(32).decode(errors="ignore"))
-        known = torch.from_numpy(heldout.token_bytes[: cfg.vocab_size] > 0)
-        known = F.pad(known, (0, cfg.vocab_size - len(known)))
-        print(tokenizer.decode(sample(model, ids, 256, known, cfg)), flush=True)
+            line = f"{nats:.3f} nats an answer | {right:.1%} right"
+            print(f"{n_shots} shots |", "they do not fit --seq_len" if math.isnan(nats) else line)
+        ids = get_batch(heldout, 0, 1, cfg)["tokens"][0, :32].tolist()
+        if cfg.prompt:
+            ids = tokenizer.encode_ordinary(cfg.prompt)
+        allowed_ids = torch.from_numpy(heldout.token_bytes > 0)
+        print(tokenizer.decode(sample(model, ids, 256, allowed_ids, cfg)))
 
 @record
 def main(argv=None):
-    """Reads the command line and the data, builds or resumes the run, trains, exports, samples."""
-    with one_line_mistakes():
-        cfg = parse(argv)
+    """Run the command line: read the data, build or resume the run, train, export and sample."""
+    with report_user_errors(), stop_signals() as signals:
+        cfg, given = parse(argv)
+        if cfg.init or cfg.export:
+            with explain("--init and --export need: pip install safetensors", ImportError):
+                import safetensors  # noqa: F401
         if cfg.init:
-            same = (*HF_CONFIG, "band", "banded")
-            theirs = read_gpt2_config(cfg.init)
-            found = {name: getattr(theirs, name) for name in same}
-            cfg = dataclasses.replace(cfg, **found)
-            print("--init has", ", ".join(f"{name} {value}" for name, value in found.items()))
+            cfg = dataclasses.replace(cfg, **read_gpt2_config(cfg.init))
         if cfg.dry_run:
             return dry_run(cfg)
-        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        device = init_distributed(cfg.timeout)
+        ranks = dist.get_world_size()
         cfg = lay_out(cfg, ranks)
         check(cfg, ranks)
-        if cfg.train_tokenizer:
-            learned = learn_ranks(cfg, cfg.train_tokenizer, math.inf, cfg.out)
-            return print(f"{len(learned)} entries in {cfg.out}/ranks.tiktoken")
-        known = cfg.tokenizer or not all(map(shard_paths, parse_mix(cfg.data)))
-        tokenizer = make_tokenizer(cfg) if known else None
-        if cfg.write_tokens:
-            (path,) = parse_mix(cfg.data)
-            return write_tokens(cfg.write_tokens, tokenize(read_documents(path), tokenizer))
-        if tokenizer and 0 < cfg.vocab_size < tokenizer.n_vocab:
-            raise ValueError(f"--vocab_size {cfg.vocab_size} is below {tokenizer.n_vocab}")
-        device = launch(cfg.timeout)
-        for folder in filter(None, (cfg.out, cfg.export)):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        mixture, heldout = load_mixture(cfg, tokenizer)
-        cfg.steps = min(cfg.steps or math.inf, count_steps(cfg)[1])
+        data = load_mixture(cfg)
+        if not data:
+            return
+        tokenizer, mixture, heldout = data
+        if cfg.steps:
+            cfg.tokens = count_tokens(cfg, cfg.steps)
+        fixed = {name: getattr(cfg, name) for name in (*SHAPE, "seed", "tp", "pp")}
+        fixed["data_fingerprint"] = mixture.fingerprint()
+        checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
+        if run and not given & {"steps", "tokens"}:  # as many tokens as its first start planned
+            cfg.tokens = run["tokens"]
+        if cfg.warmup_tokens > cfg.tokens / 10:
+            cfg.warmup_tokens = cfg.tokens / 10
+            print(f"the warm-up is cut to {cfg.warmup_tokens:,.0f} tokens, a tenth of the run")
+        weights = list(Path(cfg.export).glob("*.safetensors*")) if cfg.export else []
+        if weights and run.get("export") != cfg.export:
+            raise ValueError(f"--export {cfg.export} has weights that this run did not write")
 
         parallel = ModelParallel(cfg, device)
         init_weights(parallel.model, cfg, parallel.tp)
         if cfg.init:
             read_gpt2_weights(parallel.model, cfg, cfg.init, parallel.tp)
         optimizer = build_optimizer(parallel.model, cfg)
-        state = {"step": 0, "sequences": 0, "tokens": 0, "offset": 0, "seed": cfg.seed, "bad": 0}
+        state = {"step": 0, "sequences": 0, "tokens": 0}
         state |= {"scale": 1.0, "clean": 0, "square": 0.0, "trace": 0.0}
-        if cfg.out:
-            load_checkpoint(cfg.out, cfg.resume, cfg.steps, parallel.saved, optimizer, state)
+        if checkpoint:
+            load_checkpoint(checkpoint, parallel.saved, optimizer, state)
         if (cfg.precision == "fp16") != (state["scale"] > 1):  # it begins, or is over
             state["scale"] = 2.0**16 if cfg.precision == "fp16" else 1.0
-        if cfg.out and dist.get_rank() == 0:
-            config = json.dumps(dataclasses.asdict(cfg), indent=2)
-            (Path(cfg.out) / "config.json").write_text(config + "\n")
-        present(mixture, cfg, device)
-        train_with_ramp(parallel, optimizer, mixture, heldout, state, cfg)
-        if state["step"] < cfg.steps:
-            return print(f"stopped by a signal after step {state['step']}", flush=True)
-        wrap_up(parallel, heldout, tokenizer, cfg)
+        if cfg.eval:
+            cfg.out = ""  # nothing is written
+        if cfg.out:
+            run = dataclasses.asdict(cfg) | fixed
+            lock = claim_directory(cfg.out, state["step"], run)  # held until this run ends
+        print_plan(mixture, cfg, device)
+        if not train(parallel, optimizer, mixture, heldout, state, cfg, signals):
+            return print(f"stopped by a signal after step {state['step']}")
+        if cfg.export and dist.get_rank() == 0:
+            to_hf(parallel, cfg, cfg.export)
+        elif cfg.export:
+            collections.deque(parallel.named_parameters(), maxlen=0)  # with rank 0
+        show_context_use(parallel, heldout, tokenizer, cfg)
 
 # ---------------------------------------- Plumbing ----------------------------------------
 
 @contextlib.contextmanager
-def one_line_mistakes():
-    """Only rank 0 prints; what the user can mend is one line on stderr and exit status 2."""
+def report_user_errors():
+    """Print on rank 0 only; report user errors as one line on stderr and exit with status 2."""
     rank = int(os.environ.get("RANK", 0))
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         with contextlib.redirect_stdout(open(os.devnull, "w") if rank else sys.stdout):
             yield
+    except BrokenPipeError:  # the program that reads our output, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (OSError, ValueError) as error:
-        time.sleep(5 * (rank > 0))  # where rank 0 fails too, torchrun ends the others meanwhile
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr, flush=True)
+        time.sleep(5 * (rank > 0))  # so that rank 0, if it fails too, reports first
+        print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    finally:  # a rank that fails among others leaves at once: it must not wait for them here
+    finally:
+        # A rank that fails alone leaves at once; it would wait here for the others.
         if dist.is_initialized() and (dist.get_world_size() == 1 or not sys.exc_info()[0]):
             dist.destroy_process_group()
 
-def parse(argv):
-    """Config from the command line: a preset, and the flags given over it."""
+@contextlib.contextmanager
+def explain(what, *errors):
+    """Replace exceptions of the given kinds by a ValueError that says what failed, and why."""
+    try:
+        yield
+    except errors as error:
+        cause = error
+        if isinstance(error, dcp.CheckpointException):  # its text is the traceback of each rank
+            cause = next(iter(error.failures.values()))[0]
+        raise ValueError(f"{what}: {type(cause).__name__}: {cause}") from error
 
-    def mistake(message):
+@contextlib.contextmanager
+def stop_signals():
+    """A list that SIGTERM and SIGINT append to; a second one of a kind ends the process at once."""
+    received = []
+
+    def receive(signum, frame):
+        received.append(signum)
+        signal(signum, SIG_DFL)
+
+    handlers = {signum: signal(signum, receive) for signum in (SIGTERM, SIGINT)}
+    try:
+        yield received
+    finally:
+        for signum, handler in handlers.items():
+            signal(signum, handler)
+
+def parse(argv):
+    """(Config, names of the flags given): a preset's values, overridden by the flags."""
+
+    def refuse(message):
         raise ValueError(message)
 
-    usage, summary = "%(prog)s [--preset NAME] [--FLAG VALUE ...]", __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser(usage=usage, description=summary, allow_abbrev=False)
-    parser.error = mistake
-    preset = "small" if torch.cuda.is_available() else "demo"
-    parser.add_argument("--preset", choices=PRESETS, default=preset, help=f"(default: {preset})")
-    meanings = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
+    summary = __doc__.split("\n\n")[0]
+    parser = argparse.ArgumentParser(description=summary, allow_abbrev=False, add_help=False)
+    parser.usage = "%(prog)s [--preset NAME] [--FLAG VALUE ...]"
+    parser.error = refuse
+    default = "small" if torch.cuda.is_available() else "demo"
+    parser.add_argument("--preset", choices=PRESETS, default=default, help=f"(default: {default})")
+    preset = parser.parse_known_args(argv)[0].preset
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
     for field in dataclasses.fields(Config):
-        kind = dict(type=field.type)
+        kind = {"type": field.type}
         if field.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
+            kind = {"action": argparse.BooleanOptionalAction}
         elif get_args(field.type):
-            kind = dict(choices=get_args(field.type))
-        about = f"{meanings[field.name]} (default: {field.default!r})"
-        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=about, **kind)
-    flags = vars(parser.parse_args(argv))
-    cfg = Config(**(PRESETS[flags.pop("preset")] | flags))
+            kind = {"choices": get_args(field.type)}
+        value = PRESETS[preset].get(field.name, field.default)
+        text = f"{comments[field.name]} ({preset}: {value!r})".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
+    parser.add_argument("--help", action="help", help="print this list and exit")
+    given = vars(parser.parse_args(argv))
+    cfg = Config(**(PRESETS[given.pop("preset")] | given))
     if cfg.precision == "auto":
         cfg.precision = "bf16" if torch.cuda.is_available() else "fp32"
-    return cfg
+    return cfg, given.keys()
 
-def launch(timeout):
-    """This rank's device, after joining torchrun's process group, or one of a single rank."""
-    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "TORCHELASTIC_RESTART_COUNT": 0}
-    rank, ranks, local, restarts = (int(os.environ.get(k, v)) for k, v in names.items())
-    store, device, backend = dist.HashStore(), torch.device("cpu"), "gloo"
+def init_distributed(timeout):
+    """Join torchrun's process group, or one of a single rank; returns the device of this rank."""
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    store = dist.HashStore()
+    if world_size > 1:
+        store = shared_store(rank)
+    device = torch.device("cpu")
+    backend = "gloo"
     if torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
-            raise ValueError(f"rank {local} of this machine finds {torch.cuda.device_count()} GPUs")
-        device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if ranks > 1:  # a name for each restart: its workers must not meet the addresses of the dead
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        store = dist.TCPStore(*address, is_master=hosts)
-        store = dist.PrefixStore(f"start {restarts}", store)
+        backend = "cpu:gloo,cuda:nccl"
     limit = timedelta(seconds=timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=limit)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     return device
 
-def log_step(row, pace, cfg, device):
-    """Prints row, which has step, loss, bpb, lr, grad and tokens, and what the script adds to them,
-    and writes it to metrics.jsonl; pace is how many seconds a step has taken of late."""
-    step, speed = row["step"], cfg.batch_size * cfg.seq_len / pace
-    left = round((cfg.steps - step) * pace)
-    unit, mfu = 1 if sys.platform == "darwin" else 1024, ""
-    memory = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device)
-        peak = dist.get_world_size() * PEAK_FLOPS.get(torch.cuda.get_device_name(device), math.inf)
-        if cfg.precision == "bf16" and peak < math.inf:
-            mfu = f"mfu {speed * flops_per_token(cfg) / peak:.1%} | "
-    bpb = f"{row['bpb']:.3f}".replace("nan", "n/a")
-    more = "".join(f"{name} {value} | " for name, value in list(row.items())[6:])
-    print(
-        f"step {step}/{cfg.steps} | loss {row['loss']:.4f} | bpb {bpb} | "
-        f"lr {row['lr']:.2e} | grad {row['grad']:.2f} | tokens {row['tokens'] / 1e6:.1f}M | "
-        f"{more}{speed / 1e3:.1f}k tok/s | {mfu}mem {memory / 2**30:.1f}G | "
-        f"eta {left // 60}:{left % 60:02}", flush=True,
-    )  # fmt: skip
-    if cfg.out and dist.get_rank() == 0:
-        finite = {k: None if str(v) in ("nan", "inf", "-inf") else v for k, v in row.items()}
-        with open(Path(cfg.out) / "metrics.jsonl", "a") as file:
-            print(json.dumps(finite), file=file)
+def shared_store(rank):
+    """A store for this start alone: the agents' store outlives a restart and then holds addresses
+    of dead processes. Rank 0 opens it and publishes its address in the agents' store."""
+    with explain("torchrun sets MASTER_ADDR and MASTER_PORT", KeyError):
+        host = os.environ["MASTER_ADDR"]
+        port = int(os.environ["MASTER_PORT"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return dist.TCPStore(host, port, is_master=rank == 0, wait_for_workers=False)
+    agents = dist.TCPStore(host, port, is_master=False)
+    if rank == 0:
+        if os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
+            host = socket.getfqdn()  # the agents' store may be on another node
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        agents.set("rank 0", f"{host} {store.port}")
+        return store
+    while True:
+        host, port = agents.get("rank 0").decode().split()
+        try:
+            return dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=5))
+        except (dist.DistNetworkError, dist.DistStoreError):  # the address of an earlier start
+            time.sleep(0.1)
+
+def raise_first(error):
+    """Raise, on all ranks, the error of the first rank that has one."""
+    errors = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    raise error or next(filter(None, errors))
+
+def log_step(row, steps_left, pace, cfg, device):
+    """Print row, which has step and tokens among its numbers, and write it to metrics.jsonl;
+    pace is the number of seconds that an update takes, None if unknown."""
+    formats = {"loss": ".4f", "bpb": ".3f", "lr": ".2e", "grad": ".2f"}
+    fields = [f"step {row['step']}/{row['step'] + steps_left}"]
+    for name, value in row.items():
+        if name not in ("step", "tokens"):
+            fields.append(f"{name} {value:{formats.get(name, '')}}".replace("nan", "n/a"))
+    fields.append(f"tokens {row['tokens'] / 1e6:.1f}M")
+    on_gpu = device.type == "cuda"
+    peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if on_gpu else None
+    if pace:
+        speed = cfg.batch_size * cfg.seq_len / pace
+        fields.append(f"{speed / 1e3:.1f}k tok/s")
+        if peak and cfg.precision == "bf16":
+            fields.append(f"mfu {speed * flops_per_token(cfg) / peak / dist.get_world_size():.1%}")
+        if on_gpu:
+            fields.append(f"mem {torch.cuda.max_memory_allocated(device) / 2**30:.1f}G")
+        fields.append(f"eta {timedelta(seconds=round(steps_left * pace))}")
+    print(" | ".join(fields))
+    write_row(cfg.out, row)
+
+def write_row(out, row):
+    """Append row to metrics.jsonl in the directory out, if it is not empty, with null for numbers
+    that are not finite."""
+    if out and dist.get_rank() == 0:
+        row = {k: None if str(v) in ("nan", "inf", "-inf") else v for k, v in row.items()}
+        with open(Path(out) / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
 
 def bits_per_byte(nats, n_bytes):
     """nats over n_bytes of text in bits per byte; NaN, printed as n/a, if n_bytes is unknown."""
@@ -1506,199 +1722,241 @@ def stable_hash(*key):
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
 def shuffled(index, n, key):
-    """The image of index under a permutation of range(n) that key names: a Feistel network on the
-    bits of n, walked until it lands below n, which needs no memory however large n is."""
+    """Position of index in a pseudo-random permutation of range(n) seeded by key: a Feistel network
+    on the bits of n, repeated until the result is below n, which needs no memory."""
     half = (n.bit_length() + 1) // 2
     while True:
         left, right = divmod(index, 1 << half)
         for i in range(4):
-            left, right = right, left ^ stable_hash(key, i, right) % (1 << half)
+            mixed = left ^ stable_hash(key, i, right) % (1 << half)
+            left = right
+            right = mixed
         index = (left << half) + right
         if index < n:
             return index
 
 class Corpus:
-    """Token streams, in memory or memory-mapped, one array a part. Documents end with `separator`
-    (-1: unknown); token_bytes [V] is the length of each id's text (0: unknown)."""
+    """Ids start ... stop - 1 of the concatenation of parts, each an array or a token shard's path.
 
-    def __init__(self, parts, tokenizer, vocab_size, in_order):
-        self.parts, self.tokenizer, self.in_order = parts, tokenizer, in_order
-        self.vocab_size, n_vocab = vocab_size, tokenizer.n_vocab if tokenizer else 0
-        self.token_bytes = np.zeros(max(vocab_size, n_vocab), np.int64)
-        self.separator = end_token(tokenizer) if tokenizer else -1
-        for text, i in tokenizer._mergeable_ranks.items() if tokenizer else ():
-            self.token_bytes[i] = len(text)
+    separator: the id after each document, -1 if unknown; token_bytes [V]: the length of each id's
+    text, 0 if it has none; in_order: windows come in order and not shuffled.
+    """
+
+    def __init__(self, parts, start, stop, separator, token_bytes, in_order):
+        self.parts = parts
+        self.ends = np.cumsum([len(open_part(part)) for part in parts])
+        self.start = start
+        self.size = stop - start
+        self.separator = separator
+        self.token_bytes = token_bytes
+        self.in_order = in_order
+
+    def read(self, first, n):
+        """Ids first ... first + n - 1, int64 [n]; ValueError for an id that is not below V."""
+        pieces = []
+        first += self.start
+        stop = first + n
+        while first < stop:
+            i = np.searchsorted(self.ends, first, side="right")
+            ids = open_part(self.parts[i])
+            begin = first - (self.ends[i] - len(ids))
+            ids = ids[begin : begin + stop - first].astype(np.int64)
+            unknown = (ids >= len(self.token_bytes)) & (ids != self.separator)
+            if unknown.any():
+                where = f"{self.parts[i]}, position {begin + unknown.argmax()}"
+                raise ValueError(f"{where}: token id {ids[unknown][0]} is not in the vocabulary")
+            pieces.append(ids)
+            first += len(ids)
+        return np.concatenate(pieces)
 
     def n_windows(self, length):
-        """Windows of length + 1 ids in an epoch."""
-        return sum(max(len(part) // length - 1, 0) for part in self.parts)
+        """Number of windows of length + 1 ids in an epoch, at any offset below length."""
+        return max((self.size - 1) // length - 1, 0)
 
     def window(self, index, length, seed):
-        """Window `index` of the run, length + 1 ids. An epoch has each window once, in an order and
-        at a phase (ids before the first window) of its own; in_order, it has neither."""
-        n = self.n_windows(length)
-        epoch, index = divmod(index, n)
-        phase = 0 if self.in_order else stable_hash(seed, epoch) % length
-        index = index if self.in_order else shuffled(index, n, (seed, epoch))
-        for part in self.parts:
-            n = max(len(part) // length - 1, 0)
-            if index < n:
-                break
-            index -= n
-        start = phase + index * length
-        ids = part[start : start + length + 1].astype(np.int64)
-        strange = ids[(ids >= self.vocab_size) & (ids != self.separator)]
-        if len(strange):
-            raise ValueError(f"the data has token id {strange[0]}, but V is {self.vocab_size}")
-        return ids
+        """Window `index` of the run, length + 1 ids. An epoch has every window once, in an order
+        and at an offset of its own."""
+        epoch, index = divmod(index, self.n_windows(length))
+        offset = 0
+        if not self.in_order:
+            offset = stable_hash(seed, epoch) % length
+            index = shuffled(index, self.n_windows(length), (seed, epoch))
+        return self.read(offset + index * length, length + 1)
 
-    def text(self, n):
-        """The text of the first n ids as bytes; nothing where the tokenizer is unknown."""
-        ids = np.concatenate([part[:n] for part in self.parts])[:n]
-        ids = ids[self.token_bytes[ids] > 0].tolist()
-        return self.tokenizer.decode_bytes(ids) if self.tokenizer else b""
+    def fingerprint(self):
+        """A hash of the size and the first ids, by which a resumed run recognizes its data."""
+        return stable_hash(self.size, self.read(0, min(self.size, 1000)).tolist())
 
-def load_corpora(path, documents, tokenizer, vocab_size, batch_size, length):
-    """(training, held-out) Corpus. Held out is the end of the stream: one document in twenty, since
-    they come in the order of their hashes; of shards or a single document, the last 5 %."""
-    parts, cut = [open_shard(file) for file in shard_paths(path)], 0
-    vocab_size = vocab_size or (tokenizer.n_vocab if tokenizer else 0)
-    if vocab_size <= max(tokenizer._mergeable_ranks.values() if tokenizer else [0]):
-        raise ValueError(f"--vocab_size {vocab_size} is too small, or --tokenizer is missing")
-    if not parts:
-        hashed = sorted(((stable_hash(name), ids) for name, ids in documents), key=lambda x: x[0])
-        cut = sum(len(ids) for key, ids in hashed if key < 0.95 * 2**64)
-        parts = [np.concatenate([ids for _, ids in hashed] or [np.zeros(0, np.uint16)])]
-    total, least = sum(map(len, parts)), (batch_size + 1) * length
-    if min(cut, total - cut) < least:
-        cut = max(total - max(total // 20, least), 0)
-    train, held = [], []
-    for part in parts:
-        train.append(part[:cut])
-        held.append(part[cut:])
-        cut = max(cut - len(part), 0)
-    train = Corpus(train, tokenizer, vocab_size, in_order=False)
-    held = Corpus(held, tokenizer, vocab_size, in_order=True)
-    if min(train.n_windows(length), held.n_windows(length)) < batch_size:
-        raise ValueError(
-            f"{path} is too short: {total:,} tokens in {len(parts)} parts do not hold a batch of "
-            f"{batch_size} x {length} to train on and another to hold out"
-        )
-    return train, held
+def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size, length):
+    """(training, held-out) Corpus of shards or, without any, of tokenized documents.
 
-def read_documents(path):
-    """(name, text) of each document: a file (.txt, .md, .py), a line of a .jsonl file, or all of a
-    directory or a pattern; without a path, the modules of Python's standard library."""
+    Held out are the shards with "val" in their names, or documents by a hash of their names; if
+    these are less than a batch, the last 5 % of the ids, but at least a batch.
+    """
+    train = [path for path in shards if "val" not in path.name]
+    heldout = [path for path in shards if "val" in path.name]
+    if not shards:
+        documents = sorted(documents, key=lambda document: stable_hash(document[0]))
+        train = [ids for name, ids in documents if not is_held_out(name)]
+        heldout = [ids for name, ids in documents if is_held_out(name)]
+    n_train = sum(len(open_part(part)) for part in train)
+    total = n_train + sum(len(open_part(part)) for part in heldout)
+    least = (batch_size + 1) * length + 1  # ids of a batch of windows, and an offset
+    if min(n_train, total - n_train) < least:
+        n_train = total - max(total // 20, least)
+    if n_train < least:
+        batch = f"a batch of {batch_size} x {length}"
+        raise ValueError(f"{total:,} tokens are too few for {batch} and another to hold out")
+    token_bytes = np.zeros(vocab_size, np.int64)
+    if tokenizer:
+        for text in tokenizer.token_byte_values():
+            token_bytes[tokenizer.encode_single_token(text)] = len(text)
+    parts = train + heldout
+    corpus = Corpus(parts, 0, n_train, separator, token_bytes, in_order=False)
+    return corpus, Corpus(parts, n_train, total, separator, token_bytes, in_order=True)
+
+def vocabulary_size(vocab_size, tokenizer, init):
+    """vocab_size or, if it is 0, that of the tokenizer, whose ids must fit. A vocabulary that is
+    larger than the byte tokenizer's is a warning, and with --init a ValueError."""
+    if not tokenizer and not vocab_size:
+        raise ValueError("token shards need --tokenizer or --vocab_size")
+    if not tokenizer:
+        return vocab_size
+    n_ids = 1 + max(map(tokenizer.encode_single_token, tokenizer.token_byte_values()))
+    if 0 < vocab_size < n_ids:
+        raise ValueError(f"--vocab_size {vocab_size} is less than the {n_ids} ids of the tokenizer")
+    if tokenizer.name == "bytes" and vocab_size > tokenizer.n_vocab:
+        if init:
+            raise ValueError(f"--init {init} needs the --tokenizer of its {vocab_size:,} entries")
+        print(f"warning: a vocabulary of {vocab_size:,} entries over bytes: --tokenizer is missing")
+    return vocab_size or tokenizer.n_vocab
+
+def is_held_out(name):
+    """Whether a document is among the 5 % that are held out, by a hash of its name."""
+    return stable_hash(name) > 0.95 * 2**64
+
+def find_files(path):
+    """(text files, token shards) at path: a file, or a directory and what its links lead to, of
+    one kind; without a path, the modules of Python's standard library without its tests."""
+    if not path:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        files = [root / f"{name}.py" for name in sys.stdlib_module_names]
+        for name in sys.stdlib_module_names:
+            files += (root / name).rglob("*.py")
+        tests = {"test", "tests", "idle_test"}
+        files = [f for f in files if f.exists() and not tests & set(f.relative_to(root).parts)]
+        return sorted(files), []
+    files = [Path(path)]
+    seen = set(files[0].resolve().parents)  # following a link to these would not end
+    for folder, folders, names in os.walk(path, followlinks=True):
+        if Path(folder).resolve() in seen:
+            folders.clear()
+        else:
+            seen.add(Path(folder).resolve())
+            files += [Path(folder, name) for name in names]
+    files = sorted(file for file in files if file.is_file())
+    texts = [f for f in files if f.suffix.lower() in (".txt", ".md", ".py", ".jsonl")]
+    shards = [f for f in files if f.suffix.lower() in (".npy", ".bin")]
+    if not texts and not shards:
+        raise ValueError(f"{path} is or has no text (.txt .md .py .jsonl) or shard (.npy .bin)")
+    if texts and shards:
+        raise ValueError(f"{path} has both text and token shards: {texts[0]}, {shards[0]}")
+    print(f"{path}: {len(texts + shards)} of {len(files)} files are read")
+    return texts, shards
+
+def read_documents(path, files):
+    """(name, text) of each document: a text file or a line of a .jsonl file. Its name is the path
+    of the file below `path`, or the text of the line."""
     root = Path(path or sysconfig.get_paths()["stdlib"])
-    kinds = (".txt", ".md", ".py", ".jsonl") if path else (".py",)
-    skip = set() if path else {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-    files = list_files(root, skip)
-    if not root.is_dir():  # names are relative to the directory before the pattern
-        root = Path(re.split(r"[*?[]", f"{root}")[0] + "*").parent
-    if files != [Path(path)]:
-        files = [file for file in files if file.suffix in kinds and file.is_file()]
-    if not files:
-        raise ValueError(f"{path or root} has no file of {', '.join(kinds)}")
     for file in files:
-        where, wanted = file, "UTF-8 text"
-        try:
-            if file.suffix != ".jsonl":
-                text = file.read_text("utf-8", errors="strict" if path else "ignore")
-                yield file.relative_to(root).as_posix(), text
-                continue
-            for number, line in enumerate(file.open("rb"), 1):
-                if not line.strip():
-                    continue
-                where, wanted = f"{file}, line {number},", 'a JSON object with a string "text"'
-                text = json.loads(line)["text"]
-                if not isinstance(text, str):
-                    raise TypeError(f"it is {text!r:.40}")
+        if file.suffix.lower() == ".jsonl":
+            yield from read_json_lines(file)
+        else:
+            with explain(f"{file} is not UTF-8 text", UnicodeDecodeError):
+                text = file.read_text("utf-8-sig", errors="strict" if path else "ignore")
+            yield file.relative_to(root).as_posix(), text
+
+def read_json_lines(file):
+    """(text, text) of each line, a JSON object with a string "text"; empty lines are skipped."""
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                what = f'{file}, line {number}, is not a JSON object with a string "text"'
+                with explain(what, ValueError, KeyError, TypeError, AttributeError):
+                    code = json.loads(line)["text"].encode("utf-16", "surrogatepass")
+                text = code.decode("utf-16", "replace")  # U+FFFD for half a surrogate pair
                 yield text, text
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{where} is not {wanted}: {error}") from error
 
 def load_tokenizer(name, specials):
-    """tiktoken.Encoding of the 256 `bytes`, of one of tiktoken's own names or of a file of ranks,
-    with those special tokens that it lacks behind its last id."""
-    known = {}
-    try:
-        if name == "bytes":
-            pattern, ranks = r"[\s\S]", {bytes([i]): i for i in range(256)}
-        elif os.path.isfile(name):  # tiktoken's own loader would cache the first file of a name
-            pattern, lines = PATTERN, Path(name).read_bytes().splitlines()
-            ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
-        else:
-            base = tiktoken.get_encoding(name)
-            pattern, ranks, known = base._pat_str, base._mergeable_ranks, base._special_tokens
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer {name}: no file of ranks, and not to be had") from error
-    if not all(bytes([i]) in ranks for i in range(256)):
-        raise ValueError(f"tokenizer {name} lacks some of the 256 single bytes")
-    if len(set(ranks.values())) < len(ranks) or min(ranks.values()) < 0:
-        raise ValueError(f"tokenizer {name} has a rank twice, or one below 0")
+    """The tiktoken.Encoding `bytes`, of a BPE rank file, or of one of tiktoken's own names; special
+    tokens that it lacks get the ids after its last."""
+    ranks = {bytes([i]): i for i in range(256)}
+    settings = {"name": name, "pat_str": r"[\s\S]", "mergeable_ranks": ranks, "special_tokens": {}}
+    if os.path.isfile(name):  # tiktoken's own loader would cache the first file of a name
+        with explain(f"{name} is not a BPE rank file", ValueError):
+            lines = [line.split() for line in Path(name).read_bytes().splitlines() if line.strip()]
+            ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        settings |= {"pat_str": PATTERN, "mergeable_ranks": ranks}
+    elif name != "bytes":
+        what = "is neither a BPE rank file nor a tiktoken encoding, cached or to be downloaded"
+        with explain(f"{name} {what}", OSError, ValueError):
+            tiktoken.get_encoding(name)
+        settings = tiktoken.registry.ENCODING_CONSTRUCTORS[name]()
+        ranks = settings["mergeable_ranks"]
+    if len(set(ranks.values())) < len(ranks) or not all(bytes([i]) in ranks for i in range(256)):
+        raise ValueError(f"{name} has a rank twice, or lacks some of the 256 single bytes")
+    ids = settings["special_tokens"]
     for token in specials:
-        known = {token: max([*ranks.values(), *known.values()]) + 1} | known
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=known)
+        ids.setdefault(token, 1 + max([*ranks.values(), *ids.values()]))
+    settings.pop("explicit_n_vocab", None)  # a check of the number without new tokens
+    return tiktoken.Encoding(**settings)
 
-def end_token(tokenizer):
-    """The id that ends a document: the tokenizer's own <|endoftext|> if it has one, or END."""
-    return tokenizer._special_tokens.get("<|endoftext|>", tokenizer._special_tokens[END])
-
-def tokenize(documents, tokenizer):
-    """(name, ids between BEGIN, where the tokenizer has it, and END) of each (name, text)."""
-    kind = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
-    begin = [i for token, i in tokenizer._special_tokens.items() if token == BEGIN]
-    end = [end_token(tokenizer)]
-    for name, text in ((name, text) for name, text in documents if text):
-        ids = tokenizer.encode_to_numpy(text, disallowed_special=())
-        yield name, np.concatenate((begin, ids, end)).astype(kind)
+def tokenize(documents, tokenizer, separator):
+    """(name, ids) of each document that is not empty; the last id is the separator."""
+    dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
+    for name, text in documents:
+        # tiktoken's PanicException, of the longest words, is a BaseException.
+        with explain(f"the tokenizer cannot take document {name[:80]!r}", BaseException):
+            ids = tokenizer.encode_to_numpy(text, disallowed_special=())
+        if text:
+            yield name, np.append(ids, separator).astype(dtype)
 
 def write_tokens(folder, documents):
-    """Writes tokenized documents to folder as .npy shards of 2**27 ids or a document more."""
-    if shard_paths(folder):
-        raise ValueError(f"--write_tokens: {folder} has shards already")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for n in itertools.count():
-        shard, size = [], 0
-        while size < 2**27 and (document := next(documents, None)):
-            shard.append(document[1])
-            size += len(document[1])
-        if not shard:
-            return print(f"{n} shards in {folder}", flush=True)
-        np.save(Path(folder) / f"tokens_{n:05d}.npy", np.concatenate(shard))
+    """Write tokenized documents to .npy shards in a new or empty folder: train_00000.npy ..., and
+    val_00000.npy ... of the documents that are held out; two shards per 2**27 ids."""
+    if os.path.exists(folder) and os.listdir(folder):
+        raise ValueError(f"--write_tokens {folder} is not empty")
+    with written_beside(folder) as partial:
+        for n in itertools.count():
+            splits = {"train": [], "val": []}
+            n_ids = 0
+            while n_ids < 2**27 and (document := next(documents, None)):
+                name, ids = document
+                splits["val" if is_held_out(name) else "train"].append(ids)
+                n_ids += len(ids)
+            if not n_ids:
+                break
+            for split, parts in splits.items():
+                if parts:
+                    np.save(partial / f"{split}_{n:05d}.npy", np.concatenate(parts))
+    print(f"{folder}: {n} shards to train on, with what is held out beside them")
 
-def list_files(path, skip=frozenset()):
-    """The files at path, in order: a file, all below a directory but what lies in folders named in
-    skip, or those of a pattern."""
-    if os.path.isdir(path):
-        found = []
-        for folder, folders, files in os.walk(path):
-            folders[:] = set(folders) - skip
-            found += (Path(folder, file) for file in files)
-        return [file for file in sorted(found) if file.is_file()]
-    return [Path(file) for file in sorted(glob.glob(str(path), recursive=True)) or [path]]
-
-def shard_paths(path):
-    """The token shards at path, if it is not empty, in order."""
-    files = list_files(path) if path else []
-    return [file for file in files if file.suffix in (".npy", ".bin")]
-
-def open_shard(path):
-    """Memory-maps a shard: .npy of uint16 or uint32, or .bin, uint16 behind 256 int32 of header."""
-    if path.suffix == ".npy":
-        try:
-            ids = np.load(path, mmap_mode="r")
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} is no .npy file: {error}") from error
+def open_part(part):
+    """Ids of a part of a Corpus: an array itself, or a shard that is memory-mapped while the result
+    lives: .npy of uint16 or uint32, or .bin, uint16 after a header of 256 int32."""
+    if isinstance(part, np.ndarray):
+        return part
+    with explain(f"{part} is not a token shard", ValueError, EOFError):
+        if part.suffix.lower() == ".npy":
+            ids = np.load(part, mmap_mode="r")
+        else:
+            magic, version, size = np.fromfile(part, np.int32, 3).tolist()
+            ids = np.memmap(part, np.uint16, "r", offset=1024)
+            if [magic, version, size] != [20240520, 1, len(ids)]:
+                raise ValueError("unexpected header, or its length does not match the file")
         if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32):
-            raise ValueError(f"{path} is {ids.dtype} {ids.shape}, not one row of uint16 or uint32")
-        return ids
-    header = np.fromfile(path, np.int32, 256)
-    if len(header) < 256 or (header[0], header[1]) != (20240520, 1):
-        raise ValueError(f"{path} has not the header of a .bin shard")
-    if path.stat().st_size != 1024 + 2 * int(header[2]):
-        raise ValueError(f"{path} is longer or shorter than the {header[2]} tokens of its header")
-    return np.memmap(path, np.uint16, "r", 1024)
+            raise ValueError(f"it holds {ids.dtype} {ids.shape}, not a row of uint16 or uint32")
+    return ids
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""The Llama 3 Herd of Models (Llama team, 2024, arXiv 2407.21783): pre-training in one file.
+r"""The Llama 3 Herd of Models (Llama team, 2024, arXiv 2407.21783): pre-training in one file.
 
 New against its parent, gpt3.py: what LLaMA and Llama 2 brought, RMSNorm before each branch, SwiGLU,
 rotary positions, no biases; and what Llama 3 changed:
@@ -22,15 +22,15 @@ RMSNorm before each branch; T + 1 tokens make T inputs and T targets, and target
 
 Run: python llama3.py                          # a laptop: the preset demo, all three stages
      torchrun --nproc_per_node=8 llama3.py     # GPUs: the preset small
-     torchrun --nnodes=16 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
-         llama3.py --preset 8b --tp 8 --tokenizer tokenizer.model --out /shared/8b \\
-         --data "0.5:web/*.jsonl,0.25:maths/,0.17:code/,0.08:languages/"
+     torchrun --nnodes=16 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
+         llama3.py --preset 8b --tp 8 --tokenizer tokenizer.model --out /shared/8b \
+         --data "0.5:web/,0.25:maths/,0.17:code/,0.08:languages/"
 Annealing judges a data set (§3.1.3): this, against the same without new/, by the held-out loss:
-     python llama3.py --preset 8b --init half_trained/ --ramp "" --tokens 0 --long_tokens 0 \\
-         --anneal_tokens 40e9 --lr 1.5e-4 --warmup_steps 0 --data default/ \\
+     python llama3.py --preset 8b --init half_trained/ --ramp "" --tokens 0 --long_tokens 0 \
+         --anneal_tokens 40e9 --lr 1.5e-4 --warmup_steps 0 --data default/ \
          --anneal_data "0.3:new/,0.7:default/"
 Expect: in about a minute on two CPU cores the demo's held-out bits per byte fall from 8.13 to 2.36
-(lzma needs 2.06) through all three stages; so small a model finds next to no needle.
+through all three stages; so small a model finds next to no needle.
 """
 
 import argparse
@@ -38,25 +38,24 @@ import base64
 import bisect
 import contextlib
 import dataclasses
+import fcntl
 import functools
-import glob
 import hashlib
-import importlib.util
 import inspect
 import itertools
 import json
-import lzma
 import math
 import os
 import re
-import resource
 import shutil
+import socket
 import sys
 import sysconfig
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from signal import SIGINT, SIGTERM, signal
+from signal import SIG_DFL, SIGINT, SIGTERM, signal
 from typing import Literal, get_args
 
 import numpy as np
@@ -72,81 +71,83 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------- Config ----------------------------------------
 
 @dataclasses.dataclass
 class Config:
-    """The run. Every field is a flag of the command line, and its comment is the flag's help."""
+    """Run configuration: each field is a command-line flag, and its comment is the flag's help."""
 
     # Model, §3.2, Table 3
-    vocab_size: int = 0  # V; 0: the tokenizer's, up to a multiple of 8 for tensor parallelism
+    vocab_size: int = 0  # V, entries of the vocabulary; 0: the tokenizer's, to a multiple of 8
     dim: int = 4096  # D, width of the residual stream
-    n_layers: int = 32  # blocks
+    n_layers: int = 32  # number of blocks
     n_heads: int = 32  # H, query heads
     n_kv_heads: int = 8  # K, key-value heads
     hidden_dim: int = 14336  # F, width of the feed-forward layer
-    norm_eps: float = 1e-5  # added to the mean square in RMSNorm
-    qkv_bias: bool = False  # a bias on queries, keys and values, as Qwen2.5 has
-    tied: bool = False  # the softmax shares the token embedding
+    norm_eps: float = 1e-5  # number added to the mean square in RMSNorm
+    qkv_bias: bool = False  # a bias on queries, keys and values, as in Qwen2.5
+    tied: bool = False  # one matrix for the token embedding and the softmax
     document_mask: bool = True  # no attention across the documents of a sequence
     # Positions, §3.2; the context extension is released, not in the paper
     rope_theta: float = 500000.0  # base of the rotary frequencies
-    long_rope_theta: float = 0.0  # the base from the long-context stage on; 0: rope_theta
+    long_rope_theta: float = 0.0  # base from the long-context stage on; 0: rope_theta
     rope_scaling: Literal["none", "pi", "ntk", "yarn", "llama3"] = "none"  # context extension
-    rope_factor: float = 8.0  # s, times by which the context is extended
-    rope_original: int = 8192  # context before the extension
-    rope_from: Literal["initial", "long-context"] = "long-context"  # stage that begins to extend
+    rope_factor: float = 8.0  # factor by which the context is extended
+    rope_original: int = 8192  # positions of the context before its extension
+    rope_from: Literal["initial", "long-context"] = "long-context"  # first stage with extension
     # Data, §3.1
-    data: str = ""  # WEIGHT:PATH,...;TOKENS;WEIGHT:PATH,...: a mix, and from which token the next
-    anneal_data: str = ""  # mix of the annealing stage; empty: the last of data
-    tokenizer: str = ""  # bytes, gpt2, cl100k_base, o200k_base, or a rank file; empty: bytes
-    bos: bool = True  # begin each document with a token too; Qwen2.5 does not
+    data: str = ""  # WEIGHT:PATH,...;TOKENS;WEIGHT:PATH,...: mix, and tokens until the next mix
+    anneal_data: str = ""  # mix of the annealing stage; empty: the last mix of --data
+    tokenizer: str = ""  # bytes, an encoding of tiktoken or a BPE rank file; empty: bytes
+    bos: bool = True  # a token before each document as well as after it; Qwen2.5 has none
     # Stages, §3.4
-    seq_len: int = 8192  # T of the initial stage, once ramped up
-    batch_size: int = 2048  # sequences of one update, over all ranks, at that length
-    ramp: str = ""  # LENGTHxSEQUENCES:TOKENS,...: the batches before that, and until which token
-    tokens: float = 14.8e12  # of the initial stage
-    long_lengths: str = ""  # LENGTH,...: of the long-context stage, at constant tokens per batch
-    long_tokens: float = 0.0  # of the long-context stage, the same for each length
-    anneal_tokens: float = 0.0  # of the annealing stage, at the last length
-    average: int = 10  # checkpoints of the annealing stage that are averaged; 0: none
-    steps: int = 0  # updates, at most; 0: as many as the stages have
+    seq_len: int = 8192  # T, tokens of a sequence of the initial stage after --ramp
+    batch_size: int = 2048  # sequences per update, over all ranks, at a length of --seq_len
+    ramp: str = ""  # LENGTHxSEQUENCES:TOKENS,...: first batches, each until so many tokens
+    tokens: float = 14.8e12  # tokens of the initial stage
+    long_lengths: str = ""  # LENGTH,...: sequences of the long-context stage, at tokens per batch
+    long_tokens: float = 0.0  # tokens of the long-context stage, in equal parts for its lengths
+    anneal_tokens: float = 0.0  # tokens of the annealing stage, at the last length
+    average: int = 10  # number of checkpoints of the annealing stage in the average; 0: none
+    steps: int = 0  # maximum number of updates; 0: as many as the stages need
     # Optimization, §3.4.1
-    lr: float = 3e-4  # largest learning rate
-    min_lr: float = 3e-6  # where the cosine ends
-    warmup_steps: int = 8000  # updates of linear warm-up
-    cosine_steps: int = 1200000  # updates at which the cosine ends
-    weight_decay: float = 0.1  # decoupled, on matrices and embeddings
-    clip: float = 1.0  # largest norm of the gradient; 0: no clipping
-    spike: float = 6.0  # standard deviations above the mean loss that send the run back; 0: none
-    seed: int = 0  # of weights and data order
+    lr: float = 3e-4  # peak learning rate
+    min_lr: float = 3e-6  # learning rate at the end of the cosine
+    warmup_steps: int = 8000  # updates of linear warm-up, at most a tenth of the stages
+    cosine_steps: int = 1200000  # updates until the end of the cosine
+    weight_decay: float = 0.1  # decoupled weight decay of matrices and embeddings
+    clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
+    spike: float = 6.0  # standard deviations above the mean loss that undo updates; 0: none
+    seed: int = 0  # seed of the weights and the order of the data
     # Parallelism, §3.3.2
-    micro_batch: int = 0  # sequences of one forward pass, at most; 0: the share, pp: a part of it
-    tp: int = 1  # ranks that share each layer's matrices
-    cp: int = 1  # ranks that share each sequence
-    pp: int = 1  # ranks that share the layers
-    pp_chunks: int = 1  # stages of the pipeline on each rank
+    micro_batch: int = 0  # sequences per forward pass on one rank; 0: as many as the batch allows
+    tp: int = 1  # ranks among which each layer's matrices are split
+    cp: int = 1  # ranks among which each sequence is split
+    pp: int = 1  # ranks among which the layers are split
+    pp_chunks: int = 1  # pipeline stages on each rank
     dp: int = 0  # ranks among which data and optimizer are sharded; 0: all that are left
-    dp_replicate: int = 1  # copies of the above, with the gradients summed over them
+    dp_replicate: int = 1  # copies of the sharded model, with the gradients summed over them
     # Machine
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
-    compile: bool = False  # compile each block
-    recompute: Literal["none", "block"] = "none"  # block: keep only its input for the backward pass
-    timeout: int = 600  # seconds until a collective gives up on a lost rank
-    dry_run: bool = False  # print what the run would need, and exit
-    world_size: int = 1  # ranks that dry_run plans for
+    compile: bool = False  # compile each block with torch.compile
+    recompute: Literal["none", "block"] = "none"  # block: recompute blocks in the backward pass
+    timeout: int = 600  # seconds that a collective waits for a lost rank
+    dry_run: bool = False  # print parameters, FLOPs and memory per rank, then exit
+    world_size: int = 1  # number of ranks that --dry_run plans for
     # Reports and files
     log_every: int = 10  # updates between log lines
     val_every: int = 1000  # updates between validations
-    val_batches: int = 16  # held-out batches of one validation, at most
+    val_batches: int = 16  # maximum number of batches per validation
     prompt: str = ""  # text that the sample continues; empty: the start of the held-out text
-    out: str = ""  # directory for checkpoints, metrics.jsonl, config.json; empty: none are written
+    out: str = ""  # directory of checkpoints, metrics.jsonl and config.json; empty: write nothing
     save_every: int = 1000  # updates between checkpoints
-    resume: bool = False  # go on from the newest checkpoint in out
-    init: str = ""  # Hugging Face checkpoint directory to start from, whose shape and rope count
-    export: str = ""  # directory to write the model to as a Hugging Face checkpoint
-    write_tokens: str = ""  # directory to write the data to as token shards; then exit
+    resume: bool = False  # continue from the newest checkpoint in --out, if there is one
+    eval: bool = False  # validate and sample what --init or --out holds, without training
+    init: str = ""  # Hugging Face checkpoint directory to start from; fixes shape and rope
+    export: str = ""  # directory to write a Hugging Face checkpoint to after training
+    write_tokens: str = ""  # directory to write the data to as token shards, then exit
 
 # §3.4.1 to §3.4.3; "8M sequences of 8,192" read as tokens, and the "final 40M tokens" of
 # annealing, less than three updates, as the 40B of §3.1.3.
@@ -165,7 +166,7 @@ QWEN = dict(
 SMALL_LLAMA = LLAMA | dict(tied=True, rope_factor=32.0, tokens=8.16e12)
 SMALL_QWEN = QWEN | dict(vocab_size=151936, norm_eps=1e-6)
 LARGE_QWEN = QWEN | dict(vocab_size=152064)
-SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim")
+SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim")
 PRESETS = {
     # A CPU, a minute: the ramp, one longer length and the annealing.
     "demo": dict(
@@ -184,30 +185,31 @@ PRESETS = {
     ),
     # Llama 3.2's published configurations and 9T tokens. Undisclosed: their rates and batches.
     # Departure: from scratch and from text, not pruned from 8b and distilled.
-    "1b": SMALL_LLAMA | dict(zip(SHAPE, (2048, 16, 32, 8, 8192))),
-    "3b": SMALL_LLAMA | dict(zip(SHAPE, (3072, 28, 24, 8, 8192))),
+    "1b": SMALL_LLAMA | dict(zip(SIZES, (2048, 16, 32, 8, 8192))),
+    "3b": SMALL_LLAMA | dict(zip(SIZES, (3072, 28, 24, 8, 8192))),
     # Table 3; the recipes of the smaller ones are "similar" (§3.4).
-    "8b": LLAMA | dict(zip(SHAPE, (4096, 32, 32, 8, 14336)), lr=3e-4, min_lr=3e-6),
-    "70b": LLAMA | dict(zip(SHAPE, (8192, 80, 64, 8, 28672)), lr=1.5e-4, min_lr=1.5e-6),
+    "8b": LLAMA | dict(zip(SIZES, (4096, 32, 32, 8, 14336)), lr=3e-4, min_lr=3e-6),
+    "70b": LLAMA | dict(zip(SIZES, (8192, 80, 64, 8, 28672)), lr=1.5e-4, min_lr=1.5e-6),
     "405b": LLAMA
-    | dict(zip(SHAPE, (16384, 126, 128, 8, 53248)), lr=8e-5, min_lr=8e-7, pp_chunks=8),
+    | dict(zip(SIZES, (16384, 126, 128, 8, 53248)), lr=8e-5, min_lr=8e-7, pp_chunks=8),
     # Qwen2.5, Table 1, and the published widths.
-    "qwen2_5_0.5b": SMALL_QWEN | dict(zip(SHAPE, (896, 24, 14, 2, 4864)), tied=True),
-    "qwen2_5_1.5b": SMALL_QWEN | dict(zip(SHAPE, (1536, 28, 12, 2, 8960)), tied=True),
-    "qwen2_5_3b": SMALL_QWEN | dict(zip(SHAPE, (2048, 36, 16, 2, 11008)), tied=True),
-    "qwen2_5_7b": LARGE_QWEN | dict(zip(SHAPE, (3584, 28, 28, 4, 18944)), norm_eps=1e-6),
-    "qwen2_5_14b": LARGE_QWEN | dict(zip(SHAPE, (5120, 48, 40, 8, 13824))),
-    "qwen2_5_32b": LARGE_QWEN | dict(zip(SHAPE, (5120, 64, 40, 8, 27648))),
+    "qwen2_5_0.5b": SMALL_QWEN | dict(zip(SIZES, (896, 24, 14, 2, 4864)), tied=True),
+    "qwen2_5_1.5b": SMALL_QWEN | dict(zip(SIZES, (1536, 28, 12, 2, 8960)), tied=True),
+    "qwen2_5_3b": SMALL_QWEN | dict(zip(SIZES, (2048, 36, 16, 2, 11008)), tied=True),
+    "qwen2_5_7b": LARGE_QWEN | dict(zip(SIZES, (3584, 28, 28, 4, 18944)), norm_eps=1e-6),
+    "qwen2_5_14b": LARGE_QWEN | dict(zip(SIZES, (5120, 48, 40, 8, 13824))),
+    "qwen2_5_32b": LARGE_QWEN | dict(zip(SIZES, (5120, 64, 40, 8, 27648))),
     "qwen2_5_72b": LARGE_QWEN
-    | dict(zip(SHAPE, (8192, 80, 64, 8, 29568)), lr=1.5e-4, min_lr=1.5e-6),
+    | dict(zip(SIZES, (8192, 80, 64, 8, 29568)), lr=1.5e-4, min_lr=1.5e-6),
 }  # fmt: skip
-BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"  # tokens around each document of a stream
+BEGIN = "<|begin_of_text|>"  # before each document
+END = "<|end_of_text|>"  # after it
 NAMES = "finetune_right_pad_id step_id start_header_id end_header_id eom_id eot_id python_tag image"
 RESERVED = [f"reserved_special_token_{i}" for i in range(246)]
 SPECIALS = (  # the 256 of Llama 3.1 and later, 128000 ... 128255
     BEGIN, END, *(f"<|{name}|>" for name in (*RESERVED[:2], *NAMES.split(), *RESERVED[2:])),
 )  # fmt: skip
-PATTERN = (  # how GPT-4 and Llama 3 split text into words, for files of ranks
+PATTERN = (  # how GPT-4 and Llama 3 split text into words, for BPE rank files
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -219,6 +221,7 @@ class Phase:
     stage: str  # initial, long-context or annealing
     first: int  # the update that it begins with
     end: int  # the update that the next one begins with
+    before: int  # sequences of the phases before it
     cfg: Config  # the run's, with this phase's seq_len, batch_size, data and rope_...
 
 def phases(cfg):
@@ -248,7 +251,7 @@ def phases(cfg):
     starts = [float(start) if re.fullmatch(number, start) else math.nan for start in starts]
     if len(mixes) != len(starts) or not all(a < b for a, b in itertools.pairwise(starts)):
         raise ValueError(f"--data {cfg.data} is not MIX;TOKENS;MIX;TOKENS;MIX..., in order")
-    plan, done, first = [], 0.0, 0
+    plan, done, first, before = [], 0.0, 0, 0
     for stage, length, sequences, until in rows:
         for cut in [*(start for start in starts if done < start < until), until]:
             steps = max(round((cut - done) / max(length * sequences, 1)), 0)
@@ -264,9 +267,17 @@ def phases(cfg):
             if cfg.pp > 1 and not cfg.micro_batch:  # two micro-batches for each rank of a pipeline
                 now["micro_batch"] = max(sequences // (data_ranks(cfg) * 2 * cfg.pp), 1)
             if steps:
-                plan.append(Phase(stage, first, first + steps, dataclasses.replace(cfg, **now)))
-            first, done = first + steps, max(cut, done)
+                changed = dataclasses.replace(cfg, **now)
+                plan.append(Phase(stage, first, first + steps, before, changed))
+            first, done, before = first + steps, max(cut, done), before + steps * sequences
     return plan
+
+def plan_position(plan, state):
+    """(index of the phase, updates of the plan before it and in it) at a state of the run, by the
+    sequences read; those of updates that go_back undid do not count."""
+    position = state["sequences"] - state["undone"]
+    i = bisect.bisect_right([phase.before for phase in plan], position) - 1
+    return i, plan[i].first + (position - plan[i].before) / plan[i].cfg.batch_size
 
 # ---------------------------------------- Model ----------------------------------------
 
@@ -521,7 +532,6 @@ class Llama3(nn.Module):
             mask = attention_mask(documents, rows, columns)
         for block in self.blocks.values():
             if self.recompute == "block" and self.training:
-                checkpoint = torch.utils.checkpoint.checkpoint
                 x = checkpoint(block, x, rope, mask, use_reentrant=False)
             else:
                 x = block(x, rope, mask)
@@ -572,18 +582,25 @@ def flops_per_token(cfg):
 # ---------------------------------------- Data ----------------------------------------
 
 class Mixture:
-    """Corpora drawn by weight, a sequence at a time. Of each block of 1,000 sequences every
-    corpus has its exact share, in an order that the seed shuffles, so that its own position is
-    arithmetic. starts are the windows of each corpus that are spent already, and first the
-    sequences that earlier phases drew from this mixture."""
+    """Corpora that are drawn by weight, one sequence at a time.
+
+    Of each block of 1,000 sequences every corpus has its exact share, in an order that the seed
+    shuffles, so that its own position is arithmetic. starts: windows of each corpus that earlier
+    phases spent; first: sequences that earlier phases drew from this mixture.
+    """
 
     def __init__(self, mix, corpora, starts, first):
-        self.names, self.corpora, self.starts, self.first = list(mix), corpora, starts, first
+        self.names = list(mix)
+        self.weights = list(mix.values())
+        self.corpora = corpora
+        self.starts = starts
+        self.first = first
         self.block = 1000 if len(mix) > 1 else 1
-        sums = itertools.accumulate(mix.values(), initial=0.0)
+        sums = itertools.accumulate(self.weights, initial=0.0)
         self.bounds = [round(self.block * part) for part in sums]
         self.shares = [b - a for a, b in itertools.pairwise(self.bounds)]
-        self.separator, self.token_bytes = corpora[0].separator, corpora[0].token_bytes
+        self.separator = corpora[0].separator
+        self.token_bytes = corpora[0].token_bytes
 
     def draw(self, index, seed):
         """(corpus, window of it) of sequence `index` of the phase."""
@@ -594,24 +611,32 @@ class Mixture:
         return corpus, self.starts[corpus] + position
 
     def spent(self, n):
-        """The windows of each corpus that are spent after n sequences of the phase."""
-        blocks = -(-(self.first + n) // self.block)
+        """Windows of each corpus that are spent after n sequences of the phase."""
+        blocks = math.ceil((self.first + n) / self.block)
         return [start + blocks * share for start, share in zip(self.starts, self.shares)]
+
+    def n_windows(self, length):
+        """Sequences of length + 1 ids until one of the corpora begins another epoch."""
+        pairs = zip(self.corpora, self.weights)
+        return round(min(corpus.n_windows(length) / weight for corpus, weight in pairs))
 
     def window(self, index, length, seed):
         """Window `index` of the phase, length + 1 ids."""
         corpus, position = self.draw(index, seed)
         return self.corpora[corpus].window(position, length, seed)
 
+    def fingerprint(self):
+        """A number that tells mixtures of other shares or other data apart."""
+        return stable_hash(self.shares, [corpus.fingerprint() for corpus in self.corpora])
+
 def parse_mix(text):
-    """{path: weight} of WEIGHT:PATH,...; a path alone has weight 1."""
+    """{path: weight} of WEIGHT:PATH,...; a path alone has weight 1. The weights are divided by
+    their sum."""
     mix = {}
     for part in text.split(","):
         weight, path = re.fullmatch(r"(?:([^:/\\]*):)?(.*)", part, re.S).groups()
-        try:
+        with explain(f"{part} is not WEIGHT:PATH", ValueError):
             number = float(weight or 1)
-        except ValueError:
-            raise ValueError(f"{part} is not WEIGHT:PATH") from None
         if not 0 < number < math.inf:
             raise ValueError(f"the weight of {path or 'the library'} is {weight}, not positive")
         mix[path] = mix.get(path, 0.0) + number
@@ -620,62 +645,87 @@ def parse_mix(text):
         raise ValueError(f"the weight of {min(mix, key=mix.get)} is too small")
     return mix
 
-def mix_held_out(mix, heldout, batch, length, most):
-    """Parts of the held-out corpora of a mix, batch by batch of sequences of `length`, in which
-    every corpus has its share; `most` batches at most."""
-    sizes = {path: (math.ceil(batch * mix[path]) + 1) * length for path in mix}
-    rounds = min(sum(map(len, heldout[path].parts)) // size for path, size in sizes.items())
-    parts = []
-    for i in range(min(rounds, most)):
-        for path, size in sizes.items():
-            start = i * size
-            for part in heldout[path].parts:
-                parts.append(part[max(start, 0) : max(start + size, 0)])
-                start -= len(part)
-    return parts
+def cut_text(text):
+    """Pieces of text for tiktoken, which fails on long ones. As released: blocks of 400,000
+    characters, cut after each 25,000 in a row that are white space, or that are not."""
+    for first in range(0, len(text), 400_000):
+        block = text[first : first + 400_000]
+        cuts = [0]
+        for run in re.finditer(r"(?<!\s)\s{25001,}|(?<!\S)\S{25001,}", block):
+            cuts += range(run.start() + 25_000, run.end(), 25_000)
+        for begin, end in itertools.pairwise([*cuts, len(block)]):
+            yield block[begin:end]
 
-def load_mixtures(cfg, tokenizer):
-    """(a Mixture for each of the run's phases, held-out Corpus of its first mix). Each length has
-    an order of its own, in which no phase draws a window that another drew, within an epoch."""
+def tokenize_pieces(documents, tokenizer, separator):
+    """(name, ids) of each (name, text) with a text: BEGIN, if the tokenizer has it, the ids of the
+    text's pieces, and the separator."""
+    dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
+    begin = []
+    if BEGIN in tokenizer.special_tokens_set:
+        begin = [tokenizer.encode_single_token(BEGIN)]
+    for name, text in documents:
+        ids = [tokenizer.encode_to_numpy(part, disallowed_special=()) for part in cut_text(text)]
+        if text:
+            yield name, np.concatenate([begin, *ids, [separator]]).astype(dtype)
+
+def load_mixtures(cfg, sources, tokenizer, separator):
+    """(Mixture of each phase of the run, Mixture of the held-out documents of its first mix).
+
+    sources: {path: (text files, token shards)}. Each length has an order of its own, in which no
+    phase draws a window that another drew, within an epoch.
+    """
     # Undisclosed: whether the longer stages see text of the initial stage again. Here they may.
-    plan, corpora, spent, mixtures, last = phases(cfg), {}, {}, [], None
+    plan = phases(cfg)
     length = max(phase.cfg.seq_len for phase in plan)
     batch = math.ceil(max(phase.cfg.seq_len * phase.cfg.batch_size for phase in plan) / length)
     common = parse_mix(cfg.data.split(";")[0])
+    corpora = {}
     for mix in (common, *(parse_mix(phase.cfg.data) for phase in plan)):
         for path in (path for path in mix if path not in corpora):
-            documents = [] if shard_paths(path) else tokenize(read_documents(path), tokenizer)
+            files, shards = sources[path]
+            documents = tokenize_pieces(read_documents(path, files), tokenizer, separator)
             sizes = cfg.vocab_size, math.ceil(batch * mix[path]), length
-            corpora[path] = load_corpora(path, documents, tokenizer, *sizes)
+            with explain(path or "the standard library", ValueError):
+                corpora[path] = load_corpora(shards, documents, tokenizer, separator, *sizes)
+    mixtures = []
+    spent = {}
+    last = None
     for phase in plan:
-        now, mix = phase.cfg, parse_mix(phase.cfg.data)
-        if (now.data, now.seq_len) != last:  # else the last phase's mixture goes on
-            first, last = 0, (now.data, now.seq_len)
-            starts = [spent.get((path, now.seq_len), 0) for path in mix]
+        mix = parse_mix(phase.cfg.data)
+        length = phase.cfg.seq_len
+        if (phase.cfg.data, length) != last:  # else the mixture of the phase before goes on
+            last = phase.cfg.data, length
+            first = 0
+            starts = [spent.get((path, length), 0) for path in mix]
         mixtures.append(Mixture(mix, [corpora[path][0] for path in mix], starts, first))
-        n = (phase.end - phase.first) * now.batch_size
-        spent.update(((path, now.seq_len), i) for path, i in zip(mix, mixtures[-1].spent(n)))
+        n = (phase.end - phase.first) * phase.cfg.batch_size
+        spent.update(((path, length), i) for path, i in zip(mix, mixtures[-1].spent(n)))
         first += n
-    heldout = {path: corpora[path][1] for path in common}
-    parts = mix_held_out(common, heldout, batch, length, cfg.val_batches)
-    return mixtures, Corpus(parts, tokenizer, cfg.vocab_size, in_order=True)
+    heldout = Mixture(common, [corpora[path][1] for path in common], [0] * len(common), 0)
+    return mixtures, heldout
 
 def get_batch(corpus, first, n, cfg):
-    """Sequences first ... first + n - 1 of the phase, whatever the ranks or the moment: tokens,
-    targets and (with the mask) documents [n, T]: which document each input belongs to; and the
-    counts n_targets and n_bytes (of the targets' text)."""
+    """Sequences first ... first + n - 1 of the phase: tokens, targets and, with the mask,
+    documents [n, T], and their counts.
+
+    A pure function of the seed and the index, so that any number of ranks, any accumulation and
+    any resume see the same sequences. documents numbers the document of each input; n_targets
+    counts targets, n_bytes the bytes of their text.
+    """
     # Undisclosed: the packing. Documents between BEGIN and END follow each other, are cut into
     # windows of T + 1 tokens, and no input predicts the first token of the next document.
     windows = np.stack([corpus.window(first + i, cfg.seq_len, cfg.seed) for i in range(n)])
-    tokens, targets = windows[:, :-1], windows[:, 1:].copy()
-    ends, batch = tokens == corpus.separator, {}
+    tokens = windows[:, :-1].copy()
+    targets = windows[:, 1:].copy()
+    batch = {}
     if cfg.document_mask:
+        ends = tokens == corpus.separator  # an END belongs to its document
         targets[ends] = -100
-        batch["documents"] = torch.from_numpy(np.cumsum(ends, 1) - ends)  # an END is its document's
+        batch["documents"] = torch.from_numpy(np.cumsum(ends, 1) - ends)
     scored = targets[targets >= 0]
-    counts = {"n_targets": scored.size, "n_bytes": int(corpus.token_bytes[scored].sum())}
-    tokens, targets = torch.from_numpy(tokens.copy()), torch.from_numpy(targets)
-    return {"tokens": tokens, "targets": targets, **batch, **counts}
+    batch["n_targets"] = len(scored)
+    batch["n_bytes"] = int(corpus.token_bytes[scored].sum())
+    return {"tokens": torch.from_numpy(tokens), "targets": torch.from_numpy(targets)} | batch
 
 # ---------------------------------------- Objective ----------------------------------------
 
@@ -730,7 +780,7 @@ def learning_rate(step, cfg):
         rate = cfg.min_lr + (cfg.lr - cfg.min_lr) / 2 * (1 + math.cos(math.pi * min(done, 1)))
     return rate * (last.end - step) / (last.end - last.first) if step > start else rate
 
-def clip_gradients(model, loss, cfg, mesh, device):
+def clip_gradients(model, loss, cfg, mesh):
     """(norm of the whole gradient, loss summed over ranks), after scaling the gradient down to
     cfg.clip. What several ranks hold counts once."""
     whole, copied = [], []  # by tensor parallelism: a part on each rank, the same on all
@@ -739,7 +789,9 @@ def clip_gradients(model, loss, cfg, mesh, device):
             local = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
             (copied if tensor_dimension(name) is None else whole).append(local)
     square, more = (nn.utils.get_total_norm(part).double() ** 2 for part in (whole, copied))
-    square, loss = sum_over_ranks(square + more / mesh["tp"].size(), loss, device=device)
+    square = square + more / mesh["tp"].size()
+    # The update waits for the device here alone.
+    square, loss = sum_over_ranks(*torch.stack([square, loss]).tolist())
     norm = math.sqrt(square / mesh["dp_replicate"].size()) if square >= 0 else math.nan
     if cfg.clip and norm > cfg.clip:
         for p in model.parameters():
@@ -839,7 +891,8 @@ def parallelize(model, cfg, mesh):
     for block in model.blocks.values():
         block.to_empty(device=mesh.device_type)
         if cfg.compile:
-            block.compile()
+            torch.compiler.config.fail_on_recompile_limit_hit = True
+            block.compile(dynamic=False)
         if shards.size() > 1:
             fully_shard(block, **settings)
     for part in (model.token_embedding, model.final_norm, model.head):
@@ -889,6 +942,8 @@ class Pipeline:
     def enter(self, cfg):
         """Prepares for a phase: its positions, and a schedule, whose shapes are fixed."""
         self.cfg, pp = cfg, self.mesh["pp"]
+        if cfg.compile:
+            torch.compiler.reset()  # drops what was compiled for other lengths
         for stage in self.stages:
             stage.extend(cfg)
         if pp.size() > 1:
@@ -942,7 +997,10 @@ class Pipeline:
             for module in itertools.chain(*(stage.modules() for stage in self.stages)):
                 module.reshard() if isinstance(module, FSDPModule) else None
         self.hits = self.hits / cfg.tp
-        return sum(loss.detach() for loss in losses) / self.scale / cfg.tp if losses else 0.0
+        total = torch.zeros((), dtype=torch.float64, device=batches[0]["tokens"].device)
+        for loss in losses:
+            total += loss.detach()
+        return total / self.scale / cfg.tp
 
     @torch.no_grad()
     def evaluate(self, batches):
@@ -1011,10 +1069,18 @@ def pipeline_bubble(cfg):
 
 # ---------------------------------------- Checkpoint ----------------------------------------
 
-HF_CONFIG = {  # ours: Hugging Face's
-    "vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads",
-    "hidden_dim": "intermediate_size", "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings",
+HF_CONFIG = {  # field of Config: (key in config.json, default of LlamaConfig)
+    "vocab_size": ("vocab_size", 32000), "dim": ("hidden_size", 4096),
+    "n_layers": ("num_hidden_layers", 32), "n_heads": ("num_attention_heads", 32),
+    "n_kv_heads": ("num_key_value_heads", None), "hidden_dim": ("intermediate_size", 11008),
+    "norm_eps": ("rms_norm_eps", 1e-6), "tied": ("tie_word_embeddings", False),
+}  # fmt: skip
+HF_QWEN = {  # where the defaults of Qwen2Config differ
+    "vocab_size": ("vocab_size", 151936), "hidden_dim": ("intermediate_size", 22016),
+    "n_kv_heads": ("num_key_value_heads", 32),
+}  # fmt: skip
+HF_FIXED = {
+    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
 }  # fmt: skip
 HF_NAMES = {
     "token_embedding": "model.embed_tokens", "blocks": "model.layers", "head": "lm_head",
@@ -1024,6 +1090,11 @@ HF_NAMES = {
     "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj",
 }  # fmt: skip
 HF_ROPE = {"none": "default", "pi": "linear", "ntk": "default", "yarn": "yarn", "llama3": "llama3"}
+HF_ROPE_FIXED = {
+    "low_freq_factor": 1.0, "high_freq_factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0,
+    "truncate": True, "partial_rotary_factor": 1.0,
+}  # fmt: skip
+SHAPE = (*HF_CONFIG, "qkv_bias")  # fields of Config that a checkpoint fixes
 
 def hf_name(name, tied):
     """Hugging Face's name of our parameter."""
@@ -1037,157 +1108,212 @@ def hf_file(name):
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     return f"model-{layer[1].zfill(5) if layer else name.split('.')[-2]}.safetensors"
 
-def read_hf_config(path):
-    """Config of the LlamaForCausalLM or Qwen2ForCausalLM in a directory."""
-    if not importlib.util.find_spec("safetensors"):
-        raise ValueError("--init needs the package safetensors: pip install safetensors")
-    try:
+def read_llama_config(path):
+    """Config of the LlamaForCausalLM or Qwen2ForCausalLM in the directory path."""
+    with explain(f"{path} holds no Llama or Qwen2 model", Exception):
         theirs = json.loads((Path(path) / "config.json").read_text())
-        cfg = Config(**{ours: theirs[name] for ours, name in HF_CONFIG.items()})
-        cfg.qkv_bias = theirs["model_type"] == "qwen2"
-        cfg.seq_len = theirs["max_position_embeddings"]
+        qwen = theirs["model_type"] == "qwen2"
+        fields = HF_CONFIG | (HF_QWEN if qwen else {})
+        fixed = HF_FIXED | {"model_type": "qwen2" if qwen else "llama"}
+        cfg = Config(**read_hf_config(path, fields, fixed), qkv_bias=qwen)
+        cfg.n_kv_heads = cfg.n_kv_heads or cfg.n_heads
+        cfg.seq_len = theirs.get("max_position_embeddings", 32768 if qwen else 2048)
         rope = dict(theirs.get("rope_parameters") or theirs.get("rope_scaling") or {})
-        cfg.rope_theta = rope.pop("rope_theta", None) or theirs["rope_theta"]
-        kind = rope.pop("type", None) or rope.get("rope_type", "default")
-        cfg.rope_scaling = {theirs: ours for ours, theirs in HF_ROPE.items() if ours != "ntk"}[kind]
-        cfg.rope_from = "initial" if cfg.rope_scaling != "none" else cfg.rope_from
+        kind = rope.pop("rope_type", rope.pop("type", "default"))
+        cfg.rope_theta = rope.pop("rope_theta", theirs.get("rope_theta", 10000.0))
+        cfg.rope_scaling = {hf: ours for ours, hf in HF_ROPE.items() if ours != "ntk"}[kind]
+        if cfg.rope_scaling != "none":
+            cfg.rope_from = "initial"
         cfg.rope_factor = rope.pop("factor", cfg.rope_factor)
         cfg.rope_original = rope.pop("original_max_position_embeddings", None) or cfg.seq_len
-        known = dict(  # what this script does, where it is said at all
-            model_type=("llama", "qwen2"), head_dim=(cfg.dim // cfg.n_heads,), mlp_bias=(False,),
-            hidden_act=("silu",), attention_bias=(False,), use_sliding_window=(False,),
-            rope_type=(kind,), low_freq_factor=(1.0,), high_freq_factor=(4.0,), beta_fast=(32.0,),
-            beta_slow=(1.0,), truncate=(True,), partial_rotary_factor=(1.0,),
-        )  # fmt: skip
-        said = {name: theirs[name] for name in known.keys() & theirs.keys()} | rope
-        for name, found in said.items():
-            if found not in (None, *known.get(name, ())):
-                raise ValueError(f"its {name} is {found}")
-    except Exception as error:
-        raise ValueError(f"{path} holds no Llama or Qwen2 model: {error!r}") from error
+        rope["head_dim"] = theirs.get("head_dim")
+        supported = HF_ROPE_FIXED | {"head_dim": cfg.dim // cfg.n_heads}
+        for key, value in rope.items():
+            if value not in (None, supported.get(key)):
+                raise ValueError(f"config.json has {key} {value!r}")
     return cfg
 
+def read_hf_config(path, fields, fixed):
+    """Fields of Config from the config.json of a Hugging Face checkpoint directory.
+
+    fields: {field: (key, default of Hugging Face's class)}; fixed: {key: the only value that is
+    supported}. Raises ValueError, with the key's name, for another value.
+    """
+    theirs = json.loads((Path(path) / "config.json").read_text())
+    for key, value in fixed.items():
+        if theirs.get(key) not in (None, value):
+            raise ValueError(f"{path}: config.json has {key} {theirs[key]!r}, not {value!r}")
+    return {field: theirs.get(key, default) for field, (key, default) in fields.items()}
+
 def read_hf_weights(model, cfg, path, tp=None):
-    """Fills the parameters that this rank has from the safetensors of a directory."""
-    from safetensors import SafetensorError, safe_open
+    """Fill the parameters that this rank has from the safetensors of the directory path."""
+    from safetensors import safe_open
 
     wanted = {hf_name(name, cfg.tied): (name, p) for name, p in model.named_parameters()}
-    for file in sorted(Path(path).glob("*.safetensors")):
-        try:
-            with safe_open(file, "pt") as tensors:
+    with explain(f"{path} holds no weights of this model", Exception):
+        files = {"model.safetensors"}
+        if not (Path(path) / "model.safetensors").exists():
+            index = json.loads((Path(path) / "model.safetensors.index.json").read_text())
+            files = {index["weight_map"][key] for key in wanted}
+        for file in sorted(files):
+            with safe_open(Path(path) / file, "pt") as tensors:
                 for key in wanted.keys() & set(tensors.keys()):
-                    (name, p), tensor = wanted.pop(key), tensors.get_tensor(key)
+                    name, p = wanted.pop(key)
+                    tensor = tensors.get_tensor(key)
                     if list(tensor.shape) != whole_shape(name, p, tp):
                         raise ValueError(f"{key} in {file} is {list(tensor.shape)}")
                     fill(name, p, tensor, tp)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged: {error}") from error
-    if wanted:
-        raise ValueError(f"{path} holds no {next(iter(wanted))}")
+        if wanted:
+            raise ValueError(f"there is no {next(iter(wanted))}")
 
 def from_hf(path):
-    """(model, cfg) from the directory of a LlamaForCausalLM or a Qwen2ForCausalLM: config.json,
-    *.safetensors."""
-    cfg = read_hf_config(path)
+    """(model, cfg) from the checkpoint directory of a LlamaForCausalLM or Qwen2ForCausalLM."""
+    cfg = read_llama_config(path)
     model = Llama3(cfg)
     read_hf_weights(model, cfg, path)
     return model, cfg
 
-def to_hf(model, cfg, path, mesh=None):
-    """Writes a model, or on every rank its part of one, to a directory as a LlamaForCausalLM or,
-    with qkv_bias, a Qwen2ForCausalLM: a file for each layer, from the stage that has it."""
-    from safetensors.torch import save_file
-
-    theta, rope = cfg.rope_theta, {"rope_type": HF_ROPE[cfg.rope_scaling]}
+def make_llama_config(cfg):
+    """The config.json of a LlamaForCausalLM or, with qkv_bias, of a Qwen2ForCausalLM."""
+    theta = cfg.rope_theta
+    rope = {"rope_type": HF_ROPE[cfg.rope_scaling]}
     if cfg.rope_scaling == "ntk":  # a static base, for which Hugging Face has no type
         theta *= cfg.rope_factor ** (cfg.dim // cfg.n_heads / (cfg.dim // cfg.n_heads - 2))
     elif cfg.rope_scaling != "none":
-        rope |= dict(factor=cfg.rope_factor, original_max_position_embeddings=cfg.rope_original)
+        rope["factor"] = cfg.rope_factor
+        rope["original_max_position_embeddings"] = cfg.rope_original
         if cfg.rope_scaling == "llama3":
-            rope |= dict(low_freq_factor=1.0, high_freq_factor=4.0)
-    kind = ("Qwen2ForCausalLM", "qwen2") if cfg.qkv_bias else ("LlamaForCausalLM", "llama")
-    config = {theirs: getattr(cfg, ours) for ours, theirs in HF_CONFIG.items()}
-    config |= dict(architectures=[kind[0]], model_type=kind[1], hidden_act="silu", rope_theta=theta)
-    config |= dict(rope_parameters=rope | dict(rope_theta=theta), torch_dtype="float32")
-    config["max_position_embeddings"] = cfg.seq_len
+            rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config = {key: getattr(cfg, field) for field, (key, _) in HF_CONFIG.items()}
+    config["architectures"] = ["Qwen2ForCausalLM" if cfg.qkv_bias else "LlamaForCausalLM"]
+    config |= {"model_type": "qwen2" if cfg.qkv_bias else "llama", "hidden_act": "silu"}
+    config |= {"rope_theta": theta, "rope_parameters": rope | {"rope_theta": theta}}
+    config |= {"max_position_embeddings": cfg.seq_len, "torch_dtype": "float32"}
     if cfg.vocab_size == 128256:
-        config |= dict(bos_token_id=128000, eos_token_id=128001)
+        config |= {"bos_token_id": 128000, "eos_token_id": 128001}
+    return config
+
+def to_hf(model, cfg, path, mesh=None):
+    """Write model, or on every rank its part of one, to the directory path as a LlamaForCausalLM
+    or Qwen2ForCausalLM: a file for each layer, from the pipeline stage that has it."""
+    from safetensors.torch import save_file
+
+    files = {}
+    for name, p in model.named_parameters():
+        if not (cfg.tied and name == "head.weight"):
+            key = hf_name(name, cfg.tied)
+            files.setdefault(hf_file(key), []).append((key, name, p))
     tp = mesh["tp"].get_group() if mesh and mesh["tp"].size() > 1 else None
     inner = ("dp_replicate", "dp", "cp", "tp")  # the first of these writes its stage's part
     writes = not mesh or all(mesh[name].get_local_rank() == 0 for name in inner)
     rank = dist.get_rank() if mesh else 0
-    if rank == 0:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        for old in Path(path).glob("*.safetensors*"):
-            old.unlink()
-        (Path(path) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        with torch.device("meta"):
-            names = [hf_name(name, cfg.tied) for name, _ in Llama3(cfg).named_parameters()]
-        index = {"metadata": {}, "weight_map": {name: hf_file(name) for name in names}}
-        (Path(path) / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    if mesh:
-        dist.barrier()
-    parameters = [x for x in model.named_parameters() if not (cfg.tied and x[0] == "head.weight")]
-    file_of = lambda parameter: hf_file(hf_name(parameter[0], cfg.tied))  # noqa: E731
-    for file, group in itertools.groupby(parameters, file_of):
-        tensors = {hf_name(n, cfg.tied): whole_tensor(n, p.data, tp) for n, p in group}
-        if writes:
-            tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-            save_file(tensors, Path(path) / file, metadata={"format": "pt"})
-    if mesh:
-        dist.barrier()
+    other = contextlib.nullcontext(Path(f"{Path(path)}.tmp"))  # which rank 0 makes
+    with other if rank else written_beside(path) as folder:
+        if mesh:
+            dist.barrier()
+        for file, group in files.items():
+            tensors = {key: whole_tensor(name, p.data, tp) for key, name, p in group}
+            if writes:
+                tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+                save_file(tensors, folder / file, metadata={"format": "pt"})
+        if rank == 0:
+            (folder / "config.json").write_text(json.dumps(make_llama_config(cfg), indent=2) + "\n")
+            with torch.device("meta"):
+                names = [hf_name(name, cfg.tied) for name, _ in Llama3(cfg).named_parameters()]
+            index = {"metadata": {}, "weight_map": {name: hf_file(name) for name in names}}
+            text = json.dumps(index, indent=2) + "\n"
+            (folder / "model.safetensors.index.json").write_text(text)
+        if mesh:
+            dist.barrier()
+
+@contextlib.contextmanager
+def written_beside(path):
+    """A temporary directory; when the block ends, its files move to the directory path."""
+    path = Path(path)
+    folder = path.with_name(path.name + ".tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    yield folder
+    try:
+        folder.rename(path)  # at once, if path is new or empty
+    except OSError:
+        for file in folder.iterdir():
+            file.replace(path / file.name)
+        folder.rmdir()
+
+def newest_checkpoint(out, resume, fixed):
+    """(path of the newest checkpoint in out, config.json of its run), or (None, {}).
+
+    Raises ValueError if there is one, but neither --resume nor a restart by torchrun asks for it,
+    or if its run had another value of a field in `fixed`.
+    """
+    newest = [None, {}]
+    checkpoints = sorted(Path(out).glob("step_*[0-9]")) if out else []
+    if checkpoints:
+        newest = [checkpoints[-1], json.loads((Path(out) / "config.json").read_text())]
+    dist.broadcast_object_list(newest)  # ranks on a network file system may list other files
+    path, run = newest
+    (restarts,) = sum_over_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+    if path and not (resume or restarts):
+        raise ValueError(f"{out} has checkpoints: --resume continues, another --out starts anew")
+    for name in fixed:
+        if path and run.get(name) != fixed[name]:
+            raise ValueError(f"{path} has {name} {run.get(name)}, and this run {fixed[name]}")
+    if path:
+        print(f"continuing from {path}")
+    elif resume:
+        print(f"no checkpoint in {out or '--out'}: starting a run")
+    return path, run
+
+def claim_directory(out, step, config):
+    """Write config.json, and remove the rows of later steps from metrics.jsonl. Returns a lock,
+    which the process holds while it lives; ValueError if another process holds it."""
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "lock", "w")
+    if dist.get_rank() > 0:
+        return lock
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"another run is writing to {out}") from error
+    except OSError as error:
+        print(f"{out} cannot be locked against other runs: {error}")
+    log = folder / "metrics.jsonl"
+    log.touch()
+    rows = [json.loads(line) for line in log.open() if line.endswith("}\n")]
+    kept = [row for row in rows if row["step"] < step or (row["step"] == step and "loss" in row)]
+    texts = {"config.json": json.dumps(config, indent=2) + "\n"}
+    texts["metrics.jsonl"] = "".join(json.dumps(row) + "\n" for row in kept)
+    for name, text in texts.items():
+        (folder / f"{name}.tmp").write_text(text)
+        (folder / f"{name}.tmp").replace(folder / name)
+    return lock
 
 def save_checkpoint(out, model, optimizer, state):
-    """Writes model, optimizer and state to out/step_N, of which the two newest stay. The name comes
-    with a rename at the end, so that a process killed at any moment leaves whole checkpoints."""
+    """Write model, optimizer and state to out/step_N, and keep the two newest. The directory is
+    renamed when it is complete, so that a killed process leaves only complete checkpoints."""
     final = Path(out) / f"step_{state['step']:09d}"
     partial = final.with_suffix(".tmp")
-    if dist.get_rank() == 0:
-        for remains in Path(out).glob("step_*.tmp"):
-            shutil.rmtree(remains)
-    dist.barrier()
     weights, moments = get_state_dict(model, optimizer)
-    try:
-        dcp.save({"model": weights, "optimizer": moments, "state": state}, checkpoint_id=partial)
-    except dcp.api.CheckpointException as error:  # which is no Exception
-        raise OSError(f"cannot save {final}: {next(iter(error.failures.values()))[0]}") from error
+    content = {"model": weights, "optimizer": moments["state"], "state": state}
+    with explain(f"cannot save {final}", dcp.CheckpointException):
+        dcp.save(content, checkpoint_id=partial)
     if dist.get_rank() == 0:
         partial.rename(final)
-        for old in sorted(Path(out).glob("step_*[0-9]"))[:-2]:
-            shutil.rmtree(old)
+        old = sorted(Path(out).glob("step_*[0-9]"))[:-2]
+        for path in [*old, *Path(out).glob("step_*.tmp")]:  # .tmp: of killed processes
+            shutil.rmtree(path)
     dist.barrier()
 
-def load_checkpoint(out, resume, steps, model, optimizer, state):
-    """Fills model, optimizer and state from the newest checkpoint in out if --resume or a restart
-    by torchrun asks for it; ValueError if there is none, or one that nobody asked for."""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    listing = [sorted(Path(out).glob("step_*[0-9]"))]
-    dist.broadcast_object_list(listing)  # rank 0's, since network file systems show ranks old ones
-    (found,) = listing
-    if not found and resume and not restarted:
-        raise ValueError(f"--resume: {out} has no checkpoint")
-    if found and not resume and not restarted:
-        raise ValueError(f"{out} has checkpoints: --resume goes on, another --out starts anew")
-    if found:
-        path = found[-1]
-        settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-        weights, moments = get_state_dict(model, optimizer)
-        loaded = {"model": weights, "optimizer": moments, "state": dict(state)}
-        try:
-            dcp.load(loaded, checkpoint_id=path)
-        except dcp.api.CheckpointException as error:
-            cause = next(iter(error.failures.values()))[0]
-            raise ValueError(f"{path} does not fit or is damaged: {cause}") from error
-        if loaded["state"]["seed"] != state["seed"] or loaded["state"]["step"] > steps:
-            raise ValueError(f"{path} has --seed {loaded['state']['seed']} or is beyond --steps")
-        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-        for group, setting in zip(optimizer.param_groups, settings):
-            group.update(setting)  # the flags count, not what they were
-        state.update(loaded["state"])
-    log = Path(out) / "metrics.jsonl"
-    if dist.get_rank() == 0 and log.exists():  # what lies behind the checkpoint comes again
-        rows = [row for row in log.read_text().splitlines(True) if row.endswith("}\n")]
-        log.write_text("".join(row for row in rows if json.loads(row)["step"] <= state["step"]))
+def load_checkpoint(path, model, optimizer, state):
+    """Fill model, optimizer and state from a checkpoint; its hyperparameters stay as they are."""
+    weights, moments = get_state_dict(model, optimizer)
+    content = {"model": weights, "optimizer": moments["state"], "state": dict(state)}
+    with explain(f"{path} does not fit or is damaged", dcp.CheckpointException):
+        dcp.load(content, checkpoint_id=path)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    state.update(content["state"])
 
 # ---------------------------------------- Training ----------------------------------------
 
@@ -1197,54 +1323,91 @@ def split_batch(cfg, ranks):
     micro = min(cfg.micro_batch or share, share)
     return share // max(micro, 1), micro
 
-def sum_over_ranks(*numbers, device):
+def sum_over_ranks(*numbers):
     """The numbers, each summed over all ranks, as floats."""
-    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
+    sums = torch.tensor(numbers, dtype=torch.float64)
     dist.all_reduce(sums)
     return sums.tolist()
 
-def next_batches(corpus, first, stop, cfg, device, rank, ranks):
-    """The micro-batches of data-parallel rank `rank` of `ranks` of the global batch that begins at
-    sequence `first`, on the device; their counts (n_...) are those of the global batch. None if
-    any rank was told to stop."""
+def read_batch(corpus, first, cfg, device, rank, ranks):
+    """Micro-batches, on the device, of data-parallel rank `rank` of `ranks` of the global batch
+    that begins with sequence `first`. Without collectives, so that a thread can call it."""
     steps, micro = split_batch(cfg, ranks)
     first += rank * steps * micro
     batches = [get_batch(corpus, first + i * micro, micro, cfg) for i in range(steps)]
+    for batch in batches:
+        for name, value in batch.items():
+            if torch.is_tensor(value) and device.type == "cuda":
+                batch[name] = value.pin_memory().to(device, non_blocking=True)
+    return batches
+
+def sum_counts(batches, ranks):
+    """Replace the counts (n_...) of micro-batches by those of the global batch, which `ranks`
+    data-parallel ranks read together; all others read the same as one of these."""
     names = [name for name in batches[0] if name.startswith("n_")]
-    sums = (sum(batch.pop(name) for batch in batches) for name in names)
-    stop, *sums = sum_over_ranks(stop, *sums, device=device)
-    if stop:
-        return None
-    copies = dist.get_world_size() // ranks  # ranks of other kinds of parallelism: the same counts
-    counts = {name: count / copies for name, count in zip(names, sums)}
-    return [{k: v.to(device) for k, v in batch.items()} | counts for batch in batches]
+    sums = sum_over_ranks(*(sum(batch[name] for batch in batches) for name in names))
+    counts = {name: n * ranks / dist.get_world_size() for name, n in zip(names, sums)}
+    for batch in batches:
+        batch.update(counts)
+
+@contextlib.contextmanager
+def evaluation_mode(model, compiled):
+    """No dropout, no gradients, and no compiled code, which would be compiled for each length."""
+    eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+    model.eval()
+    with torch.no_grad(), eager:
+        yield
+    model.train()
 
 def validate(loss_of, corpus, step, cfg, device, rank, ranks):
-    """Prints nats per target and bits per byte of corpus; after training, lzma's bits as well.
-    loss_of(batches) is this rank's part of the mean loss over a global batch."""
+    """Print and log nats per target and bits per byte over the first windows of corpus.
+    loss_of(batches) is this rank's share of the loss of a global batch."""
     nats = n_targets = n_bytes = 0.0
-    n_batches = min(cfg.val_batches, corpus.n_windows(cfg.seq_len) // cfg.batch_size)
-    for i in range(n_batches):
-        first = i * cfg.batch_size
-        batches = next_batches(corpus, first, False, cfg, device, rank, ranks)
-        (loss,) = sum_over_ranks(loss_of(batches), device=device)
+    for i in range(min(cfg.val_batches, corpus.n_windows(cfg.seq_len) // cfg.batch_size)):
+        batches = read_batch(corpus, i * cfg.batch_size, cfg, device, rank, ranks)
+        sum_counts(batches, ranks)
+        (loss,) = sum_over_ranks(loss_of(batches))
         nats += loss * batches[0]["n_targets"]
         n_targets += batches[0]["n_targets"]
         n_bytes += batches[0]["n_bytes"]
-    bpb = f"{bits_per_byte(nats, n_bytes):.3f}".replace("nan", "n/a")
-    line = f"val {step} | loss {nats / max(n_targets, 1):.4f} | bpb {bpb}"
-    text = corpus.text(n_batches * cfg.batch_size * cfg.seq_len)
-    if step == cfg.steps and text:
-        line += f" | lzma {8 * len(lzma.compress(text, preset=9)) / len(text):.3f}"
-    print(line, flush=True)
+    if not n_targets:
+        raise ValueError("the held-out documents have no token to predict")
+    row = {"step": step, "val_loss": nats / n_targets, "val_bpb": bits_per_byte(nats, n_bytes)}
+    bpb = f"{row['val_bpb']:.3f}".replace("nan", "n/a")
+    print(f"val {step} | loss {row['val_loss']:.4f} | bpb {bpb}")
+    write_row(cfg.out, row)
 
 def load_specials(cfg):
-    """The tokenizer with Llama 3's special tokens; the two that documents need where it is not a
-    file of ranks, and no BEGIN without --bos."""
-    # Departure: a document is not cut into blocks of 400,000 characters first, as released, and
-    # Qwen2.5's file of ranks is used with Llama's pattern, which takes digits by three.
-    special = SPECIALS if os.path.isfile(cfg.tokenizer) else (BEGIN, END)
-    return load_tokenizer(cfg.tokenizer or "bytes", special[not cfg.bos :])
+    """(tokenizer, id after each document): Llama 3's special tokens for a BPE rank file, and the
+    first eight of them for another tokenizer; without --bos they begin with END."""
+    # Departure: Qwen2.5's rank file is used with Llama's pattern, which takes digits by three.
+    specials = SPECIALS if cfg.bos else SPECIALS[1:]
+    if not os.path.isfile(cfg.tokenizer):
+        specials = specials[:8]
+    tokenizer = load_tokenizer(cfg.tokenizer or "bytes", specials)
+    if "<|endoftext|>" in tokenizer.special_tokens_set:  # of tiktoken's own encodings
+        return tokenizer, tokenizer.eot_token
+    return tokenizer, tokenizer.encode_single_token(END)
+
+def find_sources(cfg):
+    """({path: (text files, token shards)} of all mixes, tokenizer or None, id after each document,
+    -1 if unknown); sets cfg.vocab_size."""
+    mixes = cfg.data.split(";")[::2]
+    if cfg.anneal_data:
+        mixes.append(cfg.anneal_data)
+    paths = dict.fromkeys(path for mix in mixes for path in parse_mix(mix))
+    sources = {path: find_files(path) for path in paths}
+    tokenizer = None
+    separator = -1
+    if cfg.tokenizer or any(files for files, _ in sources.values()):
+        tokenizer, separator = load_specials(cfg)
+        cfg.vocab_size = cfg.vocab_size or 8 * math.ceil(tokenizer.n_vocab / 8)
+        if cfg.vocab_size < tokenizer.n_vocab:
+            raise ValueError(f"--vocab_size {cfg.vocab_size} is below {tokenizer.n_vocab} ids")
+    else:
+        print("without --tokenizer there are no borders of documents, and no mask")
+    cfg.vocab_size = vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
+    return sources, tokenizer, separator
 
 def gather_model(pipeline, cfg):
     """The whole model on rank 0 and None on the others, however it is laid out; all ranks call."""
@@ -1260,29 +1423,28 @@ def gather_model(pipeline, cfg):
     model.load_state_dict({k: v for stage in stages for k, v in stage.items()}, strict=not cfg.tied)
     return model.to(pipeline.stages[0].token_embedding.weight.device)
 
-@torch.compiler.set_stance("force_eager")  # a compiled block would compile for every length
-@torch.no_grad()
-def sample(model, ids, n, known, cfg):
-    """ids and n more, drawn at temperature 0.8 from the softmax over what known [V] allows."""
-    model.eval()
+def sample(model, ids, n, allowed_ids, cfg):
+    """ids and n more, drawn at temperature 0.8 among allowed_ids [V] (boolean)."""
     device = model.token_embedding.weight.device
-    torch.manual_seed(cfg.seed)
-    for _ in range(n):
-        tokens = torch.tensor([ids[-cfg.seq_len :]], device=device)  # [1, T]
-        logits = model(tokens)[0, -1].masked_fill(~known.to(device), -math.inf)  # [V]
-        ids = ids + torch.multinomial((logits / 0.8).softmax(-1), 1).tolist()
+    torch.manual_seed(stable_hash(cfg.seed, "sample"))
+    with evaluation_mode(model, cfg.compile):
+        for _ in range(n):
+            tokens = torch.tensor([ids[-cfg.seq_len :]], device=device)  # [1, T]
+            logits = model(tokens)[0, -1].cpu()  # [V]
+            p = (logits / 0.8).masked_fill(~allowed_ids, -math.inf).softmax(-1)
+            ids = ids + torch.multinomial(p, 1).tolist()
     return ids
 
-@torch.no_grad()
-def needle_rate(pipeline, heldout, cfg, device):
+def needle_rate(pipeline, heldout, tokenizer, cfg, device):
     """§3.4.2, needle in a haystack: the share of a planted fact's tokens that the model ranks first
     where T tokens of text end with the question. NaN where that does not fit or no tokenizer is."""
     # Undisclosed: the fact. A number of five digits, at depths spread evenly over held-out text.
-    tokens, targets = [], []
-    for i in range(cfg.batch_size if heldout.tokenizer else 0):
+    tokens = []
+    targets = []
+    for i in range(cfg.batch_size if tokenizer else 0):
         number = stable_hash(cfg.seed, "needle", i) % 90000 + 10000
         fact, question, answer = (
-            heldout.tokenizer.encode_ordinary(text)
+            tokenizer.encode_ordinary(text)
             for text in (f"\nkey={number}\n", "\nkey=", str(number))
         )
         window = heldout.window(i, cfg.seq_len, cfg.seed)
@@ -1303,8 +1465,8 @@ def needle_rate(pipeline, heldout, cfg, device):
         batch = dict(zip(("tokens", "targets"), (torch.from_numpy(x).to(device) for x in part)))
         batch["documents"] = torch.zeros_like(batch["tokens"])
         batches.append(batch | {"n_targets": sum((row >= 0).sum() for row in targets)})
-    pipeline.run(batches)
-    (hits,) = sum_over_ranks(pipeline.hits, device=device)
+    pipeline.evaluate(batches)
+    (hits,) = sum_over_ranks(pipeline.hits)
     return hits / batches[0]["n_targets"]
 
 def is_spike(state, loss, limit):
@@ -1319,12 +1481,13 @@ def is_spike(state, loss, limit):
     return spike
 
 def check(cfg, ranks):
-    """Raises ValueError for a configuration that cannot run on that many ranks."""
+    """Raise ValueError for a configuration that cannot run on that many ranks."""
     for field in dataclasses.fields(cfg):
-        may_be_0 = field.type is float or field.name in ("warmup_steps", "average")
-        low = 0 if field.default == 0 or may_be_0 else 1
-        if field.type in (int, float) and not low <= getattr(cfg, field.name) < math.inf:
-            raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {low} or more")
+        least = int(field.type is int and field.default > 0)
+        if field.name in ("warmup_steps", "average"):
+            least = 0
+        if field.type in (int, float) and not least <= getattr(cfg, field.name) < math.inf:
+            raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
     stages = cfg.pp * cfg.pp_chunks
     for wrong, message in (
         (cfg.dim % (2 * cfg.n_heads) or cfg.dim < 4 * cfg.n_heads,
@@ -1340,13 +1503,8 @@ def check(cfg, ranks):
         (stages > cfg.n_layers + 2,
          f"{cfg.n_layers} layers, embedding and head are fewer than {stages} stages"),
         (cfg.resume and not cfg.out, "--resume needs --out"),
-        (cfg.export and not importlib.util.find_spec("safetensors"),
-         "--export needs the package safetensors: pip install safetensors"),
-        (cfg.write_tokens and ranks > 1, "--write_tokens is for one process, without torchrun"),
-        (cfg.write_tokens and (";" in cfg.data or len(parse_mix(cfg.data)) > 1),
-         "--write_tokens takes one corpus, not a mix"),
-        (cfg.write_tokens and shard_paths(cfg.data),
-         "--write_tokens takes text, and --data is token shards"),
+        (cfg.eval and not cfg.out and not cfg.init, "--eval needs --out or --init"),
+        (cfg.write_tokens and ranks > 1, "--write_tokens runs in one process, without torchrun"),
     ):  # fmt: skip
         if wrong:
             raise ValueError(message)
@@ -1357,7 +1515,7 @@ def check(cfg, ranks):
             check_phase(phase)
 
 def check_phase(phase):
-    """Raises ValueError for a phase whose batch does not fit the layout."""
+    """Raise ValueError for a phase whose batch does not fit the layout."""
     cfg = phase.cfg
     where = f"{phase.stage}, {cfg.batch_size} sequences of {cfg.seq_len}"
     steps, micro = split_batch(cfg, data_ranks(cfg))
@@ -1374,15 +1532,12 @@ def check_phase(phase):
     ):  # fmt: skip
         if wrong:
             raise ValueError(f"{where}: {message}")
-    for path in filter(None, parse_mix(cfg.data)):
-        if not all(map(os.path.exists, list_files(path))):
-            raise ValueError(f"--data or --anneal_data: there is no {path}")
 
 def dry_run(cfg):
-    """Prints parameters, FLOPs per token, bytes on the rank that needs most, and for each phase its
+    """Print parameters, FLOPs per token, bytes on the rank that needs most, and for each phase its
     activations and the pipeline's bubble, or why the layout cannot run it; from shapes alone."""
     cfg = fit_ranks(cfg, cfg.world_size)
-    cfg.vocab_size = cfg.vocab_size or -(-load_specials(cfg).n_vocab // 8) * 8
+    cfg.vocab_size = cfg.vocab_size or 8 * math.ceil(load_specials(cfg)[0].n_vocab / 8)
     check(dataclasses.replace(cfg, steps=1), cfg.world_size)
     plan = phases(cfg)
     with torch.device("meta"):
@@ -1401,7 +1556,8 @@ def dry_run(cfg):
         except ValueError as error:
             print(f"{error} | another layout is needed")
             continue
-        memory, steps = memory_per_rank(now), split_batch(now, data_ranks(now))[0]
+        memory = memory_per_rank(now)
+        steps, _ = split_batch(now, data_ranks(now))
         print(
             f"{line} | {phase.end - phase.first:,} updates | {steps} micro-batches | "
             f"bubble {pipeline_bubble(now):.1%} | "
@@ -1409,266 +1565,412 @@ def dry_run(cfg):
             f"sum {sum(memory.values()) / 2**30:.3f} GiB"
         )
 
-def update(pipeline, optimizer, batches, state, cfg, device):
-    """One update of the parameters, unless gradient or loss are not finite or the loss is a spike;
-    returns the row that log_step wants, and whether it is a spike."""
-    loss, now = pipeline.run(batches), pipeline.cfg
-    norm, loss = clip_gradients(pipeline.model, loss, cfg, pipeline.mesh, device)
-    lr = learning_rate(state["step"], cfg)
+def only_text(sources):
+    """(name, text) of each document of the one corpus in --data, which must be text."""
+    texts = [(path, files) for path, (files, _) in sources.items() if files]
+    if len(sources) > 1 or not texts:
+        raise ValueError("--write_tokens takes one corpus, not a mix, and text, not token shards")
+    return read_documents(*texts[0])
+
+class BatchReader:
+    """Reads batches in a thread, each by the mixture and the batch size of its phase."""
+
+    def __init__(self, plan, mixtures, *place):
+        self.plan = plan
+        self.mixtures = mixtures
+        self.place = place
+        self.thread = ThreadPoolExecutor(1)
+        self.key = None
+
+    def start(self, state):
+        """Future of the batch at a state of the run, which is not read again if it is the last."""
+        i, _ = plan_position(self.plan, state)
+        cfg = self.plan[i].cfg
+        key = state["sequences"], cfg.batch_size, i
+        if key != self.key:
+            self.key = key
+            first = state["sequences"] - self.plan[i].before
+            work = read_batch, self.mixtures[i], first, cfg, *self.place
+            self.future = self.thread.submit(*work)
+        return self.future
+
+def update_unless_spike(pipeline, optimizer, batches, done, state, cfg):
+    """One update from this rank's micro-batches, after `done` of the plan; returns the row for
+    log_step, and whether its loss is a spike. Skips the update if it is, or if loss or gradient
+    are not finite, which is the same on all ranks."""
+    now = pipeline.cfg
+    loss = pipeline.run(batches)
+    norm, loss = clip_gradients(pipeline.model, loss, cfg, pipeline.mesh)
+    lr = learning_rate(done, cfg)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    state["step"] += 1
     finite = math.isfinite(norm) and math.isfinite(loss)
     spike = finite and is_spike(state, loss, cfg.spike)
     if finite and not spike:
         optimizer.step()
-        state["sequences"] += now.batch_size
         state["tokens"] += now.batch_size * now.seq_len
     else:
-        why = f"its loss {loss:.4f} is a spike" if spike else "its gradient is not finite"
-        print(f"step {state['step']} skipped: {why}", flush=True)
+        why = f"its loss {loss:.4f} is a spike" if spike else "its loss or gradient is not finite"
+        print(f"step {state['step'] + 1} skipped: {why}")
     optimizer.zero_grad()
-    state["bad"] = 0 if finite else state["bad"] + 1
+    state["step"] += 1
+    state["sequences"] += now.batch_size
+    state["n_skipped"] = 0 if finite else state["n_skipped"] + 1
     bpb = bits_per_byte(loss * batches[0]["n_targets"], batches[0]["n_bytes"])
     row = {"step": state["step"], "loss": loss, "bpb": bpb, "lr": lr, "grad": norm}
-    return {**row, "tokens": state["tokens"]}, spike
+    return row | {"tokens": state["tokens"]}, spike
 
-def go_back(pipeline, optimizer, state, returns, cfg):
-    """Back to the newest checkpoint, and past the data that came after it."""
+def go_back(pipeline, optimizer, state, path, n_returns):
+    """Undo the updates since the checkpoint at path, and go on with the data that follows theirs.
+    Raises ValueError if that was done three times without a new checkpoint."""
     # Undisclosed: the recovery; there were few spikes, and no manual intervention (§3.4.1). This is
     # what others describe.
-    step, offset = state["step"], state["offset"]
-    load_checkpoint(cfg.out, True, cfg.steps, pipeline.saved, optimizer, state)
-    if returns == 3:
-        raise ValueError(f"three times back to step {state['step']}, and on to step {step}")
-    skipped = (step - state["step"]) * pipeline.cfg.batch_size
-    state["offset"], state["bad"], state["watched"] = offset + skipped, 0, 0
-    print(f"back to step {state['step']}, and past {skipped} sequences", flush=True)
+    if n_returns == 3:
+        raise ValueError(f"three times back to {path}, and on to step {state['step']}")
+    kept = {"step": state["step"], "sequences": state["sequences"], "watched": 0}
+    load_checkpoint(path, pipeline.saved, optimizer, state)
+    undone = kept["sequences"] - state["sequences"]
+    state.update(kept, undone=state["undone"] + undone)
+    print(f"back to the weights of {path.name}, and past {undone} sequences")
 
-def train_in_stages(pipeline, optimizer, data, state, cfg, device):
-    """Updates until cfg.steps, or until SIGTERM or SIGINT; state says how far it came. data is
-    (phases, their mixtures, held-out corpus)."""
-    rank, ranks, (plan, mixtures, heldout) = pipeline.data_rank, data_ranks(cfg), data
-    signals, saved, returns, pace, phase = [], state["step"], 0, 0.0, None
-    handlers = {s: signal(s, lambda *_: signals.append(1)) for s in (SIGTERM, SIGINT)}
-    while (step := state["step"]) < cfg.steps:
-        if phase is None or not phase.first <= step < phase.end:
-            phase, mixture = next(pair for pair in zip(plan, mixtures) if step < pair[0].end)
-            now = phase.cfg
-            pipeline.enter(now)
-            announce(phase, mixture)
-            state["watched"] *= step > phase.first  # another batch has another loss
-        if step % cfg.val_every == 0:
-            validate(pipeline.evaluate, heldout, step, now, device, rank, ranks)
-        started = time.perf_counter()
-        first = (step - phase.first) * now.batch_size + state["offset"]
-        batches = next_batches(mixture, first, bool(signals), now, device, rank, ranks)
-        if batches is None:
-            break
-        row, spike = update(pipeline, optimizer, batches, state, cfg, device)
-        if phase.stage == "annealing" and pipeline.average:
-            update_average(pipeline, row["step"] - phase.first, phase)
-        seconds = time.perf_counter() - started
-        pace = 0.9 * (pace or seconds) + 0.1 * seconds
-        if row["step"] % cfg.log_every == 0 or row["step"] in (1, cfg.steps):
-            log_step({**row, "stage": phase.stage}, pace, now, device)
-        if (spike or state["bad"] == 3) and saved:
-            returns += 1
-            go_back(pipeline, optimizer, state, returns, cfg)
-            continue
-        if state["bad"] == 3:
-            raise ValueError(f"three steps to {row['step']} had no finite gradient")
-        if row["step"] == phase.end and phase.stage == "long-context":
-            rate = needle_rate(pipeline, heldout, now, device)
-            print(f"needle {now.seq_len} | {rate:.3f} of the answers' tokens found", flush=True)
-        if cfg.out and row["step"] % cfg.save_every == 0:
+def train_in_stages(pipeline, optimizer, data, state, cfg, device, signals):
+    """Update the model until the phases or cfg.steps are over, or a signal was received. data is
+    (phases, their mixtures, held-out Mixture, tokenizer). Returns whether the run is over."""
+    plan, mixtures, heldout, tokenizer = data
+    place = device, pipeline.data_rank, data_ranks(cfg)
+    reader = BatchReader(plan, mixtures, *place)
+    saved = state["step"]
+    n_returns = 0
+    phase = None
+    while True:
+        step = state["step"]
+        i, done = plan_position(plan, state)
+        if phase is not plan[i]:
+            phase = plan[i]
+            set_phase(pipeline, phase, mixtures[i])
+            first_step = step
+            pace = None
+            state["watched"] *= done >= phase.first + 1  # another batch has another loss
+        steps_left = 0 if cfg.eval else math.ceil(cfg.steps - done)
+        n_signals = n_errors = 0
+        if steps_left > 0:
+            clock = time.perf_counter()
+            future = reader.start(state)
+            error = future.exception()
+            waited = time.perf_counter() - clock
+            n_signals, n_errors = sum_over_ranks(len(signals), error is not None)
+        end = steps_left <= 0 or n_signals or n_errors
+        due = end or step % cfg.save_every == 0
+        if cfg.out and step > saved and not state["n_skipped"] and due:
             save_checkpoint(cfg.out, pipeline.saved, optimizer, state)
-            saved, returns = row["step"], 0
-    if cfg.out and saved < state["step"]:
-        save_checkpoint(cfg.out, pipeline.saved, optimizer, state)
-    for signum, handler in handlers.items():
-        signal(signum, handler)
+            saved = step
+            n_returns = 0
+        if n_errors:
+            raise_first(error)
+        if not end and step % cfg.val_every == 0:
+            validate(pipeline.evaluate, heldout, step, phase.cfg, *place)
+        if end:
+            return steps_left <= 0
 
-def announce(phase, mixture):
-    """Prints what the phase is about to do, and how far it is into each corpus."""
-    cfg, ranks, rope = phase.cfg, data_ranks(phase.cfg), "unscaled"
+        clock = time.perf_counter()
+        batches = future.result()
+        reader.start(state | {"sequences": state["sequences"] + phase.cfg.batch_size})
+        sum_counts(batches, data_ranks(cfg))
+        row, spike = update_unless_spike(pipeline, optimizer, batches, done, state, cfg)
+        if phase.stage == "annealing" and pipeline.average:
+            update_average(pipeline, done + 1 - phase.first, phase)
+        seconds = waited + time.perf_counter() - clock
+        if step > first_step:  # the first update may compile and is left out
+            pace = 0.9 * (pace or seconds) + 0.1 * seconds
+        if step == 0 or steps_left == 1 or row["step"] % cfg.log_every == 0:
+            log_step(row | {"stage": phase.stage}, steps_left - 1, pace, phase.cfg, device)
+        if (spike or state["n_skipped"] == 3) and saved:
+            n_returns += 1
+            go_back(pipeline, optimizer, state, Path(cfg.out, f"step_{saved:09d}"), n_returns)
+        elif state["n_skipped"] == 3 or (state["n_skipped"] and steps_left == 1):
+            skipped = f"the last {state['n_skipped']} steps to {step + 1}"
+            raise ValueError(f"no finite gradient in {skipped}")
+        elif phase.stage == "long-context" and done + 1 >= phase.end:
+            rate = needle_rate(pipeline, heldout, tokenizer, phase.cfg, device)
+            print(f"needle {phase.cfg.seq_len} | {rate:.3f} of the answers' tokens found")
+
+def set_phase(pipeline, phase, mixture):
+    """Set the pipeline to a phase; print what is about to happen, and how far into each corpus."""
+    pipeline.enter(phase.cfg)
+    cfg = phase.cfg
+    ranks = data_ranks(cfg)
     steps, micro = split_batch(cfg, ranks)
+    rope = "unscaled"
     if cfg.rope_scaling != "none":
         rope = f"{cfg.rope_scaling} x {cfg.rope_factor:g}"
     print(f"{phase.stage} to step {phase.end:,} | rope {rope} | tokens per step", end=" ")
     print(f"{cfg.batch_size * cfg.seq_len:,} = {ranks} ranks x {steps} x {micro}", end=" ")
-    print(f"sequences of {cfg.seq_len:,}", flush=True)
-    corpora = zip(mixture.names, mixture.corpora, mixture.shares, mixture.spent(0))
-    for name, corpus, share, spent in corpora if len(mixture.names) > 1 else ():
-        epochs = spent / corpus.n_windows(cfg.seq_len)
-        print(f"  {share / mixture.block:.1%} {name}, from epoch {epochs:.3f}", flush=True)
+    print(f"sequences of {cfg.seq_len:,}")
+    if len(mixture.names) > 1:
+        corpora = zip(mixture.names, mixture.corpora, mixture.shares, mixture.spent(0))
+        for name, corpus, share, spent in corpora:
+            epochs = spent / corpus.n_windows(cfg.seq_len)
+            print(f"  {share / mixture.block:.1%} {name}, from epoch {epochs:.3f}")
 
-def finish(pipeline, data, tokenizer, cfg, device):
-    """Puts the average in place of the parameters, where annealing is complete (§3.4.3), validates,
-    exports and samples."""
-    plan, _, heldout = data
-    last, parameters = plan[-1].cfg, list(pipeline.model.named_parameters())
-    pipeline.enter(last)
-    annealed = plan[-1].stage == "annealing" and cfg.steps == plan[-1].end
-    for name, p in parameters if pipeline.average and annealed else ():
-        p.data.copy_(pipeline.average[name])
-    place = pipeline.data_rank, data_ranks(cfg)
-    validate(pipeline.evaluate, heldout, cfg.steps, last, device, *place)
+def finish(pipeline, data, state, cfg, device):
+    """Put the average in place of the parameters, if annealing is complete (§3.4.3); validate,
+    export and sample."""
+    plan, _, heldout, tokenizer = data
+    now = pipeline.cfg
+    _, done = plan_position(plan, state)
+    if plan[-1].stage == "annealing" and done >= plan[-1].end:
+        parameters = dict(pipeline.model.named_parameters())
+        for name, average in pipeline.average.items():
+            parameters[name].data.copy_(average)
+    place = device, pipeline.data_rank, data_ranks(cfg)
+    validate(pipeline.evaluate, heldout, state["step"], now, *place)
     if cfg.export:
-        to_hf(pipeline.model, last, cfg.export, pipeline.mesh)
+        to_hf(pipeline.model, now, cfg.export, pipeline.mesh)
     with torch.device("meta"):
         small = count_parameters(Llama3(cfg))[0] < 2e9  # fits one rank
-    if (model := gather_model(pipeline, last) if tokenizer and small else None) is not None:
-        ids = tokenizer.encode_ordinary(cfg.prompt or heldout.text(32).decode(errors="ignore"))
-        known = torch.from_numpy(heldout.token_bytes[: cfg.vocab_size] > 0)
-        known = F.pad(known, (0, cfg.vocab_size - len(known)))
-        print(tokenizer.decode(sample(model, ids, 256, known, last)), flush=True)
+    model = gather_model(pipeline, now) if tokenizer and small else None
+    if model is not None:
+        ids = get_batch(heldout, 0, 1, now)["tokens"][0, :32].tolist()
+        if cfg.prompt:
+            ids = tokenizer.encode_ordinary(cfg.prompt)
+        allowed_ids = torch.from_numpy(heldout.token_bytes > 0)
+        print(tokenizer.decode(sample(model, ids, 256, allowed_ids, now)))
+
+def resume_plan(cfg, given, ranks):
+    """(path of the newest checkpoint or None, config.json of its run). A run that is continued has
+    the stages of its first start, but for those that are given anew."""
+    fixed = {name: getattr(cfg, name) for name in (*SHAPE, "tp", "pp")}
+    if not cfg.eval:
+        fixed["seed"] = cfg.seed
+    path, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
+    if cfg.eval and not path and not cfg.init:
+        raise ValueError(f"--eval: {cfg.out} has no checkpoint")
+    for name in ("tokens", "long_tokens", "anneal_tokens", "steps"):
+        if run and name not in given:
+            setattr(cfg, name, run[name])
+    check(cfg, ranks)
+    tenth = phases(cfg)[-1].end // 10
+    if cfg.warmup_steps > tenth:
+        cfg.warmup_steps = tenth
+        print(f"the warm-up is cut to {tenth} updates, a tenth of the stages")
+    weights = list(Path(cfg.export).glob("*.safetensors*")) if cfg.export else []
+    if weights and run.get("export") != cfg.export:
+        raise ValueError(f"--export {cfg.export} has weights that this run did not write")
+    return path, run
 
 @record
 def main(argv=None):
-    """Reads the command line and the data, builds or resumes the run, trains, exports, samples."""
-    with one_line_mistakes():
-        cfg = parse(argv)
+    """Run the command line: read the data, build or resume the run, train, export and sample."""
+    with report_user_errors(), stop_signals() as signals:
+        cfg, given = parse(argv)
+        if cfg.init or cfg.export:
+            with explain("--init and --export need: pip install safetensors", ImportError):
+                import safetensors  # noqa: F401
         if cfg.init:
-            theirs, same = read_hf_config(cfg.init), [*HF_CONFIG, "qkv_bias", "rope_theta"]
+            theirs = read_llama_config(cfg.init)
+            same = [*SHAPE, "rope_theta"]
             if theirs.rope_scaling != "none":  # else the stages may extend what is not yet
                 same += ["rope_scaling", "rope_factor", "rope_original", "rope_from"]
             cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in same})
         if cfg.dry_run:
             return dry_run(cfg)
-        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        device = init_distributed(cfg.timeout)
+        ranks = dist.get_world_size()
         cfg = fit_ranks(cfg, ranks)
         check(cfg, ranks)
-        paths = {path for phase in phases(cfg) for path in parse_mix(phase.cfg.data)}
-        known = cfg.tokenizer or not all(shard_paths(path) for path in paths)
-        tokenizer = load_specials(cfg) if known else None
+        sources, tokenizer, separator = find_sources(cfg)
         if cfg.write_tokens:
-            return write_tokens(cfg.write_tokens, tokenize(read_documents(cfg.data), tokenizer))
-        if tokenizer:
-            cfg.vocab_size = cfg.vocab_size or -(-tokenizer.n_vocab // 8) * 8
-            if cfg.vocab_size < tokenizer.n_vocab:
-                raise ValueError(f"--vocab_size {cfg.vocab_size} is below {tokenizer.n_vocab}")
-            check(cfg, ranks)
-        else:
-            print("without --tokenizer there are no borders of documents, and no mask")
-        device = launch(cfg.timeout)
-        for folder in filter(None, (cfg.out, cfg.export)):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        cfg.steps = min(cfg.steps or math.inf, phases(cfg)[-1].end)
-        mixtures, heldout = load_mixtures(cfg, tokenizer)
-        plan = [phase for phase in phases(cfg) if phase.first < cfg.steps]
-        data = plan, mixtures, heldout
+            documents = tokenize_pieces(only_text(sources), tokenizer, separator)
+            return write_tokens(cfg.write_tokens, documents)
+        path, run = resume_plan(cfg, given, ranks)
+        mixtures, heldout = load_mixtures(cfg, sources, tokenizer, separator)
+        plan = [phase for phase in phases(cfg) if phase.first < (cfg.steps or math.inf)]
+        data = plan, mixtures, heldout, tokenizer
 
         pipeline = Pipeline(cfg, make_mesh(cfg, device.type), cfg.anneal_tokens > 0)
         init_weights(pipeline.model, cfg, pipeline.tp)
         if cfg.init:
             read_hf_weights(pipeline.model, cfg, cfg.init, pipeline.tp)
         optimizer = build_optimizer(pipeline.model, cfg)
-        state = {"step": 0, "sequences": 0, "tokens": 0, "offset": 0, "seed": cfg.seed}
-        state |= {"bad": 0, "watched": 0, "loss_mean": 0.0, "loss_variance": 0.0}
+        state = {"step": 0, "sequences": 0, "undone": 0, "tokens": 0, "n_skipped": 0}
+        state |= {"watched": 0, "loss_mean": 0.0, "loss_variance": 0.0}
+        if path:
+            load_checkpoint(path, pipeline.saved, optimizer, state)
+        fingerprints = [mixture.fingerprint() for mixture in mixtures]
+        i, done = plan_position(plan, state)
+        n_begun = i + (done > plan[i].first)  # phases
+        theirs = run.get("data_fingerprint", [])[:n_begun]
+        if theirs != fingerprints[: len(theirs)] and not cfg.eval:
+            raise ValueError(f"{path} has another data_fingerprint than --data or --anneal_data")
+        if cfg.eval:
+            cfg.out = ""  # nothing is written
         if cfg.out:
-            load_checkpoint(cfg.out, cfg.resume, cfg.steps, pipeline.saved, optimizer, state)
-        if cfg.out and dist.get_rank() == 0:
-            config = json.dumps(dataclasses.asdict(cfg), indent=2)
-            (Path(cfg.out) / "config.json").write_text(config + "\n")
+            run = dataclasses.asdict(cfg) | {"data_fingerprint": fingerprints}
+            lock = claim_directory(cfg.out, state["step"], run)  # held until this run ends
         with torch.device("meta"):
             total, activated = count_parameters(Llama3(cfg))
-        print(f"python {sys.version.split()[0]} | torch {torch.__version__} |", end=" ")
-        print(f"{device.type} {cfg.precision} | tp {cfg.tp} x cp {cfg.cp} x pp {cfg.pp} x", end=" ")
-        print(f"dp {cfg.dp} x dp_replicate {cfg.dp_replicate} | {cfg.steps:,} updates")
+        print(f"torch {torch.__version__} | {device.type} {cfg.precision} | tp {cfg.tp} x", end=" ")
+        print(f"cp {cfg.cp} x pp {cfg.pp} x dp {cfg.dp} x dp_replicate {cfg.dp_replicate}")
         print(f"parameters {total:,} | activated {activated:,} | FLOPs per token", end=" ")
-        print(f"{flops_per_token(plan[-1].cfg):.3g}", flush=True)
-        train_in_stages(pipeline, optimizer, data, state, cfg, device)
-        if state["step"] < cfg.steps:
-            return print(f"stopped by a signal after step {state['step']}", flush=True)
-        finish(pipeline, data, tokenizer, cfg, device)
+        cfg.steps = min(cfg.steps or math.inf, plan[-1].end)
+        print(f"{flops_per_token(plan[-1].cfg):.3g} | {cfg.steps:,} updates")
+        if not train_in_stages(pipeline, optimizer, data, state, cfg, device, signals):
+            return print(f"stopped by a signal after step {state['step']}")
+        finish(pipeline, data, state, cfg, device)
 
 # ---------------------------------------- Plumbing ----------------------------------------
 
 @contextlib.contextmanager
-def one_line_mistakes():
-    """Only rank 0 prints; what the user can mend is one line on stderr and exit status 2."""
+def report_user_errors():
+    """Print on rank 0 only; report user errors as one line on stderr and exit with status 2."""
     rank = int(os.environ.get("RANK", 0))
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         with contextlib.redirect_stdout(open(os.devnull, "w") if rank else sys.stdout):
             yield
+    except BrokenPipeError:  # the program that reads our output, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (OSError, ValueError) as error:
-        time.sleep(5 * (rank > 0))  # where rank 0 fails too, torchrun ends the others meanwhile
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr, flush=True)
+        time.sleep(5 * (rank > 0))  # so that rank 0, if it fails too, reports first
+        print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    finally:  # a rank that fails among others leaves at once: it must not wait for them here
+    finally:
+        # A rank that fails alone leaves at once; it would wait here for the others.
         if dist.is_initialized() and (dist.get_world_size() == 1 or not sys.exc_info()[0]):
             dist.destroy_process_group()
 
-def parse(argv):
-    """Config from the command line: a preset, and the flags given over it."""
+@contextlib.contextmanager
+def explain(what, *errors):
+    """Replace exceptions of the given kinds by a ValueError that says what failed, and why."""
+    try:
+        yield
+    except errors as error:
+        cause = error
+        if isinstance(error, dcp.CheckpointException):  # its text is the traceback of each rank
+            cause = next(iter(error.failures.values()))[0]
+        raise ValueError(f"{what}: {type(cause).__name__}: {cause}") from error
 
-    def mistake(message):
+@contextlib.contextmanager
+def stop_signals():
+    """A list that SIGTERM and SIGINT append to; a second one of a kind ends the process at once."""
+    received = []
+
+    def receive(signum, frame):
+        received.append(signum)
+        signal(signum, SIG_DFL)
+
+    handlers = {signum: signal(signum, receive) for signum in (SIGTERM, SIGINT)}
+    try:
+        yield received
+    finally:
+        for signum, handler in handlers.items():
+            signal(signum, handler)
+
+def parse(argv):
+    """(Config, names of the flags given): a preset's values, overridden by the flags."""
+
+    def refuse(message):
         raise ValueError(message)
 
-    usage, summary = "%(prog)s [--preset NAME] [--FLAG VALUE ...]", __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser(usage=usage, description=summary, allow_abbrev=False)
-    parser.error = mistake
-    preset = "small" if torch.cuda.is_available() else "demo"
-    parser.add_argument("--preset", choices=PRESETS, default=preset, help=f"(default: {preset})")
-    meanings = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
+    summary = __doc__.split("\n\n")[0]
+    parser = argparse.ArgumentParser(description=summary, allow_abbrev=False, add_help=False)
+    parser.usage = "%(prog)s [--preset NAME] [--FLAG VALUE ...]"
+    parser.error = refuse
+    default = "small" if torch.cuda.is_available() else "demo"
+    parser.add_argument("--preset", choices=PRESETS, default=default, help=f"(default: {default})")
+    preset = parser.parse_known_args(argv)[0].preset
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
     for field in dataclasses.fields(Config):
-        kind = dict(type=field.type)
+        kind = {"type": field.type}
         if field.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
+            kind = {"action": argparse.BooleanOptionalAction}
         elif get_args(field.type):
-            kind = dict(choices=get_args(field.type))
-        about = f"{meanings[field.name]} (default: {field.default!r})"
-        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=about, **kind)
-    flags = vars(parser.parse_args(argv))
-    cfg = Config(**(PRESETS[flags.pop("preset")] | flags))
+            kind = {"choices": get_args(field.type)}
+        value = PRESETS[preset].get(field.name, field.default)
+        text = f"{comments[field.name]} ({preset}: {value!r})".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
+    parser.add_argument("--help", action="help", help="print this list and exit")
+    given = vars(parser.parse_args(argv))
+    cfg = Config(**(PRESETS[given.pop("preset")] | given))
     if cfg.precision == "auto":
         cfg.precision = "bf16" if torch.cuda.is_available() else "fp32"
-    return cfg
+    return cfg, given.keys()
 
-def launch(timeout):
-    """This rank's device, after joining torchrun's process group, or one of a single rank."""
-    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "TORCHELASTIC_RESTART_COUNT": 0}
-    rank, ranks, local, restarts = (int(os.environ.get(k, v)) for k, v in names.items())
-    store, device, backend = dist.HashStore(), torch.device("cpu"), "gloo"
+def init_distributed(timeout):
+    """Join torchrun's process group, or one of a single rank; returns the device of this rank."""
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    store = dist.HashStore()
+    if world_size > 1:
+        store = shared_store(rank)
+    device = torch.device("cpu")
+    backend = "gloo"
     if torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
-            raise ValueError(f"rank {local} of this machine finds {torch.cuda.device_count()} GPUs")
-        device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if ranks > 1:  # a name for each restart: its workers must not meet the addresses of the dead
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        store = dist.TCPStore(*address, is_master=hosts)
-        store = dist.PrefixStore(f"start {restarts}", store)
+        backend = "cpu:gloo,cuda:nccl"
     limit = timedelta(seconds=timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=limit)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     return device
 
-def log_step(row, pace, cfg, device):
-    """Prints row, which has step, loss, bpb, lr, grad and tokens, and what the script adds to them,
-    and writes it to metrics.jsonl; pace is how many seconds a step has taken of late."""
-    step, speed = row["step"], cfg.batch_size * cfg.seq_len / pace
-    left = round((cfg.steps - step) * pace)
-    unit, mfu = 1 if sys.platform == "darwin" else 1024, ""
-    memory = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device)
-        peak = dist.get_world_size() * PEAK_FLOPS.get(torch.cuda.get_device_name(device), math.inf)
-        if cfg.precision == "bf16" and peak < math.inf:
-            mfu = f"mfu {speed * flops_per_token(cfg) / peak:.1%} | "
-    bpb = f"{row['bpb']:.3f}".replace("nan", "n/a")
-    more = "".join(f"{name} {value} | " for name, value in list(row.items())[6:])
-    print(
-        f"step {step}/{cfg.steps} | loss {row['loss']:.4f} | bpb {bpb} | "
-        f"lr {row['lr']:.2e} | grad {row['grad']:.2f} | tokens {row['tokens'] / 1e6:.1f}M | "
-        f"{more}{speed / 1e3:.1f}k tok/s | {mfu}mem {memory / 2**30:.1f}G | "
-        f"eta {left // 60}:{left % 60:02}", flush=True,
-    )  # fmt: skip
-    if cfg.out and dist.get_rank() == 0:
-        finite = {k: None if str(v) in ("nan", "inf", "-inf") else v for k, v in row.items()}
-        with open(Path(cfg.out) / "metrics.jsonl", "a") as file:
-            print(json.dumps(finite), file=file)
+def shared_store(rank):
+    """A store for this start alone: the agents' store outlives a restart and then holds addresses
+    of dead processes. Rank 0 opens it and publishes its address in the agents' store."""
+    with explain("torchrun sets MASTER_ADDR and MASTER_PORT", KeyError):
+        host = os.environ["MASTER_ADDR"]
+        port = int(os.environ["MASTER_PORT"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return dist.TCPStore(host, port, is_master=rank == 0, wait_for_workers=False)
+    agents = dist.TCPStore(host, port, is_master=False)
+    if rank == 0:
+        if os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
+            host = socket.getfqdn()  # the agents' store may be on another node
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        agents.set("rank 0", f"{host} {store.port}")
+        return store
+    while True:
+        host, port = agents.get("rank 0").decode().split()
+        try:
+            return dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=5))
+        except (dist.DistNetworkError, dist.DistStoreError):  # the address of an earlier start
+            time.sleep(0.1)
+
+def raise_first(error):
+    """Raise, on all ranks, the error of the first rank that has one."""
+    errors = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    raise error or next(filter(None, errors))
+
+def log_step(row, steps_left, pace, cfg, device):
+    """Print row, which has step and tokens among its numbers, and write it to metrics.jsonl;
+    pace is the number of seconds that an update takes, None if unknown."""
+    formats = {"loss": ".4f", "bpb": ".3f", "lr": ".2e", "grad": ".2f"}
+    fields = [f"step {row['step']}/{row['step'] + steps_left}"]
+    for name, value in row.items():
+        if name not in ("step", "tokens"):
+            fields.append(f"{name} {value:{formats.get(name, '')}}".replace("nan", "n/a"))
+    fields.append(f"tokens {row['tokens'] / 1e6:.1f}M")
+    on_gpu = device.type == "cuda"
+    peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if on_gpu else None
+    if pace:
+        speed = cfg.batch_size * cfg.seq_len / pace
+        fields.append(f"{speed / 1e3:.1f}k tok/s")
+        if peak and cfg.precision == "bf16":
+            fields.append(f"mfu {speed * flops_per_token(cfg) / peak / dist.get_world_size():.1%}")
+        if on_gpu:
+            fields.append(f"mem {torch.cuda.max_memory_allocated(device) / 2**30:.1f}G")
+        fields.append(f"eta {timedelta(seconds=round(steps_left * pace))}")
+    print(" | ".join(fields))
+    write_row(cfg.out, row)
+
+def write_row(out, row):
+    """Append row to metrics.jsonl in the directory out, if it is not empty, with null for numbers
+    that are not finite."""
+    if out and dist.get_rank() == 0:
+        row = {k: None if str(v) in ("nan", "inf", "-inf") else v for k, v in row.items()}
+        with open(Path(out) / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
 
 def bits_per_byte(nats, n_bytes):
     """nats over n_bytes of text in bits per byte; NaN, printed as n/a, if n_bytes is unknown."""
@@ -1679,199 +1981,231 @@ def stable_hash(*key):
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
 def shuffled(index, n, key):
-    """The image of index under a permutation of range(n) that key names: a Feistel network on the
-    bits of n, walked until it lands below n, which needs no memory however large n is."""
+    """Position of index in a pseudo-random permutation of range(n) seeded by key: a Feistel network
+    on the bits of n, repeated until the result is below n, which needs no memory."""
     half = (n.bit_length() + 1) // 2
     while True:
         left, right = divmod(index, 1 << half)
         for i in range(4):
-            left, right = right, left ^ stable_hash(key, i, right) % (1 << half)
+            mixed = left ^ stable_hash(key, i, right) % (1 << half)
+            left = right
+            right = mixed
         index = (left << half) + right
         if index < n:
             return index
 
 class Corpus:
-    """Token streams, in memory or memory-mapped, one array a part. Documents end with `separator`
-    (-1: unknown); token_bytes [V] is the length of each id's text (0: unknown)."""
+    """Ids start ... stop - 1 of the concatenation of parts, each an array or a token shard's path.
 
-    def __init__(self, parts, tokenizer, vocab_size, in_order):
-        self.parts, self.tokenizer, self.in_order = parts, tokenizer, in_order
-        self.vocab_size, n_vocab = vocab_size, tokenizer.n_vocab if tokenizer else 0
-        self.token_bytes = np.zeros(max(vocab_size, n_vocab), np.int64)
-        self.separator = end_token(tokenizer) if tokenizer else -1
-        for text, i in tokenizer._mergeable_ranks.items() if tokenizer else ():
-            self.token_bytes[i] = len(text)
+    separator: the id after each document, -1 if unknown; token_bytes [V]: the length of each id's
+    text, 0 if it has none; in_order: windows come in order and not shuffled.
+    """
+
+    def __init__(self, parts, start, stop, separator, token_bytes, in_order):
+        self.parts = parts
+        self.ends = np.cumsum([len(open_part(part)) for part in parts])
+        self.start = start
+        self.size = stop - start
+        self.separator = separator
+        self.token_bytes = token_bytes
+        self.in_order = in_order
+
+    def read(self, first, n):
+        """Ids first ... first + n - 1, int64 [n]; ValueError for an id that is not below V."""
+        pieces = []
+        first += self.start
+        stop = first + n
+        while first < stop:
+            i = np.searchsorted(self.ends, first, side="right")
+            ids = open_part(self.parts[i])
+            begin = first - (self.ends[i] - len(ids))
+            ids = ids[begin : begin + stop - first].astype(np.int64)
+            unknown = (ids >= len(self.token_bytes)) & (ids != self.separator)
+            if unknown.any():
+                where = f"{self.parts[i]}, position {begin + unknown.argmax()}"
+                raise ValueError(f"{where}: token id {ids[unknown][0]} is not in the vocabulary")
+            pieces.append(ids)
+            first += len(ids)
+        return np.concatenate(pieces)
 
     def n_windows(self, length):
-        """Windows of length + 1 ids in an epoch."""
-        return sum(max(len(part) // length - 1, 0) for part in self.parts)
+        """Number of windows of length + 1 ids in an epoch, at any offset below length."""
+        return max((self.size - 1) // length - 1, 0)
 
     def window(self, index, length, seed):
-        """Window `index` of the run, length + 1 ids. An epoch has each window once, in an order and
-        at a phase (ids before the first window) of its own; in_order, it has neither."""
-        n = self.n_windows(length)
-        epoch, index = divmod(index, n)
-        phase = 0 if self.in_order else stable_hash(seed, epoch) % length
-        index = index if self.in_order else shuffled(index, n, (seed, epoch))
-        for part in self.parts:
-            n = max(len(part) // length - 1, 0)
-            if index < n:
-                break
-            index -= n
-        start = phase + index * length
-        ids = part[start : start + length + 1].astype(np.int64)
-        strange = ids[(ids >= self.vocab_size) & (ids != self.separator)]
-        if len(strange):
-            raise ValueError(f"the data has token id {strange[0]}, but V is {self.vocab_size}")
-        return ids
+        """Window `index` of the run, length + 1 ids. An epoch has every window once, in an order
+        and at an offset of its own."""
+        epoch, index = divmod(index, self.n_windows(length))
+        offset = 0
+        if not self.in_order:
+            offset = stable_hash(seed, epoch) % length
+            index = shuffled(index, self.n_windows(length), (seed, epoch))
+        return self.read(offset + index * length, length + 1)
 
-    def text(self, n):
-        """The text of the first n ids as bytes; nothing where the tokenizer is unknown."""
-        ids = np.concatenate([part[:n] for part in self.parts])[:n]
-        ids = ids[self.token_bytes[ids] > 0].tolist()
-        return self.tokenizer.decode_bytes(ids) if self.tokenizer else b""
+    def fingerprint(self):
+        """A hash of the size and the first ids, by which a resumed run recognizes its data."""
+        return stable_hash(self.size, self.read(0, min(self.size, 1000)).tolist())
 
-def load_corpora(path, documents, tokenizer, vocab_size, batch_size, length):
-    """(training, held-out) Corpus. Held out is the end of the stream: one document in twenty, since
-    they come in the order of their hashes; of shards or a single document, the last 5 %."""
-    parts, cut = [open_shard(file) for file in shard_paths(path)], 0
-    vocab_size = vocab_size or (tokenizer.n_vocab if tokenizer else 0)
-    if vocab_size <= max(tokenizer._mergeable_ranks.values() if tokenizer else [0]):
-        raise ValueError(f"--vocab_size {vocab_size} is too small, or --tokenizer is missing")
-    if not parts:
-        hashed = sorted(((stable_hash(name), ids) for name, ids in documents), key=lambda x: x[0])
-        cut = sum(len(ids) for key, ids in hashed if key < 0.95 * 2**64)
-        parts = [np.concatenate([ids for _, ids in hashed] or [np.zeros(0, np.uint16)])]
-    total, least = sum(map(len, parts)), (batch_size + 1) * length
-    if min(cut, total - cut) < least:
-        cut = max(total - max(total // 20, least), 0)
-    train, held = [], []
-    for part in parts:
-        train.append(part[:cut])
-        held.append(part[cut:])
-        cut = max(cut - len(part), 0)
-    train = Corpus(train, tokenizer, vocab_size, in_order=False)
-    held = Corpus(held, tokenizer, vocab_size, in_order=True)
-    if min(train.n_windows(length), held.n_windows(length)) < batch_size:
-        raise ValueError(
-            f"{path} is too short: {total:,} tokens in {len(parts)} parts do not hold a batch of "
-            f"{batch_size} x {length} to train on and another to hold out"
-        )
-    return train, held
+def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size, length):
+    """(training, held-out) Corpus of shards or, without any, of tokenized documents.
 
-def read_documents(path):
-    """(name, text) of each document: a file (.txt, .md, .py), a line of a .jsonl file, or all of a
-    directory or a pattern; without a path, the modules of Python's standard library."""
+    Held out are the shards with "val" in their names, or documents by a hash of their names; if
+    these are less than a batch, the last 5 % of the ids, but at least a batch.
+    """
+    train = [path for path in shards if "val" not in path.name]
+    heldout = [path for path in shards if "val" in path.name]
+    if not shards:
+        documents = sorted(documents, key=lambda document: stable_hash(document[0]))
+        train = [ids for name, ids in documents if not is_held_out(name)]
+        heldout = [ids for name, ids in documents if is_held_out(name)]
+    n_train = sum(len(open_part(part)) for part in train)
+    total = n_train + sum(len(open_part(part)) for part in heldout)
+    least = (batch_size + 1) * length + 1  # ids of a batch of windows, and an offset
+    if min(n_train, total - n_train) < least:
+        n_train = total - max(total // 20, least)
+    if n_train < least:
+        batch = f"a batch of {batch_size} x {length}"
+        raise ValueError(f"{total:,} tokens are too few for {batch} and another to hold out")
+    token_bytes = np.zeros(vocab_size, np.int64)
+    if tokenizer:
+        for text in tokenizer.token_byte_values():
+            token_bytes[tokenizer.encode_single_token(text)] = len(text)
+    parts = train + heldout
+    corpus = Corpus(parts, 0, n_train, separator, token_bytes, in_order=False)
+    return corpus, Corpus(parts, n_train, total, separator, token_bytes, in_order=True)
+
+def vocabulary_size(vocab_size, tokenizer, init):
+    """vocab_size or, if it is 0, that of the tokenizer, whose ids must fit. A vocabulary that is
+    larger than the byte tokenizer's is a warning, and with --init a ValueError."""
+    if not tokenizer and not vocab_size:
+        raise ValueError("token shards need --tokenizer or --vocab_size")
+    if not tokenizer:
+        return vocab_size
+    n_ids = 1 + max(map(tokenizer.encode_single_token, tokenizer.token_byte_values()))
+    if 0 < vocab_size < n_ids:
+        raise ValueError(f"--vocab_size {vocab_size} is less than the {n_ids} ids of the tokenizer")
+    if tokenizer.name == "bytes" and vocab_size > tokenizer.n_vocab:
+        if init:
+            raise ValueError(f"--init {init} needs the --tokenizer of its {vocab_size:,} entries")
+        print(f"warning: a vocabulary of {vocab_size:,} entries over bytes: --tokenizer is missing")
+    return vocab_size or tokenizer.n_vocab
+
+def is_held_out(name):
+    """Whether a document is among the 5 % that are held out, by a hash of its name."""
+    return stable_hash(name) > 0.95 * 2**64
+
+def find_files(path):
+    """(text files, token shards) at path: a file, or a directory and what its links lead to, of
+    one kind; without a path, the modules of Python's standard library without its tests."""
+    if not path:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        files = [root / f"{name}.py" for name in sys.stdlib_module_names]
+        for name in sys.stdlib_module_names:
+            files += (root / name).rglob("*.py")
+        tests = {"test", "tests", "idle_test"}
+        files = [f for f in files if f.exists() and not tests & set(f.relative_to(root).parts)]
+        return sorted(files), []
+    files = [Path(path)]
+    seen = set(files[0].resolve().parents)  # following a link to these would not end
+    for folder, folders, names in os.walk(path, followlinks=True):
+        if Path(folder).resolve() in seen:
+            folders.clear()
+        else:
+            seen.add(Path(folder).resolve())
+            files += [Path(folder, name) for name in names]
+    files = sorted(file for file in files if file.is_file())
+    texts = [f for f in files if f.suffix.lower() in (".txt", ".md", ".py", ".jsonl")]
+    shards = [f for f in files if f.suffix.lower() in (".npy", ".bin")]
+    if not texts and not shards:
+        raise ValueError(f"{path} is or has no text (.txt .md .py .jsonl) or shard (.npy .bin)")
+    if texts and shards:
+        raise ValueError(f"{path} has both text and token shards: {texts[0]}, {shards[0]}")
+    print(f"{path}: {len(texts + shards)} of {len(files)} files are read")
+    return texts, shards
+
+def read_documents(path, files):
+    """(name, text) of each document: a text file or a line of a .jsonl file. Its name is the path
+    of the file below `path`, or the text of the line."""
     root = Path(path or sysconfig.get_paths()["stdlib"])
-    kinds = (".txt", ".md", ".py", ".jsonl") if path else (".py",)
-    skip = set() if path else {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-    files = list_files(root, skip)
-    if not root.is_dir():  # names are relative to the directory before the pattern
-        root = Path(re.split(r"[*?[]", f"{root}")[0] + "*").parent
-    if files != [Path(path)]:
-        files = [file for file in files if file.suffix in kinds and file.is_file()]
-    if not files:
-        raise ValueError(f"{path or root} has no file of {', '.join(kinds)}")
     for file in files:
-        where, wanted = file, "UTF-8 text"
-        try:
-            if file.suffix != ".jsonl":
-                text = file.read_text("utf-8", errors="strict" if path else "ignore")
-                yield file.relative_to(root).as_posix(), text
-                continue
-            for number, line in enumerate(file.open("rb"), 1):
-                if not line.strip():
-                    continue
-                where, wanted = f"{file}, line {number},", 'a JSON object with a string "text"'
-                text = json.loads(line)["text"]
-                if not isinstance(text, str):
-                    raise TypeError(f"it is {text!r:.40}")
+        if file.suffix.lower() == ".jsonl":
+            yield from read_json_lines(file)
+        else:
+            with explain(f"{file} is not UTF-8 text", UnicodeDecodeError):
+                text = file.read_text("utf-8-sig", errors="strict" if path else "ignore")
+            yield file.relative_to(root).as_posix(), text
+
+def read_json_lines(file):
+    """(text, text) of each line, a JSON object with a string "text"; empty lines are skipped."""
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                what = f'{file}, line {number}, is not a JSON object with a string "text"'
+                with explain(what, ValueError, KeyError, TypeError, AttributeError):
+                    code = json.loads(line)["text"].encode("utf-16", "surrogatepass")
+                text = code.decode("utf-16", "replace")  # U+FFFD for half a surrogate pair
                 yield text, text
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{where} is not {wanted}: {error}") from error
 
 def load_tokenizer(name, specials):
-    """tiktoken.Encoding of the 256 `bytes`, of one of tiktoken's own names or of a file of ranks,
-    with those special tokens that it lacks behind its last id."""
-    known = {}
-    try:
-        if name == "bytes":
-            pattern, ranks = r"[\s\S]", {bytes([i]): i for i in range(256)}
-        elif os.path.isfile(name):  # tiktoken's own loader would cache the first file of a name
-            pattern, lines = PATTERN, Path(name).read_bytes().splitlines()
-            ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
-        else:
-            base = tiktoken.get_encoding(name)
-            pattern, ranks, known = base._pat_str, base._mergeable_ranks, base._special_tokens
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer {name}: no file of ranks, and not to be had") from error
-    if not all(bytes([i]) in ranks for i in range(256)):
-        raise ValueError(f"tokenizer {name} lacks some of the 256 single bytes")
-    if len(set(ranks.values())) < len(ranks) or min(ranks.values()) < 0:
-        raise ValueError(f"tokenizer {name} has a rank twice, or one below 0")
+    """The tiktoken.Encoding `bytes`, of a BPE rank file, or of one of tiktoken's own names; special
+    tokens that it lacks get the ids after its last."""
+    ranks = {bytes([i]): i for i in range(256)}
+    settings = {"name": name, "pat_str": r"[\s\S]", "mergeable_ranks": ranks, "special_tokens": {}}
+    if os.path.isfile(name):  # tiktoken's own loader would cache the first file of a name
+        with explain(f"{name} is not a BPE rank file", ValueError):
+            lines = [line.split() for line in Path(name).read_bytes().splitlines() if line.strip()]
+            ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        settings |= {"pat_str": PATTERN, "mergeable_ranks": ranks}
+    elif name != "bytes":
+        what = "is neither a BPE rank file nor a tiktoken encoding, cached or to be downloaded"
+        with explain(f"{name} {what}", OSError, ValueError):
+            tiktoken.get_encoding(name)
+        settings = tiktoken.registry.ENCODING_CONSTRUCTORS[name]()
+        ranks = settings["mergeable_ranks"]
+    if len(set(ranks.values())) < len(ranks) or not all(bytes([i]) in ranks for i in range(256)):
+        raise ValueError(f"{name} has a rank twice, or lacks some of the 256 single bytes")
+    ids = settings["special_tokens"]
     for token in specials:
-        known = {token: max([*ranks.values(), *known.values()]) + 1} | known
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=known)
-
-def end_token(tokenizer):
-    """The id that ends a document: the tokenizer's own <|endoftext|> if it has one, or END."""
-    return tokenizer._special_tokens.get("<|endoftext|>", tokenizer._special_tokens[END])
-
-def tokenize(documents, tokenizer):
-    """(name, ids between BEGIN, where the tokenizer has it, and END) of each (name, text)."""
-    kind = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
-    begin = [i for token, i in tokenizer._special_tokens.items() if token == BEGIN]
-    end = [end_token(tokenizer)]
-    for name, text in ((name, text) for name, text in documents if text):
-        ids = tokenizer.encode_to_numpy(text, disallowed_special=())
-        yield name, np.concatenate((begin, ids, end)).astype(kind)
+        ids.setdefault(token, 1 + max([*ranks.values(), *ids.values()]))
+    settings.pop("explicit_n_vocab", None)  # a check of the number without new tokens
+    return tiktoken.Encoding(**settings)
 
 def write_tokens(folder, documents):
-    """Writes tokenized documents to folder as .npy shards of 2**27 ids or a document more."""
-    if shard_paths(folder):
-        raise ValueError(f"--write_tokens: {folder} has shards already")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for n in itertools.count():
-        shard, size = [], 0
-        while size < 2**27 and (document := next(documents, None)):
-            shard.append(document[1])
-            size += len(document[1])
-        if not shard:
-            return print(f"{n} shards in {folder}", flush=True)
-        np.save(Path(folder) / f"tokens_{n:05d}.npy", np.concatenate(shard))
+    """Write tokenized documents to .npy shards in a new or empty folder: train_00000.npy ..., and
+    val_00000.npy ... of the documents that are held out; two shards per 2**27 ids."""
+    if os.path.exists(folder) and os.listdir(folder):
+        raise ValueError(f"--write_tokens {folder} is not empty")
+    with written_beside(folder) as partial:
+        for n in itertools.count():
+            splits = {"train": [], "val": []}
+            n_ids = 0
+            while n_ids < 2**27 and (document := next(documents, None)):
+                name, ids = document
+                splits["val" if is_held_out(name) else "train"].append(ids)
+                n_ids += len(ids)
+            if not n_ids:
+                break
+            for split, parts in splits.items():
+                if parts:
+                    np.save(partial / f"{split}_{n:05d}.npy", np.concatenate(parts))
+    print(f"{folder}: {n} shards to train on, with what is held out beside them")
 
-def list_files(path, skip=frozenset()):
-    """The files at path, in order: a file, all below a directory but what lies in folders named in
-    skip, or those of a pattern."""
-    if os.path.isdir(path):
-        found = []
-        for folder, folders, files in os.walk(path):
-            folders[:] = set(folders) - skip
-            found += (Path(folder, file) for file in files)
-        return [file for file in sorted(found) if file.is_file()]
-    return [Path(file) for file in sorted(glob.glob(str(path), recursive=True)) or [path]]
-
-def shard_paths(path):
-    """The token shards at path, if it is not empty, in order."""
-    files = list_files(path) if path else []
-    return [file for file in files if file.suffix in (".npy", ".bin")]
-
-def open_shard(path):
-    """Memory-maps a shard: .npy of uint16 or uint32, or .bin, uint16 behind 256 int32 of header."""
-    if path.suffix == ".npy":
-        try:
-            ids = np.load(path, mmap_mode="r")
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} is no .npy file: {error}") from error
+def open_part(part):
+    """Ids of a part of a Corpus: an array itself, or a shard that is memory-mapped while the result
+    lives: .npy of uint16 or uint32, or .bin, uint16 after a header of 256 int32."""
+    if isinstance(part, np.ndarray):
+        return part
+    with explain(f"{part} is not a token shard", ValueError, EOFError):
+        if part.suffix.lower() == ".npy":
+            ids = np.load(part, mmap_mode="r")
+        else:
+            magic, version, size = np.fromfile(part, np.int32, 3).tolist()
+            ids = np.memmap(part, np.uint16, "r", offset=1024)
+            if [magic, version, size] != [20240520, 1, len(ids)]:
+                raise ValueError("unexpected header, or its length does not match the file")
         if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32):
-            raise ValueError(f"{path} is {ids.dtype} {ids.shape}, not one row of uint16 or uint32")
-        return ids
-    header = np.fromfile(path, np.int32, 256)
-    if len(header) < 256 or (header[0], header[1]) != (20240520, 1):
-        raise ValueError(f"{path} has not the header of a .bin shard")
-    if path.stat().st_size != 1024 + 2 * int(header[2]):
-        raise ValueError(f"{path} is longer or shorter than the {header[2]} tokens of its header")
-    return np.memmap(path, np.uint16, "r", 1024)
+            raise ValueError(f"it holds {ids.dtype} {ids.shape}, not a row of uint16 or uint32")
+    return ids
 
 if __name__ == "__main__":
     main()

@@ -1,5 +1,5 @@
-"""Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer (Raffel et al.,
-2019, arXiv 1910.10683), T5, in one file.
+r"""Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer
+(Raffel et al., 2019, arXiv 1910.10683), T5, in one file.
 
 New against its parents, the Transformer of Vaswani et al. (2017) and BERT (1810.04805):
 - an encoder and a decoder (§2.1), trained to write the spans that are missing in a text (§3.1.4,
@@ -25,13 +25,13 @@ Conventions: loss in nats per target, sentinels and EOS included; target -100 is
 training, and its bits per byte, have the z-loss in them, those of validation have not. Tokens, and
 speed, count the text before it is corrupted: 568 a row where the paper counts 512 inputs. UL2's
 shorter denoisers leave the end of theirs unused, which counts too. Bits per byte are of the hidden
-bytes, given the rest; lzma is given nothing.
+bytes, given the rest.
 
 Run: python t5.py                           # a laptop: the preset demo
      torchrun --nproc_per_node=8 t5.py      # GPUs: the preset small
-     torchrun --nnodes=16 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
-         t5.py --preset v1_1_xl --tp 8 --data c4/ --tokenizer ranks.tiktoken --vocab_size 0 \\
-         --out /shared/xl
+     torchrun --nnodes=16 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
+         t5.py --preset v1_1_xl --tp 8 --data c4/ --tokenizer ranks.tiktoken --vocab_size 0 \
+         --out /shared/xl --resume
 Expect: in 70 seconds on two CPU cores the demo's held-out loss falls from 6.26 to 1.80 nats per
 target (13.5 to 3.9 bits per hidden byte), and it fills in a text, mostly with what is frequent.
 """
@@ -41,25 +41,24 @@ import base64
 import bisect
 import contextlib
 import dataclasses
+import fcntl
 import functools
-import glob
 import hashlib
-import importlib.util
 import inspect
 import itertools
 import json
-import lzma
 import math
 import os
 import re
-import resource
 import shutil
+import socket
 import sys
 import sysconfig
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from signal import SIGINT, SIGTERM, signal
+from signal import SIG_DFL, SIGINT, SIGTERM, signal
 from typing import Literal, get_args
 
 import numpy as np
@@ -73,80 +72,82 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------- Config ----------------------------------------
 
 @dataclasses.dataclass
 class Config:
-    """The run. Every field is a flag of the command line, and its comment is the flag's help."""
+    """Run configuration: each field is a command-line flag, and its comment is the flag's help."""
 
     # Model, §2.1, §3.1.1
-    vocab_size: int = 0  # V, entries of the vocabulary; 0: the tokenizer's, to a multiple of 128
+    vocab_size: int = 0  # V, entries of the vocabulary; 0: those of the tokenizer, padded to 128
     dim: int = 768  # D, width of the residual stream
     n_layers: int = 12  # blocks of the encoder, and as many of the decoder
     n_heads: int = 12  # H, attention heads
-    head_dim: int = 64  # E, width of a head; H E need not be D
+    head_dim: int = 64  # E, width of an attention head; H E need not be D
     hidden_dim: int = 3072  # F, width of the feed-forward layer
-    gated: bool = False  # v1.1's feed-forward layer, a gated GELU, in place of ReLU
+    gated: bool = False  # feed-forward layer of v1.1, a gated GELU, in place of ReLU
     tied: bool = True  # the softmax shares the token embedding, scaled by 1 / sqrt(D)
-    buckets: int = 32  # of distances between positions
-    max_distance: int = 128  # beyond which all distances are one bucket
-    dropout: float = 0.1  # on what enters and leaves a stack, branches, hidden units, attention
+    buckets: int = 32  # number of buckets of relative positions
+    max_distance: int = 128  # distance from which all relative positions share one bucket
+    dropout: float = 0.1  # dropout of stack inputs and outputs, branches, hidden units, attention
     # Data, §2.2, §3.1.4
-    data: str = ""  # text, token shards, or a directory of either; empty: Python's own library
-    tokenizer: str = ""  # bytes, gpt2, cl100k_base, o200k_base, or a rank file; empty: bytes
-    denoiser: Literal["t5", "iid", "ul2"] = "t5"  # spans, the baseline's tokens, or UL2's mix
-    rate: float = 0.15  # of the tokens that are hidden; ul2 has its own
-    span: float = 3.0  # tokens of a hidden span, on average; of the denoiser t5 alone
+    data: str = ""  # file or directory of text or token shards; empty: Python's standard library
+    tokenizer: str = ""  # bytes, an encoding of tiktoken or a BPE rank file; empty: bytes
+    denoiser: Literal["t5", "iid", "ul2"] = "t5"  # t5: spans; iid: single tokens; ul2: UL2's mix
+    rate: float = 0.15  # fraction of the tokens that is hidden by the denoisers t5 and iid
+    span: float = 3.0  # mean tokens of a span that the denoiser t5 hides
     inputs: int = 512  # T, positions of the encoder
     targets: int = 0  # U, positions of the decoder; 0: as many as the corruption gives
-    seq_len: int = 0  # tokens of text in a row; 0: the most that the inputs hold
-    pack: int = 1  # examples in a row, which do not see each other
-    pad: int = 0  # id of PAD, which starts every target too; a tokenizer has its own
-    eos: int = 1  # id of EOS, the end of inputs and targets; a tokenizer has its own
-    sentinel: int = 32099  # id of the first sentinel, from which they count down; a tokenizer's own
-    sentinels: int = 100  # that there are
-    mode: int = 32100  # id of UL2's [R], before [S] and [X]; a tokenizer has its own
+    seq_len: int = 0  # tokens of text in a sequence; 0: as many as the inputs hold
+    pack: int = 1  # examples in a sequence, which do not attend to each other
+    pad: int = 0  # id of PAD, which begins every target; ignored where the tokenizer is known
+    eos: int = 1  # id of EOS, which ends inputs and targets; ignored where the tokenizer is known
+    sentinel: int = 32099  # id of the first sentinel; ignored where the tokenizer is known
+    sentinels: int = 100  # number of sentinels, whose ids count down from the first
+    mode: int = 32100  # id of UL2's [R], before [S] and [X]; ignored where the tokenizer is known
     # Optimization, §3.1.2
-    batch_size: int = 128  # rows, that is sequences of one update, over all ranks
-    steps: int = 524288  # updates
-    lr: float = 0.01  # largest learning rate, until 1 / sqrt(updates) is less
-    ramp_down: float = 0.0  # part of the updates, at the end, in which the rate falls to 0
+    batch_size: int = 128  # sequences per update, over all ranks
+    steps: int = 524288  # updates of the run
+    lr: float = 0.01  # maximum learning rate, until 1 / sqrt(updates) is less
+    ramp_down: float = 0.0  # fraction of the updates, at the end, in which the rate falls to 0
     z_loss: float = 1e-4  # weight of (log Z)² in the loss
-    clip: float = 0.0  # largest norm of the gradient; 0: no clipping
-    seed: int = 0  # of weights, data order, corruption and dropout
+    clip: float = 0.0  # maximum norm of the gradient; 0: no clipping
+    seed: int = 0  # seed of the weights, the order of the data, the corruption and dropout
     # Parallelism, §2.1
-    micro_batch: int = 0  # rows of one forward pass on one rank, at most; 0: the rank's share
-    tp: int = 1  # ranks that share heads, hidden units and vocabulary
-    dp: int = 0  # ranks that read their own data; 0: all that are left
+    micro_batch: int = 0  # sequences per forward pass on one rank; 0: as many as the batch allows
+    tp: int = 1  # tensor-parallel ranks, which share heads, hidden units and vocabulary
+    dp: int = 0  # data-parallel ranks; 0: all ranks divided by --tp
     # Machine
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
-    compile: bool = False  # compile each block
-    recompute: Literal["none", "block"] = "none"  # block: keep only its input for the backward pass
-    timeout: int = 600  # seconds until a collective gives up on a lost rank
-    dry_run: bool = False  # print what the run would need, and exit
-    world_size: int = 1  # ranks that dry_run plans for
+    compile: bool = False  # compile each block with torch.compile
+    recompute: Literal["none", "block"] = "none"  # block: recompute blocks in the backward pass
+    timeout: int = 600  # seconds that a collective waits for a lost rank
+    dry_run: bool = False  # print parameters, FLOPs and memory per rank, then exit
+    world_size: int = 1  # number of ranks that --dry_run plans for
     # Reports and files
     log_every: int = 10  # updates between log lines
     val_every: int = 1000  # updates between validations
-    val_batches: int = 16  # held-out batches of one validation, at most
+    val_batches: int = 16  # maximum number of batches per validation
     prompt: str = ""  # text to fill in at <extra_id_0>, ...; without these, spans of it are hidden
-    out: str = ""  # directory for checkpoints, metrics.jsonl, config.json; empty: none are written
+    out: str = ""  # directory of checkpoints, metrics.jsonl and config.json; empty: write nothing
     save_every: int = 1000  # updates between checkpoints
-    resume: bool = False  # go on from the newest checkpoint in out
+    resume: bool = False  # continue from the newest checkpoint in --out, if there is one
+    eval: bool = False  # validate and sample what --init or --out holds, without training
     init: str = ""  # Hugging Face checkpoint directory to start from
-    export: str = ""  # directory to write the model to as a Hugging Face checkpoint
-    write_tokens: str = ""  # directory to write the data to as token shards; then exit
+    export: str = ""  # directory to write a Hugging Face checkpoint to after training
+    write_tokens: str = ""  # directory to write the data to as token shards, then exit
 
-# The code's V: 32,000 word-pieces and 100 sentinels, to a multiple of 128; a micro-batch is its
-# 2,048 inputs. Its model-parallel degrees (--tp): base 1, large 2, 3b 8, 11b 32; v1.1 large 2, xl
-# and xxl 8.
+# The code's V: 32,000 word-pieces and 100 sentinels, padded to a multiple of 128; a micro-batch is
+# its 2,048 inputs. Its model-parallel degrees (--tp): base 1, large 2, 3b 8, 11b 32; v1.1 large 2,
+# xl and xxl 8.
 BASELINE = dict(vocab_size=32128, micro_batch=4, precision="bf16", compile=True, denoiser="iid")
 # §3.7: spans, 2²⁰ tokens an update, a million updates.
 # Undisclosed: the last two, and the rate, for v1.1. They are the same here.
 FINAL = BASELINE | dict(denoiser="t5", batch_size=2048, steps=1_000_000)
 V1_1 = FINAL | dict(gated=True, tied=False, dropout=0.0)
-SHAPE = ("n_layers", "dim", "hidden_dim", "n_heads", "head_dim")
+SIZES = ("n_layers", "dim", "hidden_dim", "n_heads", "head_dim")
 PRESETS = {
     # A CPU, a minute: rows of two examples. As if k, the updates of constant rate, were 400.
     "demo": dict(
@@ -162,27 +163,28 @@ PRESETS = {
     "baseline": BASELINE,
     # §3.7. The paper's 770M for large is the count with a softmax of its own.
     # Departure: the released models also saw the supervised tasks; here they see text alone.
-    "t5_small": FINAL | dict(zip(SHAPE, (6, 512, 2048, 8, 64))),
-    "t5_base": FINAL | dict(zip(SHAPE, (12, 768, 3072, 12, 64))),
-    "t5_large": FINAL | dict(zip(SHAPE, (24, 1024, 4096, 16, 64))),
-    "t5_3b": FINAL | dict(zip(SHAPE, (24, 1024, 16384, 32, 128))),
-    "t5_11b": FINAL | dict(zip(SHAPE, (24, 1024, 65536, 128, 128))),
+    "t5_small": FINAL | dict(zip(SIZES, (6, 512, 2048, 8, 64))),
+    "t5_base": FINAL | dict(zip(SIZES, (12, 768, 3072, 12, 64))),
+    "t5_large": FINAL | dict(zip(SIZES, (24, 1024, 4096, 16, 64))),
+    "t5_3b": FINAL | dict(zip(SIZES, (24, 1024, 16384, 32, 128))),
+    "t5_11b": FINAL | dict(zip(SIZES, (24, 1024, 65536, 128, 128))),
     # §3.6: the shape of large, and other depths.
-    "2x": BASELINE | dict(zip(SHAPE, (16, 1024, 4096, 16, 64))),
-    "4x": BASELINE | dict(zip(SHAPE, (32, 1024, 4096, 16, 64))),
+    "2x": BASELINE | dict(zip(SIZES, (16, 1024, 4096, 16, 64))),
+    "4x": BASELINE | dict(zip(SIZES, (32, 1024, 4096, 16, 64))),
     # v1.1, released_checkpoints.md.
-    "v1_1_small": V1_1 | dict(zip(SHAPE, (8, 512, 1024, 6, 64))),
-    "v1_1_base": V1_1 | dict(zip(SHAPE, (12, 768, 2048, 12, 64))),
-    "v1_1_large": V1_1 | dict(zip(SHAPE, (24, 1024, 2816, 16, 64))),
-    "v1_1_xl": V1_1 | dict(zip(SHAPE, (24, 2048, 5120, 32, 64))),
-    "v1_1_xxl": V1_1 | dict(zip(SHAPE, (24, 4096, 10240, 64, 64))),
+    "v1_1_small": V1_1 | dict(zip(SIZES, (8, 512, 1024, 6, 64))),
+    "v1_1_base": V1_1 | dict(zip(SIZES, (12, 768, 2048, 12, 64))),
+    "v1_1_large": V1_1 | dict(zip(SIZES, (24, 1024, 2816, 16, 64))),
+    "v1_1_xl": V1_1 | dict(zip(SIZES, (24, 2048, 5120, 32, 64))),
+    "v1_1_xxl": V1_1 | dict(zip(SIZES, (24, 4096, 10240, 64, 64))),
 }  # fmt: skip
 # Departure: tiktoken, over bytes by default, stands for the paper's 32,000 SentencePieces, so that
 # PAD, EOS and sentinels have other ids than 0, 1 and 32099 down, which those of shards keep.
-BEGIN, END = "", "</s>"  # BEGIN may be none; END ends inputs and targets, and no document
-PAD, MODES = "<pad>", ("[R]", "[S]", "[X]")
-SPECIALS = (END, PAD, *MODES)  # and, behind them, the sentinels: the first is the last id
-PATTERN = (  # how GPT-4 and Llama 3 split text into words, for files of ranks
+END = "</s>"  # EOS: ends inputs and targets, and no document
+PAD = "<pad>"
+MODES = ("[R]", "[S]", "[X]")
+SPECIALS = (END, PAD, *MODES)  # the sentinels follow; <extra_id_0> has the tokenizer's last id
+PATTERN = (  # how GPT-4 and Llama 3 split text into words, for BPE rank files
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -343,10 +345,11 @@ class Stack(nn.Module):
     """The encoder, or the decoder: embedded [B, T, D] -> [B, T, D]; visible [T, T] or [B, 1, T, T]
     is who may see whom in its own attention, None: all."""
 
-    def __init__(self, dim, relative, blocks, dropout, recompute):
+    def __init__(self, dim, relative, blocks, dropout):
         super().__init__()
-        self.dropout, self.recompute = dropout, recompute
-        self.relative, self.blocks = relative, nn.ModuleList(blocks)
+        self.dropout = dropout
+        self.relative = relative
+        self.blocks = nn.ModuleList(blocks)
         self.final_norm = RMSNorm(dim, 1e-6)
 
     def forward(self, x, visible, memory=None, mask=None):
@@ -355,11 +358,7 @@ class Stack(nn.Module):
             bias = torch.where(visible, bias, -math.inf)  # [1 or B, H, T, T]
         x = F.dropout(x, self.dropout, self.training)
         for block in self.blocks:
-            if self.recompute == "block" and self.training:
-                checkpoint = torch.utils.checkpoint.checkpoint
-                x = checkpoint(block, x, bias, memory, mask, use_reentrant=False)
-            else:
-                x = block(x, bias, memory, mask)
+            x = block(x, bias, memory, mask)
         return F.dropout(self.final_norm(x), self.dropout, self.training)
 
 class T5(nn.Module):
@@ -376,7 +375,7 @@ class T5(nn.Module):
         def stack(decoder):
             relative = RelativePositionBias(heads, not decoder, cfg.buckets, cfg.max_distance)
             blocks = (Block(cfg, decoder, tp) for _ in range(cfg.n_layers))
-            return Stack(cfg.dim, relative, blocks, cfg.dropout, cfg.recompute)
+            return Stack(cfg.dim, relative, blocks, cfg.dropout)
 
         self.encoder, self.decoder = stack(False), stack(True)
         self.head = None if cfg.tied else nn.Linear(cfg.dim, rows, bias=False)
@@ -743,48 +742,29 @@ def whole_tensor(name, tensor, tp):
     return tensor
 
 def mesh_shape(cfg, ranks):
-    """cfg with dp as the ranks that are left, where it is 0."""
+    """cfg with dp, where it is 0, set to the ranks that --tp leaves."""
     if min(cfg.tp, ranks) < 1 or ranks % cfg.tp or (cfg.dp and cfg.dp * cfg.tp != ranks):
         raise ValueError(f"tp {cfg.tp} x dp {cfg.dp or 'any'} are not {ranks} ranks")
     return dataclasses.replace(cfg, dp=ranks // cfg.tp)
 
 def parallelize(model, cfg, mesh):
     """Data parallelism over mesh["dp"]: each rank has a copy of its part, gradients are averaged.
-    Heads, hidden units and vocabulary are cut over mesh["tp"] already, as Mesh TensorFlow did."""
-    for block in (*model.encoder.blocks, *model.decoder.blocks) if cfg.compile else ():
-        block.compile()
+    Heads, hidden units and vocabulary are cut over mesh["tp"] already, as Mesh TensorFlow did.
+    Recomputation and compilation are applied to the blocks first."""
+    for block in [*model.encoder.blocks, *model.decoder.blocks]:
+        if cfg.recompute == "block":
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if cfg.compile:
+            torch.compiler.config.fail_on_recompile_limit_hit = True
+            block.compile(dynamic=False)
     if cfg.dp == 1:
         return model
-    steps, _ = split_batch(cfg, cfg.dp)
+    # A static graph is faster, and wrong with gradient accumulation.
+    static_graph = split_batch(cfg, cfg.dp)[0] == 1
     return nn.parallel.DistributedDataParallel(
         model, process_group=mesh["dp"].get_group(), gradient_as_bucket_view=True,
-        static_graph=steps == 1,  # it is faster, and wrong under the no_sync() of accumulation
+        static_graph=static_graph,
     )  # fmt: skip
-
-def mesh_gradients(model, batches, cfg):
-    """Adds the global batch's gradient to the parameters; returns this rank's part of the loss."""
-    total = 0.0
-    for i, batch in enumerate(batches):
-        alone = cfg.dp > 1 and i < len(batches) - 1  # ranks meet once, in the last micro-batch
-        with model.no_sync() if alone else contextlib.nullcontext():
-            loss, _ = objective(model, batch, cfg)
-            (loss * cfg.dp).backward()  # DDP averages over ranks what is an average already
-        total += loss.detach()
-    return total / cfg.tp
-
-def mesh_norm(model, loss, cfg, device):
-    """(norm of the whole gradient, loss summed over ranks), after scaling the gradient down to
-    cfg.clip if that is not 0. What several ranks hold counts once."""
-    cut, copied = [], []  # by tensor parallelism: a part on each rank, the same on all
-    for name, p in model.named_parameters():
-        (copied if tensor_dimension(name) is None else cut).append(p.grad)
-    square, more = (nn.utils.get_total_norm(part).double() ** 2 for part in (cut, copied))
-    square, loss = sum_over_ranks((square + more / cfg.tp) / cfg.dp, loss, device=device)
-    norm = math.sqrt(square) if square >= 0 else math.nan
-    if cfg.clip and norm > cfg.clip:
-        for p in model.parameters():
-            p.grad.mul_(cfg.clip / (norm + 1e-6))
-    return norm, loss
 
 def memory_per_rank(cfg):
     """Bytes on one rank of cfg.dp x cfg.tp as an eager backward pass begins, by kind."""
@@ -816,12 +796,14 @@ def memory_per_rank(cfg):
 
 # ---------------------------------------- Checkpoint ----------------------------------------
 
-HF_CONFIG = {  # ours: Hugging Face's
-    "vocab_size": "vocab_size", "dim": "d_model", "n_layers": "num_layers", "n_heads": "num_heads",
-    "head_dim": "d_kv", "hidden_dim": "d_ff", "tied": "tie_word_embeddings",
-    "buckets": "relative_attention_num_buckets", "dropout": "dropout_rate",
-    "max_distance": "relative_attention_max_distance", "pad": "pad_token_id", "eos": "eos_token_id",
+HF_CONFIG = {  # field of Config: (key in config.json, default of T5Config)
+    "vocab_size": ("vocab_size", 32128), "dim": ("d_model", 512), "n_layers": ("num_layers", 6),
+    "n_heads": ("num_heads", 8), "head_dim": ("d_kv", 64), "hidden_dim": ("d_ff", 2048),
+    "gated": ("feed_forward_proj", "relu"), "tied": ("tie_word_embeddings", True),
+    "buckets": ("relative_attention_num_buckets", 32), "pad": ("pad_token_id", 0),
+    "max_distance": ("relative_attention_max_distance", 128), "eos": ("eos_token_id", 1),
 }  # fmt: skip
+HF_FIXED = {"model_type": "t5", "layer_norm_epsilon": 1e-6}
 HF_NAMES = {
     "token_embedding": "shared", "blocks": "block", "attn_norm": "layer.0.layer_norm",
     "cross_norm": "layer.1.layer_norm", "ff_norm": "layer.FF.layer_norm", ".out.": ".o.",
@@ -830,6 +812,7 @@ HF_NAMES = {
     "final_norm": "final_layer_norm", "ff.": "layer.FF.DenseReluDense.", "gate": "wi_0",
     "down": "wo",
 }  # fmt: skip
+SHAPE = tuple(HF_CONFIG)  # fields of Config that a checkpoint fixes
 
 def t5_name(name, gated):
     """Hugging Face's name of our parameter."""
@@ -839,131 +822,176 @@ def t5_name(name, gated):
         name = name.replace(ours, theirs)
     return name.replace("FF", "2" if name.startswith("decoder") else "1")
 
-def read_t5_config(path):
-    """Config of the T5ForConditionalGeneration in a directory."""
-    try:
-        theirs = json.loads((Path(path) / "config.json").read_text())
-        defaults = dict(  # of that class, which its files may leave out
-            tie_word_embeddings=True, relative_attention_num_buckets=32, dropout_rate=0.1,
-            relative_attention_max_distance=128, pad_token_id=0, eos_token_id=1,
-        )  # fmt: skip
-        cfg = Config(**{ours: (defaults | theirs)[name] for ours, name in HF_CONFIG.items()})
-        cfg.tied = theirs.get("scale_decoder_outputs", cfg.tied)  # since transformers 5
-        kind = theirs.get("feed_forward_proj", "relu")
-        cfg.gated = kind == "gated-gelu"
-        known = dict(  # what this script does, where it is said at all
-            model_type="t5", layer_norm_epsilon=1e-6, num_decoder_layers=cfg.n_layers,
-            decoder_start_token_id=cfg.pad, feed_forward_proj="gated-gelu" if cfg.gated else "relu",
-        )  # fmt: skip
-        for name, value in known.items():
-            if theirs.get(name) not in (None, value) or "model_type" not in theirs:
-                raise ValueError(f"its {name} is {theirs.get(name)}")
-    except Exception as error:
-        raise ValueError(f"{path} holds no T5 model: {error!r}") from error
-    return cfg
-
-def read_t5_weights(model, cfg, path, tp=None):
-    """Fills the parameters that this rank has from the safetensors of a directory."""
-    from safetensors import SafetensorError, safe_open
-
-    wanted = {t5_name(name, cfg.gated): (name, p) for name, p in model.named_parameters()}
-    for file in sorted(Path(path).glob("*.safetensors")):
-        try:
-            with safe_open(file, "pt") as tensors:
-                for key in wanted.keys() & set(tensors.keys()):
-                    (name, p), whole = wanted.pop(key), tensors.get_tensor(key)
-                    whole = whole.T if "per_head" in name else whole
-                    if list(whole.shape) != whole_shape(name, p, tp):
-                        raise ValueError(f"{key} in {file} is {list(whole.shape)}")
-                    fill(name, p, whole, tp)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged: {error}") from error
-    if list(wanted) == ["lm_head.weight"]:  # transformers 5 ties it all the same, without a factor
-        print(f"{path} holds no lm_head.weight: the softmax begins as the embedding", flush=True)
-        model.head.weight.data.copy_(model.token_embedding.weight.data)
-    elif wanted:
-        raise ValueError(f"{path} holds no {next(iter(wanted))}")
+def read_t5(path):
+    """(Config, {name of our parameter: whole tensor}) from the checkpoint directory of a
+    T5ForConditionalGeneration."""
+    with explain(f"{path} holds no T5ForConditionalGeneration", Exception):
+        cfg = Config(**read_hf_config(path, HF_CONFIG, HF_FIXED))
+        cfg.gated = cfg.gated == "gated-gelu"
+        fixed = {"num_decoder_layers": cfg.n_layers}
+        fixed["feed_forward_proj"] = "gated-gelu" if cfg.gated else "relu"
+        others = {"scaled": ("scale_decoder_outputs", cfg.tied)}  # since transformers 5
+        others["start"] = ("decoder_start_token_id", None)
+        others = read_hf_config(path, others, fixed)
+        cfg.tied = others["scaled"]
+        if others["start"] not in (None, cfg.pad):
+            raise ValueError(f"decoder_start_token_id is {others['start']}, not {cfg.pad}")
+        theirs = read_hf_tensors(path)
+        if not cfg.tied and "lm_head.weight" not in theirs:  # transformers 5 ties all T5 models
+            print(f"{path} holds no lm_head.weight: the softmax begins as the embedding")
+            theirs["lm_head.weight"] = theirs["shared.weight"]
+        with torch.device("meta"):
+            model = T5(cfg)
+        tensors = {}
+        for name, p in model.named_parameters():
+            key = t5_name(name, cfg.gated)
+            tensors[name] = theirs[key].T if "per_head" in name else theirs[key]
+            if tensors[name].shape != p.shape:
+                raise ValueError(f"the shape of {key} is {list(theirs[key].shape)}")
+    return cfg, tensors
 
 def from_hf(path):
-    """(model, cfg) from the directory of a T5ForConditionalGeneration: config.json, *.safetensors.
-    """
-    cfg = read_t5_config(path)
+    """(model, cfg) from the checkpoint directory of a T5ForConditionalGeneration."""
+    cfg, tensors = read_t5(path)
     model = T5(cfg)
-    read_t5_weights(model, cfg, path)
+    model.load_state_dict(tensors)
     return model, cfg
 
 def to_hf(model, cfg, path):
-    """Writes a model, or on every rank its part of one, to a directory as a
+    """Write model, or on every rank its part of it, to the directory path as a
     T5ForConditionalGeneration. Versions of transformers 5 may tie the softmax to the embedding all
     the same: then lm_head.weight of an untied model has to be put in its place."""
     from safetensors.torch import save_file
 
-    config = {theirs: getattr(cfg, ours) for ours, theirs in HF_CONFIG.items()}
-    config |= dict(architectures=["T5ForConditionalGeneration"], model_type="t5", use_cache=True)
-    config |= dict(layer_norm_epsilon=1e-6, num_decoder_layers=cfg.n_layers)
-    config |= dict(decoder_start_token_id=cfg.pad, is_encoder_decoder=True, torch_dtype="float32")
-    config |= dict(feed_forward_proj="gated-gelu" if cfg.gated else "relu")
+    config = {key: getattr(cfg, field) for field, (key, _) in HF_CONFIG.items()} | HF_FIXED
+    config |= {"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}
+    config |= {"num_decoder_layers": cfg.n_layers, "decoder_start_token_id": cfg.pad}
+    config |= {"feed_forward_proj": "gated-gelu" if cfg.gated else "relu"}
+    config |= {"dropout_rate": cfg.dropout, "torch_dtype": "float32"}
     tensors = {}
     for name, p in model.named_parameters():
         whole = whole_tensor(name, p.data, model.tp).cpu()
         whole = whole.T if "per_head" in name else whole
         tensors[t5_name(name, cfg.gated)] = whole.contiguous()
     if not dist.is_initialized() or dist.get_rank() == 0:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        (Path(path) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file(tensors, Path(path) / "model.safetensors", metadata={"format": "pt"})
+        with written_beside(path) as folder:
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+def read_hf_config(path, fields, fixed):
+    """Fields of Config from the config.json of a Hugging Face checkpoint directory.
+
+    fields: {field: (key, default of Hugging Face's class)}; fixed: {key: the only value that is
+    supported}. Raises ValueError, with the key's name, for another value.
+    """
+    theirs = json.loads((Path(path) / "config.json").read_text())
+    for key, value in fixed.items():
+        if theirs.get(key) not in (None, value):
+            raise ValueError(f"{path}: config.json has {key} {theirs[key]!r}, not {value!r}")
+    return {field: theirs.get(key, default) for field, (key, default) in fields.items()}
+
+def read_hf_tensors(path):
+    """{name: tensor} of model.safetensors or, without it, of the files that the index names."""
+    from safetensors.torch import load_file
+
+    files = {"model.safetensors"}
+    if not (Path(path) / "model.safetensors").exists():
+        index = json.loads((Path(path) / "model.safetensors.index.json").read_text())
+        files = set(index["weight_map"].values())
+    return {name: tensor for file in files for name, tensor in load_file(Path(path) / file).items()}
+
+@contextlib.contextmanager
+def written_beside(path):
+    """A temporary directory; when the block ends, its files move to the directory path."""
+    path = Path(path)
+    folder = path.with_name(path.name + ".tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    yield folder
+    try:
+        folder.rename(path)  # at once, if path is new or empty
+    except OSError:
+        for file in folder.iterdir():
+            file.replace(path / file.name)
+        folder.rmdir()
+
+def newest_checkpoint(out, resume, fixed):
+    """(path of the newest checkpoint in out, config.json of its run), or (None, {}).
+
+    Raises ValueError if there is one, but neither --resume nor a restart by torchrun asks for it,
+    or if its run had another value of a field in `fixed`.
+    """
+    newest = [None, {}]
+    checkpoints = sorted(Path(out).glob("step_*[0-9]")) if out else []
+    if checkpoints:
+        newest = [checkpoints[-1], json.loads((Path(out) / "config.json").read_text())]
+    dist.broadcast_object_list(newest)  # ranks on a network file system may list other files
+    path, run = newest
+    (restarts,) = sum_over_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+    if path and not (resume or restarts):
+        raise ValueError(f"{out} has checkpoints: --resume continues, another --out starts anew")
+    for name in fixed:
+        if path and run.get(name) != fixed[name]:
+            raise ValueError(f"{path} has {name} {run.get(name)}, and this run {fixed[name]}")
+    if path:
+        print(f"continuing from {path}")
+    elif resume:
+        print(f"no checkpoint in {out or '--out'}: starting a run")
+    return path, run
+
+def claim_directory(out, step, config):
+    """Write config.json, and remove the rows of later steps from metrics.jsonl. Returns a lock,
+    which the process holds while it lives; ValueError if another process holds it."""
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "lock", "w")
+    if dist.get_rank() > 0:
+        return lock
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"another run is writing to {out}") from error
+    except OSError as error:
+        print(f"{out} cannot be locked against other runs: {error}")
+    log = folder / "metrics.jsonl"
+    log.touch()
+    rows = [json.loads(line) for line in log.open() if line.endswith("}\n")]
+    kept = [row for row in rows if row["step"] < step or (row["step"] == step and "loss" in row)]
+    texts = {"config.json": json.dumps(config, indent=2) + "\n"}
+    texts["metrics.jsonl"] = "".join(json.dumps(row) + "\n" for row in kept)
+    for name, text in texts.items():
+        (folder / f"{name}.tmp").write_text(text)
+        (folder / f"{name}.tmp").replace(folder / name)
+    return lock
 
 def save_checkpoint(out, model, optimizer, state):
-    """Writes model, optimizer and state to out/step_N, of which the two newest stay. The name comes
-    with a rename at the end, so that a process killed at any moment leaves whole checkpoints."""
+    """Write model, optimizer and state to out/step_N, and keep the two newest. The directory is
+    renamed when it is complete, so that a killed process leaves only complete checkpoints."""
     final = Path(out) / f"step_{state['step']:09d}"
     partial = final.with_suffix(".tmp")
-    if dist.get_rank() == 0:
-        for remains in Path(out).glob("step_*.tmp"):
-            shutil.rmtree(remains)
-    dist.barrier()
     weights, moments = get_state_dict(model, optimizer)
-    try:
-        dcp.save({"model": weights, "optimizer": moments, "state": state}, checkpoint_id=partial)
-    except dcp.api.CheckpointException as error:  # which is no Exception
-        raise OSError(f"cannot save {final}: {next(iter(error.failures.values()))[0]}") from error
+    content = {"model": weights, "optimizer": moments["state"], "state": state}
+    with explain(f"cannot save {final}", dcp.CheckpointException):
+        dcp.save(content, checkpoint_id=partial)
     if dist.get_rank() == 0:
         partial.rename(final)
-        for old in sorted(Path(out).glob("step_*[0-9]"))[:-2]:
-            shutil.rmtree(old)
+        old = sorted(Path(out).glob("step_*[0-9]"))[:-2]
+        for path in [*old, *Path(out).glob("step_*.tmp")]:  # .tmp: of killed processes
+            shutil.rmtree(path)
     dist.barrier()
 
-def load_checkpoint(out, resume, steps, model, optimizer, state):
-    """Fills model, optimizer and state from the newest checkpoint in out if --resume or a restart
-    by torchrun asks for it; ValueError if there is none, or one that nobody asked for."""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    listing = [sorted(Path(out).glob("step_*[0-9]"))]
-    dist.broadcast_object_list(listing)  # rank 0's, since network file systems show ranks old ones
-    (found,) = listing
-    if not found and resume and not restarted:
-        raise ValueError(f"--resume: {out} has no checkpoint")
-    if found and not resume and not restarted:
-        raise ValueError(f"{out} has checkpoints: --resume goes on, another --out starts anew")
-    if found:
-        path = found[-1]
-        settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-        weights, moments = get_state_dict(model, optimizer)
-        loaded = {"model": weights, "optimizer": moments, "state": dict(state)}
-        try:
-            dcp.load(loaded, checkpoint_id=path)
-        except dcp.api.CheckpointException as error:
-            cause = next(iter(error.failures.values()))[0]
-            raise ValueError(f"{path} does not fit or is damaged: {cause}") from error
-        if loaded["state"]["seed"] != state["seed"] or loaded["state"]["step"] > steps:
-            raise ValueError(f"{path} has --seed {loaded['state']['seed']} or is beyond --steps")
-        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-        for group, setting in zip(optimizer.param_groups, settings):
-            group.update(setting)  # the flags count, not what they were
-        state.update(loaded["state"])
-    log = Path(out) / "metrics.jsonl"
-    if dist.get_rank() == 0 and log.exists():  # what lies behind the checkpoint comes again
-        rows = [row for row in log.read_text().splitlines(True) if row.endswith("}\n")]
-        log.write_text("".join(row for row in rows if json.loads(row)["step"] <= state["step"]))
+def load_checkpoint(path, model, optimizer, state):
+    """Fill model, optimizer and state from a checkpoint; its hyperparameters stay as they are."""
+    weights, moments = get_state_dict(model, optimizer)
+    content = {"model": weights, "optimizer": moments["state"], "state": dict(state)}
+    with explain(f"{path} does not fit or is damaged", dcp.CheckpointException):
+        dcp.load(content, checkpoint_id=path)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    state.update(content["state"])
+
+def by_part(model):
+    """model under the name of its part, of which each rank of tp saves and loads its own."""
+    return nn.ModuleDict({f"tp{model.tp.rank() if model.tp else 0}": model})
 
 # ---------------------------------------- Training ----------------------------------------
 
@@ -973,63 +1001,67 @@ def split_batch(cfg, ranks):
     micro = min(cfg.micro_batch or share, share)
     return share // max(micro, 1), micro
 
-def sum_over_ranks(*numbers, device):
+def sum_over_ranks(*numbers):
     """The numbers, each summed over all ranks, as floats."""
-    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
+    sums = torch.tensor(numbers, dtype=torch.float64)
     dist.all_reduce(sums)
     return sums.tolist()
 
-def next_batches(corpus, first, stop, cfg, device, rank, ranks):
-    """The micro-batches of data-parallel rank `rank` of `ranks` of the global batch that begins at
-    sequence `first`, on the device; their counts (n_...) are those of the global batch. None if
-    any rank was told to stop."""
+def read_batch(corpus, first, cfg, device, rank, ranks):
+    """Micro-batches, on the device, of data-parallel rank `rank` of `ranks` of the global batch
+    that begins with sequence `first`. Without collectives, so that a thread can call it."""
     steps, micro = split_batch(cfg, ranks)
     first += rank * steps * micro
     batches = [get_batch(corpus, first + i * micro, micro, cfg) for i in range(steps)]
-    names = [name for name in batches[0] if name.startswith("n_")]
-    sums = (sum(batch.pop(name) for batch in batches) for name in names)
-    stop, *sums = sum_over_ranks(stop, *sums, device=device)
-    if stop:
-        return None
-    copies = dist.get_world_size() // ranks  # ranks of other kinds of parallelism: the same counts
-    counts = {name: count / copies for name, count in zip(names, sums)}
-    return [{k: v.to(device) for k, v in batch.items()} | counts for batch in batches]
+    for batch in batches:
+        for name, value in batch.items():
+            if torch.is_tensor(value) and device.type == "cuda":
+                batch[name] = value.pin_memory().to(device, non_blocking=True)
+    return batches
 
-@torch.no_grad()
-def evaluate(model, batches, cfg):
-    """This rank's part of the mean loss over a global batch, without dropout."""
+def sum_counts(batches, ranks):
+    """Replace the counts (n_...) of micro-batches by those of the global batch, which `ranks`
+    data-parallel ranks read together; all others read the same as one of these."""
+    names = [name for name in batches[0] if name.startswith("n_")]
+    sums = sum_over_ranks(*(sum(batch[name] for batch in batches) for name in names))
+    counts = {name: n * ranks / dist.get_world_size() for name, n in zip(names, sums)}
+    for batch in batches:
+        batch.update(counts)
+
+@contextlib.contextmanager
+def evaluation_mode(model, compiled):
+    """No dropout, no gradients, and no compiled code, which would be compiled for each length."""
+    eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     model.eval()
-    loss = sum(objective(model, batch, cfg)[0] for batch in batches)
+    with torch.no_grad(), eager:
+        yield
     model.train()
-    return loss
 
 def validate(loss_of, corpus, step, cfg, device, rank, ranks):
-    """Prints nats per target and bits per byte of corpus; after training, lzma's bits as well.
-    loss_of(batches) is this rank's part of the mean loss over a global batch."""
+    """Print and log nats per target and bits per byte over the first windows of corpus.
+    loss_of(batches) is this rank's share of the loss of a global batch."""
     nats = n_targets = n_bytes = 0.0
-    n_batches = min(cfg.val_batches, corpus.n_windows(cfg.seq_len) // cfg.batch_size)
-    for i in range(n_batches):
-        first = i * cfg.batch_size
-        batches = next_batches(corpus, first, False, cfg, device, rank, ranks)
-        (loss,) = sum_over_ranks(loss_of(batches), device=device)
+    for i in range(min(cfg.val_batches, corpus.n_windows(cfg.seq_len) // cfg.batch_size)):
+        batches = read_batch(corpus, i * cfg.batch_size, cfg, device, rank, ranks)
+        sum_counts(batches, ranks)
+        (loss,) = sum_over_ranks(loss_of(batches))
         nats += loss * batches[0]["n_targets"]
         n_targets += batches[0]["n_targets"]
         n_bytes += batches[0]["n_bytes"]
-    bpb = f"{bits_per_byte(nats, n_bytes):.3f}".replace("nan", "n/a")
-    line = f"val {step} | loss {nats / max(n_targets, 1):.4f} | bpb {bpb}"
-    text = corpus.text(n_batches * cfg.batch_size * cfg.seq_len)
-    if step == cfg.steps and text:
-        line += f" | lzma {8 * len(lzma.compress(text, preset=9)) / len(text):.3f}"
-    print(line, flush=True)
+    if not n_targets:
+        raise ValueError("the held-out documents have no token to predict")
+    row = {"step": step, "val_loss": nats / n_targets, "val_bpb": bits_per_byte(nats, n_bytes)}
+    bpb = f"{row['val_bpb']:.3f}".replace("nan", "n/a")
+    print(f"val {step} | loss {row['val_loss']:.4f} | bpb {bpb}")
+    write_row(cfg.out, row)
 
-@torch.compiler.set_stance("force_eager")  # a compiled block would compile for every length
-@torch.no_grad()
 def sample(model, source, n, cfg):
     """Ids that the model finds likeliest for the targets of source, a list of ids: up to EOS, n at
     most. Under tensor parallelism all ranks call."""
-    model.eval()
-    device, ids = model.token_embedding.weight.device, [cfg.pad]
-    with torch.autocast(device.type, torch.bfloat16, cfg.precision == "bf16"):
+    device = model.token_embedding.weight.device
+    ids = [cfg.pad]
+    autocast = torch.autocast(device.type, torch.bfloat16, cfg.precision == "bf16")
+    with evaluation_mode(model, cfg.compile), autocast:
         memory = model.encode(torch.tensor([source], device=device))
         while len(ids) <= n and ids[-1] != cfg.eos:
             logits = model.decode(torch.tensor([ids], device=device), memory)[0, -1]  # [V]
@@ -1040,10 +1072,10 @@ def sample(model, source, n, cfg):
             ids.append(logits.argmax().item())
     return ids[1:]
 
-def fill_spans(model, text, heldout, cfg):
-    """Prints a text, of the held-out ones if there is none, with sentinels in place of its hidden
-    spans, and the same with those spans that the model finds, ⟦so⟧."""
-    tokenizer, (length, T, U) = heldout.tokenizer, row_lengths(cfg)
+def fill_spans(model, text, heldout, tokenizer, cfg):
+    """Print a text, by default the first held-out one, with sentinels in place of its hidden spans,
+    and the same with those spans that the model finds, ⟦so⟧."""
+    length, T, U = row_lengths(cfg)
     sentinels = range(cfg.sentinel - cfg.sentinels + 1, cfg.sentinel + 1)
     names = {f"<extra_id_{k}>" for k in range(cfg.sentinels)}
     ids = tokenizer.encode(text, allowed_special=names, disallowed_special=())
@@ -1051,12 +1083,14 @@ def fill_spans(model, text, heldout, cfg):
     mode = [cfg.mode] if by_hand and cfg.denoiser == "ul2" else []  # [R]
     room = T - 1 - len(mode) if by_hand else length
     if len(ids) > room:
-        print(f"--prompt has {len(ids)} tokens, and a row takes the first {room}", flush=True)
-    ids = np.array([*mode, *ids[:room]] if text else heldout.window(0, length, cfg.seed)[:-1])
+        print(f"--prompt has {len(ids)} tokens, and a row takes the first {room}")
+    ids = np.array([*mode, *ids[:room]] if text else heldout.read(0, length))
     if not by_hand and len(ids) > 1:  # of a single token nothing can be hidden
         rng = np.random.default_rng(stable_hash(cfg.seed, "prompt"))
-        ids = corrupt(ids, rng, cfg)[0]
-    ids, spans, span = [int(i) for i in ids], {}, []
+        ids, _ = corrupt(ids, rng, cfg)
+    ids = [int(i) for i in ids]
+    spans = {}  # sentinel: the ids that follow it
+    span = []
     for i in sample(model, [*ids, cfg.eos], U, cfg):
         if i in sentinels:
             span = spans.setdefault(i, [])
@@ -1069,7 +1103,7 @@ def fill_spans(model, text, heldout, cfg):
     parts = ("⟦".encode() + spelled(spans.get(i, [])) + "⟧".encode() if i in sentinels
              else spelled([i]) for i in ids)  # fmt: skip
     filled = b"".join(parts).decode(errors="replace")
-    print(tokenizer.decode(ids), filled, sep="\n---\n", flush=True)
+    print(tokenizer.decode(ids), filled, sep="\n---\n")
 
 def most_spans(cfg):
     """Sentinels that an example needs, at most; for single tokens, on average and four sigma."""
@@ -1080,12 +1114,11 @@ def most_spans(cfg):
     return max(2 * (cfg.denoiser == "ul2"), *spans)  # a single span that moves has two
 
 def check(cfg, ranks):
-    """Raises ValueError for a configuration that cannot run on that many ranks."""
+    """Raise ValueError for a configuration that cannot run on that many ranks."""
     for field in dataclasses.fields(cfg):
-        low = 0 if field.default in (0, 1, 0.0) or field.type is float else 1
-        low = 1 if field.name in ("pack", "tp", "world_size") else low
-        if field.type in (int, float) and not low <= getattr(cfg, field.name) < math.inf:
-            raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {low} or more")
+        least = int(field.type is int and field.default > 0 and field.name not in ("eos", "mode"))
+        if field.type in (int, float) and not least <= getattr(cfg, field.name) < math.inf:
+            raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
     steps, micro = split_batch(cfg, cfg.dp)
     for wrong, message in (
         (cfg.n_heads % cfg.tp, f"--tp {cfg.tp} does not divide {cfg.n_heads} heads"),
@@ -1110,59 +1143,52 @@ def check(cfg, ranks):
         (cfg.dp * steps * micro != cfg.batch_size,
          f"--batch_size {cfg.batch_size} is not {cfg.dp} ranks x micro-batches of {micro}"),
         (cfg.resume and not cfg.out, "--resume needs --out"),
-        ((cfg.init or cfg.export) and not importlib.util.find_spec("safetensors"),
-         "--init and --export need the package safetensors: pip install safetensors"),
-        (cfg.init and not cfg.tokenizer and not shard_paths(cfg.data),
-         f"{cfg.init} has a vocabulary of its own: --tokenizer is missing"),
-        (cfg.write_tokens and ranks > 1, "--write_tokens is for one process, without torchrun"),
-        (cfg.write_tokens and shard_paths(cfg.data),
-         "--write_tokens takes text, and --data is token shards"),
-        (cfg.prompt and not cfg.tokenizer and shard_paths(cfg.data),
-         "--prompt needs --tokenizer where --data is token shards"),
+        (cfg.eval and not cfg.out and not cfg.init, "--eval needs --out or --init"),
+        (cfg.write_tokens and ranks > 1, "--write_tokens runs in one process, without torchrun"),
     ):  # fmt: skip
         if wrong:
             raise ValueError(message)
-    if cfg.seq_len > cfg.pack * row_lengths(cfg)[0]:
-        raise ValueError(
-            f"--seq_len {cfg.seq_len} is more than {cfg.pack * row_lengths(cfg)[0]}, what "
-            f"--inputs {cfg.inputs} hold"
-        )
+    length = row_lengths(cfg)[0]
+    if cfg.seq_len > cfg.pack * length:
+        most = f"the {cfg.pack * length} that --inputs {cfg.inputs} hold"
+        raise ValueError(f"--seq_len {cfg.seq_len} is more than {most}")
     if most_spans(cfg) > cfg.sentinels:
-        raise ValueError(
-            f"the denoiser {cfg.denoiser} hides up to {most_spans(cfg)} spans in an example of "
-            f"{row_lengths(cfg)[0]} tokens, and the vocabulary has {cfg.sentinels} sentinels: "
-            "see --sentinels"
-        )
+        spans = f"up to {most_spans(cfg)} spans in an example of {length} tokens"
+        raise ValueError(f"--denoiser {cfg.denoiser} hides {spans}: --sentinels is too small")
+    if cfg.init or cfg.export:
+        with explain("--init and --export need: pip install safetensors", ImportError):
+            import safetensors  # noqa: F401
 
 def sentinel_names(cfg):
     """The sentinels as special tokens: they count down from the vocabulary's last id."""
     return tuple(f"<extra_id_{k}>" for k in reversed(range(cfg.sentinels)))
 
 def fit_vocabulary(cfg, tokenizer):
-    """cfg with the vocabulary and the ids of the tokenizer; without one, those that are given."""
+    """Set the vocabulary's size and the special ids in cfg to those of the tokenizer, if it is
+    known. Raises ValueError if two of the special ids are the same, or one is outside of V."""
+    padded = -1  # unknown
     if tokenizer:
-        ids, known = tokenizer._special_tokens, tokenizer.n_vocab
-        if 0 < cfg.vocab_size < known:
-            raise ValueError(f"--vocab_size {cfg.vocab_size} is below the tokenizer's {known}")
-        cfg = dataclasses.replace(
-            cfg, vocab_size=cfg.vocab_size or -(-known // 128) * 128, pad=ids[PAD],
-            eos=end_token(tokenizer), sentinel=ids["<extra_id_0>"], mode=ids[MODES[0]],
-        )  # fmt: skip
+        padded = 128 * math.ceil(tokenizer.n_vocab / 128)  # as the code pads it
+        cfg.vocab_size = cfg.vocab_size or padded
+        special = "".join((PAD, END, "<extra_id_0>", MODES[0]))
+        cfg.pad, cfg.eos, cfg.sentinel, cfg.mode = tokenizer.encode(special, allowed_special="all")
+    if cfg.vocab_size != padded:
+        vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
     ids = [cfg.pad, cfg.eos, *range(cfg.sentinel - cfg.sentinels + 1, cfg.sentinel + 1)]
-    ids += range(cfg.mode, cfg.mode + 3) if cfg.denoiser == "ul2" else ()
-    if len({*ids}) < len(ids) or min(ids) < 0 or 0 < cfg.vocab_size <= max(ids):
+    if cfg.denoiser == "ul2":
+        ids += range(cfg.mode, cfg.mode + len(MODES))
+    if len(set(ids)) < len(ids) or min(ids) < 0 or max(ids) >= cfg.vocab_size:
         raise ValueError(
             f"--vocab_size {cfg.vocab_size} does not hold, each on an id of its own, "
             f"{cfg.sentinels} sentinels from --sentinel {cfg.sentinel} down, --pad {cfg.pad}, "
             f"--eos {cfg.eos} and, for ul2, --mode {cfg.mode} to {cfg.mode + 2}"
         )
-    return cfg
 
 def dry_run(cfg):
-    """Prints parameters, FLOPs per token and bytes per rank, from shapes alone."""
+    """Print parameters, FLOPs per token and memory per rank, computed from shapes alone."""
     cfg = mesh_shape(cfg, cfg.world_size)
     n_vocab = load_tokenizer(cfg.tokenizer or "bytes", SPECIALS + sentinel_names(cfg)).n_vocab
-    cfg.vocab_size = cfg.vocab_size or -(-n_vocab // 128) * 128
+    cfg.vocab_size = cfg.vocab_size or 128 * math.ceil(n_vocab / 128)
     check(cfg, cfg.world_size)
     with torch.device("meta"):
         total, activated = count_parameters(T5(cfg))
@@ -1174,210 +1200,334 @@ def dry_run(cfg):
     for kind, size in (memory | {"sum": sum(memory.values())}).items():
         print(f"{kind:12} {size / 2**30:8.3f} GiB on each of {cfg.world_size} ranks")
 
-def train_on_mesh(model, saved, optimizer, corpora, state, cfg, mesh):
-    """Updates until cfg.steps, or until SIGTERM or SIGINT; state says how far it came. saved is
-    what a checkpoint holds of the model."""
-    device, (corpus, heldout) = torch.device(mesh.device_type), corpora
+def mesh_step(model, replicas, optimizer, batches, lr, cfg):
+    """One update from this rank's micro-batches: (loss, gradient norm) of the global batch. The
+    parameters stay as they are if either is not finite, which all ranks find alike."""
+    loss = torch.zeros((), device=batches[0]["source"].device)
+    for i, batch in enumerate(batches):
+        replicas.require_backward_grad_sync = i == len(batches) - 1  # DDP: one all-reduce an update
+        part, _ = objective(replicas, batch, cfg)
+        (part * cfg.dp).backward()  # DDP averages over its ranks
+        loss += part.detach()
+    sharded = []  # gradients of which each rank of tp has a part
+    replicated = []
+    for name, p in model.named_parameters():
+        (replicated if tensor_dimension(name) is None else sharded).append(p.grad)
+    square = nn.utils.get_total_norm(sharded).double().square()
+    square += nn.utils.get_total_norm(replicated).double().square() / cfg.tp
+    sums = torch.stack([loss / cfg.tp, square / cfg.dp])
+    dist.all_reduce(sums)
+    norm = sums[1].sqrt()
+    nn.utils.clip_grads_with_norm_(model.parameters(), cfg.clip or math.inf, norm)
+    loss, norm = torch.stack([sums[0], norm]).tolist()  # the update waits for the device here alone
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if math.isfinite(loss) and math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return loss, norm
+
+def train(model, optimizer, corpus, heldout, state, cfg, mesh, signals):
+    """Update the model until the sequences of the run are used up, or a signal was received."""
+    device = torch.device(mesh.device_type)
     place = device, mesh["dp"].get_local_rank(), cfg.dp
-    replicas, signals, skipped, pace = parallelize(model, cfg, mesh), [], 0, 0.0
-    saved_step = state["step"]
-    handlers = {s: signal(s, lambda *_: signals.append(1)) for s in (SIGTERM, SIGINT)}
-    while state["step"] < cfg.steps:
-        if state["step"] % cfg.val_every == 0:
-            loss_of = lambda x: evaluate(model, x, cfg) / cfg.tp  # noqa: E731
-            validate(loss_of, heldout, state["step"], cfg, *place)
-        started = time.perf_counter()
-        first = state["sequences"] + state["offset"]
-        batches = next_batches(corpus, first, bool(signals), cfg, *place)
-        if batches is None:
-            break
+    replicas = parallelize(model, cfg, mesh)
+    thread = ThreadPoolExecutor(1)  # reads the next batch during an update
+    ahead = thread.submit(read_batch, corpus, state["sequences"], cfg, *place)
+    first_step = saved = state["step"]
+    n_skipped = 0
+    pace = None
+
+    def evaluate(batches):
+        with evaluation_mode(model, cfg.compile):
+            return sum(objective(model, batch, cfg)[0] for batch in batches) / cfg.tp
+
+    while True:
+        step = state["step"]
+        first = state["sequences"]  # of the batch to come
+        steps_left = 0 if cfg.eval else math.ceil(cfg.steps - first / cfg.batch_size)
+        n_signals = n_errors = 0
+        if steps_left > 0:
+            error = ahead.exception()
+            n_signals, n_errors = sum_over_ranks(len(signals), error is not None)
+        end = steps_left <= 0 or n_signals or n_errors
+        if cfg.out and step > saved and not n_skipped and (end or step % cfg.save_every == 0):
+            save_checkpoint(cfg.out, by_part(model), optimizer, state)
+            saved = step
+        if n_errors:
+            raise_first(error)
+        if steps_left <= 0 or step % cfg.val_every == 0:
+            validate(evaluate, heldout, step, cfg, *place)
+        if end:
+            return steps_left <= 0
+
+        clock = time.perf_counter()
+        batches = ahead.result()
+        ahead = thread.submit(read_batch, corpus, first + cfg.batch_size, cfg, *place)
+        sum_counts(batches, cfg.dp)
         # Departure: in dropout, the ranks of tp draw alike, since what they all have must stay the
         # same. So heads (and hidden units) at the same place of two ranks have the same mask.
-        torch.manual_seed(stable_hash(cfg.seed, state["step"], place[1]))
-        loss = mesh_gradients(replicas, batches, cfg)
-        norm, loss = mesh_norm(model, loss, cfg, device)
-        lr = learning_rate(state["step"], cfg)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        finite = math.isfinite(norm)  # the same on all ranks; a loss that is not finite shows here
-        if finite:
-            optimizer.step()
-        optimizer.zero_grad()
+        torch.manual_seed(stable_hash(cfg.seed, step, mesh["dp"].get_local_rank()))
+        lr = learning_rate(first / cfg.batch_size, cfg)
+        loss, norm = mesh_step(model, replicas, optimizer, batches, lr, cfg)
+        finite = math.isfinite(loss) and math.isfinite(norm)
         state["step"] += 1
-        state["sequences" if finite else "offset"] += cfg.batch_size
+        state["sequences"] += cfg.batch_size
         state["tokens"] += finite * cfg.batch_size * cfg.seq_len
-        seconds = time.perf_counter() - started
-        pace = 0.9 * (pace or seconds) + 0.1 * seconds
-        if state["step"] % cfg.log_every == 0 or state["step"] in (1, cfg.steps):
+        seconds = time.perf_counter() - clock
+        if step > first_step:  # the first update, which may compile, tells nothing of the next
+            pace = 0.9 * (pace or seconds) + 0.1 * seconds
+        if step == 0 or steps_left == 1 or state["step"] % cfg.log_every == 0:
             bpb = bits_per_byte(loss * batches[0]["n_targets"], batches[0]["n_bytes"])
-            row = {"step": state["step"], "loss": loss, "bpb": bpb, "lr": lr, "grad": norm}
-            log_step({**row, "tokens": state["tokens"]}, pace, cfg, device)
-        skipped = 0 if finite else skipped + 1
-        if skipped:
-            print(f"step {state['step']} skipped: its gradient is not finite", flush=True)
-        if skipped == 3:
-            raise ValueError(f"three steps to {state['step']} had no finite gradient")
-        if cfg.out and state["step"] % cfg.save_every == 0:
-            save_checkpoint(cfg.out, saved, optimizer, state)
-            saved_step = state["step"]
-    if cfg.out and saved_step < state["step"]:
-        save_checkpoint(cfg.out, saved, optimizer, state)
-    for signum, handler in handlers.items():
-        signal(signum, handler)
+            row = {"step": step + 1, "loss": loss, "bpb": bpb, "lr": lr, "grad": norm}
+            log_step(row | {"tokens": state["tokens"]}, steps_left - 1, pace, cfg, device)
+        n_skipped = 0 if finite else n_skipped + 1
+        if n_skipped:
+            print(f"step {step + 1} skipped: its loss or gradient is not finite")
+        if n_skipped == 3 or (n_skipped and steps_left == 1):
+            raise ValueError(f"no finite gradient in the last {n_skipped} steps to {step + 1}")
 
-def describe_run(model, corpus, cfg, device):
-    """Prints versions, layout, model and batch."""
-    (length, T, U), (steps, micro) = row_lengths(cfg), split_batch(cfg, cfg.dp)
+def load_stream(cfg):
+    """(tokenizer or None, training Corpus, held-out Corpus) of --data, documents one after another
+    without a separator (code); sets what cfg leaves to them. With --write_tokens the data is
+    written as shards instead, and the result is None."""
+    files, shards = find_files(cfg.data)
+    tokenizer = None
+    if cfg.tokenizer or files:
+        tokenizer = load_tokenizer(cfg.tokenizer or "bytes", SPECIALS + sentinel_names(cfg))
+    elif cfg.prompt:
+        raise ValueError("--prompt needs --tokenizer where --data is token shards")
+    fit_vocabulary(cfg, tokenizer)
+    documents = tokenize(read_documents(cfg.data, files), tokenizer, cfg.eos)
+    documents = ((name, ids[:-1]) for name, ids in documents)
+    if cfg.write_tokens and shards:
+        raise ValueError("--write_tokens reads text, and --data has token shards")
+    if cfg.write_tokens:
+        return write_tokens(cfg.write_tokens, documents)
+    cfg.seq_len = cfg.seq_len or cfg.pack * row_lengths(cfg)[0]
+    sizes = cfg.vocab_size, cfg.batch_size, cfg.seq_len
+    return tokenizer, *load_corpora(shards, documents, tokenizer, -1, *sizes)
+
+def describe_run(model, corpus, cfg):
+    """Print versions, layout, model and batch."""
+    length, T, U = row_lengths(cfg)
+    steps, micro = split_batch(cfg, cfg.dp)
     with torch.device("meta"):
         total, activated = count_parameters(T5(cfg))
-    print(f"python {sys.version.split()[0]} | torch {torch.__version__} | {device.type}", end=" ")
-    print(f"{cfg.precision} | tp {cfg.tp} x dp {cfg.dp} |", end=" ")
-    print(f"{corpus.n_windows(cfg.seq_len):,} windows to train on")
-    print(f"parameters {total:,} | activated {activated:,} | FLOPs per token", end=" ")
-    print(f"{flops_per_token(cfg):.3g} | tokens per step {cfg.batch_size * cfg.seq_len:,}", end=" ")
-    print(f"= {cfg.dp} ranks x {steps} x {micro} sequences of {cfg.seq_len}:", end=" ")
-    print(f"{cfg.pack} x ({length} tokens in {T} inputs, {U} targets)", flush=True)
+    device = model.token_embedding.weight.device
+    print(f"torch {torch.__version__} | {device.type} {cfg.precision}", end=" | ")
+    print(f"tp {cfg.tp} x dp {cfg.dp} | {corpus.n_windows(cfg.seq_len):,} windows")
+    print(f"parameters {total:,} | activated {activated:,}", end=" | ")
+    print(f"FLOPs per token {flops_per_token(cfg):.3g} | tokens per step", end=" ")
+    print(f"{cfg.batch_size * cfg.seq_len:,} = {cfg.dp} ranks x {steps} x {micro}", end=" ")
+    print(f"sequences of {cfg.seq_len}: {cfg.pack} x ({length} tokens in {T} inputs, {U} targets)")
 
 @record
 def main(argv=None):
-    """Reads the command line and the data, builds or resumes the run, trains, exports, samples."""
-    with one_line_mistakes():
-        cfg, ranks = parse(argv), int(os.environ.get("WORLD_SIZE", 1))
+    """Run the command line: read the data, build or resume the run, train, export and sample."""
+    with report_user_errors(), stop_signals() as signals:
+        cfg, given = parse(argv)
         if cfg.dry_run:
             return dry_run(cfg)
+        device = init_distributed(cfg.timeout)
+        ranks = dist.get_world_size()
         cfg = mesh_shape(cfg, ranks)
         check(cfg, ranks)
         if cfg.init:
-            theirs = read_t5_config(cfg.init)
-            names = {*HF_CONFIG, "gated"} - {"dropout"}  # which is a choice of this training
-            cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in names})
-            check(cfg, ranks)
-        known, special = cfg.tokenizer or not shard_paths(cfg.data), SPECIALS + sentinel_names(cfg)
-        tokenizer = load_tokenizer(cfg.tokenizer or "bytes", special) if known else None
-        documents = tokenize(read_documents(cfg.data), tokenizer)
-        documents = ((name, ids[:-1]) for name, ids in documents)  # nothing stands between them
-        if cfg.write_tokens:
-            return write_tokens(cfg.write_tokens, documents)
-        cfg = fit_vocabulary(cfg, tokenizer)
+            theirs, tensors = read_t5(cfg.init)
+            cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in SHAPE})
+        data = load_stream(cfg)
+        if not data:
+            return
+        tokenizer, corpus, heldout = data
         check(cfg, ranks)
-        device = launch(cfg.timeout)
-        for folder in filter(None, (cfg.out, cfg.export)):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        cfg.seq_len = cfg.seq_len or cfg.pack * row_lengths(cfg)[0]
-        sizes = cfg.vocab_size, cfg.batch_size, cfg.seq_len
-        corpora = load_corpora(cfg.data, documents, tokenizer, *sizes)
+
+        fixed = {name: getattr(cfg, name) for name in (*SHAPE, "tp", "seed")}
+        fixed["data_fingerprint"] = corpus.fingerprint()
+        checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
+        if run and "steps" not in given:  # as many sequences as its first start planned
+            cfg.steps = math.ceil(run["steps"] * run["batch_size"] / cfg.batch_size)
+        weights = list(Path(cfg.export).glob("*.safetensors*")) if cfg.export else []
+        if weights and run.get("export") != cfg.export:
+            raise ValueError(f"--export {cfg.export} has weights that this run did not write")
 
         mesh = init_device_mesh(device.type, (cfg.dp, cfg.tp), mesh_dim_names=("dp", "tp"))
         tp = mesh["tp"].get_group() if cfg.tp > 1 else None
         model = T5(cfg, tp).to(device)
         init_weights(model, cfg, tp)
         if cfg.init:
-            read_t5_weights(model, cfg, cfg.init, tp)
+            for name, p in model.named_parameters():
+                fill(name, p, tensors[name], tp)
         optimizer = build_optimizer(model, cfg)
-        saved = nn.ModuleDict({f"tp{mesh['tp'].get_local_rank()}": model})  # names for each part
-        state = {"step": 0, "sequences": 0, "tokens": 0, "offset": 0, "seed": cfg.seed}
+        state = {"step": 0, "sequences": 0, "tokens": 0}
+        if checkpoint:
+            load_checkpoint(checkpoint, by_part(model), optimizer, state)
+        if cfg.eval:
+            cfg.out = ""  # nothing is written
         if cfg.out:
-            load_checkpoint(cfg.out, cfg.resume, cfg.steps, saved, optimizer, state)
-        if cfg.out and dist.get_rank() == 0:
-            config = json.dumps(dataclasses.asdict(cfg), indent=2)
-            (Path(cfg.out) / "config.json").write_text(config + "\n")
-        describe_run(model, corpora[0], cfg, device)
-        train_on_mesh(model, saved, optimizer, corpora, state, cfg, mesh)
-        if state["step"] < cfg.steps:
-            return print(f"stopped by a signal after step {state['step']}", flush=True)
-        place = device, mesh["dp"].get_local_rank(), cfg.dp
-        validate(lambda x: evaluate(model, x, cfg) / cfg.tp, corpora[1], cfg.steps, cfg, *place)
+            run = dataclasses.asdict(cfg) | fixed
+            lock = claim_directory(cfg.out, state["step"], run)  # held until this run ends
+        describe_run(model, corpus, cfg)
+        if not train(model, optimizer, corpus, heldout, state, cfg, mesh, signals):
+            return print(f"stopped by a signal after step {state['step']}")
         if cfg.export:
             to_hf(model, cfg, cfg.export)
         if tokenizer:  # token shards do not name theirs
-            fill_spans(model, cfg.prompt, corpora[1], cfg)
+            fill_spans(model, cfg.prompt, heldout, tokenizer, cfg)
 
 # ---------------------------------------- Plumbing ----------------------------------------
 
 @contextlib.contextmanager
-def one_line_mistakes():
-    """Only rank 0 prints; what the user can mend is one line on stderr and exit status 2."""
+def report_user_errors():
+    """Print on rank 0 only; report user errors as one line on stderr and exit with status 2."""
     rank = int(os.environ.get("RANK", 0))
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         with contextlib.redirect_stdout(open(os.devnull, "w") if rank else sys.stdout):
             yield
+    except BrokenPipeError:  # the program that reads our output, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (OSError, ValueError) as error:
-        time.sleep(5 * (rank > 0))  # where rank 0 fails too, torchrun ends the others meanwhile
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr, flush=True)
+        time.sleep(5 * (rank > 0))  # so that rank 0, if it fails too, reports first
+        print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    finally:  # a rank that fails among others leaves at once: it must not wait for them here
+    finally:
+        # A rank that fails alone leaves at once; it would wait here for the others.
         if dist.is_initialized() and (dist.get_world_size() == 1 or not sys.exc_info()[0]):
             dist.destroy_process_group()
 
-def parse(argv):
-    """Config from the command line: a preset, and the flags given over it."""
+@contextlib.contextmanager
+def explain(what, *errors):
+    """Replace exceptions of the given kinds by a ValueError that says what failed, and why."""
+    try:
+        yield
+    except errors as error:
+        cause = error
+        if isinstance(error, dcp.CheckpointException):  # its text is the traceback of each rank
+            cause = next(iter(error.failures.values()))[0]
+        raise ValueError(f"{what}: {type(cause).__name__}: {cause}") from error
 
-    def mistake(message):
+@contextlib.contextmanager
+def stop_signals():
+    """A list that SIGTERM and SIGINT append to; a second one of a kind ends the process at once."""
+    received = []
+
+    def receive(signum, frame):
+        received.append(signum)
+        signal(signum, SIG_DFL)
+
+    handlers = {signum: signal(signum, receive) for signum in (SIGTERM, SIGINT)}
+    try:
+        yield received
+    finally:
+        for signum, handler in handlers.items():
+            signal(signum, handler)
+
+def parse(argv):
+    """(Config, names of the flags given): a preset's values, overridden by the flags."""
+
+    def refuse(message):
         raise ValueError(message)
 
-    usage, summary = "%(prog)s [--preset NAME] [--FLAG VALUE ...]", __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser(usage=usage, description=summary, allow_abbrev=False)
-    parser.error = mistake
-    preset = "small" if torch.cuda.is_available() else "demo"
-    parser.add_argument("--preset", choices=PRESETS, default=preset, help=f"(default: {preset})")
-    meanings = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
+    summary = __doc__.split("\n\n")[0]
+    parser = argparse.ArgumentParser(description=summary, allow_abbrev=False, add_help=False)
+    parser.usage = "%(prog)s [--preset NAME] [--FLAG VALUE ...]"
+    parser.error = refuse
+    default = "small" if torch.cuda.is_available() else "demo"
+    parser.add_argument("--preset", choices=PRESETS, default=default, help=f"(default: {default})")
+    preset = parser.parse_known_args(argv)[0].preset
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
     for field in dataclasses.fields(Config):
-        kind = dict(type=field.type)
+        kind = {"type": field.type}
         if field.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
+            kind = {"action": argparse.BooleanOptionalAction}
         elif get_args(field.type):
-            kind = dict(choices=get_args(field.type))
-        about = f"{meanings[field.name]} (default: {field.default!r})"
-        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=about, **kind)
-    flags = vars(parser.parse_args(argv))
-    cfg = Config(**(PRESETS[flags.pop("preset")] | flags))
+            kind = {"choices": get_args(field.type)}
+        value = PRESETS[preset].get(field.name, field.default)
+        text = f"{comments[field.name]} ({preset}: {value!r})".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
+    parser.add_argument("--help", action="help", help="print this list and exit")
+    given = vars(parser.parse_args(argv))
+    cfg = Config(**(PRESETS[given.pop("preset")] | given))
     if cfg.precision == "auto":
         cfg.precision = "bf16" if torch.cuda.is_available() else "fp32"
-    return cfg
+    return cfg, given.keys()
 
-def launch(timeout):
-    """This rank's device, after joining torchrun's process group, or one of a single rank."""
-    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "TORCHELASTIC_RESTART_COUNT": 0}
-    rank, ranks, local, restarts = (int(os.environ.get(k, v)) for k, v in names.items())
-    store, device, backend = dist.HashStore(), torch.device("cpu"), "gloo"
+def init_distributed(timeout):
+    """Join torchrun's process group, or one of a single rank; returns the device of this rank."""
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    store = dist.HashStore()
+    if world_size > 1:
+        store = shared_store(rank)
+    device = torch.device("cpu")
+    backend = "gloo"
     if torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
-            raise ValueError(f"rank {local} of this machine finds {torch.cuda.device_count()} GPUs")
-        device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if ranks > 1:  # a name for each restart: its workers must not meet the addresses of the dead
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        store = dist.TCPStore(*address, is_master=hosts)
-        store = dist.PrefixStore(f"start {restarts}", store)
+        backend = "cpu:gloo,cuda:nccl"
     limit = timedelta(seconds=timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=limit)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     return device
 
-def log_step(row, pace, cfg, device):
-    """Prints row, which has step, loss, bpb, lr, grad and tokens, and what the script adds to them,
-    and writes it to metrics.jsonl; pace is how many seconds a step has taken of late."""
-    step, speed = row["step"], cfg.batch_size * cfg.seq_len / pace
-    left = round((cfg.steps - step) * pace)
-    unit, mfu = 1 if sys.platform == "darwin" else 1024, ""
-    memory = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device)
-        peak = dist.get_world_size() * PEAK_FLOPS.get(torch.cuda.get_device_name(device), math.inf)
-        if cfg.precision == "bf16" and peak < math.inf:
-            mfu = f"mfu {speed * flops_per_token(cfg) / peak:.1%} | "
-    bpb = f"{row['bpb']:.3f}".replace("nan", "n/a")
-    more = "".join(f"{name} {value} | " for name, value in list(row.items())[6:])
-    print(
-        f"step {step}/{cfg.steps} | loss {row['loss']:.4f} | bpb {bpb} | "
-        f"lr {row['lr']:.2e} | grad {row['grad']:.2f} | tokens {row['tokens'] / 1e6:.1f}M | "
-        f"{more}{speed / 1e3:.1f}k tok/s | {mfu}mem {memory / 2**30:.1f}G | "
-        f"eta {left // 60}:{left % 60:02}", flush=True,
-    )  # fmt: skip
-    if cfg.out and dist.get_rank() == 0:
-        finite = {k: None if str(v) in ("nan", "inf", "-inf") else v for k, v in row.items()}
-        with open(Path(cfg.out) / "metrics.jsonl", "a") as file:
-            print(json.dumps(finite), file=file)
+def shared_store(rank):
+    """A store for this start alone: the agents' store outlives a restart and then holds addresses
+    of dead processes. Rank 0 opens it and publishes its address in the agents' store."""
+    with explain("torchrun sets MASTER_ADDR and MASTER_PORT", KeyError):
+        host = os.environ["MASTER_ADDR"]
+        port = int(os.environ["MASTER_PORT"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return dist.TCPStore(host, port, is_master=rank == 0, wait_for_workers=False)
+    agents = dist.TCPStore(host, port, is_master=False)
+    if rank == 0:
+        if os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
+            host = socket.getfqdn()  # the agents' store may be on another node
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        agents.set("rank 0", f"{host} {store.port}")
+        return store
+    while True:
+        host, port = agents.get("rank 0").decode().split()
+        try:
+            return dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=5))
+        except (dist.DistNetworkError, dist.DistStoreError):  # the address of an earlier start
+            time.sleep(0.1)
+
+def raise_first(error):
+    """Raise, on all ranks, the error of the first rank that has one."""
+    errors = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    raise error or next(filter(None, errors))
+
+def log_step(row, steps_left, pace, cfg, device):
+    """Print row, which has step and tokens among its numbers, and write it to metrics.jsonl;
+    pace is the number of seconds that an update takes, None if unknown."""
+    formats = {"loss": ".4f", "bpb": ".3f", "lr": ".2e", "grad": ".2f"}
+    fields = [f"step {row['step']}/{row['step'] + steps_left}"]
+    for name, value in row.items():
+        if name not in ("step", "tokens"):
+            fields.append(f"{name} {value:{formats.get(name, '')}}".replace("nan", "n/a"))
+    fields.append(f"tokens {row['tokens'] / 1e6:.1f}M")
+    on_gpu = device.type == "cuda"
+    peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if on_gpu else None
+    if pace:
+        speed = cfg.batch_size * cfg.seq_len / pace
+        fields.append(f"{speed / 1e3:.1f}k tok/s")
+        if peak and cfg.precision == "bf16":
+            fields.append(f"mfu {speed * flops_per_token(cfg) / peak / dist.get_world_size():.1%}")
+        if on_gpu:
+            fields.append(f"mem {torch.cuda.max_memory_allocated(device) / 2**30:.1f}G")
+        fields.append(f"eta {timedelta(seconds=round(steps_left * pace))}")
+    print(" | ".join(fields))
+    write_row(cfg.out, row)
+
+def write_row(out, row):
+    """Append row to metrics.jsonl in the directory out, if it is not empty, with null for numbers
+    that are not finite."""
+    if out and dist.get_rank() == 0:
+        row = {k: None if str(v) in ("nan", "inf", "-inf") else v for k, v in row.items()}
+        with open(Path(out) / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
 
 def bits_per_byte(nats, n_bytes):
     """nats over n_bytes of text in bits per byte; NaN, printed as n/a, if n_bytes is unknown."""
@@ -1388,199 +1538,241 @@ def stable_hash(*key):
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
 def shuffled(index, n, key):
-    """The image of index under a permutation of range(n) that key names: a Feistel network on the
-    bits of n, walked until it lands below n, which needs no memory however large n is."""
+    """Position of index in a pseudo-random permutation of range(n) seeded by key: a Feistel network
+    on the bits of n, repeated until the result is below n, which needs no memory."""
     half = (n.bit_length() + 1) // 2
     while True:
         left, right = divmod(index, 1 << half)
         for i in range(4):
-            left, right = right, left ^ stable_hash(key, i, right) % (1 << half)
+            mixed = left ^ stable_hash(key, i, right) % (1 << half)
+            left = right
+            right = mixed
         index = (left << half) + right
         if index < n:
             return index
 
 class Corpus:
-    """Token streams, in memory or memory-mapped, one array a part. Documents end with `separator`
-    (-1: unknown); token_bytes [V] is the length of each id's text (0: unknown)."""
+    """Ids start ... stop - 1 of the concatenation of parts, each an array or a token shard's path.
 
-    def __init__(self, parts, tokenizer, vocab_size, in_order):
-        self.parts, self.tokenizer, self.in_order = parts, tokenizer, in_order
-        self.vocab_size, n_vocab = vocab_size, tokenizer.n_vocab if tokenizer else 0
-        self.token_bytes = np.zeros(max(vocab_size, n_vocab), np.int64)
-        self.separator = end_token(tokenizer) if tokenizer else -1
-        for text, i in tokenizer._mergeable_ranks.items() if tokenizer else ():
-            self.token_bytes[i] = len(text)
+    separator: the id after each document, -1 if unknown; token_bytes [V]: the length of each id's
+    text, 0 if it has none; in_order: windows come in order and not shuffled.
+    """
+
+    def __init__(self, parts, start, stop, separator, token_bytes, in_order):
+        self.parts = parts
+        self.ends = np.cumsum([len(open_part(part)) for part in parts])
+        self.start = start
+        self.size = stop - start
+        self.separator = separator
+        self.token_bytes = token_bytes
+        self.in_order = in_order
+
+    def read(self, first, n):
+        """Ids first ... first + n - 1, int64 [n]; ValueError for an id that is not below V."""
+        pieces = []
+        first += self.start
+        stop = first + n
+        while first < stop:
+            i = np.searchsorted(self.ends, first, side="right")
+            ids = open_part(self.parts[i])
+            begin = first - (self.ends[i] - len(ids))
+            ids = ids[begin : begin + stop - first].astype(np.int64)
+            unknown = (ids >= len(self.token_bytes)) & (ids != self.separator)
+            if unknown.any():
+                where = f"{self.parts[i]}, position {begin + unknown.argmax()}"
+                raise ValueError(f"{where}: token id {ids[unknown][0]} is not in the vocabulary")
+            pieces.append(ids)
+            first += len(ids)
+        return np.concatenate(pieces)
 
     def n_windows(self, length):
-        """Windows of length + 1 ids in an epoch."""
-        return sum(max(len(part) // length - 1, 0) for part in self.parts)
+        """Number of windows of length + 1 ids in an epoch, at any offset below length."""
+        return max((self.size - 1) // length - 1, 0)
 
     def window(self, index, length, seed):
-        """Window `index` of the run, length + 1 ids. An epoch has each window once, in an order and
-        at a phase (ids before the first window) of its own; in_order, it has neither."""
-        n = self.n_windows(length)
-        epoch, index = divmod(index, n)
-        phase = 0 if self.in_order else stable_hash(seed, epoch) % length
-        index = index if self.in_order else shuffled(index, n, (seed, epoch))
-        for part in self.parts:
-            n = max(len(part) // length - 1, 0)
-            if index < n:
-                break
-            index -= n
-        start = phase + index * length
-        ids = part[start : start + length + 1].astype(np.int64)
-        strange = ids[(ids >= self.vocab_size) & (ids != self.separator)]
-        if len(strange):
-            raise ValueError(f"the data has token id {strange[0]}, but V is {self.vocab_size}")
-        return ids
+        """Window `index` of the run, length + 1 ids. An epoch has every window once, in an order
+        and at an offset of its own."""
+        epoch, index = divmod(index, self.n_windows(length))
+        offset = 0
+        if not self.in_order:
+            offset = stable_hash(seed, epoch) % length
+            index = shuffled(index, self.n_windows(length), (seed, epoch))
+        return self.read(offset + index * length, length + 1)
 
-    def text(self, n):
-        """The text of the first n ids as bytes; nothing where the tokenizer is unknown."""
-        ids = np.concatenate([part[:n] for part in self.parts])[:n]
-        ids = ids[self.token_bytes[ids] > 0].tolist()
-        return self.tokenizer.decode_bytes(ids) if self.tokenizer else b""
+    def fingerprint(self):
+        """A hash of the size and the first ids, by which a resumed run recognizes its data."""
+        return stable_hash(self.size, self.read(0, min(self.size, 1000)).tolist())
 
-def load_corpora(path, documents, tokenizer, vocab_size, batch_size, length):
-    """(training, held-out) Corpus. Held out is the end of the stream: one document in twenty, since
-    they come in the order of their hashes; of shards or a single document, the last 5 %."""
-    parts, cut = [open_shard(file) for file in shard_paths(path)], 0
-    vocab_size = vocab_size or (tokenizer.n_vocab if tokenizer else 0)
-    if vocab_size <= max(tokenizer._mergeable_ranks.values() if tokenizer else [0]):
-        raise ValueError(f"--vocab_size {vocab_size} is too small, or --tokenizer is missing")
-    if not parts:
-        hashed = sorted(((stable_hash(name), ids) for name, ids in documents), key=lambda x: x[0])
-        cut = sum(len(ids) for key, ids in hashed if key < 0.95 * 2**64)
-        parts = [np.concatenate([ids for _, ids in hashed] or [np.zeros(0, np.uint16)])]
-    total, least = sum(map(len, parts)), (batch_size + 1) * length
-    if min(cut, total - cut) < least:
-        cut = max(total - max(total // 20, least), 0)
-    train, held = [], []
-    for part in parts:
-        train.append(part[:cut])
-        held.append(part[cut:])
-        cut = max(cut - len(part), 0)
-    train = Corpus(train, tokenizer, vocab_size, in_order=False)
-    held = Corpus(held, tokenizer, vocab_size, in_order=True)
-    if min(train.n_windows(length), held.n_windows(length)) < batch_size:
-        raise ValueError(
-            f"{path} is too short: {total:,} tokens in {len(parts)} parts do not hold a batch of "
-            f"{batch_size} x {length} to train on and another to hold out"
-        )
-    return train, held
+def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size, length):
+    """(training, held-out) Corpus of shards or, without any, of tokenized documents.
 
-def read_documents(path):
-    """(name, text) of each document: a file (.txt, .md, .py), a line of a .jsonl file, or all of a
-    directory or a pattern; without a path, the modules of Python's standard library."""
+    Held out are the shards with "val" in their names, or documents by a hash of their names; if
+    these are less than a batch, the last 5 % of the ids, but at least a batch.
+    """
+    train = [path for path in shards if "val" not in path.name]
+    heldout = [path for path in shards if "val" in path.name]
+    if not shards:
+        documents = sorted(documents, key=lambda document: stable_hash(document[0]))
+        train = [ids for name, ids in documents if not is_held_out(name)]
+        heldout = [ids for name, ids in documents if is_held_out(name)]
+    n_train = sum(len(open_part(part)) for part in train)
+    total = n_train + sum(len(open_part(part)) for part in heldout)
+    least = (batch_size + 1) * length + 1  # ids of a batch of windows, and an offset
+    if min(n_train, total - n_train) < least:
+        n_train = total - max(total // 20, least)
+    if n_train < least:
+        batch = f"a batch of {batch_size} x {length}"
+        raise ValueError(f"{total:,} tokens are too few for {batch} and another to hold out")
+    token_bytes = np.zeros(vocab_size, np.int64)
+    if tokenizer:
+        for text in tokenizer.token_byte_values():
+            token_bytes[tokenizer.encode_single_token(text)] = len(text)
+    parts = train + heldout
+    corpus = Corpus(parts, 0, n_train, separator, token_bytes, in_order=False)
+    return corpus, Corpus(parts, n_train, total, separator, token_bytes, in_order=True)
+
+def vocabulary_size(vocab_size, tokenizer, init):
+    """vocab_size or, if it is 0, that of the tokenizer, whose ids must fit. A vocabulary that is
+    larger than the byte tokenizer's is a warning, and with --init a ValueError."""
+    if not tokenizer and not vocab_size:
+        raise ValueError("token shards need --tokenizer or --vocab_size")
+    if not tokenizer:
+        return vocab_size
+    n_ids = 1 + max(map(tokenizer.encode_single_token, tokenizer.token_byte_values()))
+    if 0 < vocab_size < n_ids:
+        raise ValueError(f"--vocab_size {vocab_size} is less than the {n_ids} ids of the tokenizer")
+    if tokenizer.name == "bytes" and vocab_size > tokenizer.n_vocab:
+        if init:
+            raise ValueError(f"--init {init} needs the --tokenizer of its {vocab_size:,} entries")
+        print(f"warning: a vocabulary of {vocab_size:,} entries over bytes: --tokenizer is missing")
+    return vocab_size or tokenizer.n_vocab
+
+def is_held_out(name):
+    """Whether a document is among the 5 % that are held out, by a hash of its name."""
+    return stable_hash(name) > 0.95 * 2**64
+
+def find_files(path):
+    """(text files, token shards) at path: a file, or a directory and what its links lead to, of
+    one kind; without a path, the modules of Python's standard library without its tests."""
+    if not path:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        files = [root / f"{name}.py" for name in sys.stdlib_module_names]
+        for name in sys.stdlib_module_names:
+            files += (root / name).rglob("*.py")
+        tests = {"test", "tests", "idle_test"}
+        files = [f for f in files if f.exists() and not tests & set(f.relative_to(root).parts)]
+        return sorted(files), []
+    files = [Path(path)]
+    seen = set(files[0].resolve().parents)  # following a link to these would not end
+    for folder, folders, names in os.walk(path, followlinks=True):
+        if Path(folder).resolve() in seen:
+            folders.clear()
+        else:
+            seen.add(Path(folder).resolve())
+            files += [Path(folder, name) for name in names]
+    files = sorted(file for file in files if file.is_file())
+    texts = [f for f in files if f.suffix.lower() in (".txt", ".md", ".py", ".jsonl")]
+    shards = [f for f in files if f.suffix.lower() in (".npy", ".bin")]
+    if not texts and not shards:
+        raise ValueError(f"{path} is or has no text (.txt .md .py .jsonl) or shard (.npy .bin)")
+    if texts and shards:
+        raise ValueError(f"{path} has both text and token shards: {texts[0]}, {shards[0]}")
+    print(f"{path}: {len(texts + shards)} of {len(files)} files are read")
+    return texts, shards
+
+def read_documents(path, files):
+    """(name, text) of each document: a text file or a line of a .jsonl file. Its name is the path
+    of the file below `path`, or the text of the line."""
     root = Path(path or sysconfig.get_paths()["stdlib"])
-    kinds = (".txt", ".md", ".py", ".jsonl") if path else (".py",)
-    skip = set() if path else {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-    files = list_files(root, skip)
-    if not root.is_dir():  # names are relative to the directory before the pattern
-        root = Path(re.split(r"[*?[]", f"{root}")[0] + "*").parent
-    if files != [Path(path)]:
-        files = [file for file in files if file.suffix in kinds and file.is_file()]
-    if not files:
-        raise ValueError(f"{path or root} has no file of {', '.join(kinds)}")
     for file in files:
-        where, wanted = file, "UTF-8 text"
-        try:
-            if file.suffix != ".jsonl":
-                text = file.read_text("utf-8", errors="strict" if path else "ignore")
-                yield file.relative_to(root).as_posix(), text
-                continue
-            for number, line in enumerate(file.open("rb"), 1):
-                if not line.strip():
-                    continue
-                where, wanted = f"{file}, line {number},", 'a JSON object with a string "text"'
-                text = json.loads(line)["text"]
-                if not isinstance(text, str):
-                    raise TypeError(f"it is {text!r:.40}")
+        if file.suffix.lower() == ".jsonl":
+            yield from read_json_lines(file)
+        else:
+            with explain(f"{file} is not UTF-8 text", UnicodeDecodeError):
+                text = file.read_text("utf-8-sig", errors="strict" if path else "ignore")
+            yield file.relative_to(root).as_posix(), text
+
+def read_json_lines(file):
+    """(text, text) of each line, a JSON object with a string "text"; empty lines are skipped."""
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                what = f'{file}, line {number}, is not a JSON object with a string "text"'
+                with explain(what, ValueError, KeyError, TypeError, AttributeError):
+                    code = json.loads(line)["text"].encode("utf-16", "surrogatepass")
+                text = code.decode("utf-16", "replace")  # U+FFFD for half a surrogate pair
                 yield text, text
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{where} is not {wanted}: {error}") from error
 
 def load_tokenizer(name, specials):
-    """tiktoken.Encoding of the 256 `bytes`, of one of tiktoken's own names or of a file of ranks,
-    with those special tokens that it lacks behind its last id."""
-    known = {}
-    try:
-        if name == "bytes":
-            pattern, ranks = r"[\s\S]", {bytes([i]): i for i in range(256)}
-        elif os.path.isfile(name):  # tiktoken's own loader would cache the first file of a name
-            pattern, lines = PATTERN, Path(name).read_bytes().splitlines()
-            ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
-        else:
-            base = tiktoken.get_encoding(name)
-            pattern, ranks, known = base._pat_str, base._mergeable_ranks, base._special_tokens
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer {name}: no file of ranks, and not to be had") from error
-    if not all(bytes([i]) in ranks for i in range(256)):
-        raise ValueError(f"tokenizer {name} lacks some of the 256 single bytes")
-    if len(set(ranks.values())) < len(ranks) or min(ranks.values()) < 0:
-        raise ValueError(f"tokenizer {name} has a rank twice, or one below 0")
+    """The tiktoken.Encoding `bytes`, of a BPE rank file, or of one of tiktoken's own names; special
+    tokens that it lacks get the ids after its last."""
+    ranks = {bytes([i]): i for i in range(256)}
+    settings = {"name": name, "pat_str": r"[\s\S]", "mergeable_ranks": ranks, "special_tokens": {}}
+    if os.path.isfile(name):  # tiktoken's own loader would cache the first file of a name
+        with explain(f"{name} is not a BPE rank file", ValueError):
+            lines = [line.split() for line in Path(name).read_bytes().splitlines() if line.strip()]
+            ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        settings |= {"pat_str": PATTERN, "mergeable_ranks": ranks}
+    elif name != "bytes":
+        what = "is neither a BPE rank file nor a tiktoken encoding, cached or to be downloaded"
+        with explain(f"{name} {what}", OSError, ValueError):
+            tiktoken.get_encoding(name)
+        settings = tiktoken.registry.ENCODING_CONSTRUCTORS[name]()
+        ranks = settings["mergeable_ranks"]
+    if len(set(ranks.values())) < len(ranks) or not all(bytes([i]) in ranks for i in range(256)):
+        raise ValueError(f"{name} has a rank twice, or lacks some of the 256 single bytes")
+    ids = settings["special_tokens"]
     for token in specials:
-        known = {token: max([*ranks.values(), *known.values()]) + 1} | known
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=known)
+        ids.setdefault(token, 1 + max([*ranks.values(), *ids.values()]))
+    settings.pop("explicit_n_vocab", None)  # a check of the number without new tokens
+    return tiktoken.Encoding(**settings)
 
-def end_token(tokenizer):
-    """The id that ends a document: the tokenizer's own <|endoftext|> if it has one, or END."""
-    return tokenizer._special_tokens.get("<|endoftext|>", tokenizer._special_tokens[END])
-
-def tokenize(documents, tokenizer):
-    """(name, ids between BEGIN, where the tokenizer has it, and END) of each (name, text)."""
-    kind = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
-    begin = [i for token, i in tokenizer._special_tokens.items() if token == BEGIN]
-    end = [end_token(tokenizer)]
-    for name, text in ((name, text) for name, text in documents if text):
-        ids = tokenizer.encode_to_numpy(text, disallowed_special=())
-        yield name, np.concatenate((begin, ids, end)).astype(kind)
+def tokenize(documents, tokenizer, separator):
+    """(name, ids) of each document that is not empty; the last id is the separator."""
+    dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
+    for name, text in documents:
+        # tiktoken's PanicException, of the longest words, is a BaseException.
+        with explain(f"the tokenizer cannot take document {name[:80]!r}", BaseException):
+            ids = tokenizer.encode_to_numpy(text, disallowed_special=())
+        if text:
+            yield name, np.append(ids, separator).astype(dtype)
 
 def write_tokens(folder, documents):
-    """Writes tokenized documents to folder as .npy shards of 2**27 ids or a document more."""
-    if shard_paths(folder):
-        raise ValueError(f"--write_tokens: {folder} has shards already")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for n in itertools.count():
-        shard, size = [], 0
-        while size < 2**27 and (document := next(documents, None)):
-            shard.append(document[1])
-            size += len(document[1])
-        if not shard:
-            return print(f"{n} shards in {folder}", flush=True)
-        np.save(Path(folder) / f"tokens_{n:05d}.npy", np.concatenate(shard))
+    """Write tokenized documents to .npy shards in a new or empty folder: train_00000.npy ..., and
+    val_00000.npy ... of the documents that are held out; two shards per 2**27 ids."""
+    if os.path.exists(folder) and os.listdir(folder):
+        raise ValueError(f"--write_tokens {folder} is not empty")
+    with written_beside(folder) as partial:
+        for n in itertools.count():
+            splits = {"train": [], "val": []}
+            n_ids = 0
+            while n_ids < 2**27 and (document := next(documents, None)):
+                name, ids = document
+                splits["val" if is_held_out(name) else "train"].append(ids)
+                n_ids += len(ids)
+            if not n_ids:
+                break
+            for split, parts in splits.items():
+                if parts:
+                    np.save(partial / f"{split}_{n:05d}.npy", np.concatenate(parts))
+    print(f"{folder}: {n} shards to train on, with what is held out beside them")
 
-def list_files(path, skip=frozenset()):
-    """The files at path, in order: a file, all below a directory but what lies in folders named in
-    skip, or those of a pattern."""
-    if os.path.isdir(path):
-        found = []
-        for folder, folders, files in os.walk(path):
-            folders[:] = set(folders) - skip
-            found += (Path(folder, file) for file in files)
-        return [file for file in sorted(found) if file.is_file()]
-    return [Path(file) for file in sorted(glob.glob(str(path), recursive=True)) or [path]]
-
-def shard_paths(path):
-    """The token shards at path, if it is not empty, in order."""
-    files = list_files(path) if path else []
-    return [file for file in files if file.suffix in (".npy", ".bin")]
-
-def open_shard(path):
-    """Memory-maps a shard: .npy of uint16 or uint32, or .bin, uint16 behind 256 int32 of header."""
-    if path.suffix == ".npy":
-        try:
-            ids = np.load(path, mmap_mode="r")
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} is no .npy file: {error}") from error
+def open_part(part):
+    """Ids of a part of a Corpus: an array itself, or a shard that is memory-mapped while the result
+    lives: .npy of uint16 or uint32, or .bin, uint16 after a header of 256 int32."""
+    if isinstance(part, np.ndarray):
+        return part
+    with explain(f"{part} is not a token shard", ValueError, EOFError):
+        if part.suffix.lower() == ".npy":
+            ids = np.load(part, mmap_mode="r")
+        else:
+            magic, version, size = np.fromfile(part, np.int32, 3).tolist()
+            ids = np.memmap(part, np.uint16, "r", offset=1024)
+            if [magic, version, size] != [20240520, 1, len(ids)]:
+                raise ValueError("unexpected header, or its length does not match the file")
         if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32):
-            raise ValueError(f"{path} is {ids.dtype} {ids.shape}, not one row of uint16 or uint32")
-        return ids
-    header = np.fromfile(path, np.int32, 256)
-    if len(header) < 256 or (header[0], header[1]) != (20240520, 1):
-        raise ValueError(f"{path} has not the header of a .bin shard")
-    if path.stat().st_size != 1024 + 2 * int(header[2]):
-        raise ValueError(f"{path} is longer or shorter than the {header[2]} tokens of its header")
-    return np.memmap(path, np.uint16, "r", 1024)
+            raise ValueError(f"it holds {ids.dtype} {ids.shape}, not a row of uint16 or uint32")
+    return ids
 
 if __name__ == "__main__":
     main()

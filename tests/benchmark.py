@@ -48,7 +48,7 @@ class NanoBlock(nn.Module):
 class Nano(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.wte, self.wpe = nn.Embedding(cfg.vocab_size, cfg.dim), nn.Embedding(cfg.context, cfg.dim)
+        self.wte, self.wpe = nn.Embedding(cfg.vocab_size, cfg.dim), nn.Embedding(cfg.seq_len, cfg.dim)
         self.h = nn.ModuleList(NanoBlock(cfg.dim, cfg.n_heads, cfg.hidden_dim) for _ in range(cfg.n_layers))
 
     def forward(self, tokens):
@@ -116,7 +116,7 @@ def hugging_face(cfg):
                         max_position_embeddings=cfg.seq_len, rope_parameters=dict(rope_type="default", rope_theta=5e5))
         )  # fmt: skip
     return OpenAIGPTLMHeadModel(
-        OpenAIGPTConfig(vocab_size=cfg.vocab_size, n_positions=cfg.context, n_embd=cfg.dim, n_layer=cfg.n_layers,
+        OpenAIGPTConfig(vocab_size=cfg.vocab_size, n_positions=cfg.seq_len, n_embd=cfg.dim, n_layer=cfg.n_layers,
                         n_head=cfg.n_heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     )  # fmt: skip
 
@@ -151,19 +151,20 @@ def plain_loop(module, cfg, kind):
 
 def the_script(module, cfg):
     """run(): STEPS updates through the script's own train, on made-up text."""
-    tokenizer = module.load_tokenizer("bytes", module.SPECIALS)
+    tokenizer = module.load_tokenizer("bytes", ["<|endoftext|>"])
     text = "".join(map(chr, torch.randint(32, 127, (400_000,)).tolist()))
-    documents = module.tokenize([("text", text)], tokenizer)
-    corpora = module.load_corpora("", documents, tokenizer, cfg.vocab_size, cfg.batch_size, cfg.seq_len)
+    documents = module.tokenize([("text", text)], tokenizer, 256)
+    corpora = module.load_corpora([], documents, tokenizer, 256, cfg.vocab_size, cfg.batch_size, cfg.seq_len)
     model = module.GPT1(cfg)
     module.init_weights(model, cfg)
     optimizer = module.build_optimizer(model, cfg)
-    state = {"step": 1, "sequences": 0, "tokens": 0, "offset": 0, "seed": 0}  # step 0 would validate
+    state = {"step": 1, "sequences": cfg.batch_size, "tokens": 0}
+    module.validate = lambda *_: None  # at the end, and no part of an update
 
     def run():
         now = dataclasses.replace(cfg, steps=state["step"] + STEPS)
         with contextlib.redirect_stdout(io.StringIO()):
-            module.train(model, optimizer, *corpora, state, now, torch.device("cpu"))
+            module.train(model, optimizer, *corpora, state, now, torch.device("cpu"), [])
 
     return run
 
@@ -172,21 +173,22 @@ def the_pipeline(module, cfg):
     """run(): STEPS updates through llama3.py's own loop, on documents of some 200 tokens."""
     generator = torch.Generator().manual_seed(0)
     texts = ("".join(map(chr, torch.randint(32, 127, (200,), generator=generator).tolist())) for _ in range(3000))
-    tokenizer = module.load_specials(cfg)
-    documents = module.tokenize(((str(i), text) for i, text in enumerate(texts)), tokenizer)
+    tokenizer, separator = module.load_specials(cfg)
+    documents = module.tokenize_pieces(((str(i), text) for i, text in enumerate(texts)), tokenizer, separator)
     cfg = module.fit_ranks(dataclasses.replace(cfg, tokens=1e12), 1)
-    corpora = module.load_corpora("", documents, tokenizer, cfg.vocab_size, cfg.batch_size, cfg.seq_len)
+    corpora = module.load_corpora([], documents, tokenizer, separator, cfg.vocab_size, cfg.batch_size, cfg.seq_len)
     plan = module.phases(cfg)
-    mixture = module.Mixture({"": 1.0}, [corpora[0]], [0], 0)
+    mixture, heldout = (module.Mixture({"": 1.0}, [corpus], [0], 0) for corpus in corpora)
     pipeline = module.Pipeline(cfg, module.make_mesh(cfg, "cpu"))
     module.init_weights(pipeline.model, cfg)
     optimizer = module.build_optimizer(pipeline.model, cfg)
-    state = dict.fromkeys(("sequences", "tokens", "offset", "seed", "bad", "watched", "loss_mean", "loss_variance"), 0) | {"step": 1}
+    state = dict.fromkeys(("tokens", "undone", "n_skipped", "watched", "loss_mean", "loss_variance"), 0)
+    state |= {"step": 1, "sequences": cfg.batch_size}
 
     def run():
         now = dataclasses.replace(cfg, steps=state["step"] + STEPS, spike=0.0)
         with contextlib.redirect_stdout(io.StringIO()):
-            module.train_in_stages(pipeline, optimizer, (plan, [mixture], corpora[1]), state, now, torch.device("cpu"))
+            module.train_in_stages(pipeline, optimizer, (plan, [mixture], heldout, tokenizer), state, now, torch.device("cpu"), [])
 
     return run
 
@@ -196,40 +198,44 @@ def the_dualpipe(module, cfg):
     generator = torch.Generator().manual_seed(0)
     texts = ("".join(map(chr, torch.randint(32, 127, (200,), generator=generator).tolist())) for _ in range(3000))
     tokenizer = module.load_tokenizer("bytes", module.SPECIALS)
-    documents = module.tokenize(((str(i), text) for i, text in enumerate(texts)), tokenizer)
-    cfg = module.fit_layout(dataclasses.replace(cfg, tokens=1e12), 1)
-    corpora = module.load_corpora("", documents, tokenizer, cfg.vocab_size, cfg.batch_size, cfg.seq_len)
+    documents = module.tokenize(((str(i), text) for i, text in enumerate(texts)), tokenizer, tokenizer.eot_token)
+    cfg = module.fit_layout(dataclasses.replace(cfg, tokens=1e12, tokenizer="bytes"), 1)
+    sizes = cfg.vocab_size, cfg.batch_size, cfg.seq_len
+    corpora = module.load_corpora([], documents, tokenizer, tokenizer.eot_token, *sizes)
     pipe = module.DualPipe(cfg, module.expert_mesh(cfg, "cpu"))
     module.init_weights(pipe.model, cfg)
     pipe.share(cfg)
     optimizer = module.build_optimizer(pipe.zero, cfg)
-    state = dict.fromkeys(("sequences", "tokens", "offset", "seed", "bad", "n_documents", "n_fim", "n_cut"), 0) | {"step": 1}
+    state = dict.fromkeys(("step", "sequences", "tokens", "n_documents", "n_fim", "n_cut"), 0)
 
     def run():
         now = dataclasses.replace(cfg, steps=state["step"] + STEPS)
+        module.validate = lambda *_: None  # at the end, and no part of an update
         with contextlib.redirect_stdout(io.StringIO()):
-            module.train_by_tokens(pipe, optimizer, *corpora, state, now, torch.device("cpu"))
+            module.train(pipe, optimizer, *corpora, state, now, torch.device("cpu"), [])
 
     return run
 
 
 def the_model_parallel(module, cfg):
     """run(): STEPS updates through gpt3.py's own loop, on made-up text."""
-    tokenizer = module.load_tokenizer("bytes", module.SPECIALS)
+    tokenizer = module.load_tokenizer("bytes", ["<|endoftext|>"])
     text = "".join(map(chr, torch.randint(32, 127, (400_000,)).tolist()))
-    documents = module.tokenize([("text", text)], tokenizer)
-    cfg = module.lay_out(dataclasses.replace(cfg, tokens=1e12), 1)
-    corpus, heldout = module.load_corpora("", documents, tokenizer, cfg.vocab_size, cfg.batch_size, cfg.seq_len)
-    mixture = module.Mixture({"": 1.0}, [corpus], [0], 0)
+    documents = module.tokenize([("text", text)], tokenizer, tokenizer.eot_token)
+    cfg = module.lay_out(cfg, 1)
+    sizes = cfg.vocab_size, cfg.batch_size, cfg.seq_len
+    corpora = module.load_corpora([], documents, tokenizer, tokenizer.eot_token, *sizes)
+    mixture, heldout = (module.Mixture({"": 1.0}, [corpus], [0], 0) for corpus in corpora)
     parallel = module.ModelParallel(cfg, torch.device("cpu"))
     module.init_weights(parallel.model, cfg)
     optimizer = module.build_optimizer(parallel.model, cfg)
-    state = dict.fromkeys(("sequences", "tokens", "offset", "seed", "bad", "clean"), 0) | {"step": 1, "scale": 1.0}
+    state = dict.fromkeys(("sequences", "tokens", "clean"), 0) | {"step": 1, "scale": 1.0}
 
     def run():
-        now = dataclasses.replace(cfg, steps=state["step"] + STEPS)
+        now = dataclasses.replace(cfg, tokens=state["tokens"] + STEPS * cfg.batch_size * cfg.seq_len)
+        module.validate = lambda *_: None  # at the end, and no part of an update
         with contextlib.redirect_stdout(io.StringIO()):
-            module.train_with_ramp(parallel, optimizer, mixture, heldout, state, now)
+            module.train(parallel, optimizer, mixture, heldout, state, now, [])
 
     return run
 
@@ -382,8 +388,14 @@ def bert_corpora(module, cfg):
         for i in range(600)
     )
     tokenizer = module.load_tokenizer("bytes", module.SPECIALS)
-    documents = module.tokenize_sentences(documents, tokenizer)
-    return module.load_corpora("", documents, tokenizer, cfg.vocab_size, cfg.batch_size, cfg.seq_len)
+    return sentence_corpora(module, documents, tokenizer, cfg, cfg.seq_len)
+
+
+def sentence_corpora(module, documents, tokenizer, cfg, length):
+    separator = tokenizer.encode_single_token("[SEP]")
+    sizes = tokenizer.n_vocab, cfg.batch_size, length
+    corpora = module.load_corpora([], module.tokenize_sentences(documents, tokenizer), tokenizer, separator, *sizes)
+    return [module.SentenceCorpus(corpus, tokenizer) for corpus in corpora]
 
 
 def the_phases(module, cfg):
@@ -392,12 +404,13 @@ def the_phases(module, cfg):
     model = module.build_model(cfg)
     module.init_weights(model, cfg)
     optimizer = module.build_optimizer(model, cfg)
-    state = {"step": 1, "sequences": 0, "tokens": 0, "offset": 0, "seed": 0}  # step 0 would validate
+    state = {"step": 1, "sequences": cfg.batch_size, "tokens": 0}
+    module.validate_objective = lambda *_: None  # at the end, and no part of an update
 
     def run():
         now = dataclasses.replace(cfg, steps=state["step"] + STEPS)
         with contextlib.redirect_stdout(io.StringIO()):
-            module.train_in_phases(model, optimizer, *corpora, state, now, torch.device("cpu"))
+            module.train(model, optimizer, *corpora, state, now, torch.device("cpu"), [])
 
     return run
 
@@ -459,10 +472,9 @@ def bert_main(module, args):
     print("peak MiB", ", ".join(f"{kind} {size:.0f}" for kind, size in memory.items()), end="; ")
     print(f"script / hf {memory['script'] / memory['hf']:.3f}")
     demo = module.Config(**module.PRESETS["demo"])
-    documents = list(module.split_sentences(module.read_documents(""), demo))
-    tokenizer = module.choose_tokenizer(demo, documents)
-    sizes = tokenizer.n_vocab, demo.batch_size, demo.long_seq_len
-    corpus, _ = module.load_corpora("", module.tokenize_sentences(documents, tokenizer), tokenizer, *sizes)
+    documents = list(module.split_sentences(module.read_documents("", module.find_files("")[0]), demo))
+    tokenizer = module.choose_tokenizer(demo.tokenizer, documents)
+    corpus, _ = sentence_corpora(module, documents, tokenizer, demo, demo.long_seq_len)
     n, rates = 2400, []
     for i in range(max(args.pairs // 2, 3)):
         module.block_instances.cache_clear()  # with all that is made for a block
@@ -480,12 +492,13 @@ def the_mesh(module, cfg, corpora):
     model = module.T5(cfg)
     module.init_weights(model, cfg)
     optimizer = module.build_optimizer(model, cfg)
-    state = {"step": 1, "sequences": 0, "tokens": 0, "offset": 0, "seed": 0}  # step 0 would validate
+    state = {"step": 1, "sequences": 0, "tokens": 0}  # step 0 would validate
+    module.validate = lambda *_: None  # at the end, and no part of an update
 
     def run():
-        now = dataclasses.replace(cfg, steps=state["step"] + STEPS)
+        now = dataclasses.replace(cfg, steps=state["sequences"] // cfg.batch_size + STEPS)
         with contextlib.redirect_stdout(io.StringIO()):
-            module.train_on_mesh(model, model, optimizer, corpora, state, now, mesh)
+            module.train(model, optimizer, *corpora, state, now, mesh, [])
 
     return run
 
@@ -519,8 +532,8 @@ def t5_main(module, args):
                         batch_size=4, pad=257, eos=256, sentinel=4095, seq_len=568, val_every=10**9)  # fmt: skip
     tokenizer = module.load_tokenizer("bytes", module.SPECIALS)
     text = "".join(map(chr, torch.randint(32, 127, (400_000,)).tolist()))
-    documents = module.tokenize([("text", text)], tokenizer)
-    corpora = module.load_corpora("", documents, tokenizer, cfg.vocab_size, cfg.batch_size, cfg.seq_len)
+    documents = module.tokenize([("text", text)], tokenizer, cfg.eos)
+    corpora = module.load_corpora([], documents, tokenizer, -1, cfg.vocab_size, cfg.batch_size, cfg.seq_len)
     if args.measure_memory:
         run = the_mesh(module, cfg, corpora) if args.measure_memory == "script" else t5_hugging_face(module, cfg, corpora[0])
         run(), run()
@@ -549,11 +562,11 @@ def main():
     parser.add_argument("--measure_memory")
     args = parser.parse_args()
     module = importlib.import_module(args.script)
-    module.launch(60)
+    module.init_distributed(60)
     own = {"gpt3": gpt3_main, "llama3": llama3_main, "deepseek_v3": deepseek_v3_main, "bert": bert_main, "t5": t5_main}
     if args.script in own:
         return own[args.script](module, args)
-    cfg = module.Config(vocab_size=257, context=512, dim=256, n_layers=4, n_heads=4, hidden_dim=1024, dropout=0.0,
+    cfg = module.Config(vocab_size=257, dim=256, n_layers=4, n_heads=4, hidden_dim=1024, dropout=0.0,
                         seq_len=512, batch_size=4, precision="fp32", val_every=10**9, warmup_steps=1)  # fmt: skip
     if args.measure_memory:
         kind = args.measure_memory

@@ -72,7 +72,7 @@ SCRIPTS = {
     "chinchilla": Row(
         model="Chinchilla",
         tiny=dict(vocab_size=257, dim=24, n_layers=2, n_heads=3, head_dim=10, hidden_dim=80, seq_len=7, batch_size=8,
-                  precision="fp32", lr=1e-3, steps=5, warmup_steps=1),
+                  precision="fp32", lr=1e-3, steps=5, tokens=280.0, warmup_steps=1),
         # 32000 D + L (5 D HE + 8 D D + 2 HE + 4 D + 3 D) + D: Table A9 to 0.6M; the published in millions, else over bytes
         counts={"44m": 43_684_352, "57m": 57_297_024, "74m": 73_786_240, "90m": 89_777_920, "106m": 105_769_600,
                 "117m": 116_672_256, "140m": 139_696_128, "163m": 162_720_000, "175m": 174_898_304,
@@ -90,9 +90,9 @@ SCRIPTS = {
                 "gopher_417m": 417_369_600, "gopher_1.4b": 1_374_603_264, "gopher_7.1b": 7_111_577_600,
                 "70b": 70_061_268_992, "280b": 279_708_975_104, "demo": 73_152, "small": 5_191_680},
         # 0.1 + 0.45 (1 + cos(pi step / steps)) behind the warm-up from 1e-7
-        schedule=(dict(lr=1.0, steps=100_000, warmup_steps=2000),
+        schedule=(dict(lr=1.0, batch_size=1, seq_len=1, tokens=1e5, warmup_steps=2000),
                   {0: 1e-7, 1000: 0.5, 2000: 1.0, 2001: 0.999111, 25_000: 0.868198, 50_000: 0.55, 99_999: 0.1}),
-        layouts=((1, dict(micro_batch=2)), (2, dict(micro_batch=2)), (4, dict(recompute="block"))),  # the loop is gpt1's
+        layouts=((1, dict(micro_batch=2)), (2, dict(micro_batch=2)), (4, dict(recompute="block"))),  # the update is gpt1's
         falls=1.0, batch=(24, 32), betas=(0.9, 0.95),
         variants=("", "--precision bf16 --recompute block"),
         small=dict(sweep="", batch_size=4, dim=48, hidden_dim=64, seq_len=16, warmup_steps=2, lr=1e-3),
@@ -129,7 +129,7 @@ SCRIPTS = {
         tiny=dict(vocab_size=260, dim=24, n_layers=4, n_dense=1, hidden_dim=40, n_heads=3, q_rank=20, kv_rank=28,
                   head_dim=10, rope_dim=6, init_std=0.1, n_experts=12, n_shared=2, expert_dim=16, top_k=3, n_groups=4,
                   groups_kept=2, balance_loss=0.01, rope_theta=100.0, seq_len=11, batch_size=8, precision="fp32", lr=1e-3,
-                  warmup_steps=1, tokens=440.0, pack=16),
+                  warmup_steps=1, tokens=440.0, pack=16, tokenizer="bytes"),
         counts={"671b": 671_026_404_352, "236b": 235_741_434_880, "16b": 15_706_484_224, "27b": 27_033_546_240,
                 "9b": 9_171_818_880, "3b": 2_969_982_208, "small": 242_819_328, "demo": 831_120},
         # 12,582,912 tokens an update without a ramp; the specification's values of the cosine, then the two tails

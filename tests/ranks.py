@@ -147,13 +147,18 @@ def make_corpora(module, cfg):
     lengths = torch.randint(3, 40, (300,), generator=generator).tolist()
     texts = ("".join(chr(97 + (i * k) % 26) for k in range(n)) for i, n in enumerate(lengths))
     tokenizer = module.load_tokenizer("bytes", getattr(module, "SPECIALS", ["<|endoftext|>"]))
-    separator = tokenizer.encode_single_token(getattr(module, "END", "<|endoftext|>"))
-    if hasattr(module, "tokenize_sentences"):
+    end = "[SEP]" if hasattr(module, "SentenceCorpus") else "<|endoftext|>"
+    separator = tokenizer.encode_single_token(getattr(module, "END", end))
+    if hasattr(module, "SentenceCorpus"):
         documents = module.tokenize_sentences(((f"{i}", text.split("e")) for i, text in enumerate(texts)), tokenizer)
     else:
-        documents = module.tokenize(((f"{i}", text) for i, text in enumerate(texts)), tokenizer, separator)
+        tokenize = getattr(module, "tokenize_pieces", None) or module.tokenize
+        documents = tokenize(((f"{i}", text) for i, text in enumerate(texts)), tokenizer, separator)
     vocab_size = cfg.vocab_size or tokenizer.n_vocab
-    return module.load_corpora([], documents, tokenizer, separator, vocab_size, cfg.batch_size, cfg.seq_len)
+    corpora = module.load_corpora([], documents, tokenizer, separator, vocab_size, cfg.batch_size, cfg.seq_len)
+    if hasattr(module, "SentenceCorpus"):
+        return [module.SentenceCorpus(corpus, tokenizer) for corpus in corpora]
+    return corpora
 
 
 def make_model(module, row, cfg):
@@ -208,7 +213,7 @@ def pipeline_gradients(module, cfg, corpus, values, device):
         module.fill(key, p, value.detach(), pipeline.tp)
     pipeline.enter(phase.cfg)
     batches = global_batch(module, corpus, phase.cfg, device, pipeline.data_rank, module.data_ranks(cfg))
-    norm, loss = module.clip_gradients(pipeline.model, pipeline.run(batches), phase.cfg, pipeline.mesh, device)
+    norm, loss = module.clip_gradients(pipeline.model, pipeline.run(batches), phase.cfg, pipeline.mesh)
     found = {key: module.whole_tensor(key, p.grad, pipeline.tp).numpy() for key, p in pipeline.model.named_parameters()}
     return loss, found, norm
 
@@ -225,7 +230,7 @@ def split_gradients(module, cfg, corpus, values, device):
         module.fill(key, p, padded, parallel.tp)
     batches = global_batch(module, corpus, cfg, device, parallel.data_rank, cfg.dp)
     loss, _ = parallel.run(batches)
-    norm, loss = module.gradient_norm(parallel.model, loss, parallel.mesh, device)
+    norm, loss = module.gradient_norm(parallel.model, loss, parallel.mesh)
     found = {key: module.whole_tensor(key, p.grad, parallel.tp) for key, p in parallel.model.named_parameters()}
     for key, g in found.items():
         if key.startswith(("token_embedding", "head")):
@@ -238,7 +243,7 @@ def split_gradients(module, cfg, corpus, values, device):
 def expert_gradients(module, cfg, corpus, values, device):
     """The same for a script whose experts are laid out over ranks; with them go the balancing biases after an update."""
     cfg = module.fit_layout(cfg, dist.get_world_size())
-    (stage,) = module.plan(cfg)
+    (phase,) = module.plan(cfg)
     pipe = module.DualPipe(cfg, module.expert_mesh(cfg, device.type))
     rank, ranks = pipe.mesh["ep"].get_local_rank(), pipe.mesh["ep"].size()
     for key, tensor in [*pipe.model.named_parameters(), *pipe.model.named_buffers()]:
@@ -248,12 +253,12 @@ def expert_gradients(module, cfg, corpus, values, device):
     for router in pipe.routers:
         router.load.zero_()
     pipe.share(cfg)
-    pipe.enter(stage.cfg)
-    batches = global_batch(module, corpus, stage.cfg, device, pipe.data_rank, module.reading_ranks(cfg))
+    pipe.enter(phase.cfg)
+    batches = global_batch(module, corpus, phase.cfg, device, pipe.data_rank, module.reading_ranks(cfg))
     pipe.run(batches)
     pipe.zero.reduce()
-    norm, main, ahead = pipe.zero.clip(pipe.main, pipe.ahead, limit=cfg.clip, device=device)
-    loads = module.update_biases(pipe.routers, 0.01, pipe.zero.data.get_group())
+    norm, main, ahead = pipe.zero.clip(pipe.main, pipe.ahead, limit=cfg.clip)
+    module.update_biases(pipe.routers, 0.01, pipe.zero.data.get_group())
     found = {key: value.numpy() for key, value in pipe.model.named_buffers() if key.endswith("router.bias")}
     for key, master in pipe.zero.masters.items():
         whole, shape = master.grad, values[key].shape

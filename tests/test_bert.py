@@ -1,6 +1,7 @@
 """BERT and ELECTRA: the specification's worked examples and golden values, the builder of pairs and masks against a plain
 re-implementation, layouts, parity with Hugging Face, and what users can get wrong."""
 import collections
+import contextlib
 import dataclasses
 import importlib.util
 import itertools
@@ -10,13 +11,15 @@ import pathlib
 import random
 import re
 import signal
+import sys
+import types
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SCRIPTS
-from ranks import make_model, run_main
+from ranks import global_batch, make_model, run_main
 
 ROW = dataclasses.replace(SCRIPTS["bert"], model="build_model")
 TINY = ROW.tiny
@@ -31,7 +34,7 @@ def bert():
 @pytest.fixture
 def main(bert, monkeypatch, capsys):
     """main(*flags) -> (exit status, stdout, stderr)."""
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(bert, "signal", lambda *_: None)
 
     def call(*flags):
         status = 0
@@ -54,7 +57,10 @@ def made_up_corpora(module, cfg, n=80):
     rng = random.Random(5)
     documents = [(f"{i}", ["".join(rng.choices("abcdefgh ", k=rng.randint(1, 20))) + "." for _ in range(rng.randint(1, 9))]) for i in range(n)]
     tokenizer = module.load_tokenizer("bytes", module.SPECIALS)
-    return module.load_corpora("", module.tokenize_sentences(documents, tokenizer), tokenizer, cfg.vocab_size, cfg.batch_size, cfg.seq_len)
+    sizes = tokenizer.n_vocab, cfg.batch_size, cfg.seq_len
+    separator = tokenizer.encode_single_token("[SEP]")
+    corpora = module.load_corpora([], module.tokenize_sentences(documents, tokenizer), tokenizer, separator, *sizes)
+    return [module.SentenceCorpus(corpus, tokenizer) for corpus in corpora]
 
 
 @pytest.fixture
@@ -228,6 +234,7 @@ def test_activation_bytes(bert, overrides):
     sizes = {**TINY, "dim": 96, "hidden_dim": 320, "seq_len": 64, "context": 64, "max_predictions": 9, **overrides}
     cfg = bert.Config(**sizes)
     model, kept = make_model(bert, ROW, cfg), {}
+    bert.parallelize(model, cfg, types.SimpleNamespace(size=lambda: 1))
     weights = {p.data_ptr() for p in model.parameters()}
 
     def keep(tensor):
@@ -393,8 +400,8 @@ def test_batches(bert, objective):
     """What get_batch gives is whole instances, padded; only predicted positions differ from the text."""
     cfg = bert.Config(**TINY | dict(objective=objective))
     corpus, _ = made_up_corpora(bert, cfg)
-    specials = corpus.tokenizer._special_tokens
-    known = [b"".join(map(bytes, document)) for document in bert.read_block(corpus, 0, 1)]
+    specials = corpus.special_ids
+    known = [b"".join(map(bytes, document)) for document in bert.read_block(corpus.ids, 0, 1)]
     batch, masked, kept, n_random, n_tokens = bert.get_batch(corpus, 0, 400, cfg), 0, 0, 0, 0
     for row in range(400):
         names = "tokens", "segments", "attention_mask", "positions", "labels", "uniform", "is_random"
@@ -418,7 +425,7 @@ def test_batches(bert, objective):
         assert (uniform.unique().numel() > 1 and 0 <= uniform.min() and uniform.max() < 1) == (objective == "rtd")
         n_random, n_tokens = n_random + int(is_random), n_tokens + length
     n = batch["n_targets"]
-    assert (batch["n_sequences"], batch["n_tokens"], batch["n_random"], batch["n_bytes"]) == (400, n_tokens, n_random, 0)
+    assert (batch["n_sequences"], batch["n_tokens"], batch["n_random"]) == (400, n_tokens, n_random)
     assert n == (batch["labels"] >= 0).sum() and masked / n == pytest.approx(0.85 if objective == "rtd" else 0.8, abs=0.04)
     assert kept / n == pytest.approx(0.15 if objective == "rtd" else 0.1, abs=0.04)
 
@@ -441,7 +448,7 @@ def test_masks_are_static_and_come_again_after_dupe_factor_passes(bert):
     """Pass three is pass one in another order; with 0 none comes again."""
     cfg = bert.Config(**TINY | dict(dupe_factor=2))
     corpus, _ = made_up_corpora(bert, cfg)
-    n = sum(map(len, corpus.parts)) // cfg.seq_len
+    n = corpus.ids.size // cfg.seq_len
     rows = lambda epoch, c: [tuple(row) for row in bert.get_batch(corpus, epoch * n, n, c)["tokens"].tolist()]  # noqa: E731
     first, second, third = (rows(epoch, cfg) for epoch in range(3))
     assert sorted(first) == sorted(third) and first != third and sorted(first) != sorted(second)
@@ -454,15 +461,16 @@ def test_a_large_corpus_is_read_block_by_block(bert, monkeypatch):
     """Each block gives its share, batches mix several, and nothing else is read."""
     cfg = bert.Config(**TINY)
     corpus, _ = made_up_corpora(bert, cfg, n=1000)
-    ids = np.concatenate(corpus.parts)
-    corpus.parts = np.array_split(ids, 7)  # as several shards, whose borders are no block's
+    ids = corpus.ids.read(0, corpus.ids.size)
+    parts = np.array_split(ids, 7)  # as several shards, whose borders are no block's
+    corpus.ids = bert.Corpus(parts, 0, len(ids), corpus.ids.separator, corpus.ids.token_bytes, in_order=False)
     monkeypatch.setattr(bert, "BLOCK", 5000)
     monkeypatch.setattr(bert, "LANES", 3)
     n_blocks = len(ids) // 5000
     assert n_blocks > 6
-    together = [document for block in range(n_blocks) for document in bert.read_block(corpus, block, n_blocks)]
+    together = [document for block in range(n_blocks) for document in bert.read_block(corpus.ids, block, n_blocks)]
     flat = [i for document in together for sentence in document for i in sentence]
-    assert flat == ids[ids != corpus.tokenizer._special_tokens["[SEP]"]].tolist()
+    assert flat == ids[ids != corpus.special_ids["[SEP]"]].tolist()
     inner, read = bert.read_block, []
     monkeypatch.setattr(bert, "read_block", lambda c, block, n: read.append(block) or inner(c, block, n))
     bert.block_instances.cache_clear()
@@ -472,7 +480,7 @@ def test_a_large_corpus_is_read_block_by_block(bert, monkeypatch):
         for i in range(3):
             bert.get_batch(corpus, (3 * group + i) * quota, quota, cfg)
             assert len(read) == 3 and len(set(read)) == 3, "three blocks are mixed"
-    keys = [bert.find_instance(corpus, i, cfg)[-1][-2:] for i in range(n_blocks * quota)]
+    keys = [bert.find_instance(corpus.ids, i, cfg)[-1][-2:] for i in range(n_blocks * quota)]
     assert sorted(keys) == [(block, slot) for block in range(n_blocks) for slot in range(quota)]
 
 
@@ -506,7 +514,7 @@ def f():
 def test_stream_of_sentences(bert):
     tokenizer = bert.load_tokenizer("bytes", bert.SPECIALS)
     documents = bert.tokenize_sentences([("a", ["ab", "", "c"]), ("b", []), ("c", ["d"])], tokenizer)
-    assert [(name, ids.tolist()) for name, ids in documents] == [("a", [97, 98, 259, 99, 259, 259]), ("b", []), ("c", [100, 259, 259])]
+    assert [(name, ids.tolist()) for name, ids in documents] == [("a", [97, 98, 259, 99, 259, 259]), ("c", [100, 259, 259])]
 
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "un", "##aff", "##able", "##a", "runn", "##ing", ",", "the", "!", "的", "e", "5", "##€", "_", "\u2028", "\x85", "last"]
@@ -516,7 +524,7 @@ def test_word_piece(bert, tmp_path):
     """Greedy, longest first: the specification's section 7."""
     path = tmp_path / "vocab.txt"
     path.write_text("\n".join(VOCABULARY) + "\n")
-    tokenizer = bert.choose_tokenizer(bert.Config(tokenizer=str(path)), [])
+    tokenizer = bert.choose_tokenizer(str(path), [])
     spell = lambda text: " ".join(VOCABULARY[i] for i in tokenizer.encode_ordinary(bert.clean_text(text, True)))  # noqa: E731
     assert spell("UNaffable, the  running!") == "un ##aff ##able , the runn ##ing !"
     assert spell("thé的the") == "the 的 the" and spell("5€ _the") == "5 ##€ _ the"
@@ -524,7 +532,9 @@ def test_word_piece(bert, tmp_path):
     assert spell("un" + "a" * 198) == "un" + " ##a" * 198 and spell("un" + "a" * 199) == "[UNK]"
     assert spell("the\u200b \x00the\ufffd last") == "the the last", "lines end with a line feed alone"
     assert tokenizer.decode([2, 5, 6, 7, 11]) == "[CLS] unaffable ,"
-    assert tokenizer.n_vocab == len(VOCABULARY) and tokenizer._special_tokens == SPECIALS
+    assert tokenizer.n_vocab == len(VOCABULARY) and {token: tokenizer.encode_single_token(token) for token in SPECIALS} == SPECIALS
+    assert [tokenizer.encode_single_token(entry) for entry in tokenizer.token_byte_values()] == list(range(5, len(VOCABULARY)))
+    assert tokenizer.encode_to_numpy("the [MASK]", disallowed_special=()).tolist() == [12, 1, 1, 1], "a special token in a text is plain text"
 
 
 def test_word_piece_is_hugging_faces(bert, tmp_path):
@@ -547,7 +557,7 @@ def test_learned_vocabulary(bert):
     assert tokenizer.entries[15:23] == [f"##{c}" for c in tokenizer.entries[5:15] if c not in "()"], "nothing stands inside a word that is one of its own"
     assert tokenizer.entries[23:] == ["the", "cat"], "the most frequent words"
     assert tokenizer.decode(tokenizer.encode_ordinary("(chat the)")) == "( chat the )" and tokenizer.encode_ordinary("zebra") == [1]
-    held = {name for name, _ in documents if bert.stable_hash(name) >= 0.95 * 2**64}
+    held = {name for name, _ in documents if bert.is_held_out(name)}
     strange = [(name, ["zebra"] * 5000 if name in held else sentences) for name, sentences in documents]
     assert held and bert.learn_wordpiece(strange, 25).entries == tokenizer.entries, "not learned from held out"
     with pytest.raises(ValueError, match="wordpiece:99: the text to train on has 27 entries"):
@@ -698,15 +708,14 @@ def test_two_phases(bert):
 def layout_gradients(overrides):
     """Loss, metrics and gradients of one global batch, as the script computes them on this rank."""
     module = importlib.import_module("bert")
-    device, cfg = module.launch(30), module.Config(**{**TINY, **overrides})
+    device, cfg = module.init_distributed(30), module.Config(**{**TINY, **overrides})
     corpus, _ = made_up_corpora(module, cfg)
     model = make_model(module, ROW, cfg)
     rank, ranks = module.dist.get_rank(), module.dist.get_world_size()
     mesh = module.init_device_mesh(device.type, (ranks,), mesh_dim_names=("dp",))
     replicas = module.parallelize(model, cfg, mesh)
-    batches = module.next_batches(corpus, 3, False, cfg, device, rank, ranks)
-    found = module.run_batches(replicas, batches, cfg, backward=True)
-    means = dict(zip(found, module.sum_over_ranks(*found.values(), device=device)))
+    batches = global_batch(module, corpus, cfg, device, rank, ranks)
+    means = {name: value.item() for name, value in module.run_batches(replicas, batches, cfg, backward=True).items()}
     return means, {name: p.grad.numpy() for name, p in model.named_parameters()}
 
 
@@ -808,10 +817,46 @@ def test_directories_that_hold_no_bert(bert, tmp_path):
     bert.to_hf(bert.BERT(cfg), cfg, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     bert.from_hf(tmp_path)
-    for wrong in (dict(model_type="roberta"), dict(layer_norm_eps=1e-5), dict(hidden_act="relu"), dict(hidden_size=27)):
+    refused = dict(model_type="roberta", layer_norm_eps=1e-5, hidden_act="relu", type_vocab_size=1, is_decoder=True,
+                   position_embedding_type="relative_key", tie_word_embeddings=False)  # fmt: skip
+    for key, value in refused.items():
+        (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+        with pytest.raises(ValueError, match=f"holds no BertForPreTraining.*config.json has {key} "):
+            bert.from_hf(tmp_path)
+    for wrong in (dict(hidden_size=27), dict(vocab_size=260)):
         (tmp_path / "config.json").write_text(json.dumps(config | wrong))
         with pytest.raises(ValueError, match="holds no BertForPreTraining"):
             bert.from_hf(tmp_path)
+
+
+def test_keys_that_are_missing_have_bert_configs_defaults(bert, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    defaults = transformers.BertConfig()
+    assert all(getattr(defaults, key) == value for key, value in bert.HF_CONFIG.values())
+    assert all(getattr(defaults, key, value) == value for key, value in bert.HF_FIXED.items())
+    (tmp_path / "config.json").write_text("{}")
+    fields = bert.read_hf_config(tmp_path, bert.HF_CONFIG, bert.HF_FIXED)
+    assert fields == {"vocab_size": 30522, "context": 512, "dim": 768, "n_layers": 12, "n_heads": 12, "hidden_dim": 3072, "gelu": "gelu"}
+
+
+def test_reads_the_files_that_the_index_names(bert, tmp_path):
+    """model.safetensors first; else those of the index, and none that lie beside them."""
+    pytest.importorskip("safetensors")
+    from safetensors.torch import load_file, save_file
+
+    cfg = bert.Config(**TINY)
+    bert.to_hf(make_model(bert, ROW, cfg), cfg, tmp_path)
+    expected = bert.from_hf(tmp_path)[0].state_dict()
+    tensors = load_file(tmp_path / "model.safetensors")
+    names = sorted(tensors)
+    files = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(names)}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in names if files[name] == file}, tmp_path / file)
+    save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, tmp_path / "other.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    (tmp_path / "model.safetensors").rename(tmp_path / "aside")
+    found = bert.from_hf(tmp_path)[0].state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_export_then_init(main, text, tmp_path):
@@ -837,7 +882,11 @@ def test_two_phases_on_two_ranks_and_resumed(bert, ranks, objective, text, tmp_p
         assert status == 0, err
         return out
 
-    rows = lambda name: [json.loads(row) for row in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]  # noqa: E731
+    def logged(name, key):
+        rows = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        return [row for row in rows if key in row]
+
+    rows = lambda name: logged(name, "loss")  # noqa: E731
     whole = together(1, "--out", tmp_path / "whole")
     assert [row["tokens"] for row in rows("whole")] == [*range(64, 449, 64), 448 + 128, 448 + 256, 448 + 384]
     assert re.findall(r"^val (\d+) .* length (\d+)$", whole, re.M) == [("0", "16"), ("4", "16"), ("8", "32"), ("10", "32")]
@@ -847,14 +896,20 @@ def test_two_phases_on_two_ranks_and_resumed(bert, ranks, objective, text, tmp_p
         assert [row[key] for row in rows("ranks")] == pytest.approx([row[key] for row in rows("whole")], rel=2e-4, abs=1e-4), key
     last = [re.search(r"val 10 \| loss (\S+) .* mlm_acc (\S+)", out).groups() for out in (whole, spread)]
     assert [float(x) for x in last[0]] == pytest.approx([float(x) for x in last[1]], rel=1e-3)
-    inner = bert.next_batches
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    for stop in (3, 8):  # as after a signal
-        monkeypatch.setattr(bert, "next_batches", lambda corpus, first, told, *rest: inner(corpus, first, told or first == 4 * stop, *rest))
-        assert f"stopped by a signal after step {stop}" in run_main("bert", [*map(str, flags), "--out", str(tmp_path / f"{stop}")])[1]
-        monkeypatch.setattr(bert, "next_batches", inner)
+    inner = bert.update_model
+    for stop in (3, 8):
+        received, steps = [], itertools.count(1)
+
+        def signalled(*args):
+            received.extend([signal.SIGTERM] * (next(steps) == stop))
+            return inner(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(bert, "stop_signals", lambda: contextlib.nullcontext(received))
+            patch.setattr(bert, "update_model", signalled)
+            assert f"stopped by a signal after step {stop}" in run_main("bert", [*map(str, flags), "--out", str(tmp_path / f"{stop}")])[1]
         together(1, "--out", tmp_path / f"{stop}", "--resume")
-        assert rows(f"{stop}") == rows("whole")
+        assert rows(f"{stop}") == rows("whole") and logged(f"{stop}", "val_loss") == logged("whole", "val_loss")
 
 
 @pytest.mark.parametrize("objective", ["mlm", "rtd"])
@@ -893,23 +948,25 @@ def test_released_vocabulary_on_the_command_line(main, text, tmp_path):
 
 
 def test_learned_vocabulary_goes_with_what_was_made_of_it(main, bert, text, tmp_path, monkeypatch):
-    """Into --out, --export and --write_tokens, but into none that is refused; a resumed run keeps its own."""
-    monkeypatch.setattr(bert, "to_hf", lambda model, cfg, path: None)  # which needs safetensors
-    monkeypatch.setattr(bert.importlib.util, "find_spec", lambda name: True)
+    """Into --out, --export and --write_tokens, but into none that is refused; a resumed run learns the same."""
+    monkeypatch.setattr(bert, "to_hf", lambda model, cfg, path: pathlib.Path(path).mkdir())  # which needs safetensors
+    monkeypatch.setitem(sys.modules, "safetensors", types.ModuleType("safetensors"))
     flags, out, shards = small(tokenizer="wordpiece:100"), tmp_path / "out", tmp_path / "shards"
     more = pathlib.Path(text).read_text() + "".join(chr(97 + i % 26) * (1 + i // 26) + " " for i in range(500))
     pathlib.Path(text).write_text(more)
     assert main(*flags, "--data", text, "--steps", 1, "--out", out, "--export", tmp_path / "hf")[0] == 0
     first = (out / "vocab.txt").read_text()
     assert len(first.splitlines()) == 100 and (tmp_path / "hf" / "vocab.txt").read_text() == first
-    assert main(*flags, "--data", text, "--write_tokens", shards)[0] == 0 and (shards / "vocab.txt").read_text() == first
+    assert main(*flags, "--data", text, "--write_tokens", shards)[0] == 0 and (shards / "vocab.wordpiece").read_text() == first
     other = tmp_path / "other.txt"
     other.write_text(more.replace("says", "tells"))
     assert main(*flags, "--data", other, "--steps", 1, "--out", out)[0] == 2 == main(*flags, "--data", other, "--write_tokens", shards)[0]
-    assert (out / "vocab.txt").read_text() == first == (shards / "vocab.txt").read_text(), "what was refused changed nothing"
     status, _, err = main(*flags, "--data", other, "--steps", 2, "--out", out, "--resume")
+    assert status == 2 and "data_fingerprint" in err
+    assert (out / "vocab.txt").read_text() == first == (shards / "vocab.wordpiece").read_text(), "what was refused changed nothing"
+    status, _, err = main(*flags, "--data", text, "--steps", 2, "--out", out, "--resume")
     assert status == 0 and (out / "vocab.txt").read_text() == first, err
-    status, printed, err = main(*small(tokenizer=shards / "vocab.txt"), "--data", shards, "--steps", 1)
+    status, printed, err = main(*small(tokenizer=shards / "vocab.wordpiece"), "--data", shards, "--steps", 1)
     assert status == 0 and "step 1/1" in printed, err
 
 
@@ -935,11 +992,12 @@ def test_mistakes(main, text, tmp_path):
         (["--objective", "rtd", "--generator_divisor", 5], "--generator_divisor 5"),
         (["--objective", "rtd", "--export", tmp_path / "hf"], "rtd trains ELECTRA"),
         (["--tokenizer", "wordpiece:many"], "wordpiece:many is not wordpiece:N"), (["--tokenizer", "wordpiece:99"], "N from 100"),
-        (["--tokenizer", "wordpiece:9999"], "wordpiece:9999: the text to train on has"), (["--tokenizer", "wordpiece:200", "--init", tmp_path], "--tokenizer is missing"),
-        (["--vocab_size", 100], "--vocab_size 100 does not hold the tokenizer's 261 entries, of which [MASK] is 260"),
-        (["--tokenizer=", "--data", tmp_path / "ids.npy"], "--tokenizer is missing"),
-        (["--tokenizer", "wordpiece:300", "--data", tmp_path / "ids.npy"], "--tokenizer is missing"), (["--tokenizer=", "--init", tmp_path], "--tokenizer is missing"),
-        (["--data", tmp_path / "wide.npy", "--vocab_size", 300], "token id 261, and the tokenizer 261 entries"),
+        (["--tokenizer", "wordpiece:9999"], "wordpiece:9999: the text to train on has"), (["--tokenizer", "wordpiece:200", "--init", tmp_path], "needs the --tokenizer of its vocabulary"),
+        (["--vocab_size", 100], "--vocab_size 100"), (["--vocab_size", 260], "--vocab_size 260 is less than the 261 entries of the tokenizer, [MASK] among them"),
+        (["--tokenizer=", "--data", tmp_path / "ids.npy"], "token shards need --tokenizer"),
+        (["--tokenizer", "wordpiece:300", "--data", tmp_path / "ids.npy"], "token shards need --tokenizer"),
+        (["--data", tmp_path / "ids.npy", "--write_tokens", tmp_path / "shards"], "--write_tokens reads text"),
+        (["--data", tmp_path / "wide.npy", "--vocab_size", 300], "token id 261 is not in the vocabulary"),
         (["--init_std", 0], "--init_std 0.0"), (["--embedding_dim", 8], "--embedding_dim is of --objective rtd"), (["--prompt", "none"], "--prompt has no [MASK]"),
         (["--data", tmp_path / "ids.npy"], "1 document to train on"),
         (["--init", tmp_path], "holds no BertForPreTraining"), (["--long_share", 1.0, "--long_seq_len", 4], "--long_seq_len 4 does not hold"),
@@ -972,7 +1030,7 @@ def test_held_out_single_document_is_said(main, tmp_path):
 
 def test_demo_corpus(bert):
     """Modules with docstrings and comments: prose, in documents of many sentences."""
-    found = dict(bert.split_sentences(bert.read_documents(""), bert.Config()))
+    found = dict(bert.split_sentences(bert.read_documents("", bert.find_files("")[0]), bert.Config()))
     assert len(found) > 400 and sum(len(sentences) > 1 for sentences in found.values()) > 350
     assert sum(len(s) for sentences in found.values() for s in sentences) > 1.5e6
     assert any("command-line parsing library" in sentence for sentence in found["argparse.py"])

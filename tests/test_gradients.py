@@ -1,5 +1,6 @@
 """Every layout of every script gives the gradients of one plain backward pass over the batch."""
 import importlib
+import socket
 
 import numpy as np
 import pytest
@@ -58,22 +59,23 @@ def test_layout_gives_one_ranks_gradients(ranks, name, n, overrides):
 
 
 def join(name):
-    """One sum over the group that the script's launch makes."""
+    """One sum over the group that the script's start makes."""
     module = importlib.import_module(name)
-    return module.sum_over_ranks(1, device=module.launch(30))
+    module.init_distributed(30)
+    return module.sum_over_ranks(1)
 
 
-@pytest.mark.parametrize("name", ["gpt1"])  # launch has one text in all
-def test_each_restart_meets_under_a_name_of_its_own(ranks, name):
-    """Workers that torchrun restarts share its store with the dead ones, whose addresses are there."""
+def test_each_start_has_a_store_of_its_own(ranks):
+    """Workers that torchrun restarts share the agents' store with the dead ones, whose addresses are there: another rank 0,
+    on a port of its own, is found behind the address of the first, which refuses."""
     server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    for restart in ("0", "3"):
-        known = set(server.list_keys()) if restart == "3" else set()
-        environment = {"MASTER_PORT": str(server.port), "TORCHELASTIC_RESTART_COUNT": restart,
-                       "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
-        assert ranks.run(2, join, name, **environment) == [[2.0], [2.0]]
-        new = set(server.list_keys()) - known
-        assert new and all(key.startswith(f"start {restart}/") for key in new)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        server.set("rank 0", f"127.0.0.1 {free.getsockname()[1]}")  # of a start that has ended
+    for _ in range(2):
+        environment = {"MASTER_PORT": str(server.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "LOCAL_WORLD_SIZE": 2}
+        assert ranks.run(2, join, "gpt1", **environment) == [[2.0], [2.0]]
+    assert set(server.list_keys()) <= {"rank 0", "init/"}, "nothing of a start is in the agents' store"
 
 
 @CAUSAL
@@ -95,7 +97,7 @@ def test_gradient_of_the_logits_is_p_minus_y(script):
 def held_bytes(name, row, overrides):
     """Bytes of parameters, gradients, optimizer and average that this rank holds after one update, and what was planned."""
     module = importlib.import_module(name)
-    device = module.launch(30)
+    device = module.init_distributed(30)
     cfg = module.fit_ranks(module.Config(**{**row.tiny, **overrides}), module.dist.get_world_size())
     phase = module.phases(cfg)[0]
     pipeline = module.Pipeline(cfg, module.make_mesh(cfg, device.type), averages=True)
@@ -103,8 +105,9 @@ def held_bytes(name, row, overrides):
     optimizer = module.build_optimizer(pipeline.model, cfg)
     pipeline.enter(phase.cfg)
     place = pipeline.data_rank, module.data_ranks(cfg)
-    loss = pipeline.run(module.next_batches(make_corpora(module, cfg)[0], 0, False, phase.cfg, device, *place))
-    module.clip_gradients(pipeline.model, loss, cfg, pipeline.mesh, device)
+    batches = module.read_batch(make_corpora(module, cfg)[0], 0, phase.cfg, device, *place)
+    module.sum_counts(batches, module.data_ranks(cfg))
+    module.clip_gradients(pipeline.model, pipeline.run(batches), cfg, pipeline.mesh)
     optimizer.step()
     local = lambda tensor: 4 * (tensor.to_local() if hasattr(tensor, "to_local") else tensor).numel()  # noqa: E731
     parameters = list(pipeline.model.parameters())
@@ -126,7 +129,7 @@ def test_llama3_planned_bytes_are_those_of_a_real_layout(ranks, overrides):
 def in_place_of_each_other(name):
     """Megatron's f and g, and the gather of keys and values, against what they are made of."""
     module = importlib.import_module(name)
-    module.launch(30)
+    module.init_distributed(30)
     rank, group = module.dist.get_rank(), module.dist.group.WORLD
     x = torch.arange(6.0).view(2, 3).requires_grad_()
     y = module.SumGradient.apply(x, group)
@@ -148,7 +151,7 @@ def test_llama3_collectives_and_their_gradients(ranks):
 def exchanged_in_fp8(name):
     """Rows to the other rank and back, in bf16 and in E4M3 either way: what arrives, and what the gradient is."""
     module = importlib.import_module(name)
-    module.launch(30)
+    module.init_distributed(30)
     rank, group, found = module.dist.get_rank(), module.dist.group.WORLD, []
     send, receive = ([1, 3], [1, 2]) if rank == 0 else ([2, 1], [3, 1])
     for out, back in ((False, False), (True, False), (False, True)):

@@ -52,7 +52,7 @@ def gpt2_config(cfg):
 CASES = {
     "gpt1": ("gpt1", dict(hidden_dim=96), lambda cfg: transformers.OpenAIGPTLMHeadModel(  # F = 4 D is fixed there
         transformers.OpenAIGPTConfig(
-            vocab_size=cfg.vocab_size, n_positions=cfg.context, n_embd=cfg.dim, n_layer=cfg.n_layers,
+            vocab_size=cfg.vocab_size, n_positions=cfg.seq_len, n_embd=cfg.dim, n_layer=cfg.n_layers,
             n_head=cfg.n_heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         )
     )),
@@ -203,6 +203,30 @@ def test_deepseek_v3_reads_fp8_weights_with_their_block_scales(tmp_path):
         assert 0.005 < error < 0.05 if coded and "kv_down" not in key else error == 0, (key, error)
 
 
+YARN = dict(type="yarn", factor=40, beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=1.0, original_max_position_embeddings=4096)
+
+
+@pytest.mark.parametrize("key, change", [
+    ("model_type", dict(model_type=None)), ("scoring_func", dict(scoring_func="softmax")), ("attention_bias", dict(attention_bias=True)),
+    ("rope_interleave", dict(rope_interleave=False)), ("v_head_dim", dict(v_head_dim=8)), ("num_key_value_heads", dict(num_key_value_heads=2)),
+    ("num_nextn_predict_layers", dict(num_nextn_predict_layers=2)), ("linear", dict(rope_scaling=dict(type="linear", factor=2))),
+    ("rope_parameters", dict(rope_scaling={key: value for key, value in YARN.items() if key != "mscale_all_dim"})),
+    ("beta_fast", dict(rope_scaling=YARN | dict(beta_fast=16))),
+])  # fmt: skip
+def test_deepseek_v3_refuses_other_configs_by_name(key, change, tmp_path):
+    """The released config.json is read with Hugging Face's defaults; what would change the result is refused."""
+    import deepseek_v3
+
+    config = dict(model_type="deepseek_v3", num_hidden_layers=4, num_nextn_predict_layers=1, q_lora_rank=None, rope_theta=20000, rope_scaling=YARN)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    cfg = deepseek_v3.read_config(tmp_path)
+    read = (cfg.n_layers, cfg.dim, cfg.q_rank, cfg.mtp, cfg.seq_len, cfg.rope_theta, cfg.rope_scaling, cfg.rope_factor, cfg.rope_original)
+    assert read == (4, 7168, 0, "sequential", 4096, 20000, "yarn", 40, 4096)
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=f"holds no DeepSeek-V3 model.*{key}"):
+        deepseek_v3.read_config(tmp_path)
+
+
 @pytest.mark.parametrize("banded", ["odd", "even"])
 def test_gpt3_banded_layers_are_gpt2s_with_another_mask(banded, tmp_path):
     """Hugging Face's model, in which every banded block is handed the band for a mask; a band off by one shows. The
@@ -238,7 +262,7 @@ def test_gpt3_banded_layers_are_gpt2s_with_another_mask(banded, tmp_path):
 EXPORT = {
     "t5": "--tokenizer bytes --batch_size 2 --dim 32 --hidden_dim 48 --inputs 64 --pack 1 --lr 0.03 --ramp_down 0 --val_batches 1",
     "gpt3": "--batch_size 2 --first_batch 0 --batch_multiple 1 --tokenizer= --dim 32 --hidden_dim 48 --seq_len 16 --val_batches 1 --lr 0.01 --warmup_tokens 32",
-    "gpt1": "--batch_size 2 --dim 32 --hidden_dim 128 --context 16 --n_heads 2 --val_batches 1 --lr 0.01 --warmup_steps 1",
+    "gpt1": "--batch_size 2 --dim 32 --hidden_dim 128 --seq_len 16 --n_heads 2 --val_batches 1 --lr 0.01 --warmup_steps 1",
     "chinchilla": "--sweep= --batch_size 2 --dim 32 --hidden_dim 48 --seq_len 16 --n_heads 4 --val_batches 1 --lr 0.01 --warmup_steps 1",
     "deepseek_v3": "--batch_size 2 --first_batch 2 --dim 32 --hidden_dim 48 --seq_len 16 --n_heads 4 --long= --val_batches 1 --lr 0.01 --warmup_steps 1",
     "llama3": "--batch_size 2 --dim 32 --hidden_dim 48 --seq_len 16 --ramp= --n_heads 4 --val_batches 1 --lr 0.01 --warmup_steps 1",

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import signal
+import sys
 
 import chinchilla as c
 import numpy as np
@@ -183,23 +184,25 @@ def test_table_4(preset, count):
     cfg = c.Config(**c.PRESETS[preset])
     with torch.device("meta"):
         assert c.count_parameters(c.Chinchilla(cfg))[0] == pytest.approx(count, rel=1e-4)
-    first, second = c.halves(c.with_length(cfg, count))
-    tokens = {"70b": 1.4e12, "280b": 3e11}[preset]
-    batches = {"70b": (1.5e6, 3e6), "280b": (3e6, 6e6)}[preset]
-    for half, batch in zip((first, second), batches):
-        assert half.batch_size * half.seq_len == pytest.approx(batch, rel=0.06)
-    spent = first.steps * first.batch_size * 2048, (second.steps - first.steps) * second.batch_size * 2048
-    assert spent[0] == pytest.approx(tokens / 2, rel=1e-4) and sum(spent) == pytest.approx(tokens, rel=1e-4)
-    lr = cfg.lr
-    assert c.learning_rate(first.steps, first) == pytest.approx(c.learning_rate(first.steps, second), rel=1e-5)
-    assert c.learning_rate(first.steps, first) == pytest.approx(0.55 * lr, rel=1e-3)
-    assert c.learning_rate(second.steps, second) == pytest.approx(0.1 * lr)
-    assert c.learning_rate(1500, first) == pytest.approx(lr)
+    tokens, batches = {"70b": (1.4e12, (1.5e6, 3e6)), "280b": (3e11, (3e6, 6e6))}[preset]
+    assert c.planned_tokens(cfg, count) == cfg.tokens == tokens
+    left, ends = c.updates_left(0, cfg), [0]
+    for batch in batches:  # each half of the tokens
+        size = c.at_sequence(ends[-1], cfg).batch_size
+        assert size * cfg.seq_len == pytest.approx(batch, rel=0.06)
+        n = math.ceil((tokens * len(ends) / 2 / cfg.seq_len - ends[-1]) / size)
+        ends.append(ends[-1] + n * size)
+        left -= n
+        assert c.updates_left(ends[-1], cfg) == left and c.at_sequence(ends[-1] - size, cfg).batch_size == size
+    assert left == 0 and [end * cfg.seq_len for end in ends] == pytest.approx([0, tokens / 2, tokens], rel=1e-4)
+    assert c.learning_rate(ends[1], cfg) == pytest.approx(0.55 * cfg.lr, rel=1e-3)
+    assert c.learning_rate(ends[2], cfg) == pytest.approx(0.1 * cfg.lr)
+    assert c.learning_rate(1500 * cfg.batch_size, cfg) == pytest.approx(cfg.lr)
 
 
 def test_cosine_of_another_length():
-    cfg = c.Config(lr=1.0, steps=1000, warmup_steps=0, cosine=2.0)
-    assert c.learning_rate(1000, cfg) == pytest.approx(0.55)  # half of its way
+    cfg = c.Config(lr=1.0, batch_size=2, tokens=2000 * 2048.0, warmup_steps=0, cosine=2.0)
+    assert c.learning_rate(2000, cfg) == pytest.approx(0.55)  # half of its way
 
 
 def test_appendix_f():
@@ -469,7 +472,7 @@ def test_ranks_draw_from_one_queue(tmp_path, monkeypatch):
     monkeypatch.setattr(c, "train_run", lambda name, *rest: ran.append(name) or {"name": name})
     store = c.dist.HashStore()
     store.add("next", 1)
-    c.sweep(cfg, None, None, (store, 1, 2), [])
+    c.sweep(cfg, None, None, None, (store, 1, 2), [])
     assert ran == [name for name, *_ in c.plan_sweep(cfg)][1:] and store.add("ended", 0) == 1
 
 
@@ -566,7 +569,7 @@ def test_lines_of_runs(tmp_path):
 @pytest.mark.parametrize("flags, phrase", [
     ("--cosine 1.2", "--cosine is for a single run"), ("--tokens 1e6", "--tokens is for a single run"), ("--preset 70b --sweep 1e9 --sizes 32x1 --second_batch 0", "--tokens is for"),
     ("--budget 1e-300", "--budget 1e-300"), ("--budget 1e200", "--budget 1e+200"), ("--budget 1e21 --inference_tokens 1e300", "--inference_tokens 1e+300"),
-    ("--budget 1e21 --plot p", "--plot is for a sweep"), ("--restarts", "needs --out, where a restart"),
+    ("--budget 1e21 --plot p", "--plot is for a sweep"), ("--restarts", "--max-restarts needs --out"),
 ])  # fmt: skip
 def test_mistakes_of_sweeps(main, flags, phrase, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -580,7 +583,7 @@ def test_mistakes_of_sweeps(main, flags, phrase, monkeypatch, tmp_path):
 
 def test_plot(main, tmp_path, monkeypatch):
     path = write_csv(tmp_path / "runs.csv", synthetic())
-    monkeypatch.setattr(c.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     status, out, err = main("--fit", path, "--plot", tmp_path / "plots")
     assert status == 2 and "pip install matplotlib" in err and len(err.splitlines()) == 1 and not out
     monkeypatch.undo()
@@ -647,7 +650,7 @@ def test_sweep_killed_and_continued(text, tmp_path, main, monkeypatch):
     for signum, pattern in ((signal.SIGKILL, "*/step_*10"), (signal.SIGTERM, "48x1_3e+09*/metrics.jsonl")):
         process = Process("chinchilla", [*flags, "--out", broken])
         deadline = 0
-        while not list(broken.glob(pattern)) and process.poll() is None and deadline < 6000:
+        while not any(path.is_dir() or '"lr"' in path.read_text() for path in broken.glob(pattern)) and process.poll() is None and deadline < 6000:
             deadline += 1
             process.process.join(0.01)
         process.send_signal(signum)
@@ -657,8 +660,8 @@ def test_sweep_killed_and_continued(text, tmp_path, main, monkeypatch):
     assert done < 6
     with (broken / "runs.jsonl").open("a") as file:
         file.write('{"name": "what a full disk left')
-    inner, begun = c.load_checkpoint, []
-    monkeypatch.setattr(c, "load_checkpoint", lambda *args: (inner(*args), begun.append(args[-1]["step"])))
+    inner, begun = c.train, []
+    monkeypatch.setattr(c, "train", lambda *args: begun.append(args[4]["step"]) or inner(*args))
     status, out, err = main(*flags, "--out", broken)
     assert begun[0] > 0 and len(begun) == 6 - done, "the run that was stopped goes on from its checkpoint"
     assert status == 0 and f"{done} are done" in out, err
@@ -675,15 +678,14 @@ def test_sweep_of_two_ranks(ranks, text, main, tmp_path):
 
 
 def test_sweep_without_out_leaves_nothing(main, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(c.tempfile, "mkdtemp", lambda prefix: str(tmp_path / prefix))
-    (tmp_path / "chinchilla_").mkdir()
+    monkeypatch.setattr(c.tempfile, "tempdir", str(tmp_path))
     assert main(*SWEEP, "--data", text, "--sweep", "1e9", "--sizes", "16x1")[0] == 0
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("what", ["signal", "mistake", "bug"])
 def test_a_sweep_that_ends_early_leaves_nothing(main, text, tmp_path, monkeypatch, what):
-    monkeypatch.setattr(c.tempfile, "mkdtemp", lambda prefix: str(tmp_path / prefix))
+    monkeypatch.setattr(c.tempfile, "tempdir", str(tmp_path))
     inner = c.cloze
 
     def cloze(*args):
@@ -702,16 +704,17 @@ def test_a_sweep_that_ends_early_leaves_nothing(main, text, tmp_path, monkeypatc
         assert (status, "stopped by a signal\n" in out, "in the middle" in err) == ((0, True, False) if what == "signal" else (2, False, True))
         assert ("run 1/2" in out) == (what == "signal") and "run 2/2" not in out
     assert not list(tmp_path.iterdir())
-    assert signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, None) or signal.getsignal(signal.SIGTERM).__module__ != "chinchilla"
 
 
 def test_a_run_that_diverges_does_not_block_the_sweep(main, text, tmp_path, monkeypatch):
     inner = c.train
 
-    def train(model, optimizer, corpus, heldout, state, cfg, device):
-        inner(model, optimizer, corpus, heldout, state, c.dataclasses.replace(cfg, steps=2) if cfg.dim == 32 else cfg, device)
+    def train(model, optimizer, corpus, heldout, state, cfg, *more):
+        short = c.dataclasses.replace(cfg, tokens=2.0 * cfg.batch_size * cfg.seq_len) if cfg.dim == 32 else cfg
+        done = inner(model, optimizer, corpus, heldout, state, short, *more)
         if cfg.dim == 32:
-            raise ValueError("three steps to 2 had no finite gradient")
+            raise c.Diverged("no finite gradient in the last 3 steps to 2")
+        return done
 
     monkeypatch.setattr(c, "train", train)
     flags = [*SWEEP, "--data", text, "--sweep", "1e8", "--out", tmp_path, "--bootstrap", 0]
@@ -756,31 +759,26 @@ def test_longest_runs_come_first():
 
 
 def test_cloze_questions(text):
-    tokenizer = c.load_tokenizer("bytes", c.SPECIALS)
-    documents = c.tokenize(c.read_documents(text), tokenizer)
-    _, heldout = c.load_corpora(text, documents, tokenizer, 0, 4, 31)
+    _, _, heldout = c.load_data(c.Config(data=text, batch_size=4, seq_len=31))
     questions, cut = c.cloze_questions(heldout, 20, 31)
     assert questions.shape == (20, 4, 32) and cut == 24
     assert all((questions[:, k, :cut] == questions[:, 0, :cut]).all() for k in (1, 2, 3))
-    whole = np.concatenate(heldout.parts)
+    whole = heldout.read(0, heldout.size)
     for n, question in enumerate(questions):
         start = n * (heldout.n_windows(31) // 20) * 31
         assert (question[0] == whole[start : start + 32]).all()
         assert len({tuple(choice[cut:]) for choice in question}) == 4
 
 
-def test_cloze_needs_four_windows(text):
-    tokenizer = c.load_tokenizer("bytes", c.SPECIALS)
-    corpus = c.Corpus([np.arange(4 * 32, dtype=np.uint16)], tokenizer, 257, True)
+def test_cloze_needs_four_windows():
+    corpus = c.Corpus([np.arange(4 * 32 + 1, dtype=np.uint16)], 0, 4 * 32 + 1, 256, np.ones(257, np.int64), in_order=True)
     cfg = c.Config(seq_len=32, precision="fp32")
     assert corpus.n_windows(32) == 3 and c.cloze(None, corpus, cfg, torch.device("cpu")) == (None, None, None)
 
 
 def test_cloze_scores(text):
     """A model that knows the text, one that knows it reversed: all right and all written, none of either."""
-    tokenizer = c.load_tokenizer("bytes", c.SPECIALS)
-    documents = c.tokenize(c.read_documents(text), tokenizer)
-    _, heldout = c.load_corpora(text, documents, tokenizer, 0, 4, 31)
+    _, _, heldout = c.load_data(c.Config(data=text, batch_size=4, seq_len=31))
     cfg = c.Config(seq_len=31, batch_size=4, precision="fp32")
     questions, _ = c.cloze_questions(heldout, 20, 31)
     true = torch.from_numpy(questions[:, 0])
@@ -800,18 +798,37 @@ def test_cloze_scores(text):
     assert accuracy == exact == 0 and nll == pytest.approx(10 + math.log(256), rel=1e-3)
 
 
+def rows_with(key, folder):
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [r[key] for r in rows if key in r]
+
+
+SINGLE = ["--preset", "demo", "--sweep=", "--batch_size", 4, "--tokens", 2048, "--val_batches", 1, "--log_every", 1, "--save_every", 5]
+
+
 def test_batch_doubles_half_way(main, text, tmp_path, monkeypatch):
-    flags = ["--preset", "demo", "--sweep=", "--data", text, "--batch_size", 4, "--second_batch", 8, "--tokens", 2048, "--val_batches", 1, "--log_every", 1]
+    flags = [*SINGLE, "--data", text, "--second_batch", 8]
     status, _, err = main(*flags, "--out", tmp_path / "whole")
     assert status == 0, err
-    log = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert [r["tokens"] for r in log] == [128 * i for i in range(1, 9)] + [1024 + 256 * i for i in range(1, 5)]
+    assert rows_with("tokens", tmp_path / "whole") == [128 * i for i in range(1, 9)] + [1024 + 256 * i for i in range(1, 5)]
     inner = c.learning_rate
-    monkeypatch.setattr(c, "learning_rate", lambda step, cfg: (step == 5 and os.kill(os.getpid(), signal.SIGTERM)) or inner(step, cfg))
+    monkeypatch.setattr(c, "learning_rate", lambda first, cfg: (first == 20 and os.kill(os.getpid(), signal.SIGTERM)) or inner(first, cfg))
     assert "stopped by a signal after step 6" in main(*flags, "--out", tmp_path / "parts")[1]
     monkeypatch.undo()
     assert main(*flags, "--out", tmp_path / "parts", "--resume")[0] == 0
-    assert [json.loads(line)["loss"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()] == [r["loss"] for r in log]
+    assert rows_with("loss", tmp_path / "parts") == rows_with("loss", tmp_path / "whole")
+
+
+def test_a_run_resumes_to_the_tokens_of_its_first_start(main, text, tmp_path):
+    """Also with another batch, which goes on with the next sequences; and ends elsewhere if it is told to."""
+    flags = [*SINGLE, "--data", text, "--out", tmp_path]
+    assert main(*flags, "--steps", 5)[0] == 0
+    assert main(*flags, "--tokens", 1024, "--resume")[0] == 0
+    more = [flag for flag in flags if flag not in ("--tokens", 2048)]
+    assert main(*more, "--batch_size", 2, "--resume")[0] == 0
+    assert rows_with("tokens", tmp_path) == [128 * i for i in range(1, 9)], "1,024 tokens were planned last, and are there"
+    assert main(*more, "--batch_size", 2, "--tokens", 1216, "--resume")[0] == 0
+    assert rows_with("tokens", tmp_path)[8:] == [1088, 1152, 1216] and rows_with("val_loss", tmp_path)[-1] > 1
 
 
 def test_checkpoint_directory_both_ways(tmp_path):
@@ -822,7 +839,7 @@ def test_checkpoint_directory_both_ways(tmp_path):
         p.data.normal_()
     c.to_hf(model, cfg, tmp_path)
     read, theirs = c.from_hf(tmp_path)
-    assert all(getattr(theirs, name) == getattr(cfg, name) for name in c.HF_CONFIG)
+    assert all(getattr(theirs, name) == getattr(cfg, name) for name in c.SHAPE)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), read.state_dict().values()))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(ValueError, match="holds no Chinchilla"):

@@ -1,0 +1,1685 @@
+r"""Gemma 2: Improving Open Language Models at a Practical Size (Gemma Team, 2024, arXiv 2408.00118)
+and Gemma 3 Technical Report (Gemma Team, 2025, arXiv 2503.19786) in one file.
+
+Map: x
+Legend: x
+Run: x
+Expect: x
+"""
+
+import argparse
+import base64
+import bisect
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import inspect
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import sys
+import sysconfig
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from signal import SIG_DFL, SIGINT, SIGTERM, signal
+from typing import Literal, get_args
+
+import numpy as np
+import tiktoken
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.fsdp import (
+    FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method,
+)  # fmt: skip
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+
+# ---------------------------------------- Config ----------------------------------------
+
+@dataclasses.dataclass
+class Config:
+    """Run configuration: each field is a command-line flag, and its comment is the flag's help."""
+
+    # Model: Gemma 2 §2, Table 1; Gemma 3 §2, Table 1; released configurations
+    vocab_size: int = 0  # V, entries of the vocabulary; 0: those of the tokenizer
+    dim: int = 1152  # D, width of the residual stream
+    n_layers: int = 26  # number of blocks
+    n_heads: int = 4  # H, query heads
+    n_kv_heads: int = 1  # K, key-value heads
+    head_dim: int = 256  # E, width of a head
+    query_scalar: int = 256  # number whose square root divides the attention scores
+    hidden_dim: int = 6912  # F, width of the feed-forward layer, of one branch
+    window: int = 512  # W, positions that a local layer attends to, its own included
+    local_layers: int = 5  # local layers before each global one
+    qk_norm: bool = True  # a norm on queries and keys, as in Gemma 3
+    attention_cap: float = 0.0  # soft-cap of attention scores, as in Gemma 2; 0: none
+    logit_cap: float = 0.0  # soft-cap of the logits, as in Gemma 2; 0: none
+    rope_theta: float = 1e6  # base of the rotary frequencies of global layers
+    local_rope_theta: float = 1e4  # base of the rotary frequencies of local layers
+    rope_factor: float = 1.0  # number that divides the positions of global layers
+    # Data: Gemma 2 §3.1, Gemma 3 §2.2
+    data: str = ""  # PATH,...: a corpus for each language; empty: Python's standard library
+    max_epochs: float = 4.0  # passes over a small corpus, at most, in a mix of several
+    tokenizer: str = ""  # bytes, an encoding of tiktoken or a BPE rank file; empty: bytes
+    # Phases: Gemma 3 §5.3
+    seq_len: int = 32768  # T, tokens of a sequence
+    batch_size: int = 32  # sequences per update, over all ranks
+    tokens: float = 2e12  # tokens of the run before the long sequences
+    long_seq_len: int = 131072  # tokens of a sequence in the last phase, at the same tokens per batch
+    long_tokens: float = 0.0  # tokens of the last phase, that of long sequences; 0: no such phase
+    long_rope_factor: float = 8.0  # value of --rope_factor in the last phase
+    steps: int = 0  # updates of the run, shared out to its phases; 0: as many as the tokens need
+    # Distillation: Gemma 2 §3.2, Gemma 3 §2.2
+    teacher: str = ""  # Hugging Face directory of the teacher; empty: learn the next token
+    samples: int = 256  # tokens sampled from each of the teacher's distributions; 0: all
+    # Optimization
+    lr: float = 6e-4  # peak learning rate
+    warmup: float = 0.01  # share of the run's tokens with a linear warm-up, at most a tenth
+    weight_decay: float = 0.1  # decoupled weight decay of matrices other than the embedding
+    clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
+    seed: int = 0  # seed of the weights, the order of the data and the teacher's samples
+    # Parallelism: Gemma 2 §3.3, Gemma 3 Table 2
+    micro_batch: int = 0  # sequences per forward pass on one rank; 0: as many as the batch allows
+    dp: int = 0  # ranks among which data and model are sharded; 0: all that are left
+    dp_replicate: int = 1  # copies of the sharded model, with the gradients summed over them
+    # Machine
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    compile: bool = False  # compile each block with torch.compile
+    recompute: Literal["none", "block"] = "none"  # block: recompute blocks in the backward pass
+    timeout: int = 600  # seconds that a collective waits for a lost rank
+    dry_run: bool = False  # print parameters, FLOPs and memory per rank, then exit
+    world_size: int = 1  # number of ranks that --dry_run plans for
+    # Reports and files
+    log_every: int = 10  # updates between log lines
+    val_every: int = 1000  # updates between validations
+    val_batches: int = 16  # maximum number of batches per validation
+    prompt: str = ""  # text that the sample continues; empty: the start of the held-out text
+    out: str = ""  # directory of checkpoints, metrics.jsonl and config.json; empty: write nothing
+    save_every: int = 1000  # updates between checkpoints
+    resume: bool = False  # continue from the newest checkpoint in --out, if there is one
+    eval: bool = False  # validate and sample what --init or --out holds, without training
+    init: str = ""  # Hugging Face checkpoint directory to start from; fixes the model's shape
+    export: str = ""  # directory to write a Hugging Face checkpoint to after training
+    write_tokens: str = ""  # directory to write the data to as token shards, then exit
+
+# Undisclosed: the learning rates, the batches, the warm-up and the share of the last phase. The
+# rates fall with the size, a batch has 1M tokens (below 3B), 2M or 4M (from 12B).
+GEMMA2 = dict(
+    vocab_size=256128, local_layers=1, window=4096, qk_norm=False, attention_cap=50.0,
+    logit_cap=30.0, rope_theta=1e4, seq_len=8192, batch_size=128, samples=0, micro_batch=1,
+    compile=True, recompute="block",
+)  # fmt: skip
+GEMMA3 = dict(vocab_size=262144, micro_batch=1, compile=True, recompute="block")
+LONG = GEMMA3 | dict(window=1024)
+SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "query_scalar", "hidden_dim")
+PRESETS = {
+    # A CPU, a minute: the pattern of Gemma 3, cut after a local layer, and both phases.
+    "demo": dict(
+        dim=96, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=32, query_scalar=32,
+        hidden_dim=256, window=32, local_layers=2, seq_len=128, batch_size=24, tokens=2.4e6,
+        long_seq_len=256, long_tokens=3e5, long_rope_factor=2.0, samples=32, lr=6e-3,
+        warmup=0.05, log_every=50,
+    ),
+    # One GPU of 24 GB or a node of them, minutes: over bytes.
+    "small": dict(
+        dim=640, n_layers=12, n_heads=4, n_kv_heads=1, hidden_dim=2048, window=256, seq_len=1024,
+        batch_size=96, tokens=1.4e8, long_seq_len=4096, long_tokens=1e7, long_rope_factor=4.0,
+        lr=1e-3, warmup=0.02, val_every=500, micro_batch=12, compile=True,
+    ),
+    # Gemma 2, Table 1 (which prints the two feed-forward branches together), Table 2 and §3.1.
+    "2b": GEMMA2 | dict(zip(SIZES, (2304, 26, 8, 4, 256, 256, 9216)), tokens=2e12, lr=4e-4),
+    "9b": GEMMA2
+    | dict(zip(SIZES, (3584, 42, 16, 8, 256, 256, 14336)), tokens=8e12, lr=3e-4, batch_size=256),
+    "27b": GEMMA2
+    | dict(zip(SIZES, (4608, 46, 32, 16, 128, 144, 36864)), tokens=13e12, lr=2e-4, batch_size=512),
+    # Released after the report of Gemma 3; its 6T tokens are from the announcement.
+    "3_270m": GEMMA3 | dict(zip(SIZES, (640, 18, 4, 1, 256, 256, 2048)), tokens=6e12, lr=1e-3),
+    # Gemma 3, Table 1 and §2.2; all but the 1B end with 128K tokens (§5.3).
+    "3_1b": GEMMA3 | dict(zip(SIZES, (1152, 26, 4, 1, 256, 256, 6912)), tokens=2e12, lr=6e-4),
+    "3_4b": LONG
+    | dict(zip(SIZES, (2560, 34, 8, 4, 256, 256, 10240)), tokens=3.94e12, long_tokens=6e10,
+           lr=4e-4, batch_size=64),
+    "3_12b": LONG
+    | dict(zip(SIZES, (3840, 48, 16, 8, 256, 256, 15360)), tokens=11.82e12, long_tokens=1.8e11,
+           lr=3e-4, batch_size=128),
+    "3_27b": LONG
+    | dict(zip(SIZES, (5376, 62, 32, 16, 128, 168, 21504)), tokens=13.79e12, long_tokens=2.1e11,
+           lr=2e-4, batch_size=128),
+}  # fmt: skip
+# Departure: bytes or a byte-level BPE in place of Gemini's SentencePiece model, whose file has
+# another format.
+BOS = "<bos>"  # before each document, as released
+SPECIALS = [BOS, "<|endoftext|>"]  # the second, <eos> in the papers, follows each document
+PATTERN = (  # how GPT-4 and Llama 3 split text into words, for BPE rank files
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# ---------------------------------------- Model ----------------------------------------
+
+class Linear(nn.Linear):
+    """A linear layer that works in the precision of its input, whatever its weights are kept in."""
+
+    def forward(self, x):
+        bias = None if self.bias is None else self.bias.type_as(x)
+        return F.linear(x, self.weight.type_as(x), bias)
+
+class UnitOffsetRMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) (1 + w), all of it in fp32 and cast back at the end: [..., D]."""
+
+    def __init__(self, dim, eps=1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x):
+        gain = 1.0 + self.weight.float()
+        return F.rms_norm(x.float(), gain.shape, gain, self.eps).type_as(x)
+
+def rotary_frequencies(dim, theta, factor):
+    """Radians per position [E/2]; linear interpolation divides all positions by factor."""
+    return theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim) / factor
+
+def rotate(x, cos, sin):
+    """Rotary embedding of x [B, H, T, E] by the angles of cos and sin [T, E/2], in fp32."""
+    first, second = x.float().chunk(2, -1)  # [B, H, T, E/2]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).type_as(x)
+
+def causal_attention(q, k, v, scale):
+    """softmax(q kᵀ scale) v over this and all earlier positions; query head j uses key-value head
+    j // (H / K). [B, H, T, E], [B, K, T, E] twice -> [B, H, T, E]."""
+    settings = dict(is_causal=True, scale=scale, enable_gqa=True)
+    return F.scaled_dot_product_attention(q, k, v, **settings)
+
+def local_attention(q, k, v, scale, window):
+    """causal_attention over the last `window` positions, the query's own included. The positions
+    form blocks of one window; a block's queries see their own block and the one before."""
+    B, H, T, _ = q.shape
+    K = k.shape[1]
+    start = (x[:, :, :window].contiguous() for x in (q, k, v))  # a view would keep all in memory
+    first = causal_attention(*start, scale)
+    if T <= window:
+        return first
+    padding = (0, 0, 0, -T % window)  # after the last position: no query before it sees it
+    q, k, v = (
+        F.pad(x, padding).unflatten(2, (-1, window)).transpose(1, 2) for x in (q, k, v)
+    )  # [B, N, H or K, W, E]
+    k, v = (torch.cat((x[:, :-1], x[:, 1:]), 3).flatten(0, 1) for x in (k, v))  # [B (N-1), K, 2W, E]
+    # The query heads of one key-value head lie one after the other, G times the same mask.
+    q = q[:, 1:].unflatten(2, (K, -1)).flatten(3, 4).flatten(0, 1)  # [B (N-1), K, G W, E]
+    i = torch.arange(window, 2 * window, device=q.device)[:, None]
+    j = torch.arange(2 * window, device=q.device)
+    mask = ((j <= i) & (j > i - window)).repeat(H // K, 1)  # [G W, 2W]
+    x = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)  # [B (N-1), K, G W, E]
+    x = x.unflatten(2, (-1, window)).flatten(1, 2)  # [B (N-1), H, W, E]
+    x = x.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)  # [B, H, (N-1) W, E]
+    return torch.cat((first, x), 2)[:, :, :T]
+
+def soft_cap(x, cap):
+    """cap tanh(x / cap), between -cap and cap (Gemma 2 §2); x itself if cap is 0."""
+    return cap * torch.tanh(x / cap) if cap else x
+
+def capped_block(q, k, v, scale, window, cap):
+    """Attention with soft-capped scores of the last S of N positions. q [B, H, S, E], k and v
+    [B, K, N, E] -> [B, H, S, E]."""
+    S = q.shape[2]
+    N = k.shape[2]
+    q = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B, K, G S, E]
+    scores = cap * torch.tanh((q * (scale / cap) @ k.mT).float())  # [B, K, G S, N]
+    distance = torch.arange(N - S, N, device=q.device)[:, None] - torch.arange(N, device=q.device)
+    visible = (distance >= 0) & (distance < window)  # [S, N]
+    scores = scores.unflatten(2, (-1, S)).masked_fill(~visible, -math.inf)  # [B, K, G, S, N]
+    p = scores.softmax(-1).type_as(v)
+    x = p.flatten(2, 3) @ v  # [B, K, G S, E]
+    return x.unflatten(2, (-1, S)).flatten(1, 2)
+
+def soft_capped_attention(q, k, v, scale, window, cap):
+    """local_attention with soft-capped scores (Gemma 2 §2), for which there is no fused kernel: in
+    blocks of at most 512 queries, each recomputed in the backward pass, so that the memory is linear
+    in T."""
+    T = q.shape[2]
+    size = min(window, 512)
+    outputs = []
+    for start in range(0, T, size):
+        stop = min(start + size, T)
+        seen = slice(max(start - window + 1, 0), stop)
+        block = q[:, :, start:stop], k[:, :, seen], v[:, :, seen]
+        outputs.append(checkpoint(capped_block, *block, scale, window, cap, use_reentrant=False))
+    return torch.cat(outputs, 2)
+
+class LocalGlobalAttention(nn.Module):
+    """Grouped-query attention over `window` positions, or over all if it is 0: [B, T, D] ->
+    [B, T, D]. Queries and keys are normed (Gemma 3) or their products soft-capped (Gemma 2)."""
+
+    def __init__(self, dim, n_heads, n_kv_heads, head_dim, query_scalar, window, qk_norm, cap):
+        super().__init__()
+        self.head_dim = head_dim
+        self.scale = query_scalar**-0.5
+        self.window = window
+        self.cap = cap
+        self.q = Linear(dim, n_heads * head_dim, bias=False)
+        self.k = Linear(dim, n_kv_heads * head_dim, bias=False)
+        self.v = Linear(dim, n_kv_heads * head_dim, bias=False)
+        self.out = Linear(n_heads * head_dim, dim, bias=False)
+        self.q_norm = UnitOffsetRMSNorm(head_dim) if qk_norm else nn.Identity()
+        self.k_norm = UnitOffsetRMSNorm(head_dim) if qk_norm else nn.Identity()
+
+    def forward(self, x, cos, sin):
+        heads = (-1, self.head_dim)
+        q = self.q_norm(self.q(x).unflatten(-1, heads)).transpose(1, 2)  # [B, H, T, E]
+        k = self.k_norm(self.k(x).unflatten(-1, heads)).transpose(1, 2)  # [B, K, T, E]
+        v = self.v(x).unflatten(-1, heads).transpose(1, 2)  # [B, K, T, E]
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
+        if self.cap:
+            window = self.window or x.shape[1]
+            x = soft_capped_attention(q, k, v, self.scale, window, self.cap)
+        elif self.window:
+            x = local_attention(q, k, v, self.scale, self.window)
+        else:
+            x = causal_attention(q, k, v, self.scale)
+        return self.out(x.transpose(1, 2).flatten(2))  # [B, T, D]
+
+class GeGLU(nn.Module):
+    """(gelu(x W_gate) * x W_up) W_down, [B, T, D] -> [B, T, D], with the tanh form of GELU."""
+
+    def __init__(self, dim, hidden_dim):
+        super().__init__()
+        self.gate = Linear(dim, hidden_dim, bias=False)
+        self.up = Linear(dim, hidden_dim, bias=False)
+        self.down = Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x):
+        return self.down(F.gelu(self.gate(x), approximate="tanh") * self.up(x))
+
+class Block(nn.Module):
+    """A norm before and after each branch, [B, T, D] -> [B, T, D] (Gemma 2 §2). Each `local_layers`
+    local blocks are followed by a global one; the first is local (Gemma 3 §2)."""
+
+    def __init__(self, cfg, index):
+        super().__init__()
+        self.is_local = (index + 1) % (cfg.local_layers + 1) > 0
+        window = cfg.window if self.is_local else 0
+        heads = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, cfg.query_scalar
+        self.attn_norm = UnitOffsetRMSNorm(cfg.dim)
+        self.attn = LocalGlobalAttention(cfg.dim, *heads, window, cfg.qk_norm, cfg.attention_cap)
+        self.attn_post_norm = UnitOffsetRMSNorm(cfg.dim)
+        self.mlp_norm = UnitOffsetRMSNorm(cfg.dim)
+        self.mlp = GeGLU(cfg.dim, cfg.hidden_dim)
+        self.mlp_post_norm = UnitOffsetRMSNorm(cfg.dim)
+
+    def forward(self, x, cos, sin):
+        x = x + self.attn_post_norm(self.attn(self.attn_norm(x), cos, sin))
+        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
+
+class Gemma(nn.Module):
+    """Gemma 2 or 3, tokens [B, T] -> logits [B, T, V] in fp32, or the sum of the loss over given
+    targets. dtype is the precision of the residual stream; parameters may have another."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.head_dim = cfg.head_dim
+        self.thetas = cfg.local_rope_theta, cfg.rope_theta
+        self.rope_factor = cfg.rope_factor
+        self.logit_cap = cfg.logit_cap
+        self.dtype = torch.float32
+        self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.dim)
+        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layers))
+        self.final_norm = UnitOffsetRMSNorm(cfg.dim)
+
+    def forward(self, tokens, targets=None):
+        """Logits or, with targets, the sum of the cross-entropies in nats; see chunked_loss."""
+        x = self.hidden_states(tokens)
+        if targets is None:
+            return self.logits(x)
+        return chunked_loss(self.logits, x.flatten(0, 1), targets, self.token_embedding.num_embeddings)
+
+    def hidden_states(self, tokens):
+        """What the head reads, [B, T] -> [B, T, D]."""
+        x = self.token_embedding(tokens).to(self.dtype)
+        x = x * torch.tensor(x.shape[-1] ** 0.5, dtype=x.dtype)  # sqrt(D), rounded to this dtype
+        positions = torch.arange(x.shape[1], device=x.device)[:, None]
+        ropes = []
+        for theta, factor in zip(self.thetas, (1.0, self.rope_factor)):  # local, global
+            frequencies = rotary_frequencies(self.head_dim, theta, factor).to(x.device)
+            angles = positions * frequencies  # [T, E/2]
+            ropes.append((angles.cos(), angles.sin()))
+        for block in self.blocks:
+            x = block(x, *(ropes[0] if block.is_local else ropes[1]))
+        return self.final_norm(x)
+
+    def logits(self, x):
+        """The tied head, soft-capped in Gemma 2: [..., D] -> [..., V], fp32."""
+        logits = F.linear(x, self.token_embedding.weight.type_as(x)).float()
+        return soft_cap(logits, self.logit_cap)
+
+def slices(n, vocab_size):
+    """Slices of n positions, each with at most 2**26 logits, which take 256 MiB in fp32."""
+    size = max(2**26 // vocab_size, 1)
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+def chunked_loss(head, x, targets, vocab_size):
+    """Sum of the cross-entropies, in nats, of the logits head(x) of N positions x [N, D], chunk by
+    chunk, each recomputed in the backward pass, so that the logits of all never exist. targets are
+    ids, N in all, of which -100 is not scored, or a function of a slice of the positions that
+    returns their distributions [n, V], zero where nothing is scored."""
+
+    def chunk_loss(x, rows):
+        chosen = targets.flatten()[rows] if torch.is_tensor(targets) else targets(rows)
+        return F.cross_entropy(head(x), chosen, reduction="sum")
+
+    chunks = slices(len(x), vocab_size)
+    if len(chunks) == 1:  # nothing to save
+        return chunk_loss(x, chunks[0])
+    return sum(checkpoint(chunk_loss, x[rows], rows, use_reentrant=False) for rows in chunks)
+
+def init_weights(model, cfg):
+    """Draw matrices and the embedding from N(0, 0.02); the gains' w are 0, so that 1 + w is 1.
+
+    Each parameter has a random stream of its own, named by (seed, name), so that every layout
+    starts from the same numbers. Raises ValueError for a parameter without a rule.
+    """
+    # Undisclosed: all of it. The released code draws with 0.01 or, at Hugging Face, 0.02.
+    for name, p in model.named_parameters():
+        if re.search(r"(token_embedding|q|k|v|out|gate|up|down)\.weight$", name):
+            generator = torch.Generator().manual_seed(stable_hash(cfg.seed, name))
+            fill_parameter(p, torch.empty(p.shape).normal_(0.0, 0.02, generator=generator))
+        elif re.search(r"norm\.weight$", name):
+            fill_parameter(p, torch.zeros(p.shape))
+        else:
+            raise ValueError(f"no rule initialises {name}")
+
+def count_parameters(model):
+    """(total, activated) parameters; the tied head counts once, a dense model activates all."""
+    total = sum(p.numel() for p in model.parameters())
+    return total, total
+
+def flops_per_token(cfg):
+    """Training FLOPs per token: 2 per weight of a matrix product forward, twice that backward.
+    Attention counts as causal and as local: the keys that a query sees, on average."""
+    width = cfg.n_heads * cfg.head_dim
+    kv_width = cfg.n_kv_heads * cfg.head_dim
+    weights = cfg.n_layers * cfg.dim * (2 * width + 2 * kv_width + 3 * cfg.hidden_dim)
+    n_global = cfg.n_layers // (cfg.local_layers + 1)
+    window = min(cfg.window, cfg.seq_len)
+    global_keys = (cfg.seq_len + 1) / 2
+    local_keys = window - window * (window - 1) / 2 / cfg.seq_len
+    keys = n_global * global_keys + (cfg.n_layers - n_global) * local_keys
+    return 6 * (weights + 2 * width * keys + cfg.vocab_size * cfg.dim)  # q kᵀ and A v
+
+# ---------------------------------------- Data ----------------------------------------
+
+def unimax(sizes, budget, max_epochs):
+    """UniMax sampling (Chung et al. 2023), to which Gemma 3 §2.2 refers: the weights of languages
+    of so many tokens, as equal as a budget of tokens and a maximum of passes over each allow."""
+    tokens = {}
+    for name in sorted(sizes, key=sizes.get):  # the smallest first; what it leaves is shared
+        share = (budget - sum(tokens.values())) / (len(sizes) - len(tokens))
+        tokens[name] = min(share, max_epochs * sizes[name])
+    return {name: tokens[name] / sum(tokens.values()) for name in sizes}
+
+class Mixture:
+    """Corpora that are drawn by weight, one sequence at a time.
+
+    Of each block of 1,000 sequences every corpus has its exact share, in an order that the seed
+    shuffles, so that its own position is arithmetic. starts: windows of each corpus that earlier
+    phases spent; first: sequences that earlier phases drew from this mixture.
+    """
+
+    def __init__(self, mix, corpora, starts, first):
+        self.names = list(mix)
+        self.weights = list(mix.values())
+        self.corpora = corpora
+        self.starts = starts
+        self.first = first
+        self.block = 1000 if len(mix) > 1 else 1
+        sums = itertools.accumulate(self.weights, initial=0.0)
+        self.bounds = [round(self.block * part) for part in sums]
+        self.shares = [b - a for a, b in itertools.pairwise(self.bounds)]
+        self.separator = corpora[0].separator
+        self.token_bytes = corpora[0].token_bytes
+
+    def draw(self, index, seed):
+        """(corpus, window of it) of sequence `index` of the phase."""
+        block, place = divmod(self.first + index, self.block)
+        place = shuffled(place, self.block, (seed, "mixture", block))
+        corpus = bisect.bisect_right(self.bounds, place) - 1
+        position = block * self.shares[corpus] + place - self.bounds[corpus]
+        return corpus, self.starts[corpus] + position
+
+    def spent(self, n):
+        """Windows of each corpus that are spent after n sequences of the phase."""
+        blocks = math.ceil((self.first + n) / self.block)
+        return [start + blocks * share for start, share in zip(self.starts, self.shares)]
+
+    def n_windows(self, length):
+        """Sequences of length + 1 ids until one of the corpora begins another epoch."""
+        pairs = zip(self.corpora, self.weights)
+        return round(min(corpus.n_windows(length) / weight for corpus, weight in pairs))
+
+    def window(self, index, length, seed):
+        """Window `index` of the phase, length + 1 ids."""
+        corpus, position = self.draw(index, seed)
+        return self.corpora[corpus].window(position, length, seed)
+
+    def fingerprint(self):
+        """A number that tells mixtures of other shares or other data apart."""
+        return stable_hash(self.shares, [corpus.fingerprint() for corpus in self.corpora])
+
+def add_bos(documents, tokenizer):
+    """(name, ids) of each document with the token BOS in front of its ids."""
+    for name, ids in documents:
+        yield name, np.append(tokenizer.encode_single_token(BOS), ids).astype(ids.dtype)
+
+def get_batch(corpus, first, n, cfg):
+    """Sequences first ... first + n - 1 of the phase: tokens and targets [n, T], indices [n] of the
+    sequences, and the counts n_targets of targets and n_bytes of their text.
+
+    A pure function of the seed and the index, so that any number of ranks, any accumulation and
+    any resume see the same sequences.
+    """
+    # Undisclosed: the packing. Documents between BOS and EOS follow each other, are cut into
+    # windows of T + 1 tokens, and attention crosses from one to the next. An EOS predicts nothing.
+    windows = np.stack([corpus.window(first + i, cfg.seq_len, cfg.seed) for i in range(n)])
+    tokens = torch.from_numpy(windows[:, :-1].copy())
+    targets = torch.from_numpy(windows[:, 1:].copy())
+    targets[tokens == corpus.separator] = -100
+    scored = targets[targets >= 0].numpy()
+    counts = {"n_targets": len(scored), "n_bytes": int(corpus.token_bytes[scored].sum())}
+    indices = torch.arange(first, first + n)
+    return {"tokens": tokens, "targets": targets, "indices": indices, **counts}
+
+def phases(cfg):
+    """[(sequences of the run at the end of the phase, Config of the phase)]: Gemma 3 §5.3, after
+    --tokens comes a phase of long sequences with the positions of global layers interpolated."""
+    end = math.ceil(cfg.tokens / cfg.seq_len)
+    plan = [(end, cfg)]
+    if cfg.long_tokens:
+        batch_size = cfg.batch_size * cfg.seq_len // cfg.long_seq_len
+        changes = dict(seq_len=cfg.long_seq_len, rope_factor=cfg.long_rope_factor)
+        last = dataclasses.replace(cfg, batch_size=batch_size, **changes)
+        plan.append((end + math.ceil(cfg.long_tokens / cfg.long_seq_len), last))
+    return plan
+
+def find_phase(sequences, cfg):
+    """(sequences before the phase, its Config) after so many sequences of the run."""
+    start = 0
+    for end, phase in phases(cfg):
+        if sequences < end:
+            return start, phase
+        start = end
+    return start, phase
+
+def count_updates(sequences, cfg):
+    """Updates from a state of the run, after so many sequences, to its end."""
+    n_updates = 0
+    for end, phase in phases(cfg):
+        n = max(math.ceil((end - sequences) / phase.batch_size), 0)
+        n_updates += n
+        sequences += n * phase.batch_size
+    return n_updates
+
+# ---------------------------------------- Objective ----------------------------------------
+
+@torch.no_grad()
+def soft_targets(teacher, batch, cfg):
+    """Distributions to learn from the teacher, zero where no token is scored, as a function of a
+    slice of the B T positions: whole (Gemma 2 §3.2) or sampled (Gemma 3 §2.2)."""
+    scored = batch["targets"].flatten()[:, None] >= 0  # [B T, 1]
+    states = teacher.hidden_states(batch["tokens"])  # [B, T, D of the teacher]
+    if not cfg.samples:
+        # Undisclosed: a temperature or a term for the next token itself; read as none.
+        flat = states.flatten(0, 1)
+        return lambda rows: whole_distributions(teacher, flat[rows]) * scored[rows]
+    seeds = [stable_hash(cfg.seed, cfg.seq_len, i) for i in batch["indices"].tolist()]
+    samples = [sample_logits(teacher, x, cfg.samples, seed) for x, seed in zip(states, seeds)]
+    ids, p = (torch.cat(parts) for parts in zip(*samples))  # [B T, S] each
+
+    def sampled_distributions(rows):
+        t = torch.zeros(len(ids[rows]), cfg.vocab_size, device=p.device)
+        return t.scatter_(1, ids[rows], p[rows] * scored[rows])
+
+    return sampled_distributions
+
+@torch.no_grad()
+def whole_distributions(teacher, x):
+    """P_T(. | context) of the positions x [N, D], [N, V]."""
+    return teacher.logits(x).softmax(-1)
+
+def sample_logits(teacher, x, n, seed):
+    """n tokens sampled from the teacher's distribution at each position of a sequence x [T, D], and
+    their probabilities, renormalised to sum to 1: ids and p, [T, n] each."""
+    # Undisclosed: whether with replacement, and whether the student's softmax is restricted to the
+    # sample. Here n distinct tokens, which the Gumbel top-k draws, and the whole vocabulary.
+    generator = torch.Generator(x.device).manual_seed(seed)
+    samples = []
+    for rows in slices(len(x), teacher.token_embedding.num_embeddings):
+        logits = teacher.logits(x[rows])  # [N, V]
+        gumbel = -torch.empty_like(logits).exponential_(generator=generator).log()
+        ids = (logits + gumbel).topk(n).indices  # [N, n]
+        samples.append((ids, logits.gather(1, ids).softmax(-1)))
+    return [torch.cat(parts) for parts in zip(*samples)]
+
+def objective(model, batch, cfg, teacher=None):
+    """Sum of the cross-entropies to the next tokens or, with a teacher, to its distributions (Gemma
+    2 §3.2: - sum_x P_T(x | x_c) log P_S(x | x_c)), divided by batch["n_targets"], the count of the
+    whole global batch; no further metrics."""
+    targets = soft_targets(teacher, batch, cfg) if teacher else batch["targets"]
+    return model(batch["tokens"], targets) / max(batch["n_targets"], 1), {}
+
+# ---------------------------------------- Optimizer ----------------------------------------
+
+def build_optimizer(model, cfg):
+    """AdamW; the tied and scaled embedding and the gains are not decayed."""
+    # Undisclosed: the optimizer and all of its settings.
+    named = model.named_parameters()
+    matrices = {name for name, p in named if p.ndim > 1 and name != "token_embedding.weight"}
+    groups = [
+        dict(params=[p for name, p in model.named_parameters() if (name in matrices) == decayed],
+             weight_decay=cfg.weight_decay * decayed)
+        for decayed in (True, False)
+    ]  # fmt: skip
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+def learning_rate(tokens, cfg):
+    """Linear warm-up from 0, then a cosine to a tenth; tokens are those seen before the update."""
+    # Undisclosed: the schedule. The cosine spans the run, its last phase included.
+    done = min(tokens / (cfg.tokens + cfg.long_tokens), 1)
+    if done < cfg.warmup:
+        return cfg.lr * done / cfg.warmup
+    done = (done - cfg.warmup) / (1 - cfg.warmup)
+    return cfg.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+
+# ---------------------------------------- Precision ----------------------------------------
+
+# Undisclosed: the precision of training; the released parameters are bf16. Parameters, gradients
+# and Adam's moments are fp32. Under bf16 the residual stream and the matrix products are bf16, as
+# are the parameters that sharded ranks gather; norms, rotary angles, soft-caps, softmax, logits and
+# loss are fp32, and the factor sqrt(D) of the embedding is rounded to bf16.
+
+PEAK_FLOPS = {  # dense bf16, by the device's exact name; a device not listed gets no MFU
+    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA B200": 2250e12,
+}  # fmt: skip
+
+# ---------------------------------------- Parallelism ----------------------------------------
+
+def parallelize(model, cfg, mesh):
+    """Gemma 2 §3.3, Gemma 3 Table 2: parameters, gradients and optimizer sharded over the ranks of
+    "dp" as in ZeRO-3, gradients summed over the copies of "dp_replicate". The embedding, the final
+    norm and the tied head are one group, the root's. Sets the precision; recomputes, compiles."""
+    # Departure: the papers also split matrices ("model") or sequences; llama3.py shows how.
+    model.dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    policy = MixedPrecisionPolicy(model.dtype, torch.float32, cast_forward_inputs=False)
+    shards = mesh if cfg.dp_replicate > 1 else mesh["dp"]
+    for block in model.blocks:
+        if cfg.recompute == "block":
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if cfg.compile:
+            torch.compiler.config.fail_on_recompile_limit_hit = True
+            block.compile(dynamic=False)
+        if mesh.size() > 1:
+            fully_shard(block, mesh=shards, mp_policy=policy)
+    if mesh.size() > 1:
+        fully_shard(model, mesh=shards, mp_policy=policy, reshard_after_forward=False)
+    return model
+
+def fill_parameter(p, value):
+    """Write value, the complete tensor, to a parameter that may be sharded."""
+    if isinstance(p, DTensor):
+        value = value.to(p.device, p.dtype)
+        value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+    p.data.copy_(value)
+
+def build_model(cfg, mesh, path=""):
+    """The parallelized model of this rank, initialised or with the weights of a Hugging Face
+    checkpoint directory. It has no memory before it is sharded."""
+    with torch.device("meta"):
+        model = Gemma(cfg)
+    parallelize(model, cfg, mesh)
+    model.to_empty(device=mesh.device_type)
+    if path:
+        read_weights(model, path)
+    else:
+        init_weights(model, cfg)
+    return model
+
+def load_teacher(cfg, mesh):
+    """The model of --teacher, sharded as the student is, without gradients."""
+    theirs = read_gemma_config(cfg.teacher)
+    if theirs.vocab_size != cfg.vocab_size:
+        sizes = f"{theirs.vocab_size:,} entries, and the student {cfg.vocab_size:,}"
+        raise ValueError(f"the vocabulary of --teacher {cfg.teacher} has {sizes}")
+    same = dict(precision=cfg.precision, compile=cfg.compile, dp_replicate=cfg.dp_replicate)
+    teacher = build_model(dataclasses.replace(theirs, **same), mesh, cfg.teacher)
+    register_fsdp_forward_method(teacher, "hidden_states")  # gathers what soft_targets needs
+    return teacher.requires_grad_(False)
+
+def memory_per_rank(cfg):
+    """Bytes on each of cfg.dp x cfg.dp_replicate ranks, by kind."""
+    with torch.device("meta"):
+        model = Gemma(cfg)
+    n = sum(p.numel() for p in model.parameters())
+    n_block = sum(p.numel() for p in model.blocks[0].parameters())
+    n_root = n - n_block * cfg.n_layers
+    size = 2 if cfg.precision == "bf16" else 4
+    ranks = cfg.dp * cfg.dp_replicate
+    shares = {"parameters": 4 * n, "gradients": 4 * n, "optimizer": 8 * n}
+    memory = {kind: n_bytes / cfg.dp for kind, n_bytes in shares.items()}
+    # Gathered parameters and their gradients: the root's, and those of a block and of the next; on
+    # one rank, copies of the weights in bf16.
+    memory["gathered"] = size * (2 * n_root + 3 * n_block)
+    if ranks == 1:
+        memory["gathered"] = 2 * n * (size == 2)
+
+    # Kept for the backward pass, per position and block. By the norms, their inputs and the normed
+    # in fp32, as by the rotary embedding; by products and GeGLU, their inputs, and by attention q,
+    # k, v and its output, in the products' precision.
+    width = (cfg.n_heads + cfg.n_kv_heads) * cfg.head_dim
+    block = cfg.dim * (32 + 2 * size) + 4 * size * cfg.hidden_dim
+    block += width * ((12 if cfg.qk_norm else 4) + 2 * size)
+    positions = split_batch(cfg, ranks)[1] * cfg.seq_len
+    # The peak is where the backward pass begins, with the fp32 logits of a chunk, their softmax and
+    # its gradient.
+    head = (12 + 4 * (cfg.logit_cap > 0)) * min(positions * cfg.vocab_size, 2**26)
+    memory["activations"] = positions * cfg.n_layers * block + head
+    if cfg.recompute == "block":
+        inputs = positions * cfg.n_layers * size * cfg.dim
+        memory["activations"] = inputs + max(positions * (block + 16 * cfg.dim), head)
+    return memory
+
+# ---------------------------------------- Checkpoint ----------------------------------------
+
+HF_CONFIG = {  # field of Config: (key in config.json, default of both classes)
+    "dim": ("hidden_size", 2304), "n_layers": ("num_hidden_layers", 26),
+    "n_heads": ("num_attention_heads", 8), "n_kv_heads": ("num_key_value_heads", 4),
+    "head_dim": ("head_dim", 256), "query_scalar": ("query_pre_attn_scalar", 256),
+    "hidden_dim": ("intermediate_size", 9216), "window": ("sliding_window", 4096),
+}  # fmt: skip
+HF_DEFAULTS = {  # what the classes of Gemma 2 and Gemma 3 have different defaults for
+    "gemma2": {
+        "vocab_size": ("vocab_size", 256000), "seq_len": ("max_position_embeddings", 8192),
+        "logit_cap": ("final_logit_softcapping", 30.0),
+        "attention_cap": ("attn_logit_softcapping", 50.0),
+    },
+    "gemma3_text": {
+        "vocab_size": ("vocab_size", 262208), "seq_len": ("max_position_embeddings", 131072),
+        "logit_cap": ("final_logit_softcapping", None),
+    },
+}  # fmt: skip
+HF_FIXED = {
+    "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6, "attention_bias": False,
+    "attention_dropout": 0.0, "tie_word_embeddings": True,
+}  # fmt: skip
+HF_NAMES = {  # part of a parameter's name: Hugging Face's
+    "token_embedding": "model.embed_tokens", "blocks": "model.layers", "final_norm": "model.norm",
+    "attn_norm": "input_layernorm", "attn_post_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm", "mlp_post_norm": "post_feedforward_layernorm",
+    "attn": "self_attn", "q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "o_proj",
+    "gate": "gate_proj", "up": "up_proj", "down": "down_proj",
+}  # fmt: skip
+SHAPE = (  # fields of Config that a checkpoint fixes
+    *HF_CONFIG, "vocab_size", "local_layers", "qk_norm", "attention_cap", "logit_cap",
+    "rope_theta", "local_rope_theta", "rope_factor",
+)  # fmt: skip
+
+def hf_name(name):
+    """Hugging Face's name of a parameter."""
+    return ".".join(HF_NAMES.get(part, part) for part in name.split("."))
+
+def read_gemma_config(path):
+    """Config from the config.json of a Gemma2ForCausalLM or a Gemma3ForCausalLM."""
+    theirs = json.loads((Path(path) / "config.json").read_text())
+    kind = theirs.get("model_type")
+    if kind not in HF_DEFAULTS:
+        raise ValueError(f"{path}: config.json has model_type {kind!r}, not {' or '.join(HF_DEFAULTS)}")
+    cfg = Config(**read_hf_config(path, HF_CONFIG | HF_DEFAULTS[kind], HF_FIXED))
+    cfg.attention_cap = cfg.attention_cap or 0.0  # null
+    cfg.logit_cap = cfg.logit_cap or 0.0
+    cfg.qk_norm = kind == "gemma3_text"
+    if theirs.get("use_bidirectional_attention"):
+        raise ValueError(f"{path}: config.json has use_bidirectional_attention")
+
+    pattern = theirs.get("sliding_window_pattern", 6) if cfg.qk_norm else 2
+    types = theirs.get("layer_types") or layer_types(pattern - 1, cfg.n_layers)
+    cfg.local_layers = [*types, "full_attention"].index("full_attention")
+    if types != layer_types(cfg.local_layers, cfg.n_layers):
+        raise ValueError(f"{path}: config.json has layer_types without a pattern")
+
+    ropes = theirs.get("rope_parameters") or {}
+    if cfg.qk_norm:
+        local = {"rope_theta": theirs.get("rope_local_base_freq", 1e4)}
+        local |= ropes.get("sliding_attention") or {}
+        ropes = {"rope_theta": theirs.get("rope_theta", 1e6)} | (ropes.get("full_attention") or {})
+    else:
+        ropes = {"rope_theta": theirs.get("rope_theta", 1e4)} | ropes
+        local = ropes
+    ropes |= theirs.get("rope_scaling") or {}
+    kinds = [rope.get("rope_type", rope.get("type", "default")) for rope in (local, ropes)]
+    if kinds not in (["default", "default"], ["default", "linear"]):
+        raise ValueError(f"{path}: config.json has rope_type {', '.join(kinds)}")
+    cfg.local_rope_theta = local["rope_theta"]
+    cfg.rope_theta = ropes["rope_theta"]
+    cfg.rope_factor = ropes["factor"] if kinds[1] == "linear" else 1.0
+    return cfg
+
+def read_weights(model, path):
+    """Fill the parameters of model, which may be sharded, from a Hugging Face directory."""
+    tensors = read_hf_tensors(path)
+    for name, p in model.named_parameters():
+        fill_parameter(p, tensors[hf_name(name)].view(p.shape))
+
+def from_hf(path):
+    """(model, cfg) from the directory of a Gemma2ForCausalLM or a Gemma3ForCausalLM."""
+    with explain(f"{path} holds no Gemma2ForCausalLM or Gemma3ForCausalLM", Exception):
+        cfg = read_gemma_config(path)
+        model = Gemma(cfg)
+        read_weights(model, path)
+    return model, cfg
+
+def layer_types(local_layers, n_layers):
+    """Hugging Face's names of the kinds of the layers."""
+    pattern = ["sliding_attention"] * local_layers + ["full_attention"]
+    return list(itertools.islice(itertools.cycle(pattern), n_layers))
+
+def hf_config(cfg):
+    """config.json of the model."""
+    kind = "gemma3_text" if cfg.qk_norm else "gemma2"
+    names = HF_CONFIG | HF_DEFAULTS[kind]
+    config = {key: getattr(cfg, field) for field, (key, _) in names.items()} | HF_FIXED
+    config |= {"model_type": kind, "layer_types": layer_types(cfg.local_layers, cfg.n_layers)}
+    config["architectures"] = ["Gemma3ForCausalLM" if cfg.qk_norm else "Gemma2ForCausalLM"]
+    for key in ("final_logit_softcapping", "attn_logit_softcapping"):
+        config[key] = config.get(key) or None
+    rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
+    if cfg.rope_factor != 1:
+        rope |= {"rope_type": "linear", "factor": cfg.rope_factor}
+    local = {"rope_type": "default", "rope_theta": cfg.local_rope_theta}
+    config["rope_parameters"] = rope
+    if cfg.qk_norm:
+        config["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
+    # The tokenizer, which has these, is not written.
+    return config | dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+
+def to_hf(model, cfg, path):
+    """Write model to the directory path as a Gemma2ForCausalLM or a Gemma3ForCausalLM. All ranks
+    call this: they gather one tensor after the other, and rank 0 writes files of about 5 GB."""
+    from safetensors.torch import save_file
+
+    is_writer = not dist.is_initialized() or dist.get_rank() == 0
+    sizes = itertools.accumulate(4 * p.numel() for p in model.parameters())
+    parts = [int(size // 5e9) for size in sizes]  # of each parameter
+    n = parts[-1] + 1
+    files = ["model.safetensors"]
+    if n > 1:
+        files = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+    index = {}
+    with written_beside(path) if is_writer else contextlib.nullcontext() as folder:
+        named = zip(parts, model.named_parameters())
+        for part, group in itertools.groupby(named, key=lambda item: item[0]):
+            tensors = {}
+            for _, (name, p) in group:
+                value = p.full_tensor() if isinstance(p, DTensor) else p
+                if is_writer:
+                    tensors[hf_name(name)] = value.detach().cpu().contiguous()
+            index |= dict.fromkeys(tensors, files[part])
+            if is_writer:
+                save_file(tensors, folder / files[part], metadata={"format": "pt"})
+        if is_writer:
+            (folder / "config.json").write_text(json.dumps(hf_config(cfg), indent=2) + "\n")
+        if is_writer and n > 1:
+            text = json.dumps({"metadata": {}, "weight_map": index}, indent=2)
+            (folder / "model.safetensors.index.json").write_text(text)
+
+def read_hf_config(path, fields, fixed):
+    """Fields of Config from the config.json of a Hugging Face checkpoint directory.
+
+    fields: {field: (key, default of Hugging Face's class)}; fixed: {key: the only value that is
+    supported}. Raises ValueError, with the key's name, for another value.
+    """
+    theirs = json.loads((Path(path) / "config.json").read_text())
+    for key, value in fixed.items():
+        if theirs.get(key) not in (None, value):
+            raise ValueError(f"{path}: config.json has {key} {theirs[key]!r}, not {value!r}")
+    return {field: theirs.get(key, default) for field, (key, default) in fields.items()}
+
+def read_hf_tensors(path):
+    """{name: tensor} of model.safetensors or, without it, of the files that the index names."""
+    from safetensors.torch import load_file
+
+    files = {"model.safetensors"}
+    if not (Path(path) / "model.safetensors").exists():
+        index = json.loads((Path(path) / "model.safetensors.index.json").read_text())
+        files = set(index["weight_map"].values())
+    return {name: tensor for file in files for name, tensor in load_file(Path(path) / file).items()}
+
+@contextlib.contextmanager
+def written_beside(path):
+    """A temporary directory; when the block ends, its files move to the directory path."""
+    path = Path(path)
+    folder = path.with_name(path.name + ".tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    yield folder
+    try:
+        folder.rename(path)  # at once, if path is new or empty
+    except OSError:
+        for file in folder.iterdir():
+            file.replace(path / file.name)
+        folder.rmdir()
+
+def newest_checkpoint(out, resume, fixed):
+    """(path of the newest checkpoint in out, config.json of its run), or (None, {}).
+
+    Raises ValueError if there is one, but neither --resume nor a restart by torchrun asks for it,
+    or if its run had another value of a field in `fixed`.
+    """
+    newest = [None, {}]
+    checkpoints = sorted(Path(out).glob("step_*[0-9]")) if out else []
+    if checkpoints:
+        newest = [checkpoints[-1], json.loads((Path(out) / "config.json").read_text())]
+    dist.broadcast_object_list(newest)  # ranks on a network file system may list other files
+    path, run = newest
+    (restarts,) = sum_over_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+    if path and not (resume or restarts):
+        raise ValueError(f"{out} has checkpoints: --resume continues, another --out starts anew")
+    for name in fixed:
+        if path and run.get(name) != fixed[name]:
+            raise ValueError(f"{path} has {name} {run.get(name)}, and this run {fixed[name]}")
+    if path:
+        print(f"continuing from {path}")
+    elif resume:
+        print(f"no checkpoint in {out or '--out'}: starting a run")
+    return path, run
+
+def claim_directory(out, step, config):
+    """Write config.json, and remove the rows of later steps from metrics.jsonl. Returns a lock,
+    which the process holds while it lives; ValueError if another process holds it."""
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "lock", "w")
+    if dist.get_rank() > 0:
+        return lock
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"another run is writing to {out}") from error
+    except OSError as error:
+        print(f"{out} cannot be locked against other runs: {error}")
+    log = folder / "metrics.jsonl"
+    log.touch()
+    rows = [json.loads(line) for line in log.open() if line.endswith("}\n")]
+    kept = [row for row in rows if row["step"] < step or (row["step"] == step and "loss" in row)]
+    texts = {"config.json": json.dumps(config, indent=2) + "\n"}
+    texts["metrics.jsonl"] = "".join(json.dumps(row) + "\n" for row in kept)
+    for name, text in texts.items():
+        (folder / f"{name}.tmp").write_text(text)
+        (folder / f"{name}.tmp").replace(folder / name)
+    return lock
+
+def save_checkpoint(out, model, optimizer, state):
+    """Write model, optimizer and state to out/step_N, and keep the two newest. The directory is
+    renamed when it is complete, so that a killed process leaves only complete checkpoints."""
+    final = Path(out) / f"step_{state['step']:09d}"
+    partial = final.with_suffix(".tmp")
+    weights, moments = get_state_dict(model, optimizer)
+    content = {"model": weights, "optimizer": moments["state"], "state": state}
+    with explain(f"cannot save {final}", dcp.CheckpointException):
+        dcp.save(content, checkpoint_id=partial)
+    if dist.get_rank() == 0:
+        partial.rename(final)
+        old = sorted(Path(out).glob("step_*[0-9]"))[:-2]
+        for path in [*old, *Path(out).glob("step_*.tmp")]:  # .tmp: of killed processes
+            shutil.rmtree(path)
+    dist.barrier()
+
+def load_checkpoint(path, model, optimizer, state):
+    """Fill model, optimizer and state from a checkpoint; its hyperparameters stay as they are."""
+    weights, moments = get_state_dict(model, optimizer)
+    content = {"model": weights, "optimizer": moments["state"], "state": dict(state)}
+    with explain(f"{path} does not fit or is damaged", dcp.CheckpointException):
+        dcp.load(content, checkpoint_id=path)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    state.update(content["state"])
+
+# ---------------------------------------- Training ----------------------------------------
+
+def split_batch(cfg, ranks):
+    """(steps, micro) such that batch_size = ranks x steps of accumulation x micro sequences."""
+    share = cfg.batch_size // ranks
+    micro = min(cfg.micro_batch or share, share)
+    return share // max(micro, 1), micro
+
+def sum_over_ranks(*numbers):
+    """The numbers, each summed over all ranks, as floats."""
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+def read_batch(corpus, first, cfg, device, rank, ranks):
+    """Micro-batches, on the device, of data-parallel rank `rank` of `ranks` of the global batch
+    that begins with sequence `first`. Without collectives, so that a thread can call it."""
+    steps, micro = split_batch(cfg, ranks)
+    first += rank * steps * micro
+    batches = [get_batch(corpus, first + i * micro, micro, cfg) for i in range(steps)]
+    for batch in batches:
+        for name, value in batch.items():
+            if torch.is_tensor(value) and device.type == "cuda":
+                batch[name] = value.pin_memory().to(device, non_blocking=True)
+    return batches
+
+def sum_counts(batches, ranks):
+    """Replace the counts (n_...) of micro-batches by those of the global batch, which `ranks`
+    data-parallel ranks read together; all others read the same as one of these."""
+    names = [name for name in batches[0] if name.startswith("n_")]
+    sums = sum_over_ranks(*(sum(batch[name] for batch in batches) for name in names))
+    counts = {name: n * ranks / dist.get_world_size() for name, n in zip(names, sums)}
+    for batch in batches:
+        batch.update(counts)
+
+@contextlib.contextmanager
+def evaluation_mode(model, compiled):
+    """No dropout, no gradients, and no compiled code, which would be compiled for each length."""
+    eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+    model.eval()
+    with torch.no_grad(), eager:
+        yield
+    model.train()
+
+def validate(loss_of, corpus, step, cfg, device, rank, ranks):
+    """Print and log nats per target and bits per byte over the first windows of corpus.
+    loss_of(batches) is this rank's share of the loss of a global batch."""
+    nats = n_targets = n_bytes = 0.0
+    for i in range(min(cfg.val_batches, corpus.n_windows(cfg.seq_len) // cfg.batch_size)):
+        batches = read_batch(corpus, i * cfg.batch_size, cfg, device, rank, ranks)
+        sum_counts(batches, ranks)
+        (loss,) = sum_over_ranks(loss_of(batches))
+        nats += loss * batches[0]["n_targets"]
+        n_targets += batches[0]["n_targets"]
+        n_bytes += batches[0]["n_bytes"]
+    if not n_targets:
+        raise ValueError("the held-out documents have no token to predict")
+    row = {"step": step, "val_loss": nats / n_targets, "val_bpb": bits_per_byte(nats, n_bytes)}
+    bpb = f"{row['val_bpb']:.3f}".replace("nan", "n/a")
+    print(f"val {step} | loss {row['val_loss']:.4f} | bpb {bpb}")
+    write_row(cfg.out, row)
+
+def sample(model, ids, n, allowed_ids, cfg):
+    """ids and n more, drawn at temperature 0.8 among allowed_ids [V] (boolean). All ranks call
+    this and draw the same."""
+    torch.manual_seed(stable_hash(cfg.seed, "sample"))
+    with evaluation_mode(model, cfg.compile):
+        for _ in range(n):
+            tokens = torch.tensor([ids[-cfg.seq_len :]], device=model.token_embedding.weight.device)
+            logits = model(tokens)[0, -1].cpu()  # [V]
+            p = (logits / 0.8).masked_fill(~allowed_ids, -math.inf).softmax(-1)
+            ids = ids + torch.multinomial(p, 1).tolist()
+    return ids
+
+def check(cfg, ranks):
+    """Raise ValueError for a configuration that cannot run on that many ranks."""
+    zero = ("local_layers", "samples")
+    for field in dataclasses.fields(cfg):
+        least = int(field.type is int and field.default > 0 and field.name not in zero)
+        if field.type in (int, float) and not least <= getattr(cfg, field.name) < math.inf:
+            raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
+    wrong = [
+        (cfg.n_heads % cfg.n_kv_heads,
+         f"{cfg.n_kv_heads} key-value heads do not divide {cfg.n_heads} heads"),
+        (cfg.head_dim % 2, f"--head_dim {cfg.head_dim} is odd"),
+        (cfg.window >= cfg.seq_len,
+         f"--window {cfg.window} is not smaller than --seq_len {cfg.seq_len}"),
+        (min(cfg.query_scalar, cfg.rope_factor, cfg.long_rope_factor, cfg.tokens) <= 0,
+         "--query_scalar, --rope_factor, --long_rope_factor and --tokens are more than 0"),
+        (cfg.warmup > 0.1, f"--warmup {cfg.warmup} is more than a tenth of the run"),
+        (cfg.dp * cfg.dp_replicate != ranks,
+         f"dp {cfg.dp} x dp_replicate {cfg.dp_replicate} are not {ranks} ranks"),
+        (cfg.resume and not cfg.out, "--resume needs --out"),
+        (cfg.eval and not cfg.out and not cfg.init, "--eval needs --out or --init"),
+        (cfg.export and not cfg.qk_norm and cfg.rope_theta != cfg.local_rope_theta, 
+         "--export without --qk_norm needs a --local_rope_theta like --rope_theta"),
+        (cfg.export and cfg.qk_norm and cfg.attention_cap, "--export needs no --attention_cap or no --qk_norm"),
+        (cfg.write_tokens and ranks > 1, "--write_tokens runs in one process, without torchrun"),
+    ]  # fmt: skip
+    for _, phase in phases(cfg):
+        steps, micro = split_batch(phase, ranks)
+        batch = f"--batch_size {phase.batch_size} of length {phase.seq_len}"
+        wrong.append((ranks * steps * micro != phase.batch_size or not phase.batch_size, f"{batch} is not {ranks} ranks x micro-batches of {micro}"))
+    for is_wrong, message in wrong:
+        if is_wrong:
+            raise ValueError(message)
+    if cfg.init or cfg.export or cfg.teacher:
+        with explain("--init, --export and --teacher need: pip install safetensors", ImportError):
+            import safetensors  # noqa: F401
+
+def dry_run(cfg):
+    """Print parameters, FLOPs per token and memory per rank, computed from shapes alone."""
+    tokenizer = load_tokenizer(cfg.tokenizer or "bytes", SPECIALS)
+    cfg.vocab_size = cfg.vocab_size or tokenizer.n_vocab
+    cfg.dp = cfg.dp or cfg.world_size // cfg.dp_replicate
+    check(cfg, cfg.world_size)
+    with torch.device("meta"):
+        n, activated = count_parameters(Gemma(cfg))
+    print(f"parameters {n:,} | activated {activated:,}")
+    for _, phase in phases(cfg):
+        print(f"sequences of {phase.seq_len:,} tokens: FLOPs per token", end=" ")
+        print(f"{flops_per_token(phase):.4g} | 6 N gives {6 * activated:.4g}")
+        sizes = memory_per_rank(phase)
+        for kind, n_bytes in (sizes | {"sum": sum(sizes.values())}).items():
+            print(f"{kind:12} {n_bytes / 2**30:8.3f} GiB on each of {cfg.world_size} ranks")
+
+def sharded_step(model, teacher, optimizer, batches, lr, cfg):
+    """One update from this rank's micro-batches: (loss, gradient norm) of the global batch. The
+    parameters stay as they are if either is not finite, which all ranks find alike."""
+    loss = torch.zeros((), device=batches[0]["tokens"].device)
+    for i, batch in enumerate(batches):
+        if isinstance(model, FSDPModule):  # one reduction of the gradients an update
+            model.set_requires_gradient_sync(i == len(batches) - 1)
+        part, _ = objective(model, batch, cfg, teacher)
+        (part * dist.get_world_size()).backward()  # FSDP averages over the ranks
+        loss += part.detach()
+    dist.all_reduce(loss)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()  # of the parts of all ranks
+    loss, norm = torch.stack([loss, norm]).tolist()  # the update waits for the device here alone
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if math.isfinite(loss) and math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return loss, norm
+
+def begin_phase(model, phase, n_updates):
+    """Set the model to a phase of the run, and print what is about to happen."""
+    model.rope_factor = phase.rope_factor
+    ranks = dist.get_world_size()
+    steps, micro = split_batch(phase, ranks)
+    print(f"{n_updates:,} updates of {phase.batch_size * phase.seq_len:,} tokens", end=" = ")
+    print(f"{ranks} ranks x {steps} x {micro} sequences of {phase.seq_len}", end=" | ")
+    print(f"positions of global layers / {phase.rope_factor:g}")
+
+def train(model, teacher, optimizer, corpus, heldout, state, cfg, device, signals):
+    """Update the model until the phases of the run are over, or a signal was received."""
+    place = device, dist.get_rank(), dist.get_world_size()
+    thread = ThreadPoolExecutor(1)  # reads the next batch during an update
+
+    def read_ahead(sequences):
+        start, phase = find_phase(sequences, cfg)
+        return thread.submit(read_batch, corpus, sequences - start, phase, *place)
+
+    def evaluate(batches):
+        with evaluation_mode(model, cfg.compile):
+            return sum(objective(model, batch, cfg)[0] for batch in batches)
+
+    ahead = read_ahead(state["sequences"])
+    first_step = saved = state["step"]
+    n_skipped = 0
+    phase = pace = None
+    while True:
+        step = state["step"]
+        if find_phase(state["sequences"], cfg)[1] != phase:
+            _, phase = find_phase(state["sequences"], cfg)
+            begin_phase(model, phase, count_updates(state["sequences"], cfg))
+            first_step = step
+            pace = None
+        steps_left = 0 if cfg.eval else count_updates(state["sequences"], cfg)
+        n_signals = n_errors = 0
+        if steps_left > 0:
+            error = ahead.exception()
+            n_signals, n_errors = sum_over_ranks(len(signals), error is not None)
+        end = steps_left <= 0 or n_signals or n_errors
+        if cfg.out and step > saved and not n_skipped and (end or step % cfg.save_every == 0):
+            save_checkpoint(cfg.out, model, optimizer, state)
+            saved = step
+        if n_errors:
+            raise_first(error)
+        if steps_left <= 0 or step % cfg.val_every == 0:
+            validate(evaluate, heldout, step, phase, *place)
+        if end:
+            return steps_left <= 0
+
+        clock = time.perf_counter()
+        batches = ahead.result()
+        state["sequences"] += phase.batch_size
+        ahead = read_ahead(state["sequences"])
+        sum_counts(batches, dist.get_world_size())
+        lr = learning_rate(state["tokens"], cfg)
+        loss, norm = sharded_step(model, teacher, optimizer, batches, lr, phase)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        state["step"] += 1
+        state["tokens"] += finite * phase.batch_size * phase.seq_len
+        seconds = time.perf_counter() - clock
+        if step > first_step:  # the first update, which may compile, tells nothing of the next
+            pace = 0.9 * (pace or seconds) + 0.1 * seconds
+        if step == 0 or steps_left == 1 or state["step"] % cfg.log_every == 0:
+            n_bytes = 0 if teacher else batches[0]["n_bytes"]  # its distributions are not the text
+            bpb = bits_per_byte(loss * batches[0]["n_targets"], n_bytes)
+            row = {"step": step + 1, "loss": loss, "bpb": bpb, "lr": lr, "grad": norm}
+            log_step(row | {"tokens": state["tokens"]}, steps_left - 1, pace, phase, device)
+        n_skipped = 0 if finite else n_skipped + 1
+        if n_skipped:
+            print(f"step {step + 1} skipped: its loss or gradient is not finite")
+        if n_skipped == 3 or (n_skipped and steps_left == 1):
+            raise ValueError(f"no finite gradient in the last {n_skipped} steps to {step + 1}")
+
+def load_languages(cfg):
+    """(tokenizer or None, training Mixture, held-out Mixture) of --data, whose corpora are mixed by
+    UniMax; sets cfg.vocab_size. With --write_tokens the data is written as shards instead, and the
+    result is None."""
+    sources = {path: find_files(path) for path in cfg.data.split(",")}
+    tokenizer = None
+    separator = -1  # unknown
+    if cfg.tokenizer or any(files for files, _ in sources.values()):
+        tokenizer = load_tokenizer(cfg.tokenizer or "bytes", SPECIALS)
+        separator = tokenizer.eot_token
+    cfg.vocab_size = vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
+    length = max(phase.seq_len for _, phase in phases(cfg))
+    batch = math.ceil(cfg.batch_size * cfg.seq_len / length / len(sources))
+    corpora = {}
+    for path, (files, shards) in sources.items():
+        documents = tokenize(read_documents(path, files), tokenizer, separator)
+        if cfg.write_tokens and (shards or len(sources) > 1):
+            raise ValueError("--write_tokens reads the text of one corpus")
+        if cfg.write_tokens:
+            return write_tokens(cfg.write_tokens, add_bos(documents, tokenizer))
+        documents = add_bos(documents, tokenizer)
+        sizes = cfg.vocab_size, batch, length
+        with explain(path or "the standard library", ValueError):
+            corpora[path] = load_corpora(shards, documents, tokenizer, separator, *sizes)
+    sizes = {path: corpus.size for path, (corpus, _) in corpora.items()}
+    weights = unimax(sizes, cfg.tokens + cfg.long_tokens, cfg.max_epochs)
+    if len(sources) > 1:
+        for path, weight in weights.items():
+            epochs = weight * (cfg.tokens + cfg.long_tokens) / sizes[path]
+            print(f"{path}: {weight:.1%} of the sequences, {epochs:.2f} epochs")
+    starts = [0] * len(corpora)
+    mixtures = [
+        Mixture(weights, [pair[i] for pair in corpora.values()], starts, 0) for i in (0, 1)
+    ]
+    return tokenizer, *mixtures
+
+def plan_run(cfg, run, given):
+    """Set the tokens of the phases: those of --steps or, for a run that is continued, those of its
+    first start."""
+    if run and not given & {"steps", "tokens", "long_tokens"}:
+        cfg.tokens = run["tokens"]
+        cfg.long_tokens = run["long_tokens"]
+    elif cfg.steps:
+        share = cfg.long_tokens / (cfg.tokens + cfg.long_tokens)
+        batch = cfg.batch_size * cfg.seq_len
+        cfg.long_tokens = float(batch * round(share * cfg.steps))
+        cfg.tokens = batch * cfg.steps - cfg.long_tokens
+
+@record
+def main(argv=None):
+    """Run the command line: read the data, build or resume the run, train, export and sample."""
+    with report_user_errors(), stop_signals() as signals:
+        cfg, given = parse(argv)
+        if cfg.init:
+            theirs = read_gemma_config(cfg.init)
+            cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in SHAPE})
+        if cfg.dry_run:
+            return dry_run(cfg)
+        device = init_distributed(cfg.timeout)
+        ranks = dist.get_world_size()
+        cfg.dp = cfg.dp or ranks // cfg.dp_replicate
+        plan_run(cfg, {}, given)
+        check(cfg, ranks)
+        data = load_languages(cfg)
+        if not data:
+            return
+        tokenizer, corpus, heldout = data
+
+        fixed = {name: getattr(cfg, name) for name in (*SHAPE, "seed", "seq_len", "long_seq_len")}
+        fixed |= {"samples": cfg.samples, "data_fingerprint": corpus.fingerprint()}
+        checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
+        plan_run(cfg, run, given)
+        weights = list(Path(cfg.export).glob("*.safetensors*")) if cfg.export else []
+        if weights and run.get("export") != cfg.export:
+            raise ValueError(f"--export {cfg.export} has weights that this run did not write")
+
+        sizes = cfg.dp_replicate, cfg.dp
+        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("dp_replicate", "dp"))
+        model = build_model(cfg, mesh, cfg.init)
+        teacher = load_teacher(cfg, mesh) if cfg.teacher else None
+        optimizer = build_optimizer(model, cfg)
+        state = {"step": 0, "sequences": 0, "tokens": 0}
+        if checkpoint:
+            load_checkpoint(checkpoint, model, optimizer, state)
+        if cfg.eval:
+            cfg.out = ""  # nothing is written
+        if cfg.out:
+            run = dataclasses.asdict(cfg) | fixed
+            lock = claim_directory(cfg.out, state["step"], run)  # held until this run ends
+        total, activated = count_parameters(model)
+        print(f"torch {torch.__version__} | {device.type} {cfg.precision} | dp {cfg.dp} x", end=" ")
+        print(f"dp_replicate {cfg.dp_replicate} | parameters {total:,} | activated", end=" ")
+        print(f"{activated:,} | FLOPs per token {flops_per_token(cfg):.3g}")
+        if not train(model, teacher, optimizer, corpus, heldout, state, cfg, device, signals):
+            return print(f"stopped by a signal after step {state['step']}")
+        _, last = phases(cfg)[-1]
+        if cfg.export:
+            to_hf(model, last, cfg.export)
+        if tokenizer:
+            ids = get_batch(heldout, 0, 1, last)["tokens"][0, :32].tolist()
+            if cfg.prompt:
+                ids = tokenizer.encode_ordinary(cfg.prompt)
+            allowed_ids = torch.from_numpy(heldout.token_bytes > 0)
+            print(tokenizer.decode(sample(model, ids, 256, allowed_ids, last)))
+
+# ---------------------------------------- Plumbing ----------------------------------------
+
+@contextlib.contextmanager
+def report_user_errors():
+    """Print on rank 0 only; report user errors as one line on stderr and exit with status 2."""
+    rank = int(os.environ.get("RANK", 0))
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    try:
+        with contextlib.redirect_stdout(open(os.devnull, "w") if rank else sys.stdout):
+            yield
+    except BrokenPipeError:  # the program that reads our output, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (OSError, ValueError) as error:
+        time.sleep(5 * (rank > 0))  # so that rank 0, if it fails too, reports first
+        print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        # A rank that fails alone leaves at once; it would wait here for the others.
+        if dist.is_initialized() and (dist.get_world_size() == 1 or not sys.exc_info()[0]):
+            dist.destroy_process_group()
+
+@contextlib.contextmanager
+def explain(what, *errors):
+    """Replace exceptions of the given kinds by a ValueError that says what failed, and why."""
+    try:
+        yield
+    except errors as error:
+        cause = error
+        if isinstance(error, dcp.CheckpointException):  # its text is the traceback of each rank
+            cause = next(iter(error.failures.values()))[0]
+        raise ValueError(f"{what}: {type(cause).__name__}: {cause}") from error
+
+@contextlib.contextmanager
+def stop_signals():
+    """A list that SIGTERM and SIGINT append to; a second one of a kind ends the process at once."""
+    received = []
+
+    def receive(signum, frame):
+        received.append(signum)
+        signal(signum, SIG_DFL)
+
+    handlers = {signum: signal(signum, receive) for signum in (SIGTERM, SIGINT)}
+    try:
+        yield received
+    finally:
+        for signum, handler in handlers.items():
+            signal(signum, handler)
+
+def parse(argv):
+    """(Config, names of the flags given): a preset's values, overridden by the flags."""
+
+    def refuse(message):
+        raise ValueError(message)
+
+    summary = __doc__.split("\n\n")[0]
+    parser = argparse.ArgumentParser(description=summary, allow_abbrev=False, add_help=False)
+    parser.usage = "%(prog)s [--preset NAME] [--FLAG VALUE ...]"
+    parser.error = refuse
+    default = "small" if torch.cuda.is_available() else "demo"
+    parser.add_argument("--preset", choices=PRESETS, default=default, help=f"(default: {default})")
+    preset = parser.parse_known_args(argv)[0].preset
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
+    for field in dataclasses.fields(Config):
+        kind = {"type": field.type}
+        if field.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif get_args(field.type):
+            kind = {"choices": get_args(field.type)}
+        value = PRESETS[preset].get(field.name, field.default)
+        text = f"{comments[field.name]} ({preset}: {value!r})".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
+    parser.add_argument("--help", action="help", help="print this list and exit")
+    given = vars(parser.parse_args(argv))
+    cfg = Config(**(PRESETS[given.pop("preset")] | given))
+    if cfg.precision == "auto":
+        cfg.precision = "bf16" if torch.cuda.is_available() else "fp32"
+    return cfg, given.keys()
+
+def init_distributed(timeout):
+    """Join torchrun's process group, or one of a single rank; returns the device of this rank."""
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    store = dist.HashStore()
+    if world_size > 1:
+        store = shared_store(rank)
+    device = torch.device("cpu")
+    backend = "gloo"
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    limit = timedelta(seconds=timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
+    return device
+
+def shared_store(rank):
+    """A store for this start alone: the agents' store outlives a restart and then holds addresses
+    of dead processes. Rank 0 opens it and publishes its address in the agents' store."""
+    with explain("torchrun sets MASTER_ADDR and MASTER_PORT", KeyError):
+        host = os.environ["MASTER_ADDR"]
+        port = int(os.environ["MASTER_PORT"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return dist.TCPStore(host, port, is_master=rank == 0, wait_for_workers=False)
+    agents = dist.TCPStore(host, port, is_master=False)
+    if rank == 0:
+        if os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
+            host = socket.getfqdn()  # the agents' store may be on another node
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        agents.set("rank 0", f"{host} {store.port}")
+        return store
+    while True:
+        host, port = agents.get("rank 0").decode().split()
+        try:
+            return dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=5))
+        except (dist.DistNetworkError, dist.DistStoreError):  # the address of an earlier start
+            time.sleep(0.1)
+
+def raise_first(error):
+    """Raise, on all ranks, the error of the first rank that has one."""
+    errors = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    raise error or next(filter(None, errors))
+
+def log_step(row, steps_left, pace, cfg, device):
+    """Print row, which has step and tokens among its numbers, and write it to metrics.jsonl;
+    pace is the number of seconds that an update takes, None if unknown."""
+    formats = {"loss": ".4f", "bpb": ".3f", "lr": ".2e", "grad": ".2f"}
+    fields = [f"step {row['step']}/{row['step'] + steps_left}"]
+    for name, value in row.items():
+        if name not in ("step", "tokens"):
+            fields.append(f"{name} {value:{formats.get(name, '')}}".replace("nan", "n/a"))
+    fields.append(f"tokens {row['tokens'] / 1e6:.1f}M")
+    on_gpu = device.type == "cuda"
+    peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if on_gpu else None
+    if pace:
+        speed = cfg.batch_size * cfg.seq_len / pace
+        fields.append(f"{speed / 1e3:.1f}k tok/s")
+        if peak and cfg.precision == "bf16":
+            fields.append(f"mfu {speed * flops_per_token(cfg) / peak / dist.get_world_size():.1%}")
+        if on_gpu:
+            fields.append(f"mem {torch.cuda.max_memory_allocated(device) / 2**30:.1f}G")
+        fields.append(f"eta {timedelta(seconds=round(steps_left * pace))}")
+    print(" | ".join(fields))
+    write_row(cfg.out, row)
+
+def write_row(out, row):
+    """Append row to metrics.jsonl in the directory out, if it is not empty, with null for numbers
+    that are not finite."""
+    if out and dist.get_rank() == 0:
+        row = {k: None if str(v) in ("nan", "inf", "-inf") else v for k, v in row.items()}
+        with open(Path(out) / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+def bits_per_byte(nats, n_bytes):
+    """nats over n_bytes of text in bits per byte; NaN, printed as n/a, if n_bytes is unknown."""
+    return nats / math.log(2) / n_bytes if n_bytes else math.nan
+
+def stable_hash(*key):
+    """64 bits that depend on the key alone: the seed of all that is drawn."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
+
+def shuffled(index, n, key):
+    """Position of index in a pseudo-random permutation of range(n) seeded by key: a Feistel network
+    on the bits of n, repeated until the result is below n, which needs no memory."""
+    half = (n.bit_length() + 1) // 2
+    while True:
+        left, right = divmod(index, 1 << half)
+        for i in range(4):
+            mixed = left ^ stable_hash(key, i, right) % (1 << half)
+            left = right
+            right = mixed
+        index = (left << half) + right
+        if index < n:
+            return index
+
+class Corpus:
+    """Ids start ... stop - 1 of the concatenation of parts, each an array or a token shard's path.
+
+    separator: the id after each document, -1 if unknown; token_bytes [V]: the length of each id's
+    text, 0 if it has none; in_order: windows come in order and not shuffled.
+    """
+
+    def __init__(self, parts, start, stop, separator, token_bytes, in_order):
+        self.parts = parts
+        self.ends = np.cumsum([len(open_part(part)) for part in parts])
+        self.start = start
+        self.size = stop - start
+        self.separator = separator
+        self.token_bytes = token_bytes
+        self.in_order = in_order
+
+    def read(self, first, n):
+        """Ids first ... first + n - 1, int64 [n]; ValueError for an id that is not below V."""
+        pieces = []
+        first += self.start
+        stop = first + n
+        while first < stop:
+            i = np.searchsorted(self.ends, first, side="right")
+            ids = open_part(self.parts[i])
+            begin = first - (self.ends[i] - len(ids))
+            ids = ids[begin : begin + stop - first].astype(np.int64)
+            unknown = (ids >= len(self.token_bytes)) & (ids != self.separator)
+            if unknown.any():
+                where = f"{self.parts[i]}, position {begin + unknown.argmax()}"
+                raise ValueError(f"{where}: token id {ids[unknown][0]} is not in the vocabulary")
+            pieces.append(ids)
+            first += len(ids)
+        return np.concatenate(pieces)
+
+    def n_windows(self, length):
+        """Number of windows of length + 1 ids in an epoch, at any offset below length."""
+        return max((self.size - 1) // length - 1, 0)
+
+    def window(self, index, length, seed):
+        """Window `index` of the run, length + 1 ids. An epoch has every window once, in an order
+        and at an offset of its own."""
+        epoch, index = divmod(index, self.n_windows(length))
+        offset = 0
+        if not self.in_order:
+            offset = stable_hash(seed, epoch) % length
+            index = shuffled(index, self.n_windows(length), (seed, epoch))
+        return self.read(offset + index * length, length + 1)
+
+    def fingerprint(self):
+        """A hash of the size and the first ids, by which a resumed run recognizes its data."""
+        return stable_hash(self.size, self.read(0, min(self.size, 1000)).tolist())
+
+def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size, length):
+    """(training, held-out) Corpus of shards or, without any, of tokenized documents.
+
+    Held out are the shards with "val" in their names, or documents by a hash of their names; if
+    these are less than a batch, the last 5 % of the ids, but at least a batch.
+    """
+    train = [path for path in shards if "val" not in path.name]
+    heldout = [path for path in shards if "val" in path.name]
+    if not shards:
+        documents = sorted(documents, key=lambda document: stable_hash(document[0]))
+        train = [ids for name, ids in documents if not is_held_out(name)]
+        heldout = [ids for name, ids in documents if is_held_out(name)]
+    n_train = sum(len(open_part(part)) for part in train)
+    total = n_train + sum(len(open_part(part)) for part in heldout)
+    least = (batch_size + 1) * length + 1  # ids of a batch of windows, and an offset
+    if min(n_train, total - n_train) < least:
+        n_train = total - max(total // 20, least)
+    if n_train < least:
+        batch = f"a batch of {batch_size} x {length}"
+        raise ValueError(f"{total:,} tokens are too few for {batch} and another to hold out")
+    token_bytes = np.zeros(vocab_size, np.int64)
+    if tokenizer:
+        for text in tokenizer.token_byte_values():
+            token_bytes[tokenizer.encode_single_token(text)] = len(text)
+    parts = train + heldout
+    corpus = Corpus(parts, 0, n_train, separator, token_bytes, in_order=False)
+    return corpus, Corpus(parts, n_train, total, separator, token_bytes, in_order=True)
+
+def vocabulary_size(vocab_size, tokenizer, init):
+    """vocab_size or, if it is 0, that of the tokenizer, whose ids must fit. A vocabulary that is
+    larger than the byte tokenizer's is a warning, and with --init a ValueError."""
+    if not tokenizer and not vocab_size:
+        raise ValueError("token shards need --tokenizer or --vocab_size")
+    if not tokenizer:
+        return vocab_size
+    n_ids = 1 + max(map(tokenizer.encode_single_token, tokenizer.token_byte_values()))
+    if 0 < vocab_size < n_ids:
+        raise ValueError(f"--vocab_size {vocab_size} is less than the {n_ids} ids of the tokenizer")
+    if tokenizer.name == "bytes" and vocab_size > tokenizer.n_vocab:
+        if init:
+            raise ValueError(f"--init {init} needs the --tokenizer of its {vocab_size:,} entries")
+        print(f"warning: a vocabulary of {vocab_size:,} entries over bytes: --tokenizer is missing")
+    return vocab_size or tokenizer.n_vocab
+
+def is_held_out(name):
+    """Whether a document is among the 5 % that are held out, by a hash of its name."""
+    return stable_hash(name) > 0.95 * 2**64
+
+def find_files(path):
+    """(text files, token shards) at path: a file, or a directory and what its links lead to, of
+    one kind; without a path, the modules of Python's standard library without its tests."""
+    if not path:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        files = [root / f"{name}.py" for name in sys.stdlib_module_names]
+        for name in sys.stdlib_module_names:
+            files += (root / name).rglob("*.py")
+        tests = {"test", "tests", "idle_test"}
+        files = [f for f in files if f.exists() and not tests & set(f.relative_to(root).parts)]
+        return sorted(files), []
+    files = [Path(path)]
+    seen = set(files[0].resolve().parents)  # following a link to these would not end
+    for folder, folders, names in os.walk(path, followlinks=True):
+        if Path(folder).resolve() in seen:
+            folders.clear()
+        else:
+            seen.add(Path(folder).resolve())
+            files += [Path(folder, name) for name in names]
+    files = sorted(file for file in files if file.is_file())
+    texts = [f for f in files if f.suffix.lower() in (".txt", ".md", ".py", ".jsonl")]
+    shards = [f for f in files if f.suffix.lower() in (".npy", ".bin")]
+    if not texts and not shards:
+        raise ValueError(f"{path} is or has no text (.txt .md .py .jsonl) or shard (.npy .bin)")
+    if texts and shards:
+        raise ValueError(f"{path} has both text and token shards: {texts[0]}, {shards[0]}")
+    print(f"{path}: {len(texts + shards)} of {len(files)} files are read")
+    return texts, shards
+
+def read_documents(path, files):
+    """(name, text) of each document: a text file or a line of a .jsonl file. Its name is the path
+    of the file below `path`, or the text of the line."""
+    root = Path(path or sysconfig.get_paths()["stdlib"])
+    for file in files:
+        if file.suffix.lower() == ".jsonl":
+            yield from read_json_lines(file)
+        else:
+            with explain(f"{file} is not UTF-8 text", UnicodeDecodeError):
+                text = file.read_text("utf-8-sig", errors="strict" if path else "ignore")
+            yield file.relative_to(root).as_posix(), text
+
+def read_json_lines(file):
+    """(text, text) of each line, a JSON object with a string "text"; empty lines are skipped."""
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                what = f'{file}, line {number}, is not a JSON object with a string "text"'
+                with explain(what, ValueError, KeyError, TypeError, AttributeError):
+                    code = json.loads(line)["text"].encode("utf-16", "surrogatepass")
+                text = code.decode("utf-16", "replace")  # U+FFFD for half a surrogate pair
+                yield text, text
+
+def load_tokenizer(name, specials):
+    """The tiktoken.Encoding `bytes`, of a BPE rank file, or of one of tiktoken's own names; special
+    tokens that it lacks get the ids after its last."""
+    ranks = {bytes([i]): i for i in range(256)}
+    settings = {"name": name, "pat_str": r"[\s\S]", "mergeable_ranks": ranks, "special_tokens": {}}
+    if os.path.isfile(name):  # tiktoken's own loader would cache the first file of a name
+        with explain(f"{name} is not a BPE rank file", ValueError):
+            lines = [line.split() for line in Path(name).read_bytes().splitlines() if line.strip()]
+            ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        settings |= {"pat_str": PATTERN, "mergeable_ranks": ranks}
+    elif name != "bytes":
+        what = "is neither a BPE rank file nor a tiktoken encoding, cached or to be downloaded"
+        with explain(f"{name} {what}", OSError, ValueError):
+            tiktoken.get_encoding(name)
+        settings = tiktoken.registry.ENCODING_CONSTRUCTORS[name]()
+        ranks = settings["mergeable_ranks"]
+    if len(set(ranks.values())) < len(ranks) or not all(bytes([i]) in ranks for i in range(256)):
+        raise ValueError(f"{name} has a rank twice, or lacks some of the 256 single bytes")
+    ids = settings["special_tokens"]
+    for token in specials:
+        ids.setdefault(token, 1 + max([*ranks.values(), *ids.values()]))
+    settings.pop("explicit_n_vocab", None)  # a check of the number without new tokens
+    return tiktoken.Encoding(**settings)
+
+def tokenize(documents, tokenizer, separator):
+    """(name, ids) of each document that is not empty; the last id is the separator."""
+    dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
+    for name, text in documents:
+        # tiktoken's PanicException, of the longest words, is a BaseException.
+        with explain(f"the tokenizer cannot take document {name[:80]!r}", BaseException):
+            ids = tokenizer.encode_to_numpy(text, disallowed_special=())
+        if text:
+            yield name, np.append(ids, separator).astype(dtype)
+
+def write_tokens(folder, documents):
+    """Write tokenized documents to .npy shards in a new or empty folder: train_00000.npy ..., and
+    val_00000.npy ... of the documents that are held out; two shards per 2**27 ids."""
+    if os.path.exists(folder) and os.listdir(folder):
+        raise ValueError(f"--write_tokens {folder} is not empty")
+    with written_beside(folder) as partial:
+        for n in itertools.count():
+            splits = {"train": [], "val": []}
+            n_ids = 0
+            while n_ids < 2**27 and (document := next(documents, None)):
+                name, ids = document
+                splits["val" if is_held_out(name) else "train"].append(ids)
+                n_ids += len(ids)
+            if not n_ids:
+                break
+            for split, parts in splits.items():
+                if parts:
+                    np.save(partial / f"{split}_{n:05d}.npy", np.concatenate(parts))
+    print(f"{folder}: {n} shards to train on, with what is held out beside them")
+
+def open_part(part):
+    """Ids of a part of a Corpus: an array itself, or a shard that is memory-mapped while the result
+    lives: .npy of uint16 or uint32, or .bin, uint16 after a header of 256 int32."""
+    if isinstance(part, np.ndarray):
+        return part
+    with explain(f"{part} is not a token shard", ValueError, EOFError):
+        if part.suffix.lower() == ".npy":
+            ids = np.load(part, mmap_mode="r")
+        else:
+            magic, version, size = np.fromfile(part, np.int32, 3).tolist()
+            ids = np.memmap(part, np.uint16, "r", offset=1024)
+            if [magic, version, size] != [20240520, 1, len(ids)]:
+                raise ValueError("unexpected header, or its length does not match the file")
+        if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32):
+            raise ValueError(f"it holds {ids.dtype} {ids.shape}, not a row of uint16 or uint32")
+    return ids
+
+if __name__ == "__main__":
+    main()
