@@ -974,11 +974,9 @@ def claim_directory(out, step, config):
     log.touch()
     rows = [json.loads(line) for line in log.open() if line.endswith("}\n")]
     kept = [row for row in rows if row["step"] < step or (row["step"] == step and "loss" in row)]
-    texts = {"config.json": json.dumps(config, indent=2) + "\n"}
-    texts["metrics.jsonl"] = "".join(json.dumps(row) + "\n" for row in kept)
-    for name, text in texts.items():
-        (folder / f"{name}.tmp").write_text(text)
-        (folder / f"{name}.tmp").replace(folder / name)
+    log.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    (folder / "config.tmp").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.tmp").replace(folder / "config.json")
     return lock
 
 def save_checkpoint(out, model, optimizer, state):
@@ -1382,8 +1380,8 @@ def sweep(cfg, corpus, heldout, device, queue, signals):
                 line = json.dumps(row | {"settings": sweep_settings(cfg)}) + "\n"
                 with open(file, "ab", buffering=2**20) as end:  # in one write: lines do not mix
                     end.write(line.encode())
-            for checkpoint in Path(run.out).glob("step_*"):
-                shutil.rmtree(checkpoint)
+            for folder in Path(run.out).glob("step_*"):
+                shutil.rmtree(folder)
             report()
     finally:
         with contextlib.suppress(dist.DistNetworkError):  # rank 0 has ended, by a signal
@@ -2080,18 +2078,18 @@ def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size
 def vocabulary_size(vocab_size, tokenizer, init):
     """vocab_size or, if it is 0, that of the tokenizer, whose ids must fit. A vocabulary that is
     larger than the byte tokenizer's is a warning, and with --init a ValueError."""
-    if not tokenizer and not vocab_size:
+    if not vocab_size and not tokenizer:
         raise ValueError("token shards need --tokenizer or --vocab_size")
-    if not tokenizer:
-        return vocab_size
+    if not vocab_size or not tokenizer:
+        return vocab_size or tokenizer.n_vocab
     n_ids = 1 + max(map(tokenizer.encode_single_token, tokenizer.token_byte_values()))
-    if 0 < vocab_size < n_ids:
+    if vocab_size < n_ids:
         raise ValueError(f"--vocab_size {vocab_size} is less than the {n_ids} ids of the tokenizer")
     if tokenizer.name == "bytes" and vocab_size > tokenizer.n_vocab:
+        print(f"warning: a vocabulary of {vocab_size:,} entries over bytes: --tokenizer is missing")
         if init:
             raise ValueError(f"--init {init} needs the --tokenizer of its {vocab_size:,} entries")
-        print(f"warning: a vocabulary of {vocab_size:,} entries over bytes: --tokenizer is missing")
-    return vocab_size or tokenizer.n_vocab
+    return vocab_size
 
 def is_held_out(name):
     """Whether a document is among the 5 % that are held out, by a hash of its name."""
@@ -2100,43 +2098,38 @@ def is_held_out(name):
 def find_files(path):
     """(text files, token shards) at path: a file, or a directory and what its links lead to, of
     one kind; without a path, the modules of Python's standard library without its tests."""
-    if not path:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        files = [root / f"{name}.py" for name in sys.stdlib_module_names]
-        for name in sys.stdlib_module_names:
-            files += (root / name).rglob("*.py")
-        tests = {"test", "tests", "idle_test"}
-        files = [f for f in files if f.exists() and not tests & set(f.relative_to(root).parts)]
-        return sorted(files), []
-    files = [Path(path)]
-    seen = set(files[0].resolve().parents)  # following a link to these would not end
-    for folder, folders, names in os.walk(path, followlinks=True):
+    root = Path(path or sysconfig.get_paths()["stdlib"])
+    endings = (".txt", ".md", ".py", ".jsonl") if path else (".py",)
+    skipped = set() if path else {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    files = [root]
+    seen = set(root.resolve().parents)  # following a link to one of these would not end
+    for folder, folders, names in os.walk(root, followlinks=True):
         if Path(folder).resolve() in seen:
             folders.clear()
-        else:
-            seen.add(Path(folder).resolve())
-            files += [Path(folder, name) for name in names]
+            continue
+        seen.add(Path(folder).resolve())
+        folders[:] = set(folders) - skipped
+        files += [Path(folder, name) for name in names]
     files = sorted(file for file in files if file.is_file())
-    texts = [f for f in files if f.suffix.lower() in (".txt", ".md", ".py", ".jsonl")]
-    shards = [f for f in files if f.suffix.lower() in (".npy", ".bin")]
-    if not texts and not shards:
-        raise ValueError(f"{path} is or has no text (.txt .md .py .jsonl) or shard (.npy .bin)")
-    if texts and shards:
-        raise ValueError(f"{path} has both text and token shards: {texts[0]}, {shards[0]}")
-    print(f"{path}: {len(texts + shards)} of {len(files)} files are read")
+    texts = [file for file in files if file.suffix.lower() in endings]
+    shards = [file for file in files if path and file.suffix.lower() in (".npy", ".bin")]
+    if bool(texts) == bool(shards):
+        kinds = "either text (.txt .md .py .jsonl) or token shards (.npy .bin)"
+        raise ValueError(f"{path} must be or have {kinds}, not {len(texts)} and {len(shards)}")
+    print(f"{root}: {len(texts + shards)} of {len(files)} files are read")
     return texts, shards
 
 def read_documents(path, files):
-    """(name, text) of each document: a text file or a line of a .jsonl file. Its name is the path
-    of the file below `path`, or the text of the line."""
+    """(name, text) of each document: a text file, named by its path below `path`, or a line of a
+    .jsonl file, named by its text."""
     root = Path(path or sysconfig.get_paths()["stdlib"])
     for file in files:
         if file.suffix.lower() == ".jsonl":
             yield from read_json_lines(file)
-        else:
-            with explain(f"{file} is not UTF-8 text", UnicodeDecodeError):
-                text = file.read_text("utf-8-sig", errors="strict" if path else "ignore")
-            yield file.relative_to(root).as_posix(), text
+            continue
+        with explain(f"{file} is not UTF-8 text", UnicodeDecodeError):
+            text = file.read_text("utf-8-sig", errors="strict" if path else "ignore")
+        yield file.relative_to(root).as_posix(), text
 
 def read_json_lines(file):
     """(text, text) of each line, a JSON object with a string "text"; empty lines are skipped."""

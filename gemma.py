@@ -68,8 +68,7 @@ class Config:
     qk_norm: bool = True  # a norm on queries and keys, as in Gemma 3
     attention_cap: float = 0.0  # soft-cap of attention scores, as in Gemma 2; 0: none
     logit_cap: float = 0.0  # soft-cap of the logits, as in Gemma 2; 0: none
-    rope_theta: float = 1e6  # base of the rotary frequencies of global layers
-    local_rope_theta: float = 1e4  # base of the rotary frequencies of local layers
+    rope_theta: float = 1e6  # base of the rotary frequencies of global layers; of local ones 1e4
     rope_factor: float = 1.0  # number that divides the positions of global layers
     # Data: Gemma 2 §3.1, Gemma 3 §2.2
     data: str = ""  # PATH,...: a corpus for each language; empty: Python's standard library
@@ -79,7 +78,7 @@ class Config:
     seq_len: int = 32768  # T, tokens of a sequence
     batch_size: int = 32  # sequences per update, over all ranks
     tokens: float = 2e12  # tokens of the run before the long sequences
-    long_seq_len: int = 131072  # tokens of a sequence in the last phase, at the same tokens per batch
+    long_seq_len: int = 131072  # tokens of a sequence in the last phase; a batch keeps its tokens
     long_tokens: float = 0.0  # tokens of the last phase, that of long sequences; 0: no such phase
     long_rope_factor: float = 8.0  # value of --rope_factor in the last phase
     steps: int = 0  # updates of the run, shared out to its phases; 0: as many as the tokens need
@@ -194,6 +193,12 @@ def rotary_frequencies(dim, theta, factor):
     """Radians per position [E/2]; linear interpolation divides all positions by factor."""
     return theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim) / factor
 
+def rotary_table(length, dim, theta, factor, device):
+    """(cos, sin) of the rotary angles of positions 0 ... length - 1, [T, E/2] each, fp32."""
+    frequencies = rotary_frequencies(dim, theta, factor).to(device)
+    angles = torch.arange(length, device=device)[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
 def rotate(x, cos, sin):
     """Rotary embedding of x [B, H, T, E] by the angles of cos and sin [T, E/2], in fp32."""
     first, second = x.float().chunk(2, -1)  # [B, H, T, E/2]
@@ -218,7 +223,8 @@ def local_attention(q, k, v, scale, window):
     q, k, v = (
         F.pad(x, padding).unflatten(2, (-1, window)).transpose(1, 2) for x in (q, k, v)
     )  # [B, N, H or K, W, E]
-    k, v = (torch.cat((x[:, :-1], x[:, 1:]), 3).flatten(0, 1) for x in (k, v))  # [B (N-1), K, 2W, E]
+    # The block before and the own one, [B (N-1), K, 2W, E].
+    k, v = (torch.cat((x[:, :-1], x[:, 1:]), 3).flatten(0, 1) for x in (k, v))
     # The query heads of one key-value head lie one after the other, G times the same mask.
     q = q[:, 1:].unflatten(2, (K, -1)).flatten(3, 4).flatten(0, 1)  # [B (N-1), K, G W, E]
     i = torch.arange(window, 2 * window, device=q.device)[:, None]
@@ -333,7 +339,7 @@ class Gemma(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.head_dim = cfg.head_dim
-        self.thetas = cfg.local_rope_theta, cfg.rope_theta
+        self.rope_theta = cfg.rope_theta
         self.rope_factor = cfg.rope_factor
         self.logit_cap = cfg.logit_cap
         self.dtype = torch.float32
@@ -346,20 +352,19 @@ class Gemma(nn.Module):
         x = self.hidden_states(tokens)
         if targets is None:
             return self.logits(x)
-        return chunked_loss(self.logits, x.flatten(0, 1), targets, self.token_embedding.num_embeddings)
+        vocab_size = self.token_embedding.num_embeddings
+        return chunked_loss(self.logits, x.flatten(0, 1), targets, vocab_size)
 
     def hidden_states(self, tokens):
         """What the head reads, [B, T] -> [B, T, D]."""
         x = self.token_embedding(tokens).to(self.dtype)
         x = x * torch.tensor(x.shape[-1] ** 0.5, dtype=x.dtype)  # sqrt(D), rounded to this dtype
-        positions = torch.arange(x.shape[1], device=x.device)[:, None]
-        ropes = []
-        for theta, factor in zip(self.thetas, (1.0, self.rope_factor)):  # local, global
-            frequencies = rotary_frequencies(self.head_dim, theta, factor).to(x.device)
-            angles = positions * frequencies  # [T, E/2]
-            ropes.append((angles.cos(), angles.sin()))
+        local = rotary_table(x.shape[1], self.head_dim, 1e4, 1.0, x.device)
+        spanning = rotary_table(
+            x.shape[1], self.head_dim, self.rope_theta, self.rope_factor, x.device
+        )
         for block in self.blocks:
-            x = block(x, *(ropes[0] if block.is_local else ropes[1]))
+            x = block(x, *(local if block.is_local else spanning))
         return self.final_norm(x)
 
     def logits(self, x):
@@ -496,14 +501,14 @@ def get_batch(corpus, first, n, cfg):
     # windows of T + 1 tokens, and attention crosses from one to the next. An EOS predicts nothing.
     windows = np.stack([corpus.window(first + i, cfg.seq_len, cfg.seed) for i in range(n)])
     tokens = torch.from_numpy(windows[:, :-1].copy())
-    targets = torch.from_numpy(windows[:, 1:].copy())
-    targets[tokens == corpus.separator] = -100
+    targets = torch.from_numpy(windows[:, 1:])
+    targets = targets.where(tokens != corpus.separator, -100)
     scored = targets[targets >= 0].numpy()
     counts = {"n_targets": len(scored), "n_bytes": int(corpus.token_bytes[scored].sum())}
     indices = torch.arange(first, first + n)
     return {"tokens": tokens, "targets": targets, "indices": indices, **counts}
 
-def phases(cfg):
+def token_phases(cfg):
     """[(sequences of the run at the end of the phase, Config of the phase)]: Gemma 3 §5.3, after
     --tokens comes a phase of long sequences with the positions of global layers interpolated."""
     end = math.ceil(cfg.tokens / cfg.seq_len)
@@ -518,7 +523,7 @@ def phases(cfg):
 def find_phase(sequences, cfg):
     """(sequences before the phase, its Config) after so many sequences of the run."""
     start = 0
-    for end, phase in phases(cfg):
+    for end, phase in token_phases(cfg):
         if sequences < end:
             return start, phase
         start = end
@@ -527,7 +532,7 @@ def find_phase(sequences, cfg):
 def count_updates(sequences, cfg):
     """Updates from a state of the run, after so many sequences, to its end."""
     n_updates = 0
-    for end, phase in phases(cfg):
+    for end, phase in token_phases(cfg):
         n = max(math.ceil((end - sequences) / phase.batch_size), 0)
         n_updates += n
         sequences += n * phase.batch_size
@@ -645,7 +650,7 @@ def fill_parameter(p, value):
         value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
     p.data.copy_(value)
 
-def build_model(cfg, mesh, path=""):
+def build_sharded(cfg, mesh, path=""):
     """The parallelized model of this rank, initialised or with the weights of a Hugging Face
     checkpoint directory. It has no memory before it is sharded."""
     with torch.device("meta"):
@@ -653,7 +658,7 @@ def build_model(cfg, mesh, path=""):
     parallelize(model, cfg, mesh)
     model.to_empty(device=mesh.device_type)
     if path:
-        read_weights(model, path)
+        fill_weights(model, path)
     else:
         init_weights(model, cfg)
     return model
@@ -665,7 +670,7 @@ def load_teacher(cfg, mesh):
         sizes = f"{theirs.vocab_size:,} entries, and the student {cfg.vocab_size:,}"
         raise ValueError(f"the vocabulary of --teacher {cfg.teacher} has {sizes}")
     same = dict(precision=cfg.precision, compile=cfg.compile, dp_replicate=cfg.dp_replicate)
-    teacher = build_model(dataclasses.replace(theirs, **same), mesh, cfg.teacher)
+    teacher = build_sharded(dataclasses.replace(theirs, **same), mesh, cfg.teacher)
     register_fsdp_forward_method(teacher, "hidden_states")  # gathers what soft_targets needs
     return teacher.requires_grad_(False)
 
@@ -704,6 +709,7 @@ def memory_per_rank(cfg):
 
 # ---------------------------------------- Checkpoint ----------------------------------------
 
+MODELS = "Gemma2ForCausalLM or Gemma3ForCausalLM"
 HF_CONFIG = {  # field of Config: (key in config.json, default of both classes)
     "dim": ("hidden_size", 2304), "n_layers": ("num_hidden_layers", 26),
     "n_heads": ("num_attention_heads", 8), "n_kv_heads": ("num_key_value_heads", 4),
@@ -734,61 +740,63 @@ HF_NAMES = {  # part of a parameter's name: Hugging Face's
 }  # fmt: skip
 SHAPE = (  # fields of Config that a checkpoint fixes
     *HF_CONFIG, "vocab_size", "local_layers", "qk_norm", "attention_cap", "logit_cap",
-    "rope_theta", "local_rope_theta", "rope_factor",
+    "rope_theta", "rope_factor",
 )  # fmt: skip
 
-def hf_name(name):
+def gemma_name(name):
     """Hugging Face's name of a parameter."""
     return ".".join(HF_NAMES.get(part, part) for part in name.split("."))
 
 def read_gemma_config(path):
     """Config from the config.json of a Gemma2ForCausalLM or a Gemma3ForCausalLM."""
-    theirs = json.loads((Path(path) / "config.json").read_text())
-    kind = theirs.get("model_type")
-    if kind not in HF_DEFAULTS:
-        raise ValueError(f"{path}: config.json has model_type {kind!r}, not {' or '.join(HF_DEFAULTS)}")
-    cfg = Config(**read_hf_config(path, HF_CONFIG | HF_DEFAULTS[kind], HF_FIXED))
-    cfg.attention_cap = cfg.attention_cap or 0.0  # null
-    cfg.logit_cap = cfg.logit_cap or 0.0
-    cfg.qk_norm = kind == "gemma3_text"
-    if theirs.get("use_bidirectional_attention"):
-        raise ValueError(f"{path}: config.json has use_bidirectional_attention")
+    with explain(f"{path} holds no {MODELS}", Exception):
+        theirs = json.loads((Path(path) / "config.json").read_text())
+        kind = theirs.get("model_type")
+        if kind not in HF_DEFAULTS:
+            raise ValueError(f"config.json has model_type {kind!r}, not {' or '.join(HF_DEFAULTS)}")
+        cfg = Config(**read_hf_config(path, HF_CONFIG | HF_DEFAULTS[kind], HF_FIXED))
+        cfg.attention_cap = cfg.attention_cap or 0.0  # null
+        cfg.logit_cap = cfg.logit_cap or 0.0
+        cfg.qk_norm = kind == "gemma3_text"
+        if theirs.get("use_bidirectional_attention"):
+            raise ValueError("config.json has use_bidirectional_attention")
 
-    pattern = theirs.get("sliding_window_pattern", 6) if cfg.qk_norm else 2
-    types = theirs.get("layer_types") or layer_types(pattern - 1, cfg.n_layers)
-    cfg.local_layers = [*types, "full_attention"].index("full_attention")
-    if types != layer_types(cfg.local_layers, cfg.n_layers):
-        raise ValueError(f"{path}: config.json has layer_types without a pattern")
+        pattern = theirs.get("sliding_window_pattern", 6) if cfg.qk_norm else 2
+        types = theirs.get("layer_types") or layer_types(pattern - 1, cfg.n_layers)
+        cfg.local_layers = [*types, "full_attention"].index("full_attention")
+        if types != layer_types(cfg.local_layers, cfg.n_layers):
+            raise ValueError("config.json has layer_types that do not repeat")
 
-    ropes = theirs.get("rope_parameters") or {}
-    if cfg.qk_norm:
-        local = {"rope_theta": theirs.get("rope_local_base_freq", 1e4)}
-        local |= ropes.get("sliding_attention") or {}
-        ropes = {"rope_theta": theirs.get("rope_theta", 1e6)} | (ropes.get("full_attention") or {})
-    else:
-        ropes = {"rope_theta": theirs.get("rope_theta", 1e4)} | ropes
-        local = ropes
-    ropes |= theirs.get("rope_scaling") or {}
-    kinds = [rope.get("rope_type", rope.get("type", "default")) for rope in (local, ropes)]
-    if kinds not in (["default", "default"], ["default", "linear"]):
-        raise ValueError(f"{path}: config.json has rope_type {', '.join(kinds)}")
-    cfg.local_rope_theta = local["rope_theta"]
-    cfg.rope_theta = ropes["rope_theta"]
-    cfg.rope_factor = ropes["factor"] if kinds[1] == "linear" else 1.0
+        # Older directories have rope_theta, rope_local_base_freq and rope_scaling.
+        ropes = theirs.get("rope_parameters") or {}
+        rope = {"rope_theta": theirs.get("rope_theta", 1e6 if cfg.qk_norm else 1e4)}
+        rope |= (ropes.get("full_attention") if cfg.qk_norm else ropes) or {}
+        rope |= theirs.get("rope_scaling") or {}
+        local = rope
+        if cfg.qk_norm:
+            local = {"rope_theta": theirs.get("rope_local_base_freq", 1e4)}
+            local |= ropes.get("sliding_attention") or {}
+        kinds = [r.get("rope_type", r.get("type", "default")) for r in (local, rope)]
+        if kinds not in (["default", "default"], ["default", "linear"]):
+            raise ValueError(f"config.json has the rope_type {' and '.join(kinds)}")
+        if local["rope_theta"] != 1e4:
+            raise ValueError(f"config.json has rope_theta {local['rope_theta']} of local layers")
+        cfg.rope_theta = rope["rope_theta"]
+        cfg.rope_factor = rope["factor"] if kinds[1] == "linear" else 1.0
     return cfg
 
-def read_weights(model, path):
+def fill_weights(model, path):
     """Fill the parameters of model, which may be sharded, from a Hugging Face directory."""
-    tensors = read_hf_tensors(path)
-    for name, p in model.named_parameters():
-        fill_parameter(p, tensors[hf_name(name)].view(p.shape))
+    with explain(f"{path} holds no {MODELS} of this shape", Exception):
+        tensors = read_hf_tensors(path)
+        for name, p in model.named_parameters():
+            fill_parameter(p, tensors[gemma_name(name)].view(p.shape))
 
 def from_hf(path):
     """(model, cfg) from the directory of a Gemma2ForCausalLM or a Gemma3ForCausalLM."""
-    with explain(f"{path} holds no Gemma2ForCausalLM or Gemma3ForCausalLM", Exception):
-        cfg = read_gemma_config(path)
-        model = Gemma(cfg)
-        read_weights(model, path)
+    cfg = read_gemma_config(path)
+    model = Gemma(cfg)
+    fill_weights(model, path)
     return model, cfg
 
 def layer_types(local_layers, n_layers):
@@ -806,9 +814,9 @@ def hf_config(cfg):
     for key in ("final_logit_softcapping", "attn_logit_softcapping"):
         config[key] = config.get(key) or None
     rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
+    local = {"rope_type": "default", "rope_theta": 1e4}
     if cfg.rope_factor != 1:
         rope |= {"rope_type": "linear", "factor": cfg.rope_factor}
-    local = {"rope_type": "default", "rope_theta": cfg.local_rope_theta}
     config["rope_parameters"] = rope
     if cfg.qk_norm:
         config["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
@@ -835,7 +843,7 @@ def to_hf(model, cfg, path):
             for _, (name, p) in group:
                 value = p.full_tensor() if isinstance(p, DTensor) else p
                 if is_writer:
-                    tensors[hf_name(name)] = value.detach().cpu().contiguous()
+                    tensors[gemma_name(name)] = value.detach().cpu().contiguous()
             index |= dict.fromkeys(tensors, files[part])
             if is_writer:
                 save_file(tensors, folder / files[part], metadata={"format": "pt"})
@@ -1037,31 +1045,28 @@ def check(cfg, ranks):
         least = int(field.type is int and field.default > 0 and field.name not in zero)
         if field.type in (int, float) and not least <= getattr(cfg, field.name) < math.inf:
             raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
-    wrong = [
-        (cfg.n_heads % cfg.n_kv_heads,
-         f"{cfg.n_kv_heads} key-value heads do not divide {cfg.n_heads} heads"),
+    positive = cfg.query_scalar, cfg.rope_factor, cfg.long_rope_factor, cfg.tokens
+    mixed = cfg.attention_cap if cfg.qk_norm else (cfg.rope_theta != 1e4 or cfg.rope_factor != 1)
+    for wrong, message in (
+        (cfg.n_heads % cfg.n_kv_heads, f"{cfg.n_kv_heads} key-value heads, {cfg.n_heads} heads"),
         (cfg.head_dim % 2, f"--head_dim {cfg.head_dim} is odd"),
-        (cfg.window >= cfg.seq_len,
-         f"--window {cfg.window} is not smaller than --seq_len {cfg.seq_len}"),
-        (min(cfg.query_scalar, cfg.rope_factor, cfg.long_rope_factor, cfg.tokens) <= 0,
-         "--query_scalar, --rope_factor, --long_rope_factor and --tokens are more than 0"),
+        (cfg.window >= cfg.seq_len, f"--window {cfg.window} is not less than {cfg.seq_len} tokens"),
+        (min(positive) <= 0, "--rope_factor, --long_rope_factor or --tokens is 0"),
         (cfg.warmup > 0.1, f"--warmup {cfg.warmup} is more than a tenth of the run"),
         (cfg.dp * cfg.dp_replicate != ranks,
          f"dp {cfg.dp} x dp_replicate {cfg.dp_replicate} are not {ranks} ranks"),
         (cfg.resume and not cfg.out, "--resume needs --out"),
         (cfg.eval and not cfg.out and not cfg.init, "--eval needs --out or --init"),
-        (cfg.export and not cfg.qk_norm and cfg.rope_theta != cfg.local_rope_theta, 
-         "--export without --qk_norm needs a --local_rope_theta like --rope_theta"),
-        (cfg.export and cfg.qk_norm and cfg.attention_cap, "--export needs no --attention_cap or no --qk_norm"),
+        (cfg.export and mixed, f"--export needs the soft-caps or norms and ropes of {MODELS}"),
         (cfg.write_tokens and ranks > 1, "--write_tokens runs in one process, without torchrun"),
-    ]  # fmt: skip
-    for _, phase in phases(cfg):
-        steps, micro = split_batch(phase, ranks)
-        batch = f"--batch_size {phase.batch_size} of length {phase.seq_len}"
-        wrong.append((ranks * steps * micro != phase.batch_size or not phase.batch_size, f"{batch} is not {ranks} ranks x micro-batches of {micro}"))
-    for is_wrong, message in wrong:
-        if is_wrong:
+    ):  # fmt: skip
+        if wrong:
             raise ValueError(message)
+    for _, phase in token_phases(cfg):
+        steps, micro = split_batch(phase, ranks)
+        if not 0 < phase.batch_size == ranks * steps * micro:
+            batch = f"--batch_size {phase.batch_size} of length {phase.seq_len}"
+            raise ValueError(f"{batch} is not {ranks} ranks x micro-batches of {micro}")
     if cfg.init or cfg.export or cfg.teacher:
         with explain("--init, --export and --teacher need: pip install safetensors", ImportError):
             import safetensors  # noqa: F401
@@ -1075,7 +1080,7 @@ def dry_run(cfg):
     with torch.device("meta"):
         n, activated = count_parameters(Gemma(cfg))
     print(f"parameters {n:,} | activated {activated:,}")
-    for _, phase in phases(cfg):
+    for _, phase in token_phases(cfg):
         print(f"sequences of {phase.seq_len:,} tokens: FLOPs per token", end=" ")
         print(f"{flops_per_token(phase):.4g} | 6 N gives {6 * activated:.4g}")
         sizes = memory_per_rank(phase)
@@ -1188,7 +1193,7 @@ def load_languages(cfg):
         tokenizer = load_tokenizer(cfg.tokenizer or "bytes", SPECIALS)
         separator = tokenizer.eot_token
     cfg.vocab_size = vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
-    length = max(phase.seq_len for _, phase in phases(cfg))
+    length = max(phase.seq_len for _, phase in token_phases(cfg))
     batch = math.ceil(cfg.batch_size * cfg.seq_len / length / len(sources))
     corpora = {}
     for path, (files, shards) in sources.items():
@@ -1208,10 +1213,8 @@ def load_languages(cfg):
             epochs = weight * (cfg.tokens + cfg.long_tokens) / sizes[path]
             print(f"{path}: {weight:.1%} of the sequences, {epochs:.2f} epochs")
     starts = [0] * len(corpora)
-    mixtures = [
-        Mixture(weights, [pair[i] for pair in corpora.values()], starts, 0) for i in (0, 1)
-    ]
-    return tokenizer, *mixtures
+    train, heldout = zip(*corpora.values())
+    return tokenizer, Mixture(weights, train, starts, 0), Mixture(weights, heldout, starts, 0)
 
 def plan_run(cfg, run, given):
     """Set the tokens of the phases: those of --steps or, for a run that is continued, those of its
@@ -1255,7 +1258,7 @@ def main(argv=None):
 
         sizes = cfg.dp_replicate, cfg.dp
         mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("dp_replicate", "dp"))
-        model = build_model(cfg, mesh, cfg.init)
+        model = build_sharded(cfg, mesh, cfg.init)
         teacher = load_teacher(cfg, mesh) if cfg.teacher else None
         optimizer = build_optimizer(model, cfg)
         state = {"step": 0, "sequences": 0, "tokens": 0}
@@ -1272,7 +1275,7 @@ def main(argv=None):
         print(f"{activated:,} | FLOPs per token {flops_per_token(cfg):.3g}")
         if not train(model, teacher, optimizer, corpus, heldout, state, cfg, device, signals):
             return print(f"stopped by a signal after step {state['step']}")
-        _, last = phases(cfg)[-1]
+        _, last = token_phases(cfg)[-1]
         if cfg.export:
             to_hf(model, last, cfg.export)
         if tokenizer:

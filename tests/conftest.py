@@ -174,6 +174,22 @@ SCRIPTS = {
         layouts=(), falls=1.5, batch=(24, 104), betas=(), variants=(),
         small=dict(batch_size=4, dim=48, hidden_dim=64, seq_len=16, pack=1, lr=0.03), prefix="/model/tp0.", warm="",
     ),
+    "gemma": Row(
+        model="Gemma",
+        tiny=dict(vocab_size=258, dim=24, n_layers=4, n_heads=6, n_kv_heads=3, head_dim=10, query_scalar=7, hidden_dim=40, window=3,
+                  local_layers=2, rope_theta=100.0, rope_factor=1.5, seq_len=7, batch_size=8, precision="fp32", lr=1e-3, tokens=280.0, dp=1),
+        counts={"2b": 2_614_636_800, "9b": 9_242_164_736, "27b": 27_227_718_144, "3_270m": 268_098_176, "3_1b": 999_885_952,
+                "3_4b": 3_880_099_328, "3_12b": 11_765_788_416, "3_27b": 27_009_002_240, "small": 67_049_344, "demo": 469_024},
+        # in tokens: a hundredth of warm-up, then a cosine to a tenth
+        schedule=(dict(lr=1.0, tokens=9e8, long_tokens=1e8), {0: 0.0, 5e6: 0.5, 1e7: 1.0, 2.575e8: 0.868198, 5.05e8: 0.55, 1e9: 0.1}),
+        layouts=((1, dict(micro_batch=2)), (2, dict(dp=2)), (4, dict(dp=4, micro_batch=1)), (4, dict(dp=2, dp_replicate=2)),
+                 (2, dict(dp=1, dp_replicate=2)), (2, dict(dp=2, recompute="block", micro_batch=1)),
+                 (2, dict(dp=2, qk_norm=False, attention_cap=0.4, logit_cap=0.3))),
+        falls=1.5, batch=(24, 128), betas=(0.9, 0.95),
+        variants=("", "--no-qk_norm --attention_cap 50 --logit_cap 30 --precision bf16 --recompute block --dim 48 --seq_len 64 --long_seq_len 64 --hidden_dim 96"),
+        small=dict(batch_size=4, dim=48, n_layers=3, head_dim=16, hidden_dim=64, window=8, seq_len=16, long_tokens=0, lr=1e-3),
+        warm="--warmup 0.1 --long_tokens 0",
+    ),
 }  # fmt: skip
 
 

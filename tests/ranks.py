@@ -187,6 +187,8 @@ def gradients(name, row, overrides):
         return pipeline_gradients(module, cfg, corpus, dict(model.named_parameters()), device)
     if hasattr(module, "ModelParallel"):
         return split_gradients(module, cfg, corpus, dict(model.named_parameters()), device)
+    if hasattr(module, "build_sharded"):
+        return sharded_gradients(module, cfg, corpus, dict(model.named_parameters()), device)
     mesh = module.init_device_mesh(device.type, (module.dist.get_world_size(),), mesh_dim_names=("dp",))
     replicas = module.parallelize(model, cfg, mesh)
     batches = global_batch(module, corpus, cfg, device, dist.get_rank(), dist.get_world_size())
@@ -238,6 +240,19 @@ def split_gradients(module, cfg, corpus, values, device):
             g = g[: cfg.vocab_size]
         found[key] = (g / max(1, norm)).numpy()
     return loss, found, norm
+
+
+def sharded_gradients(module, cfg, corpus, values, device):
+    """The same for a script that builds its model sharded, after a step that changes nothing."""
+    sizes = cfg.dp_replicate, cfg.dp
+    model = module.build_sharded(cfg, module.init_device_mesh(device.type, sizes, mesh_dim_names=("dp_replicate", "dp")))
+    for key, p in model.named_parameters():
+        module.fill_parameter(p, values[key].detach())
+    batches = global_batch(module, corpus, cfg, device, dist.get_rank(), dist.get_world_size())
+    optimizer = types.SimpleNamespace(param_groups=[], step=lambda: None, zero_grad=lambda: None)
+    loss, norm = module.sharded_step(model, None, optimizer, batches, 0.0, cfg)
+    whole = lambda g: g.full_tensor() if hasattr(g, "full_tensor") else g  # noqa: E731
+    return loss, {key: whole(p.grad).numpy() for key, p in model.named_parameters()}, norm
 
 
 def expert_gradients(module, cfg, corpus, values, device):
