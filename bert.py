@@ -1265,7 +1265,9 @@ def train(model, optimizer, corpus, heldout, state, run, device, signals):
         steps_left = 0 if cfg.eval else math.ceil(cfg.steps - first / cfg.batch_size)
         n_signals = n_errors = 0
         if steps_left > 0:
+            clock = time.perf_counter()
             error = ahead.exception()
+            waited = time.perf_counter() - clock
             n_signals, n_errors = sum_over_ranks(len(signals), error is not None)
         end = steps_left <= 0 or n_signals or n_errors
         if cfg.out and step > saved and not n_skipped and (end or step % cfg.save_every == 0):
@@ -1273,7 +1275,7 @@ def train(model, optimizer, corpus, heldout, state, run, device, signals):
             saved = step
         if n_errors:
             raise_first(error)
-        if steps_left <= 0 or step % cfg.val_every == 0:
+        if steps_left <= 0 or (step % cfg.val_every == 0 and not end):
             validate_objective(model, heldout, step, cfg, *place)
         if end:
             return steps_left <= 0
@@ -1289,7 +1291,7 @@ def train(model, optimizer, corpus, heldout, state, run, device, signals):
         state["step"] += 1
         state["sequences"] += cfg.batch_size
         state["tokens"] += finite * cfg.batch_size * cfg.seq_len
-        seconds = time.perf_counter() - clock
+        seconds = waited + time.perf_counter() - clock
         if step > first_step:  # the first update, which may compile, tells nothing of the next
             pace = 0.9 * (pace or seconds) + 0.1 * seconds
         if step == 0 or steps_left == 1 or state["step"] % cfg.log_every == 0:

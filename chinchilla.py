@@ -1656,7 +1656,9 @@ def train(model, optimizer, corpus, heldout, state, cfg, device, signals):
         steps_left = 0 if cfg.eval else updates_left(first, cfg)
         n_signals = n_errors = 0
         if steps_left > 0:
+            clock = time.perf_counter()
             error = ahead.exception()
+            waited = time.perf_counter() - clock
             n_signals, n_errors = sum_over_ranks(len(signals), error is not None)
         end = steps_left <= 0 or n_signals or n_errors
         if cfg.out and step > saved and not n_skipped and (end or step % cfg.save_every == 0):
@@ -1664,7 +1666,7 @@ def train(model, optimizer, corpus, heldout, state, cfg, device, signals):
             saved = step
         if n_errors:
             raise_first(error)
-        if steps_left <= 0 or step % cfg.val_every == 0:
+        if steps_left <= 0 or (step % cfg.val_every == 0 and not end):
             validate(evaluate, heldout, step, cfg, *place)
         if end:
             return steps_left <= 0
@@ -1681,7 +1683,7 @@ def train(model, optimizer, corpus, heldout, state, cfg, device, signals):
         state["step"] += 1
         state["sequences"] = following
         state["tokens"] += finite * now.batch_size * cfg.seq_len
-        seconds = time.perf_counter() - clock
+        seconds = waited + time.perf_counter() - clock
         if step > first_step:  # the first update, which may compile, tells nothing of the next
             pace = 0.9 * (pace or seconds) + 0.1 * seconds
         if step == 0 or steps_left == 1 or state["step"] % cfg.log_every == 0:

@@ -1,10 +1,34 @@
 r"""Gemma 2: Improving Open Language Models at a Practical Size (Gemma Team, 2024, arXiv 2408.00118)
 and Gemma 3 Technical Report (Gemma Team, 2025, arXiv 2503.19786) in one file.
 
-Map: x
-Legend: x
-Run: x
-Expect: x
+New against its parent, llama3.py:
+- local layers, which attend to a window, between global ones: 1:1 in Gemma 2, 5:1 in Gemma 3 (§2);
+- soft-caps of attention scores and logits (Gemma 2 §2) or norms of queries and keys (Gemma 3 §2);
+- a norm with gain 1 + w before and after each branch, GeGLU, a scaled embedding tied to the head,
+  and a head width and a query scale that do not follow from D and H (Gemma 2 §2, Table 1);
+- distillation as the pre-training objective: the cross-entropy to a teacher's distributions, whole
+  (Gemma 2 §3.2) or restricted to 256 sampled tokens (Gemma 3 §2.2);
+- a RoPE base for each kind of layer, and a last phase of long sequences, in which the positions of
+  global layers are divided by 8 (Gemma 3 §5.3); languages mixed as in UniMax (Gemma 3 §2.2).
+Left out: Gemma 3's image encoder, which is frozen, and post-training. "Released" means the code and
+the configurations of google-deepmind/gemma and google/gemma_pytorch.
+
+Map: Gemma 2 §2, Table 1 Gemma, Block, LocalGlobalAttention, PRESETS | §3.2 soft_targets,
+objective | §3.3, Table 3 parallelize. Gemma 3 §2, Table 1 Block, PRESETS | §2.2 sample_logits,
+unimax | §2.4, Table 2 parallelize | §5.3 token_phases, rotary_table.
+Legend: B batch, T positions, D width, H query heads, K key-value heads, G = H / K, E head width, F
+hidden width, V vocabulary, W window, N blocks of a window (or positions of a chunk).
+Conventions: rotary pairs are the two halves of a head; norms are fp32; T + 1 tokens give T inputs
+and T targets; loss in nats per target; a target of -100 is not scored.
+
+Run: python gemma.py                         # a laptop: the preset demo, on next tokens
+     python gemma.py --export teacher        # the same, and a teacher for the next command
+     python gemma.py --teacher teacher --dim 48 --hidden_dim 128 --n_layers 3    # its student
+     torchrun --nproc_per_node=8 gemma.py    # GPUs: the preset small
+     torchrun --nnodes=16 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
+         gemma.py --preset 2b --teacher gemma-2-9b --dp_replicate 16 --data en/,code/ \
+         --tokenizer ranks.tiktoken --out /shared/2b --resume
+Expect: (to be measured)
 """
 
 import argparse
@@ -161,8 +185,8 @@ PRESETS = {
 }  # fmt: skip
 # Departure: bytes or a byte-level BPE in place of Gemini's SentencePiece model, whose file has
 # another format.
-BOS = "<bos>"  # before each document, as released
-SPECIALS = [BOS, "<|endoftext|>"]  # the second, <eos> in the papers, follows each document
+BEGIN = "<bos>"  # before each document, as released
+SPECIALS = [BEGIN, "<|endoftext|>"]  # the second, <eos> in the papers, follows each document
 PATTERN = (  # how GPT-4 and Llama 3 split text into words, for BPE rank files
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -189,13 +213,11 @@ class UnitOffsetRMSNorm(nn.Module):
         gain = 1.0 + self.weight.float()
         return F.rms_norm(x.float(), gain.shape, gain, self.eps).type_as(x)
 
-def rotary_frequencies(dim, theta, factor):
-    """Radians per position [E/2]; linear interpolation divides all positions by factor."""
-    return theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim) / factor
-
 def rotary_table(length, dim, theta, factor, device):
-    """(cos, sin) of the rotary angles of positions 0 ... length - 1, [T, E/2] each, fp32."""
-    frequencies = rotary_frequencies(dim, theta, factor).to(device)
+    """(cos, sin) [T, E/2] of the rotary angles of positions 0 ... length - 1, which are divided by
+    factor (linear interpolation), in fp32."""
+    i = torch.arange(0, dim, 2, dtype=torch.float32, device=device)
+    frequencies = theta ** -(i / dim) / factor  # radians per position
     angles = torch.arange(length, device=device)[:, None] * frequencies
     return angles.cos(), angles.sin()
 
@@ -219,13 +241,13 @@ def local_attention(q, k, v, scale, window):
     first = causal_attention(*start, scale)
     if T <= window:
         return first
-    padding = (0, 0, 0, -T % window)  # after the last position: no query before it sees it
-    q, k, v = (
-        F.pad(x, padding).unflatten(2, (-1, window)).transpose(1, 2) for x in (q, k, v)
-    )  # [B, N, H or K, W, E]
-    # The block before and the own one, [B (N-1), K, 2W, E].
+    if T % window:  # padding after the last position, which no query before it sees
+        q, k, v = (F.pad(x, (0, 0, 0, -T % window)) for x in (q, k, v))
+    # N blocks of W positions, [B, N, H or K, W, E].
+    q, k, v = (x.unflatten(2, (-1, window)).transpose(1, 2) for x in (q, k, v))
+    # The keys and values of a block and of the one before it, [B (N-1), K, 2W, E].
     k, v = (torch.cat((x[:, :-1], x[:, 1:]), 3).flatten(0, 1) for x in (k, v))
-    # The query heads of one key-value head lie one after the other, G times the same mask.
+    # The G = H / K query heads that share keys follow each other along the queries.
     q = q[:, 1:].unflatten(2, (K, -1)).flatten(3, 4).flatten(0, 1)  # [B (N-1), K, G W, E]
     i = torch.arange(window, 2 * window, device=q.device)[:, None]
     j = torch.arange(2 * window, device=q.device)
@@ -255,8 +277,8 @@ def capped_block(q, k, v, scale, window, cap):
 
 def soft_capped_attention(q, k, v, scale, window, cap):
     """local_attention with soft-capped scores (Gemma 2 §2), for which there is no fused kernel: in
-    blocks of at most 512 queries, each recomputed in the backward pass, so that the memory is linear
-    in T."""
+    blocks of at most 512 queries, each recomputed in the backward pass, so that memory is linear in
+    T. A window of T is global attention."""
     T = q.shape[2]
     size = min(window, 512)
     outputs = []
@@ -313,8 +335,8 @@ class GeGLU(nn.Module):
         return self.down(F.gelu(self.gate(x), approximate="tanh") * self.up(x))
 
 class Block(nn.Module):
-    """A norm before and after each branch, [B, T, D] -> [B, T, D] (Gemma 2 §2). Each `local_layers`
-    local blocks are followed by a global one; the first is local (Gemma 3 §2)."""
+    """A norm before and after each branch, [B, T, D] -> [B, T, D] (Gemma 2 §2). A global block
+    follows each `local_layers` local ones; the first is local (Gemma 3 §2)."""
 
     def __init__(self, cfg, index):
         super().__init__()
@@ -333,8 +355,8 @@ class Block(nn.Module):
         return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
 
 class Gemma(nn.Module):
-    """Gemma 2 or 3, tokens [B, T] -> logits [B, T, V] in fp32, or the sum of the loss over given
-    targets. dtype is the precision of the residual stream; parameters may have another."""
+    """Gemma 2 or 3, tokens [B, T] -> logits [B, T, V] in fp32 or, with targets, the summed loss.
+    `dtype` is the precision of the residual stream; parameters may be kept in another."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -359,12 +381,12 @@ class Gemma(nn.Module):
         """What the head reads, [B, T] -> [B, T, D]."""
         x = self.token_embedding(tokens).to(self.dtype)
         x = x * torch.tensor(x.shape[-1] ** 0.5, dtype=x.dtype)  # sqrt(D), rounded to this dtype
-        local = rotary_table(x.shape[1], self.head_dim, 1e4, 1.0, x.device)
-        spanning = rotary_table(
-            x.shape[1], self.head_dim, self.rope_theta, self.rope_factor, x.device
-        )
+        shape = x.shape[1], self.head_dim
+        local_rope = rotary_table(*shape, 1e4, 1.0, x.device)
+        global_rope = rotary_table(*shape, self.rope_theta, self.rope_factor, x.device)
         for block in self.blocks:
-            x = block(x, *(local if block.is_local else spanning))
+            rope = local_rope if block.is_local else global_rope
+            x = block(x, *rope)
         return self.final_norm(x)
 
     def logits(self, x):
@@ -373,8 +395,8 @@ class Gemma(nn.Module):
         return soft_cap(logits, self.logit_cap)
 
 def slices(n, vocab_size):
-    """Slices of n positions, each with at most 2**26 logits, which take 256 MiB in fp32."""
-    size = max(2**26 // vocab_size, 1)
+    """Slices of n positions, each with at most 2**25 logits, which take 128 MiB in fp32."""
+    size = max(2**25 // vocab_size, 1)
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 def chunked_loss(head, x, targets, vocab_size):
@@ -486,9 +508,9 @@ class Mixture:
         return stable_hash(self.shares, [corpus.fingerprint() for corpus in self.corpora])
 
 def add_bos(documents, tokenizer):
-    """(name, ids) of each document with the token BOS in front of its ids."""
+    """(name, ids) of each document, with the token BEGIN before its ids."""
     for name, ids in documents:
-        yield name, np.append(tokenizer.encode_single_token(BOS), ids).astype(ids.dtype)
+        yield name, np.append(tokenizer.encode_single_token(BEGIN), ids).astype(ids.dtype)
 
 def get_batch(corpus, first, n, cfg):
     """Sequences first ... first + n - 1 of the phase: tokens and targets [n, T], indices [n] of the
@@ -547,9 +569,15 @@ def soft_targets(teacher, batch, cfg):
     scored = batch["targets"].flatten()[:, None] >= 0  # [B T, 1]
     states = teacher.hidden_states(batch["tokens"])  # [B, T, D of the teacher]
     if not cfg.samples:
-        # Undisclosed: a temperature or a term for the next token itself; read as none.
-        flat = states.flatten(0, 1)
-        return lambda rows: whole_distributions(teacher, flat[rows]) * scored[rows]
+        # Undisclosed: a temperature, or a term for the next token itself. There is none here.
+        states = states.flatten(0, 1)
+
+        def whole_distributions(rows):
+            with torch.no_grad():
+                return teacher.logits(states[rows]).softmax(-1) * scored[rows]
+
+        return whole_distributions
+
     seeds = [stable_hash(cfg.seed, cfg.seq_len, i) for i in batch["indices"].tolist()]
     samples = [sample_logits(teacher, x, cfg.samples, seed) for x, seed in zip(states, seeds)]
     ids, p = (torch.cat(parts) for parts in zip(*samples))  # [B T, S] each
@@ -559,11 +587,6 @@ def soft_targets(teacher, batch, cfg):
         return t.scatter_(1, ids[rows], p[rows] * scored[rows])
 
     return sampled_distributions
-
-@torch.no_grad()
-def whole_distributions(teacher, x):
-    """P_T(. | context) of the positions x [N, D], [N, V]."""
-    return teacher.logits(x).softmax(-1)
 
 def sample_logits(teacher, x, n, seed):
     """n tokens sampled from the teacher's distribution at each position of a sequence x [T, D], and
@@ -579,12 +602,11 @@ def sample_logits(teacher, x, n, seed):
         samples.append((ids, logits.gather(1, ids).softmax(-1)))
     return [torch.cat(parts) for parts in zip(*samples)]
 
-def objective(model, batch, cfg, teacher=None):
-    """Sum of the cross-entropies to the next tokens or, with a teacher, to its distributions (Gemma
-    2 §3.2: - sum_x P_T(x | x_c) log P_S(x | x_c)), divided by batch["n_targets"], the count of the
-    whole global batch; no further metrics."""
-    targets = soft_targets(teacher, batch, cfg) if teacher else batch["targets"]
-    return model(batch["tokens"], targets) / max(batch["n_targets"], 1), {}
+def objective(model, batch, cfg):
+    """Sum of the cross-entropies to batch["targets"], the next tokens or what soft_targets returns
+    (Gemma 2 §3.2: - sum_x P_T(x | x_c) log P_S(x | x_c)), divided by batch["n_targets"], the count
+    of the whole global batch; no further metrics."""
+    return model(batch["tokens"], batch["targets"]) / max(batch["n_targets"], 1), {}
 
 # ---------------------------------------- Optimizer ----------------------------------------
 
@@ -629,13 +651,15 @@ def parallelize(model, cfg, mesh):
     norm and the tied head are one group, the root's. Sets the precision; recomputes, compiles."""
     # Departure: the papers also split matrices ("model") or sequences; llama3.py shows how.
     model.dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    if cfg.compile:  # a graph for each kind of layer, length, and for the teacher
+        torch.compiler.config.recompile_limit = 32
+        torch.compiler.config.fail_on_recompile_limit_hit = True
     policy = MixedPrecisionPolicy(model.dtype, torch.float32, cast_forward_inputs=False)
     shards = mesh if cfg.dp_replicate > 1 else mesh["dp"]
     for block in model.blocks:
         if cfg.recompute == "block":
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         if cfg.compile:
-            torch.compiler.config.fail_on_recompile_limit_hit = True
             block.compile(dynamic=False)
         if mesh.size() > 1:
             fully_shard(block, mesh=shards, mp_policy=policy)
@@ -665,6 +689,8 @@ def build_sharded(cfg, mesh, path=""):
 
 def load_teacher(cfg, mesh):
     """The model of --teacher, sharded as the student is, without gradients."""
+    if cfg.samples > cfg.vocab_size:
+        raise ValueError(f"--samples {cfg.samples} is more than the {cfg.vocab_size} tokens")
     theirs = read_gemma_config(cfg.teacher)
     if theirs.vocab_size != cfg.vocab_size:
         sizes = f"{theirs.vocab_size:,} entries, and the student {cfg.vocab_size:,}"
@@ -700,7 +726,7 @@ def memory_per_rank(cfg):
     positions = split_batch(cfg, ranks)[1] * cfg.seq_len
     # The peak is where the backward pass begins, with the fp32 logits of a chunk, their softmax and
     # its gradient.
-    head = (12 + 4 * (cfg.logit_cap > 0)) * min(positions * cfg.vocab_size, 2**26)
+    head = (12 + 4 * (cfg.logit_cap > 0)) * min(positions * cfg.vocab_size, 2**25)
     memory["activations"] = positions * cfg.n_layers * block + head
     if cfg.recompute == "block":
         inputs = positions * cfg.n_layers * size * cfg.dim
@@ -932,11 +958,9 @@ def claim_directory(out, step, config):
     log.touch()
     rows = [json.loads(line) for line in log.open() if line.endswith("}\n")]
     kept = [row for row in rows if row["step"] < step or (row["step"] == step and "loss" in row)]
-    texts = {"config.json": json.dumps(config, indent=2) + "\n"}
-    texts["metrics.jsonl"] = "".join(json.dumps(row) + "\n" for row in kept)
-    for name, text in texts.items():
-        (folder / f"{name}.tmp").write_text(text)
-        (folder / f"{name}.tmp").replace(folder / name)
+    log.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    (folder / "config.tmp").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.tmp").replace(folder / "config.json")
     return lock
 
 def save_checkpoint(out, model, optimizer, state):
@@ -1094,7 +1118,9 @@ def sharded_step(model, teacher, optimizer, batches, lr, cfg):
     for i, batch in enumerate(batches):
         if isinstance(model, FSDPModule):  # one reduction of the gradients an update
             model.set_requires_gradient_sync(i == len(batches) - 1)
-        part, _ = objective(model, batch, cfg, teacher)
+        if teacher:
+            batch = batch | {"targets": soft_targets(teacher, batch, cfg)}
+        part, _ = objective(model, batch, cfg)
         (part * dist.get_world_size()).backward()  # FSDP averages over the ranks
         loss += part.detach()
     dist.all_reduce(loss)
@@ -1212,6 +1238,8 @@ def load_languages(cfg):
         for path, weight in weights.items():
             epochs = weight * (cfg.tokens + cfg.long_tokens) / sizes[path]
             print(f"{path}: {weight:.1%} of the sequences, {epochs:.2f} epochs")
+            if weight < 2e-3:  # two sequences of a block of Mixture
+                raise ValueError(f"the weight of {path} is too small")
     starts = [0] * len(corpora)
     train, heldout = zip(*corpora.values())
     return tokenizer, Mixture(weights, train, starts, 0), Mixture(weights, heldout, starts, 0)
@@ -1233,9 +1261,6 @@ def main(argv=None):
     """Run the command line: read the data, build or resume the run, train, export and sample."""
     with report_user_errors(), stop_signals() as signals:
         cfg, given = parse(argv)
-        if cfg.init:
-            theirs = read_gemma_config(cfg.init)
-            cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in SHAPE})
         if cfg.dry_run:
             return dry_run(cfg)
         device = init_distributed(cfg.timeout)
@@ -1243,13 +1268,17 @@ def main(argv=None):
         cfg.dp = cfg.dp or ranks // cfg.dp_replicate
         plan_run(cfg, {}, given)
         check(cfg, ranks)
+        if cfg.init:
+            theirs = read_gemma_config(cfg.init)
+            cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in SHAPE})
+            check(cfg, ranks)
         data = load_languages(cfg)
         if not data:
             return
         tokenizer, corpus, heldout = data
 
         fixed = {name: getattr(cfg, name) for name in (*SHAPE, "seed", "seq_len", "long_seq_len")}
-        fixed |= {"samples": cfg.samples, "data_fingerprint": corpus.fingerprint()}
+        fixed["data_fingerprint"] = corpus.fingerprint()
         checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
         plan_run(cfg, run, given)
         weights = list(Path(cfg.export).glob("*.safetensors*")) if cfg.export else []
@@ -1544,18 +1573,18 @@ def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size
 def vocabulary_size(vocab_size, tokenizer, init):
     """vocab_size or, if it is 0, that of the tokenizer, whose ids must fit. A vocabulary that is
     larger than the byte tokenizer's is a warning, and with --init a ValueError."""
-    if not tokenizer and not vocab_size:
+    if not vocab_size and not tokenizer:
         raise ValueError("token shards need --tokenizer or --vocab_size")
-    if not tokenizer:
-        return vocab_size
+    if not vocab_size or not tokenizer:
+        return vocab_size or tokenizer.n_vocab
     n_ids = 1 + max(map(tokenizer.encode_single_token, tokenizer.token_byte_values()))
-    if 0 < vocab_size < n_ids:
+    if vocab_size < n_ids:
         raise ValueError(f"--vocab_size {vocab_size} is less than the {n_ids} ids of the tokenizer")
     if tokenizer.name == "bytes" and vocab_size > tokenizer.n_vocab:
+        print(f"warning: a vocabulary of {vocab_size:,} entries over bytes: --tokenizer is missing")
         if init:
             raise ValueError(f"--init {init} needs the --tokenizer of its {vocab_size:,} entries")
-        print(f"warning: a vocabulary of {vocab_size:,} entries over bytes: --tokenizer is missing")
-    return vocab_size or tokenizer.n_vocab
+    return vocab_size
 
 def is_held_out(name):
     """Whether a document is among the 5 % that are held out, by a hash of its name."""
@@ -1564,43 +1593,38 @@ def is_held_out(name):
 def find_files(path):
     """(text files, token shards) at path: a file, or a directory and what its links lead to, of
     one kind; without a path, the modules of Python's standard library without its tests."""
-    if not path:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        files = [root / f"{name}.py" for name in sys.stdlib_module_names]
-        for name in sys.stdlib_module_names:
-            files += (root / name).rglob("*.py")
-        tests = {"test", "tests", "idle_test"}
-        files = [f for f in files if f.exists() and not tests & set(f.relative_to(root).parts)]
-        return sorted(files), []
-    files = [Path(path)]
-    seen = set(files[0].resolve().parents)  # following a link to these would not end
-    for folder, folders, names in os.walk(path, followlinks=True):
+    root = Path(path or sysconfig.get_paths()["stdlib"])
+    endings = (".txt", ".md", ".py", ".jsonl") if path else (".py",)
+    skipped = set() if path else {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    files = [root]
+    seen = set(root.resolve().parents)  # following a link to one of these would not end
+    for folder, folders, names in os.walk(root, followlinks=True):
         if Path(folder).resolve() in seen:
             folders.clear()
-        else:
-            seen.add(Path(folder).resolve())
-            files += [Path(folder, name) for name in names]
+            continue
+        seen.add(Path(folder).resolve())
+        folders[:] = set(folders) - skipped
+        files += [Path(folder, name) for name in names]
     files = sorted(file for file in files if file.is_file())
-    texts = [f for f in files if f.suffix.lower() in (".txt", ".md", ".py", ".jsonl")]
-    shards = [f for f in files if f.suffix.lower() in (".npy", ".bin")]
-    if not texts and not shards:
-        raise ValueError(f"{path} is or has no text (.txt .md .py .jsonl) or shard (.npy .bin)")
-    if texts and shards:
-        raise ValueError(f"{path} has both text and token shards: {texts[0]}, {shards[0]}")
-    print(f"{path}: {len(texts + shards)} of {len(files)} files are read")
+    texts = [file for file in files if file.suffix.lower() in endings]
+    shards = [file for file in files if path and file.suffix.lower() in (".npy", ".bin")]
+    if bool(texts) == bool(shards):
+        kinds = "either text (.txt .md .py .jsonl) or token shards (.npy .bin)"
+        raise ValueError(f"{path} must be or have {kinds}, not {len(texts)} and {len(shards)}")
+    print(f"{root}: {len(texts + shards)} of {len(files)} files are read")
     return texts, shards
 
 def read_documents(path, files):
-    """(name, text) of each document: a text file or a line of a .jsonl file. Its name is the path
-    of the file below `path`, or the text of the line."""
+    """(name, text) of each document: a text file, named by its path below `path`, or a line of a
+    .jsonl file, named by its text."""
     root = Path(path or sysconfig.get_paths()["stdlib"])
     for file in files:
         if file.suffix.lower() == ".jsonl":
             yield from read_json_lines(file)
-        else:
-            with explain(f"{file} is not UTF-8 text", UnicodeDecodeError):
-                text = file.read_text("utf-8-sig", errors="strict" if path else "ignore")
-            yield file.relative_to(root).as_posix(), text
+            continue
+        with explain(f"{file} is not UTF-8 text", UnicodeDecodeError):
+            text = file.read_text("utf-8-sig", errors="strict" if path else "ignore")
+        yield file.relative_to(root).as_posix(), text
 
 def read_json_lines(file):
     """(text, text) of each line, a JSON object with a string "text"; empty lines are skipped."""

@@ -1,4 +1,4 @@
-"""Speed and memory, side by side: python tests/benchmark.py gpt1|gpt3|llama3|deepseek_v3|bert|t5 [--pairs 10]
+"""Speed and memory, side by side: python tests/benchmark.py gpt1|gpt3|llama3|deepseek_v3|bert|t5|gemma [--pairs 10]
 
 Each line compares the script (A) with something else (B) in interleaved pairs A B A B ... of one run
 and prints the medians. CPU time is the process's, over all its threads. Nothing here is asserted.
@@ -127,7 +127,7 @@ def plain_loop(module, cfg, kind):
         model = module.GPT1(cfg)
         module.init_weights(model, cfg)
     else:
-        model = {"nano": Nano, "book": Book, "hf": hugging_face}[kind](cfg)
+        model = kind() if callable(kind) else {"nano": Nano, "book": Book, "hf": hugging_face}[kind](cfg)
     if cfg.compile:
         model = torch.compile(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -555,6 +555,55 @@ def t5_main(module, args):
     print(f"rows a second: corruption builds {built:.0f}, the demo consumes {used:.0f}, ratio {ratio:.1f}")
 
 
+def the_sharded(module, cfg):
+    """run(): STEPS updates through gemma.py's own loop, on made-up text."""
+    tokenizer = module.load_tokenizer("bytes", module.SPECIALS)
+    text = "".join(map(chr, torch.randint(32, 127, (400_000,)).tolist()))
+    documents = module.tokenize([("text", text)], tokenizer, tokenizer.eot_token)
+    sizes = cfg.vocab_size, cfg.batch_size, cfg.seq_len
+    corpora = module.load_corpora([], documents, tokenizer, tokenizer.eot_token, *sizes)
+    model = module.build_sharded(cfg, module.init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp_replicate", "dp")))
+    optimizer = module.build_optimizer(model, cfg)
+    state = {"step": 1, "sequences": 0, "tokens": 0}  # step 0 would validate
+
+    def run():
+        end = (state["sequences"] + STEPS * cfg.batch_size) * cfg.seq_len
+        now = dataclasses.replace(cfg, tokens=float(end))
+        module.validate = lambda *_: None  # at the end, and no part of an update
+        with contextlib.redirect_stdout(io.StringIO()):
+            module.train(model, None, optimizer, *corpora, state, now, torch.device("cpu"), [])
+
+    return run
+
+
+def gemma_main(module, args):
+    """fp32, eager, one rank: both generations against Hugging Face's classes; then a local layer as T doubles."""
+    import transformers
+
+    shape = dict(vocab_size=4096, dim=384, n_layers=6, n_heads=4, n_kv_heads=1, head_dim=128, query_scalar=128, hidden_dim=1152, window=256,
+                 seq_len=1024, batch_size=2, precision="fp32", dp=1, lr=1e-4, val_every=10**9)  # fmt: skip
+    gemma2 = dict(local_layers=1, qk_norm=False, attention_cap=50.0, logit_cap=30.0, rope_theta=1e4)
+    for name, cfg in (("Gemma2", module.Config(**shape, **gemma2)), ("Gemma3", module.Config(**shape))):
+        config = {key: value for key, value in module.hf_config(cfg).items() if key not in ("architectures", "model_type")}
+        config_class = transformers.Gemma3TextConfig if cfg.qk_norm else transformers.Gemma2Config
+        peer = lambda: getattr(transformers, f"{name}ForCausalLM")(config_class(**config)).train()  # noqa: E731, B023
+        if args.measure_memory:
+            kind, wanted = args.measure_memory.split(",")
+            if wanted == name:
+                run = the_sharded(module, cfg) if kind == "script" else plain_loop(module, cfg, peer)
+                run(), run()
+                return print(peak_of_this_process())
+            continue
+        compare(f"Hugging Face's {name}ForCausalLM", the_sharded(module, cfg), plain_loop(module, cfg, peer), args.pairs)
+        memory = {kind: peak_memory(f"{kind},{name}", [args.script]) for kind in ("script", "hf")}
+        print(f"{name}, peak MiB", ", ".join(f"{kind} {size:.0f}" for kind, size in memory.items()))
+    for T in (1024, 2048, 4096, 8192):
+        q, k, v = (torch.randn(1, heads, T, 128, requires_grad=True) for heads in (4, 1, 1))
+        run = lambda: module.local_attention(q, k, v, 0.1, 256).sum().backward()  # noqa: E731, B023
+        run()
+        print(f"local attention, T {T}: {1000 * statistics.median(measure(run)[0] for _ in range(args.pairs)):.1f} ms of CPU time")
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("script")
@@ -563,7 +612,7 @@ def main():
     args = parser.parse_args()
     module = importlib.import_module(args.script)
     module.init_distributed(60)
-    own = {"gpt3": gpt3_main, "llama3": llama3_main, "deepseek_v3": deepseek_v3_main, "bert": bert_main, "t5": t5_main}
+    own = {"gpt3": gpt3_main, "llama3": llama3_main, "deepseek_v3": deepseek_v3_main, "bert": bert_main, "t5": t5_main, "gemma": gemma_main}
     if args.script in own:
         return own[args.script](module, args)
     cfg = module.Config(vocab_size=257, dim=256, n_layers=4, n_heads=4, hidden_dim=1024, dropout=0.0,

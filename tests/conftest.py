@@ -186,7 +186,7 @@ SCRIPTS = {
                  (2, dict(dp=1, dp_replicate=2)), (2, dict(dp=2, recompute="block", micro_batch=1)),
                  (2, dict(dp=2, qk_norm=False, attention_cap=0.4, logit_cap=0.3))),
         falls=1.5, batch=(24, 128), betas=(0.9, 0.95),
-        variants=("", "--no-qk_norm --attention_cap 50 --logit_cap 30 --precision bf16 --recompute block --dim 48 --seq_len 64 --long_seq_len 64 --hidden_dim 96"),
+        variants=("", "--no-qk_norm --attention_cap 50 --logit_cap 30 --precision bf16 --recompute block --dim 48 --hidden_dim 96"),
         small=dict(batch_size=4, dim=48, n_layers=3, head_dim=16, hidden_dim=64, window=8, seq_len=16, long_tokens=0, lr=1e-3),
         warm="--warmup 0.1 --long_tokens 0",
     ),

@@ -251,6 +251,15 @@ OWN_MISTAKES = {  # of one script: flags, and what the line must say
         ("--data DIR/short.txt", "10 tokens are too few"), ("--data DIR/empty.txt", "0 tokens are too few"),
         ("--data DIR/latin.txt --prompt x", "latin.txt is not UTF-8"), ("--init DIR/no_weights", "FileNotFoundError"),
     ],
+    "gemma": [
+        ("--dp 2", "dp 2 x dp_replicate 1 are not 1 ranks"), ("--n_kv_heads 3", "3 key-value heads, 4 heads"), ("--head_dim 15", "--head_dim 15"),
+        ("--window 16", "--window 16 is not less than 16 tokens"), ("--warmup 0.2", "--warmup 0.2"), ("--tokens 0", "--tokens is 0"),
+        ("--long_tokens 1000 --long_seq_len 100", "--batch_size 0 of length 100"), ("--data TEXT,TEXT,DIR/none.txt", "DIR/none.txt"),
+        ("--dry_run --world_size 3", "3 ranks"), ("--no-qk_norm --export DIR/hf", "--export needs"), ("--attention_cap 5 --export DIR/hf", "--export needs"),
+        ("--teacher DIR/no_weights", "no_weights holds no Gemma2ForCausalLM or Gemma3ForCausalLM"), ("--init DIR/no_weights", "model_type None"),
+        ("--samples 300 --teacher DIR/hf", "--samples 300"), ("--data DIR/short.txt", "short.txt: ValueError: 11 tokens are too few"),
+        ("--data TEXT,DIR/many --write_tokens DIR/w", "one corpus"), ("--data DIR/many --tokenizer bytes --batch_size 400", "6,000 tokens are too few"),
+    ],
     "gpt3": [
         ("--tp 2", "are not 1 ranks"), ("--pp 0", "pp 0"), ("--dp 3", "are not 1 ranks"), ("--n_heads 5", "5 heads"), ("--dropout 1", "--dropout 1.0"),
         ("--dry_run --world_size 4 --tp 4 --n_heads 6", "--tp 4 does not divide 6 heads"), ("--dry_run --world_size 2 --tp 2 --hidden_dim 81", "--hidden_dim 81"),
@@ -581,6 +590,8 @@ def test_training_is_what_it_says(main, script, text, tmp_path):
     cfg = config_of(module, tmp_path)
     if module.__name__ == "gpt3":
         _, corpus, heldout = module.load_mixture(cfg)
+    elif module.__name__ == "gemma":
+        _, corpus, heldout = module.load_languages(cfg)
     elif module.__name__ == "llama3":
         cfg = module.phases(cfg)[0].cfg
         (corpus, *_), heldout = module.load_mixtures(cfg, *module.find_sources(cfg))
@@ -612,7 +623,8 @@ def test_training_is_what_it_says(main, script, text, tmp_path):
             for (p, (m, v)), g in zip(moments.items(), grads):
                 m.mul_(b1).add_((1 - b1) * scale * g)
                 v.mul_(b2).add_((1 - b2) * (scale * g) ** 2)
-                p *= 1 - rate * 0.3 * (p.ndim > 1)
+                tied = module.__name__ == "gemma" and p is model.token_embedding.weight
+                p *= 1 - rate * 0.3 * (p.ndim > 1 and not tied)
                 p -= rate * (m / (1 - b1 ** (step + 1))) / ((v / (1 - b2 ** (step + 1))).sqrt() + 1e-8)
     expected = nats(module.get_batch(heldout, 0, 4, cfg)).item()
     assert float(re.search(r"val 3 \| loss ([\d.]+)", out)[1]) == pytest.approx(expected, abs=2e-4)
@@ -647,7 +659,7 @@ def test_epochs_give_the_number_of_steps(main, script, text, tmp_path):
 def test_dry_run_prints_every_preset(main, script):
     """Copies of the model in one script, shards of it in the other."""
     module, row = script
-    shards = 4 if module.__name__ in ("gpt3", "llama3") else 1
+    shards = 4 if module.__name__ in ("gpt3", "llama3", "gemma") else 1
     for preset, count in row.counts.items():
         if preset in ("236b", "27b", "9b") or preset.startswith("qwen"):  # as the others, in more layers
             continue

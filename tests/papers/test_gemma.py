@@ -1,0 +1,299 @@
+"""Gemma 2 and Gemma 3: the worked examples of the specification, and Hugging Face's classes."""
+import dataclasses
+import json
+import math
+import re
+import shutil
+import time
+
+import gemma
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import run_main
+
+
+def heads(T, H=4, K=2, E=6, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, n, T, E, generator=generator, dtype=dtype).requires_grad_() for n in (H, K, K)]
+
+
+def plain(q, k, v, scale, window, cap=0.0):
+    """Attention with one T x T mask."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = q @ k.mT * scale
+    scores = cap * torch.tanh(scores / cap) if cap else scores
+    i, j = torch.arange(q.shape[2])[:, None], torch.arange(q.shape[2])
+    return scores.masked_fill(~((j <= i) & (j > i - window)), -math.inf).softmax(-1) @ v
+
+
+# Model
+
+
+def test_norm_feed_forward_and_soft_cap():
+    """(1 + w) in fp32, cast at the end; GELU's tanh form, 0.841192 at 1 (erf's: 0.841345); the specification's capped values."""
+    norm = gemma.UnitOffsetRMSNorm(5).bfloat16()
+    norm.weight.data = torch.tensor([0.0, 0.5, -1.0, 2.0, 1e-3]).bfloat16()
+    x = torch.tensor([3.0, -1.0, 2.0, 0.5, 7.0]).bfloat16()
+    exact = x.double() / math.sqrt((x.double() ** 2).mean() + 1e-6) * (1 + norm.weight.double())
+    assert norm(x).dtype == torch.bfloat16 and torch.equal(norm(x), exact.bfloat16())
+    mlp = gemma.GeGLU(1, 1)
+    for p, value in zip(mlp.parameters(), (1.0, 2.0, 3.0)):
+        torch.nn.init.constant_(p, value)
+    assert mlp(torch.ones(1)).item() == pytest.approx(6 * 0.841192, abs=1e-5)
+    for value, cap, capped in ((50.0, 50.0, 38.0797), (100.0, 50.0, 48.2014), (30.0, 30.0, 22.8478), (7.0, 0.0, 7.0)):
+        assert gemma.soft_cap(torch.tensor(value), cap).item() == pytest.approx(capped, abs=1e-4)
+
+
+def test_rotary_frequencies():
+    tables = [gemma.rotary_table(2, 256, theta, factor, "cpu") for theta, factor in ((1e4, 1.0), (1e6, 1.0), (1e6, 8.0))]
+    found = [torch.atan2(sin[1], cos[1]) for cos, sin in tables]  # the angles of position 1
+    assert [f[0].item() for f in found] == pytest.approx([1.0, 1.0, 0.125])
+    assert [f[64].item() for f in found] == pytest.approx([1e-2, 1e-3, 1.25e-4])
+
+
+def test_embedding_scale_is_rounded_with_the_residual_stream():
+    scales = {640: 25.25, 1152: 34.0, 2304: 48.0, 2560: 50.5, 3584: 59.75, 3840: 62.0, 4608: 68.0, 5376: 73.5}
+    for d, scale in scales.items():
+        for dtype, expected in ((torch.bfloat16, scale), (torch.float32, torch.tensor(d).sqrt().item())):
+            model = gemma.Gemma(gemma.Config(vocab_size=2, dim=d, n_layers=0))
+            model.dtype, model.final_norm = dtype, torch.nn.Identity()
+            model.token_embedding.weight.data.fill_(1.0)
+            assert set(model.hidden_states(torch.tensor([[1]])).flatten().tolist()) == {expected}
+
+
+def test_pattern_of_layers():
+    """Gemma 2: every other one is global; Gemma 3: every sixth, and 26 layers end with two local ones."""
+    for preset, n_layers, n_global in (("2b", 26, 13), ("3_270m", 18, 3), ("3_1b", 26, 4), ("3_4b", 34, 5), ("3_12b", 48, 8), ("3_27b", 62, 10)):
+        with torch.device("meta"):
+            blocks = gemma.Gemma(gemma.Config(**gemma.PRESETS[preset])).blocks
+        spanning = [i for i, block in enumerate(blocks) if not block.is_local]
+        assert len(blocks) == n_layers and len(spanning) == n_global
+        step = 2 if preset == "2b" else 6
+        assert spanning == list(range(step - 1, n_layers, step))
+        assert {block.attn.window for block in blocks} == {0, gemma.PRESETS[preset].get("window", 512)}
+
+
+def test_a_window_of_three_sees_three():
+    """The specification's example of six positions."""
+    seen = [[0], [0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5]]
+    q, k, v = torch.zeros(1, 1, 6, 6), torch.zeros(1, 1, 6, 6), torch.eye(6)[None, None]
+    for x in (gemma.local_attention(q, k, v, 1.0, 3), gemma.soft_capped_attention(q, k, v, 1.0, 3, 9.0)):
+        assert [row.nonzero().flatten().tolist() for row in x[0, 0]] == seen
+
+
+@pytest.mark.parametrize("T", [1, 4, 5, 10, 15, 13])
+@pytest.mark.parametrize("cap", [0.0, 0.7])
+def test_blocks_equal_one_mask_in_values_and_gradients(T, cap):
+    """Also where the sequence is no multiple of the window, or shorter; with a window of T the layer is global."""
+    for window in (5, T):
+        q, k, v = heads(T)
+        x = gemma.soft_capped_attention(q, k, v, 0.4, window, cap) if cap else gemma.local_attention(q, k, v, 0.4, window)
+        expected = plain(q, k, v, 0.4, window, cap)
+        weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        torch.testing.assert_close(x, expected, atol=2e-7 if cap else 1e-12, rtol=0)  # scores are capped in fp32
+        for a, b in zip(*(torch.autograd.grad((y * weights).sum(), (q, k, v)) for y in (x, expected))):
+            torch.testing.assert_close(a, b, atol=2e-6 if cap else 1e-12, rtol=0)
+
+
+def kept_bytes(run):
+    """Bytes that autograd keeps of run()."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        kept["result"] = (0, run())
+    return sum(size for size, _ in kept.values())
+
+
+def test_attention_is_linear_in_memory_and_local_attention_in_time(monkeypatch):
+    """What is kept at most doubles with T, and local time grows at most 2.2 times. A soft-capped block has 512 queries: for the
+    8 heads of the 2B and 8,192 keys 128 MiB of scores in fp32, where the full square has 2 GiB."""
+    for function, *more in ((gemma.local_attention, 64), (gemma.soft_capped_attention, 64, 50.0), (gemma.soft_capped_attention, 2048, 50.0)):
+        sizes = [kept_bytes(lambda: function(*heads(T), 0.4, *more)) for T in (512, 1024, 2048)]  # noqa: B023
+        assert sizes[2] < 2.1 * sizes[1] < 2.1**2 * sizes[0]
+    times = []
+    for T in (1024, 8192):
+        q, k, v = heads(T, dtype=torch.float32)
+        clocks = [time.process_time()]
+        for _ in range(5):
+            gemma.local_attention(q, k, v, 0.4, 256).sum().backward()
+            clocks.append(time.process_time())
+        times.append(min(b - a for a, b in zip(clocks, clocks[1:])))
+    assert times[1] < 2.2**3 * times[0]
+    shapes = []
+    monkeypatch.setattr(gemma, "capped_block", lambda q, k, *more: shapes.append((q.shape[2], k.shape[2])) or q)
+    gemma.soft_capped_attention(*heads(1300), 0.4, 1300, 50.0)
+    assert shapes == [(512, 512), (512, 1024), (276, 1300)] and 4 * 8 * 512 * 8192 == 128 * 2**20 and 4 * 8 * 8192**2 == 2 * 2**30
+
+
+# Objective
+
+P_T, Z = [0.5, 0.25, 0.15, 0.07, 0.03], [1.0, 0.5, 0.2, -0.5, -1.0]
+
+
+@pytest.mark.parametrize("t, loss, gradient", [
+    (P_T, 1.291420, [-0.085806, 0.001222, 0.036110, 0.022419, 0.026055]),
+    ([0.694444, 0, 0.208333, 0.097222, 0], 1.193920, [-0.280250, 0.251222, -0.022224, -0.004803, 0.056055]),
+])  # fmt: skip
+def test_distillation_is_the_specifications_example(t, loss, gradient):
+    z, t = torch.tensor([Z], requires_grad=True), torch.tensor([t])
+    found = gemma.chunked_loss(lambda x: x, z, lambda rows: t[rows], 5)
+    found.backward()
+    assert found.item() == pytest.approx(loss, abs=2e-6) and z.grad[0].tolist() == pytest.approx(gradient, abs=2e-6)
+
+
+class Teacher(torch.nn.Module):
+    """The same logits everywhere."""
+
+    def __init__(self, p, B, T):
+        super().__init__()
+        self.token_embedding = torch.nn.Embedding(len(p), 1)
+        self.states = torch.zeros(B, T, 1)
+        self.log_p = torch.tensor(p).log()
+
+    def hidden_states(self, tokens):
+        return self.states
+
+    def logits(self, x):
+        return self.log_p.expand(*x.shape[:-1], -1)
+
+
+def test_sampled_targets_are_three_distinct_tokens_renormalised():
+    """The specification's expectation of three draws without replacement; noise depends on nothing but seed and sequence."""
+    B, T = 200, 100
+    teacher, cfg = Teacher(P_T, B, T), gemma.Config(vocab_size=5, samples=3, seq_len=T)
+    batch = {"tokens": torch.zeros(B, T), "targets": torch.zeros(B, T), "indices": torch.arange(B)}
+    t = gemma.soft_targets(teacher, batch, cfg)(slice(0, B * T))
+    assert (t > 0).sum(1).eq(3).all() and torch.allclose(t.sum(1), torch.ones(B * T))
+    kept = torch.tensor(P_T) * (t > 0)
+    torch.testing.assert_close(t, kept / kept.sum(1, keepdim=True))
+    assert t.mean(0).tolist() == pytest.approx([0.574413, 0.255219, 0.127421, 0.035466, 0.007481], abs=0.005)
+    part = {key: value[7:9] for key, value in batch.items()}
+    teacher.states = teacher.states[7:9]
+    part["targets"][0, 1] = -100
+    again = gemma.soft_targets(teacher, part, cfg)(slice(0, 2 * T))
+    assert not again[1].any(), "nothing to learn where nothing is scored"
+    again[1] = t[7 * T + 1]
+    assert torch.equal(again, t[7 * T : 9 * T])
+    whole = gemma.soft_targets(teacher, part, dataclasses.replace(cfg, samples=0))(slice(0, 3))
+    torch.testing.assert_close(whole, torch.tensor([P_T, [0.0] * 5, P_T]))
+
+
+def test_loss_in_chunks_is_the_loss_and_bounds_the_memory(monkeypatch):
+    """A chunk of V = 262,144 has 128 positions, 128 MiB of logits in fp32; at the peak of both passes there are fewer than nine
+    such tensors, 1.2 GB. Here a chunk of 2**22 logits and its nine stay below the logits of all."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    assert gemma.slices(8192, 262_144)[:2] == [slice(0, 128), slice(128, 256)]
+    V, size, generator = 65_536, 2**22, torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(V, 4, generator=generator))
+    x, ids = torch.randn(1000, 4, generator=generator), torch.randint(V, (1000,), generator=generator)
+    ids[5] = -100
+    t = lambda rows: F.one_hot(ids[rows].clamp(0), V).float() * (ids[rows, None] >= 0)  # noqa: E731
+    head = lambda x: gemma.soft_cap(x @ weight.T, 5.0)  # noqa: E731
+    expected = F.cross_entropy(head(x).double(), ids, reduction="sum")
+    (gradient,) = torch.autograd.grad(expected, weight)
+    monkeypatch.setattr(gemma, "slices", lambda n, V: [slice(i, min(i + size // V, n)) for i in range(0, n, size // V)])
+    for targets in (ids, t):
+        with (tracker := MemTracker()):
+            found = gemma.chunked_loss(head, x, targets, V)
+            found.backward()
+        assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+        torch.testing.assert_close(weight.grad, gradient, atol=1e-4, rtol=1e-5)
+        weight.grad = None
+        peak = max(sum(kinds.values()) for kinds in tracker.get_tracker_snapshot("peak").values())
+        assert peak < 9 * 4 * size < 4 * 1000 * V
+
+
+# Checkpoint
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
+def test_logits_loss_and_gradients_are_hugging_faces(kind, tmp_path):
+    """Seven layers, window 8 and small caps; 23 tokens are no multiple of the window."""
+    tr = pytest.importorskip("transformers")
+    shape = dict(vocab_size=256, hidden_size=64, intermediate_size=128, num_attention_heads=4, head_dim=32, query_pre_attn_scalar=16,
+                 num_hidden_layers=7, sliding_window=8, attn_implementation="eager")  # fmt: skip
+    if kind == "gemma2":
+        theirs = tr.Gemma2ForCausalLM(tr.Gemma2Config(**shape, num_key_value_heads=2, attn_logit_softcapping=5.0, final_logit_softcapping=3.0))
+    else:
+        ropes = dict(full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1e6), sliding_attention=dict(rope_type="default", rope_theta=1e4))
+        theirs = tr.Gemma3ForCausalLM(tr.Gemma3TextConfig(**shape, num_key_value_heads=1, rope_parameters=ropes))
+    generator = torch.Generator().manual_seed(0)
+    for name, p in theirs.named_parameters():
+        p.data.normal_(0, 0.3 if "norm" in name else 0.15, generator=generator)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, cfg = gemma.from_hf(tmp_path / "theirs")
+    tokens = torch.randint(1, 256, (3, 24), generator=generator)
+    expected = theirs(tokens[:, :-1]).logits
+    assert (ours(tokens[:, :-1]) - expected).abs().max() < 1e-5 * expected.abs().max()
+    loss, their_loss = ours(tokens[:, :-1], tokens[:, 1:]) / (3 * 23), theirs(tokens, labels=tokens).loss
+    assert loss.item() == pytest.approx(their_loss.item(), rel=1e-6)
+    loss.backward(), their_loss.backward()
+    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    for name, p in ours.named_parameters():
+        g = gradients[gemma.gemma_name(name)]
+        assert (p.grad - g).abs().max() < 1e-5 * g.abs().max(), name
+    gemma.to_hf(ours, cfg, tmp_path / "ours")
+    again = type(theirs).from_pretrained(tmp_path / "ours", attn_implementation="eager")
+    assert torch.equal(again(tokens).logits, theirs(tokens).logits)
+
+
+def test_directories_are_read_with_their_classs_defaults_or_refused(tmp_path):
+    def read(**config):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return gemma.read_gemma_config(tmp_path)
+
+    cfg = read(model_type="gemma2")
+    assert (cfg.vocab_size, cfg.attention_cap, cfg.logit_cap, cfg.local_layers, cfg.rope_theta, cfg.qk_norm) == (256000, 50.0, 30.0, 1, 1e4, False)
+    old = dict(rope_scaling=dict(factor=8.0, type="linear"), rope_local_base_freq=1e4, rope_theta=2e6, sliding_window_pattern=3)
+    cfg = read(model_type="gemma3_text", **old)
+    assert (cfg.vocab_size, cfg.attention_cap, cfg.logit_cap, cfg.local_layers, cfg.rope_theta, cfg.rope_factor) == (262208, 0.0, 0.0, 2, 2e6, 8.0)
+    for key, value in dict(
+        model_type="gemma3", hidden_activation="silu", rms_norm_eps=1e-5, attention_bias=True, use_bidirectional_attention=True,
+        layer_types=["sliding_attention"] * 25 + ["full_attention", "full_attention"], rope_scaling=dict(rope_type="yarn", factor=2.0), rope_local_base_freq=1e5,
+    ).items():  # fmt: skip
+        with pytest.raises(ValueError, match=f"holds no .*{key if key != 'rope_local_base_freq' else 'rope_theta'}".replace("rope_scaling", "rope_type")):
+            read(**{"model_type": "gemma3_text", key: value})
+
+
+# Runs
+
+
+def test_unimax_is_the_specifications_example():
+    weights = gemma.unimax({"a": 100, "b": 10, "c": 40}, 100, 2)
+    assert weights == pytest.approx({"a": 0.4, "b": 0.2, "c": 0.4}) and list(weights) == ["a", "b", "c"]
+
+
+FLAGS = ["--dim=24", "--n_layers=3", "--head_dim=8", "--hidden_dim=32", "--window=6", "--seq_len=16", "--long_seq_len=32", "--batch_size=8",
+         "--val_batches=1", "--log_every=1", "--timeout=30"]  # fmt: skip
+
+
+def losses(out, key="loss"):
+    return [row[key] for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if key in row]
+
+
+def test_a_student_learns_from_an_exported_teacher(ranks, tmp_path):
+    """Two phases, the layouts' losses, and a resume from before the second phase, bit for bit."""
+    (tmp_path / "text.txt").write_text("".join(f"line {i} says {i * i}\n" for i in range(2000)))
+    flags = [*FLAGS, "--data", tmp_path / "text.txt"]
+    status, out, err = run_main("gemma", [*flags, "--steps=4", "--n_layers=4", "--export", tmp_path / "hf"])
+    assert status == 0, err
+    flags += ["--steps=5", "--long_tokens=1.2e6", "--teacher", tmp_path / "hf", "--samples=7", "--save_every=2"]
+    status, out, err = run_main("gemma", [*flags, "--out", tmp_path / "one"])
+    assert "x 8 sequences of 16 | positions of global layers / 1" in out and "x 4 sequences of 32 | positions of global layers / 2" in out, err
+    one = losses(tmp_path / "one")
+    for n, more in ((2, []), (4, ["--dp_replicate=2"])):
+        results = ranks.run(n, run_main, "gemma", [*flags, "--micro_batch=1", *more, "--out", tmp_path / f"{n}"])
+        assert results[0][0] == 0, results[0]
+        assert losses(tmp_path / f"{n}") == pytest.approx(one, rel=1e-5)
+    shutil.rmtree(tmp_path / "one" / "step_000000005")
+    status, out, err = run_main("gemma", [*flags, "--out", tmp_path / "one", "--resume"])
+    assert status == 0 and "step 4/5" not in out and losses(tmp_path / "one") == one
+    assert re.search(r"step 5/5 \| loss [\d.]+ \| bpb n/a", out) and len(losses(tmp_path / "one", "val_loss")) == 2
+    status, _, err = run_main("gemma", [*flags, "--tokenizer=bytes", "--vocab_size=300"])
+    assert status == 2 and "has 258 entries, and the student 300" in err
