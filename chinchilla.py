@@ -1789,7 +1789,7 @@ def sweep_and_fit(cfg, corpus, heldout, device, queue, signals):
 @record
 def main(argv=None):
     """Run the command line: answer from the laws, or train a sweep or a single model."""
-    with report_user_errors(), stop_signals() as signals:
+    with report_user_errors():
         cfg, given = parse(argv)
         if cfg.dry_run:
             return dry_run(cfg)
@@ -1817,9 +1817,11 @@ def main(argv=None):
             raise ValueError(f"--vocab_size {cfg.vocab_size} has no place for <|endoftext|>")
         n_windows = corpus.n_windows(cfg.seq_len)
         print(f"torch {torch.__version__} | {device.type} {cfg.precision} | {n_windows:,} windows")
-        if queue:
-            return sweep_and_fit(cfg, corpus, heldout, device, queue, signals)
-        single_run(cfg, given, corpus, heldout, tokenizer, source, device, signals)
+        with stop_signals() as signals:
+            if queue:
+                sweep_and_fit(cfg, corpus, heldout, device, queue, signals)
+            else:
+                single_run(cfg, given, corpus, heldout, tokenizer, source, device, signals)
 
 # ---------------------------------------- Plumbing ----------------------------------------
 
@@ -1849,6 +1851,8 @@ def explain(what, *errors):
     try:
         yield
     except errors as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
         cause = error
         if isinstance(error, dcp.CheckpointException):  # its text is the traceback of each rank
             cause = next(iter(error.failures.values()))[0]

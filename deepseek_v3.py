@@ -2138,7 +2138,7 @@ def load_documents(cfg):
 @record
 def main(argv=None):
     """Run the command line: read the data, build or resume the run, train, export and sample."""
-    with report_user_errors(), stop_signals() as signals:
+    with report_user_errors():
         cfg, given = parse(argv)
         if cfg.init:
             check(cfg, 1)
@@ -2203,7 +2203,9 @@ def main(argv=None):
         print(f"pp {cfg.pp} x dp {cfg.dp} x ep {cfg.ep} | {cfg.steps:,} updates")
         print("parameters {:,} | activated {:,}".format(*counts), end=" | ")
         print(f"FLOPs per token {flops_per_token(cfg):.3g}")
-        if not train(pipe, optimizer, corpus, heldout, state, cfg, device, signals):
+        with stop_signals() as signals:
+            finished = train(pipe, optimizer, corpus, heldout, state, cfg, device, signals)
+        if not finished:
             return print(f"stopped by a signal after step {state['step']}")
         conclude(pipe, heldout, tokenizer, state, device)
 
@@ -2235,6 +2237,8 @@ def explain(what, *errors):
     try:
         yield
     except errors as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
         cause = error
         if isinstance(error, dcp.CheckpointException):  # its text is the traceback of each rank
             cause = next(iter(error.failures.values()))[0]

@@ -698,7 +698,7 @@ def load_data(cfg):
 @record
 def main(argv=None):
     """Run the command line: read the data, build or resume the run, train, export and sample."""
-    with report_user_errors(), stop_signals() as signals:
+    with report_user_errors():
         cfg, given = parse(argv)
         if cfg.dry_run:
             return dry_run(cfg)
@@ -752,7 +752,9 @@ def main(argv=None):
         print("parameters {:,} | activated {:,}".format(*count_parameters(model)), end=" | ")
         print(f"FLOPs per token {flops_per_token(cfg):.3g} | tokens per step", end=" ")
         print(f"{tokens:,} = {ranks} ranks x {steps} x {micro} sequences of {cfg.seq_len}")
-        if not train(model, optimizer, corpus, heldout, state, cfg, device, signals):
+        with stop_signals() as signals:
+            finished = train(model, optimizer, corpus, heldout, state, cfg, device, signals)
+        if not finished:
             return print(f"stopped by a signal after step {state['step']}")
         if cfg.export and dist.get_rank() == 0:
             to_hf(model, cfg, cfg.export)
@@ -791,6 +793,8 @@ def explain(what, *errors):
     try:
         yield
     except errors as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
         cause = error
         if isinstance(error, dcp.CheckpointException):  # its text is the traceback of each rank
             cause = next(iter(error.failures.values()))[0]

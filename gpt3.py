@@ -1503,7 +1503,7 @@ def show_context_use(parallel, heldout, tokenizer, cfg):
 @record
 def main(argv=None):
     """Run the command line: read the data, build or resume the run, train, export and sample."""
-    with report_user_errors(), stop_signals() as signals:
+    with report_user_errors():
         cfg, given = parse(argv)
         if cfg.init or cfg.export:
             with explain("--init and --export need: pip install safetensors", ImportError):
@@ -1551,7 +1551,9 @@ def main(argv=None):
             run = dataclasses.asdict(cfg) | fixed
             lock = claim_directory(cfg.out, state["step"], run)  # held until this run ends
         print_plan(mixture, cfg, device)
-        if not train(parallel, optimizer, mixture, heldout, state, cfg, signals):
+        with stop_signals() as signals:
+            finished = train(parallel, optimizer, mixture, heldout, state, cfg, signals)
+        if not finished:
             return print(f"stopped by a signal after step {state['step']}")
         if cfg.export and dist.get_rank() == 0:
             to_hf(parallel, cfg, cfg.export)
@@ -1587,6 +1589,8 @@ def explain(what, *errors):
     try:
         yield
     except errors as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
         cause = error
         if isinstance(error, dcp.CheckpointException):  # its text is the traceback of each rank
             cause = next(iter(error.failures.values()))[0]

@@ -1759,7 +1759,7 @@ def resume_plan(cfg, given, ranks):
 @record
 def main(argv=None):
     """Run the command line: read the data, build or resume the run, train, export and sample."""
-    with report_user_errors(), stop_signals() as signals:
+    with report_user_errors():
         cfg, given = parse(argv)
         if cfg.init or cfg.export:
             with explain("--init and --export need: pip install safetensors", ImportError):
@@ -1812,7 +1812,9 @@ def main(argv=None):
         print(f"parameters {total:,} | activated {activated:,} | FLOPs per token", end=" ")
         cfg.steps = min(cfg.steps or math.inf, plan[-1].end)
         print(f"{flops_per_token(plan[-1].cfg):.3g} | {cfg.steps:,} updates")
-        if not train_in_stages(pipeline, optimizer, data, state, cfg, device, signals):
+        with stop_signals() as signals:
+            finished = train_in_stages(pipeline, optimizer, data, state, cfg, device, signals)
+        if not finished:
             return print(f"stopped by a signal after step {state['step']}")
         finish(pipeline, data, state, cfg, device)
 
@@ -1844,6 +1846,8 @@ def explain(what, *errors):
     try:
         yield
     except errors as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
         cause = error
         if isinstance(error, dcp.CheckpointException):  # its text is the traceback of each rank
             cause = next(iter(error.failures.values()))[0]

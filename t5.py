@@ -1325,7 +1325,7 @@ def describe_run(model, corpus, cfg):
 @record
 def main(argv=None):
     """Run the command line: read the data, build or resume the run, train, export and sample."""
-    with report_user_errors(), stop_signals() as signals:
+    with report_user_errors():
         cfg, given = parse(argv)
         if cfg.dry_run:
             return dry_run(cfg)
@@ -1368,7 +1368,9 @@ def main(argv=None):
             run = dataclasses.asdict(cfg) | fixed
             lock = claim_directory(cfg.out, state["step"], run)  # held until this run ends
         describe_run(model, corpus, cfg)
-        if not train(model, optimizer, corpus, heldout, state, cfg, mesh, signals):
+        with stop_signals() as signals:
+            finished = train(model, optimizer, corpus, heldout, state, cfg, mesh, signals)
+        if not finished:
             return print(f"stopped by a signal after step {state['step']}")
         if cfg.export:
             to_hf(model, cfg, cfg.export)
@@ -1403,6 +1405,8 @@ def explain(what, *errors):
     try:
         yield
     except errors as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
         cause = error
         if isinstance(error, dcp.CheckpointException):  # its text is the traceback of each rank
             cause = next(iter(error.failures.values()))[0]

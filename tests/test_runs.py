@@ -1050,6 +1050,8 @@ def test_time_left_leaves_out_the_first_update(gpt1, text, capsys, monkeypatch):
 def test_a_second_signal_ends_the_process_at_once(text, tmp_path):
     process = start("gpt1", *small("gpt1"), "--data", text, "--steps", 10**6, "--batch_size", 64, "--seq_len", 128, "--out", tmp_path)
     wait_for("metrics.jsonl", tmp_path, process)
+    while not losses(tmp_path):
+        time.sleep(0.001)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)
     assert process.wait() in (-signal.SIGINT, 0)
