@@ -1360,6 +1360,8 @@ def main(argv=None):
         fixed = {name: getattr(cfg, name) for name in (*SHAPE, "seed")}
         fixed["data_fingerprint"] = corpus.ids.fingerprint()
         checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
+        if cfg.eval and not checkpoint and not cfg.init:
+            raise ValueError(f"--eval: {cfg.out} has no checkpoint")
         if run and "steps" not in given:  # as many sequences as its first start planned
             cfg.steps = math.ceil(run["steps"] * run["batch_size"] / cfg.batch_size)
         if cfg.warmup_steps > cfg.steps // 10:

@@ -1722,6 +1722,8 @@ def single_run(cfg, given, corpus, heldout, tokenizer, source, device, signals):
     cfg.tokens = planned_tokens(cfg, total)
     fixed = fixed_fields(cfg, corpus)
     checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
+    if cfg.eval and not checkpoint and not cfg.init:
+        raise ValueError(f"--eval: {cfg.out} has no checkpoint")
     if run and not given & {"steps", "tokens"}:  # as many tokens as its first start planned
         cfg.tokens = run["tokens"]
     n_updates = updates_left(0, cfg)

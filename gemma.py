@@ -22,8 +22,9 @@ Conventions: rotary pairs are the two halves of a head; norms are fp32; T + 1 to
 and T targets; loss in nats per target; a target of -100 is not scored.
 
 Run: python gemma.py                         # a laptop: the preset demo, on next tokens
-     python gemma.py --export teacher        # the same, and a teacher for the next command
-     python gemma.py --teacher teacher --dim 48 --hidden_dim 128 --n_layers 3    # its student
+     python gemma.py --export teacher        # the same, which then writes a teacher,
+     python gemma.py --teacher teacher --dim 48 --hidden_dim 128    # and a student that learns
+                                             # from it; without --teacher, from next tokens
      torchrun --nproc_per_node=8 gemma.py    # GPUs: the preset small
      torchrun --nnodes=16 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
          gemma.py --preset 2b --teacher gemma-2-9b --dp_replicate 16 --data en/,code/ \
@@ -153,9 +154,9 @@ PRESETS = {
     # A CPU, a minute: the pattern of Gemma 3, cut after a local layer, and both phases.
     "demo": dict(
         dim=96, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=32, query_scalar=32,
-        hidden_dim=256, window=32, local_layers=2, seq_len=128, batch_size=24, tokens=2.4e6,
-        long_seq_len=256, long_tokens=3e5, long_rope_factor=2.0, samples=32, lr=6e-3,
-        warmup=0.05, log_every=50,
+        hidden_dim=256, window=32, local_layers=2, seq_len=128, batch_size=24, tokens=1e6,
+        long_seq_len=256, long_tokens=1.2e5, long_rope_factor=2.0, samples=32, lr=6e-3,
+        warmup=0.05, log_every=25,
     ),
     # One GPU of 24 GB or a node of them, minutes: over bytes.
     "small": dict(
@@ -855,8 +856,8 @@ def to_hf(model, cfg, path):
     from safetensors.torch import save_file
 
     is_writer = not dist.is_initialized() or dist.get_rank() == 0
-    sizes = itertools.accumulate(4 * p.numel() for p in model.parameters())
-    parts = [int(size // 5e9) for size in sizes]  # of each parameter
+    starts = itertools.accumulate((4 * p.numel() for p in model.parameters()), initial=0)
+    *parts, _ = (int(start // 5e9) for start in starts)  # the file of each parameter
     n = parts[-1] + 1
     files = ["model.safetensors"]
     if n > 1:
@@ -1171,7 +1172,9 @@ def train(model, teacher, optimizer, corpus, heldout, state, cfg, device, signal
         steps_left = 0 if cfg.eval else count_updates(state["sequences"], cfg)
         n_signals = n_errors = 0
         if steps_left > 0:
+            clock = time.perf_counter()
             error = ahead.exception()
+            waited = time.perf_counter() - clock
             n_signals, n_errors = sum_over_ranks(len(signals), error is not None)
         end = steps_left <= 0 or n_signals or n_errors
         if cfg.out and step > saved and not n_skipped and (end or step % cfg.save_every == 0):
@@ -1179,7 +1182,7 @@ def train(model, teacher, optimizer, corpus, heldout, state, cfg, device, signal
             saved = step
         if n_errors:
             raise_first(error)
-        if steps_left <= 0 or step % cfg.val_every == 0:
+        if steps_left <= 0 or (step % cfg.val_every == 0 and not end):
             validate(evaluate, heldout, step, phase, *place)
         if end:
             return steps_left <= 0
@@ -1194,7 +1197,7 @@ def train(model, teacher, optimizer, corpus, heldout, state, cfg, device, signal
         finite = math.isfinite(loss) and math.isfinite(norm)
         state["step"] += 1
         state["tokens"] += finite * phase.batch_size * phase.seq_len
-        seconds = time.perf_counter() - clock
+        seconds = waited + time.perf_counter() - clock
         if step > first_step:  # the first update, which may compile, tells nothing of the next
             pace = 0.9 * (pace or seconds) + 0.1 * seconds
         if step == 0 or steps_left == 1 or state["step"] % cfg.log_every == 0:
@@ -1259,7 +1262,7 @@ def plan_run(cfg, run, given):
 @record
 def main(argv=None):
     """Run the command line: read the data, build or resume the run, train, export and sample."""
-    with report_user_errors(), stop_signals() as signals:
+    with report_user_errors():
         cfg, given = parse(argv)
         if cfg.dry_run:
             return dry_run(cfg)
@@ -1280,6 +1283,8 @@ def main(argv=None):
         fixed = {name: getattr(cfg, name) for name in (*SHAPE, "seed", "seq_len", "long_seq_len")}
         fixed["data_fingerprint"] = corpus.fingerprint()
         checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
+        if cfg.eval and not checkpoint and not cfg.init:
+            raise ValueError(f"--eval: {cfg.out} has no checkpoint")
         plan_run(cfg, run, given)
         weights = list(Path(cfg.export).glob("*.safetensors*")) if cfg.export else []
         if weights and run.get("export") != cfg.export:
@@ -1302,7 +1307,10 @@ def main(argv=None):
         print(f"torch {torch.__version__} | {device.type} {cfg.precision} | dp {cfg.dp} x", end=" ")
         print(f"dp_replicate {cfg.dp_replicate} | parameters {total:,} | activated", end=" ")
         print(f"{activated:,} | FLOPs per token {flops_per_token(cfg):.3g}")
-        if not train(model, teacher, optimizer, corpus, heldout, state, cfg, device, signals):
+        with stop_signals() as signals:
+            models = model, teacher, optimizer
+            finished = train(*models, corpus, heldout, state, cfg, device, signals)
+        if not finished:
             return print(f"stopped by a signal after step {state['step']}")
         _, last = token_phases(cfg)[-1]
         if cfg.export:
@@ -1342,6 +1350,8 @@ def explain(what, *errors):
     try:
         yield
     except errors as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
         cause = error
         if isinstance(error, dcp.CheckpointException):  # its text is the traceback of each rank
             cause = next(iter(error.failures.values()))[0]

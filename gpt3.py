@@ -1525,6 +1525,8 @@ def main(argv=None):
         fixed = {name: getattr(cfg, name) for name in (*SHAPE, "seed", "tp", "pp")}
         fixed["data_fingerprint"] = mixture.fingerprint()
         checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
+        if cfg.eval and not checkpoint and not cfg.init:
+            raise ValueError(f"--eval: {cfg.out} has no checkpoint")
         if run and not given & {"steps", "tokens"}:  # as many tokens as its first start planned
             cfg.tokens = run["tokens"]
         if cfg.warmup_tokens > cfg.tokens / 10:

@@ -20,7 +20,6 @@ def heads(T, H=4, K=2, E=6, seed=0, dtype=torch.float64):
 
 
 def plain(q, k, v, scale, window, cap=0.0):
-    """Attention with one T x T mask."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     scores = q @ k.mT * scale
     scores = cap * torch.tanh(scores / cap) if cap else scores
@@ -34,7 +33,7 @@ def test_norm_feed_forward_and_soft_cap():
     norm.weight.data = torch.tensor([0.0, 0.5, -1.0, 2.0, 1e-3]).bfloat16()
     x = torch.tensor([3.0, -1.0, 2.0, 0.5, 7.0]).bfloat16()
     exact = x.double() / math.sqrt((x.double() ** 2).mean() + 1e-6) * (1 + norm.weight.double())
-    assert norm(x).dtype == torch.bfloat16 and torch.equal(norm(x), exact.bfloat16())
+    assert torch.equal(norm(x), exact.bfloat16())
     mlp = gemma.GeGLU(1, 1)
     for p, value in zip(mlp.parameters(), (1.0, 2.0, 3.0)):
         torch.nn.init.constant_(p, value)
@@ -52,8 +51,8 @@ def test_rotary_angles_and_the_scale_of_the_embedding():
         for dtype, expected in ((torch.bfloat16, scale), (torch.float32, torch.tensor(d).sqrt().item())):
             model = gemma.Gemma(gemma.Config(vocab_size=2, dim=d, n_layers=0))
             model.dtype, model.final_norm = dtype, torch.nn.Identity()
-            model.token_embedding.weight.data.fill_(1.0)
-            assert model.hidden_states(torch.tensor([[1]])).unique().tolist() == [expected]
+            w = model.token_embedding.weight.data.to(dtype)  # of another value in each place
+            assert torch.equal(model.hidden_states(torch.tensor([[1]]))[0, 0], (w[1].double() * expected).to(dtype))
 
 
 def test_pattern_and_windows():
@@ -64,8 +63,8 @@ def test_pattern_and_windows():
         expected = list(range(len(windows)))[1::2] if preset == "2b" else list(range(len(windows)))[5::6]
         assert [i for i, window in enumerate(windows) if not window] == expected and len(expected) == n_global
     seen = [[0], [0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5]]
-    q, k, v = torch.zeros(1, 1, 6, 6), torch.zeros(1, 1, 6, 6), torch.eye(6)[None, None]
-    for x in (gemma.local_attention(q, k, v, 1.0, 3), gemma.soft_capped_attention(q, k, v, 1.0, 3, 9.0)):
+    qkv = torch.zeros(1, 1, 6, 6), torch.zeros(1, 1, 6, 6), torch.eye(6)[None, None]
+    for x in (gemma.local_attention(*qkv, 1.0, 3), gemma.soft_capped_attention(*qkv, 1.0, 3, 9.0)):
         assert [row.nonzero().flatten().tolist() for row in x[0, 0]] == seen
 
 
@@ -133,10 +132,9 @@ def test_sampled_targets_are_three_distinct_tokens_renormalised():
     )  # fmt: skip
     batch = {"tokens": torch.zeros(200, 100), "targets": torch.zeros(200, 100), "indices": torch.arange(200)}
     t = gemma.soft_targets(teacher, batch, cfg)(slice(0, 20_000))
-    assert (t > 0).sum(1).eq(3).all()
     kept = torch.tensor(P_T) * (t > 0)
     torch.testing.assert_close(t, kept / kept.sum(1, keepdim=True))
-    assert t.mean(0).tolist() == pytest.approx([0.574413, 0.255219, 0.127421, 0.035466, 0.007481], abs=0.005)
+    assert (t > 0).sum(1).eq(3).all() and t.mean(0).tolist() == pytest.approx([0.574413, 0.255219, 0.127421, 0.035466, 0.007481], abs=0.005)
     part = {key: value[7:9] for key, value in batch.items()}
     part["targets"][0, 1] = -100
     again = gemma.soft_targets(teacher, part, cfg)(slice(0, 200))
@@ -164,8 +162,7 @@ def test_loss_in_chunks_is_the_loss_and_bounds_the_memory(monkeypatch):
     monkeypatch.setattr(gemma, "slices", lambda n, V: [slice(i, min(i + size // V, n)) for i in range(0, n, size // V)])
     for targets in (ids, t):
         with (tracker := MemTracker()):
-            found = gemma.chunked_loss(head, x, targets, V)
-            found.backward()
+            (found := gemma.chunked_loss(head, x, targets, V)).backward()
         assert found.item() == pytest.approx(expected.item(), rel=1e-6)
         torch.testing.assert_close(weight.grad, gradient, atol=1e-4, rtol=1e-5)
         weight.grad = None
@@ -194,7 +191,7 @@ def test_logits_loss_and_gradients_are_hugging_faces(kind, tmp_path):
     assert (ours(tokens[:, :-1]) - expected).abs().max() < 1e-5 * expected.abs().max()
     loss, their_loss = ours(tokens[:, :-1], tokens[:, 1:]) / (3 * 23), theirs(tokens, labels=tokens).loss
     assert loss.item() == pytest.approx(their_loss.item(), rel=1e-6)
-    loss.backward(), their_loss.backward()
+    (loss + their_loss).backward()
     gradients = {name: p.grad for name, p in theirs.named_parameters()}
     for name, p in ours.named_parameters():
         g = gradients[gemma.gemma_name(name)]
@@ -210,11 +207,9 @@ def test_directories_are_read_with_their_classs_defaults_or_refused(tmp_path):
         return gemma.read_gemma_config(tmp_path)
 
     names = "vocab_size", "attention_cap", "logit_cap", "local_layers", "rope_theta", "rope_factor", "qk_norm"
-    cfg = read(model_type="gemma2")
-    assert [getattr(cfg, name) for name in names] == [256000, 50.0, 30.0, 1, 1e4, 1.0, False]
+    assert [getattr(read(model_type="gemma2"), name) for name in names] == [256000, 50.0, 30.0, 1, 1e4, 1.0, False]
     old = dict(rope_scaling=dict(factor=8.0, type="linear"), rope_local_base_freq=1e4, rope_theta=2e6, sliding_window_pattern=3)
-    cfg = read(model_type="gemma3_text", **old)
-    assert [getattr(cfg, name) for name in names] == [262208, 0.0, 0.0, 2, 2e6, 8.0, True]
+    assert [getattr(read(model_type="gemma3_text", **old), name) for name in names] == [262208, 0.0, 0.0, 2, 2e6, 8.0, True]
     uneven = ["sliding_attention"] * 25 + ["full_attention"] * 2
     for key, value, phrase in (
         ("model_type", "gemma3", "model_type"), ("hidden_activation", "silu", "hidden_activation"), ("rms_norm_eps", 1e-5, "rms_norm_eps"),
@@ -234,17 +229,20 @@ def test_a_student_learns_from_an_exported_teacher(ranks, tmp_path):
     (tmp_path / "text.txt").write_text("".join(f"line {i} says {i * i}\n" for i in range(2000)))
     sizes = "--dim=24 --n_layers=3 --head_dim=8 --hidden_dim=32 --window=6 --seq_len=16 --long_seq_len=32 --batch_size=8 --val_batches=1"
     flags = [*sizes.split(), "--log_every=1", "--timeout=30", "--data", tmp_path / "text.txt"]
-    status, out, err = run_main("gemma", [*flags, "--steps=4", "--n_layers=4", "--export", tmp_path / "hf"])
-    assert status == 0, err
-    flags += ["--steps=5", "--long_tokens=1.2e6", "--teacher", tmp_path / "hf", "--samples=7", "--save_every=2"]
-    status, out, err = run_main("gemma", [*flags, "--out", tmp_path / "one"])
-    assert "x 8 sequences of 16 | positions of global layers / 1" in out and "x 4 sequences of 32 | positions of global layers / 2" in out, err
+    assert run_main("gemma", [*flags, "--steps=4", "--n_layers=4", "--export", tmp_path / "hf"])[0] == 0
+    flags += ["--steps=5", "--long_tokens=1.2e6", "--teacher", tmp_path / "hf", "--long_rope_factor=64", "--samples=7", "--save_every=2"]
+    status, out, err = run_main("gemma", [*flags, "--out", tmp_path / "one", "--export", tmp_path / "student"])
+    assert "x 8 sequences of 16 | positions of global layers / 1" in out and "x 4 sequences of 32 | positions of global layers / 64" in out, err
     one = losses(tmp_path / "one")
     for n, more in ((2, []), (4, ["--dp_replicate=2"])):
-        results = ranks.run(n, run_main, "gemma", [*flags, "--micro_batch=1", *more, "--out", tmp_path / f"{n}"])
+        results = ranks.run(n, run_main, "gemma", [*flags, "--micro_batch=1", *more, "--out", tmp_path / f"{n}"], timeout=120)
         assert results[0][0] == 0 and losses(tmp_path / f"{n}") == pytest.approx(one, rel=1e-5), results[0]
+    run = gemma.Config(**{k: v for k, v in json.loads((tmp_path / "one" / "config.json").read_text()).items() if k != "data_fingerprint"})
+    batch = gemma.get_batch(gemma.load_languages(run)[2], 0, 4, dataclasses.replace(run, seq_len=32))
+    loss, _ = gemma.objective(gemma.from_hf(tmp_path / "student")[0], batch, run)  # with the last phase's positions
+    assert loss.item() == pytest.approx(losses(tmp_path / "one", "val_loss")[-1], rel=1e-6)
     shutil.rmtree(tmp_path / "one" / "step_000000005")
-    status, out, err = run_main("gemma", [*flags, "--out", tmp_path / "one", "--resume"])
+    status, out, err = run_main("gemma", [*flags, "--out", tmp_path / "one", "--resume"])  # bit for bit
     assert status == 0 and "step 4/5" not in out and losses(tmp_path / "one") == one
     assert re.search(r"step 5/5 \| loss [\d.]+ \| bpb n/a", out) and len(losses(tmp_path / "one", "val_loss")) == 2
     status, _, err = run_main("gemma", [*flags, "--tokenizer=bytes", "--vocab_size=300"])
