@@ -390,8 +390,8 @@ def test_mistakes_end_in_one_line_and_status_2(main, script, text, tmp_path):
     own = [(line.replace("DIR", str(tmp_path)).replace("TEXT", text).split(), phrase.replace("DIR", str(tmp_path)).replace("TEXT", text))
            for line, phrase in OWN_MISTAKES[script[0].__name__]]  # fmt: skip
     for flags, phrase in mistakes(tmp_path, text) + own:
-        if "--init" in flags and not importlib.util.find_spec("safetensors"):
-            phrase = "the package safetensors"
+        if {"--init", "--teacher"} & set(flags) and not importlib.util.find_spec("safetensors"):
+            phrase = "pip install safetensors"
         given = [*small(script[0].__name__), "--data", text, *flags]
         if "--preset" in flags:
             given = flags
