@@ -1003,7 +1003,7 @@ def test_mistakes(main, text, tmp_path):
         (["--init", tmp_path], "holds no BertForPreTraining"), (["--long_share", 1.0, "--long_seq_len", 4], "--long_seq_len 4 does not hold"),
     ]  # fmt: skip
     for flags, phrase in cases:
-        if "--init" in flags and not importlib.util.find_spec("safetensors"):
+        if "--init" in flags and "wordpiece:200" not in flags and not importlib.util.find_spec("safetensors"):
             phrase = "pip install safetensors"
         status, out, err = main(*small(), "--data", text, *flags)
         assert status == 2 and phrase in err and len(err.splitlines()) == 1, (flags, status, err)

@@ -149,7 +149,6 @@ def test_loss_in_chunks_is_the_loss_and_bounds_the_memory(monkeypatch):
     """A chunk of V = 262,144 has 128 positions, 128 MiB of logits in fp32; at the peak of both passes there are fewer than nine
     such tensors, 1.2 GB. Here a chunk of 2**22 logits and its nine stay below the logits of all."""
     from torch.distributed._tools.mem_tracker import MemTracker
-
     assert gemma.slices(8192, 262_144)[:2] == [slice(0, 128), slice(128, 256)]
     V, size, generator = 65_536, 2**22, torch.Generator().manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(V, 4, generator=generator))
@@ -226,6 +225,7 @@ def losses(out, key="loss"):
 
 def test_a_student_learns_from_an_exported_teacher(ranks, tmp_path):
     """Two phases, the layouts' losses, and a resume from before the second phase, bit for bit; then UniMax's worked example."""
+    pytest.importorskip("safetensors")
     (tmp_path / "text.txt").write_text("".join(f"line {i} says {i * i}\n" for i in range(2000)))
     sizes = "--dim=24 --n_layers=3 --head_dim=8 --hidden_dim=32 --window=6 --seq_len=16 --long_seq_len=32 --batch_size=8 --val_batches=1"
     flags = [*sizes.split(), "--log_every=1", "--timeout=30", "--data", tmp_path / "text.txt"]
