@@ -25,7 +25,7 @@ Run: python chinchilla.py                         # a CPU: a sweep of minutes, a
          chinchilla.py --preset 1018m --data massive/ --tokenizer ranks.tiktoken --out /shared/1b
      python chinchilla.py --budget 1e21            # the optimum by every law; no training
      python chinchilla.py --fit runs.csv           # the laws of any table with columns N, D, loss
-Expect: the demo trains 12 models in about 4 minutes; the least losses of 2e11 and 4e11
+Expect: the demo trains 12 models in about 3 minutes; the least losses of 2e11 and 4e11
 FLOPs lie inside the swept sizes, near 30k and 42k parameters (1.85 and 1.75 nats a byte), which
 gives N a slope of 0.48 by approach 2. So small a sweep shows the method, not the constants.
 """
