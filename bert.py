@@ -1395,7 +1395,7 @@ def main(argv=None):
         with stop_signals() as signals:
             finished = train(model, optimizer, corpus, heldout, state, cfg, device, signals)
         if not finished:
-            return print(f"stopped by a signal after step {state['step']}")
+            return print(f"stopped after step {state['step']}")
         if cfg.export and dist.get_rank() == 0:
             to_hf(model, cfg, cfg.export)
             save_vocabulary(tokenizer, Path(cfg.export) / "vocab.txt")

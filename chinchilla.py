@@ -1745,7 +1745,7 @@ def single_run(cfg, given, corpus, heldout, tokenizer, source, device, signals):
     if cfg.second_batch:
         print(f"{cfg.second_batch} sequences per step from half of the tokens on")
     if not train(model, optimizer, corpus, heldout, state, cfg, device, signals):
-        return print(f"stopped by a signal after step {state['step']}")
+        return print(f"stopped after step {state['step']}")
     if cfg.export and dist.get_rank() == 0:
         to_hf(model, cfg, cfg.export)
     if tokenizer and dist.get_rank() == 0:

@@ -1556,7 +1556,7 @@ def main(argv=None):
         with stop_signals() as signals:
             finished = train(parallel, optimizer, mixture, heldout, state, cfg, signals)
         if not finished:
-            return print(f"stopped by a signal after step {state['step']}")
+            return print(f"stopped after step {state['step']}")
         if cfg.export and dist.get_rank() == 0:
             to_hf(parallel, cfg, cfg.export)
         elif cfg.export:

@@ -1815,7 +1815,7 @@ def main(argv=None):
         with stop_signals() as signals:
             finished = train_in_stages(pipeline, optimizer, data, state, cfg, device, signals)
         if not finished:
-            return print(f"stopped by a signal after step {state['step']}")
+            return print(f"stopped after step {state['step']}")
         finish(pipeline, data, state, cfg, device)
 
 # ---------------------------------------- Plumbing ----------------------------------------

@@ -1373,7 +1373,7 @@ def main(argv=None):
         with stop_signals() as signals:
             finished = train(model, optimizer, corpus, heldout, state, cfg, mesh, signals)
         if not finished:
-            return print(f"stopped by a signal after step {state['step']}")
+            return print(f"stopped after step {state['step']}")
         if cfg.export:
             to_hf(model, cfg, cfg.export)
         if tokenizer:  # token shards do not name theirs

@@ -907,7 +907,7 @@ def test_two_phases_on_two_ranks_and_resumed(bert, ranks, objective, text, tmp_p
         with monkeypatch.context() as patch:
             patch.setattr(bert, "stop_signals", lambda: contextlib.nullcontext(received))
             patch.setattr(bert, "update_model", signalled)
-            assert f"stopped by a signal after step {stop}" in run_main("bert", [*map(str, flags), "--out", str(tmp_path / f"{stop}")])[1]
+            assert f"stopped after step {stop}" in run_main("bert", [*map(str, flags), "--out", str(tmp_path / f"{stop}")])[1]
         together(1, "--out", tmp_path / f"{stop}", "--resume")
         assert rows(f"{stop}") == rows("whole") and logged(f"{stop}", "val_loss") == logged("whole", "val_loss")
 

@@ -39,7 +39,7 @@ def make(cfg, scale=1.0):
 def stream(cfg, ids):
     """ids as a Corpus whose windows come in order; a byte an ordinary token."""
     token_bytes = (np.arange(cfg.vocab_size) < 256).astype(np.int64)
-    return t5.Corpus([np.asarray(ids, np.uint16)], 0, len(ids), -1, token_bytes, in_order=True)
+    return t5.Corpus([("", np.asarray(ids, np.uint16))], 0, len(ids), -1, token_bytes, in_order=True)
 
 
 def corpus_of(cfg, length=4000):
