@@ -1045,13 +1045,15 @@ def test_time_left_leaves_out_the_first_update(gpt1, text, capsys, monkeypatch):
 
 
 def test_a_second_signal_ends_the_process_at_once(text, tmp_path):
-    process = start("gpt1", *small("gpt1"), "--data", text, "--steps", 10**6, "--batch_size", 64, "--seq_len", 128, "--out", tmp_path)
+    """In the first update, of 4,096 micro-batches, which begins when the first validation is written."""
+    flags = [*small("gpt1"), "--data", text, "--steps", 2, "--batch_size", 4096, "--micro_batch", 1, "--seq_len", 4, "--val_batches", 1]
+    process = start("gpt1", *flags, "--n_layers", 8, "--out", tmp_path)
     wait_for("metrics.jsonl", tmp_path, process)
-    while not losses(tmp_path):
-        time.sleep(0.001)
     process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    assert process.wait() in (-signal.SIGINT, 0)
+    assert process.wait(timeout=5) == -signal.SIGINT
 
 
 def test_eval_reads_the_newest_checkpoint_and_writes_nothing(gpt1, text, tmp_path, capsys):
