@@ -671,6 +671,8 @@ def load_data(cfg):
         separator = tokenizer.eot_token
     cfg.vocab_size = vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
     documents = tokenize(read_documents(cfg.data, files), tokenizer, separator)
+    if cfg.write_tokens and shards:
+        raise ValueError("--write_tokens reads text, and --data has token shards")
     if cfg.write_tokens:
         return write_tokens(cfg.write_tokens, documents)
     sizes = cfg.vocab_size, cfg.batch_size, cfg.seq_len
