@@ -272,7 +272,7 @@ OWN_MISTAKES = {  # of one script: flags, and what the line must say
         ("--noise_scale --dry_run --world_size 2 --pp 2 --micro_batch 1", "--noise_scale does not work with --pp"),
         ("--first_batch 8", "--first_batch 8"), ("--batch_multiple 3", "multiples of 3"), ("--banded all", "banded"),
         ("--data 0:TEXT", "the weight of TEXT is 0"), ("--data half:TEXT", "is not WEIGHT:PATH"), ("--data TEXT,DIR/none.txt", "DIR/none.txt"),
-        ("--data TEXT,DIR/latin.txt --write_tokens DIR/w", "one corpus, not a mix"), ("--vocab_size 255", "less than the 256 ids"),
+        ("--data TEXT,DIR/latin.txt --write_tokens DIR/w", "one corpus, not a mix"), ("--vocab_size 255", "less than the 257 ids"),
         ("--init DIR/no_weights", "--vocab_size 9 is less"), ("--init DIR/many", "many holds no GPT2LMHeadModel"),
         ("--tokenizer DIR/twice.txt", "a rank twice"), ("--data DIR/short.txt", "short.txt: ValueError: 10 tokens are too few"),
         ("--data DIR/empty.txt", "empty.txt: ValueError: 0 tokens are too few"), ("--data DIR/many --tokenizer bytes --batch_size 400", "6,000 tokens are too few"),
@@ -1127,9 +1127,7 @@ def test_gpt3_ramp_and_layouts_give_the_same_run(together, text, tmp_path):
     same held-out loss elsewhere."""
     flags = [*small("gpt3", **RAMP), "--data", text, "--lr", 0.01, "--val_every", 1000, "--seq_len", 40]
     whole = together(1, "gpt3", *flags, "--out", tmp_path / "whole")
-    rows = [json.loads(row) for row in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    sizes = [row["batch"] for row in rows if "loss" in row]
-    assert sizes == [4, 4, 4, 4, 8, 8, 8], "the ramp ends at 640 tokens, the run at 1,600"
+    assert re.findall(r"batch (\d+)", whole) == ["4", "4", "4", "4", "8", "8", "8"], "the ramp ends at 640 tokens, the run at 1,600"
     find = lambda out: re.search(r"val 7 \| loss (\S+).*?1 shots \| (\S+) nats.*?8 shots \| they do not fit", out, re.S).groups()  # noqa: E731
     export = ["--export", tmp_path / "hf"] if importlib.util.find_spec("safetensors") else []
     for ranks, layout in ((2, ["--dp", 2]), (4, ["--tp", 2, "--pp", 2, *export])):
@@ -1164,7 +1162,7 @@ def test_gpt3_logs_the_noise_scale(together, text, tmp_path):
                 squares.append(sum(g.double().square().sum() for g in grads).item())
             square, trace = (8 * squares[1] - 2 * squares[0]) / 6, (squares[0] - squares[1]) / (1 / 2 - 1 / 8)
             averages = [0.99 * averages[0] + 0.01 * square, 0.99 * averages[1] + 0.01 * trace]
-            assert noises[step] == round(averages[1] / averages[0] * cfg.seq_len)
+            assert noises[step] == pytest.approx(averages[1] / averages[0], rel=1e-4)
 
 
 def test_gpt3_loss_scale(gpt3_main, capsys, text, tmp_path, monkeypatch):
@@ -1193,18 +1191,17 @@ def test_gpt3_loss_scale(gpt3_main, capsys, text, tmp_path, monkeypatch):
     assert out.count("skipped") == 1 and "step 5 skipped" in out, "a loss that is not finite is no overflow"
     logged = lambda name: [row for row in map(json.loads, (tmp_path / name / "metrics.jsonl").open()) if "loss" in row]  # noqa: E731
     rows = logged("run")
-    assert [row["scale"] for row in rows] == [65536, 65536, 16384, 16384, 16384, 16384] and rows[-1]["tokens"] == 5 * 64
+    scales = lambda out: re.findall(r"\| scale (\d+)", out)  # noqa: E731
+    assert scales(out) == ["65536", "65536", "16384", "16384", "16384", "16384"] and rows[-1]["tokens"] == 5 * 64
     assert all(0.1 < row["grad"] < 10 for row in rows[:4]), "the norm is that of the gradient, unscaled"
-    for steps, precision, scale in ((7, "bf16", None), (8, "fp16", 65536)):  # it begins and ends with the precision
+    for steps, precision, scale in ((7, "bf16", []), (8, "fp16", ["65536"])):  # it begins and ends with the precision
         gpt3_main.main([*flags, "--precision", precision, "--steps", str(steps), "--out", str(tmp_path / "run"), "--resume"])
-        row = logged("run")[-1]
-        assert (row["step"], row.get("scale")) == (steps, scale)
+        assert logged("run")[-1]["step"] == steps and scales(capsys.readouterr().out) == scale
     shutil.copytree(tmp_path / "run", tmp_path / "more")
     start = dict(clean=997, step=0, sequences=0, scale=65536.0)
     monkeypatch.setattr(gpt3_main, "load_checkpoint", lambda *args: args[-1].update(start))
     gpt3_main.main([*flags, "--steps", "5", "--out", str(tmp_path / "more"), "--resume"])
-    rows = [row["scale"] for row in logged("more")]
-    assert rows == [65536, 65536, 131072, 131072, 131072]
+    assert scales(capsys.readouterr().out) == ["65536", "65536", "131072", "131072", "131072"]
 
 
 def test_gpt3_fp16_follows_fp32(gpt3_main, capsys, text, tmp_path):
