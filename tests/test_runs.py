@@ -232,7 +232,7 @@ OWN_MISTAKES = {  # of one script: flags, and what the line must say
         ("--dry_run --world_size 0", "not 0 ranks"), ("--data DIR/ids.npy --vocab_size 32128 --prompt text", "--prompt needs --tokenizer"),
         ("--data DIR/ids.npy --vocab_size 32256 --denoiser ul2 --sentinels 128 --sentinel 32127", "--mode 32100 to 32102"),
         ("--dry_run --world_size 3 --tp 3", "--tp 3 does not divide 4 heads"), ("--dry_run --world_size 2 --tp 2 --hidden_dim 81", "--hidden_dim 81"),
-        ("--dry_run --world_size 2 --tp 2 --vocab_size 385", "--vocab_size 385"), ("--vocab_size 256", "--vocab_size 256 does not hold"),
+        ("--dry_run --world_size 2 --tp 2 --vocab_size 385", "--vocab_size 385"), ("--vocab_size 256", "--vocab_size 256 is less than the 361 ids"),
         ("--sentinels 5 --inputs 512 --seq_len 0", "hides up to 28 spans in an example of 568 tokens: --sentinels is too small"),
         ("--denoiser ul2 --inputs 512 --seq_len 0", "hides up to 127 spans in an example of 1004 tokens: --sentinels"),
         ("--denoiser iid --inputs 2048 --seq_len 0", "--sentinels is too small"), ("--inputs 3", "--inputs 3 in 1 examples cannot hold a span"),
