@@ -1689,6 +1689,8 @@ def load_data(cfg):
         separator = tokenizer.eot_token
     cfg.vocab_size = vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
     documents = tokenize(read_documents(cfg.data, files), tokenizer, separator)
+    if cfg.write_tokens and shards:
+        raise ValueError("--write_tokens reads text, and --data has token shards")
     if cfg.write_tokens:
         return write_tokens(cfg.write_tokens, documents)
     sizes = cfg.vocab_size, cfg.batch_size, cfg.seq_len
@@ -1814,7 +1816,8 @@ def report_user_errors():
         with contextlib.redirect_stdout(open(os.devnull, "w") if rank else sys.stdout):
             yield
     except BrokenPipeError:  # the program that reads our output, such as head, has ended
-        os._exit(1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (OSError, ValueError) as error:
         time.sleep(5 * (rank > 0))  # so that rank 0, if it fails too, reports first
         print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
@@ -1830,8 +1833,6 @@ def explain(what, *errors):
     try:
         yield
     except errors as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
         cause = str(error).strip().rpartition("\n")[2]  # without the tracebacks of other ranks
         raise ValueError(f"{what}: {type(error).__name__}: {cause}") from error
 
@@ -2043,8 +2044,9 @@ def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size
         batch = f"a batch of {batch_size} x {length}"
         raise ValueError(f"{total:,} tokens are too few for {batch} and another to hold out")
     token_bytes = np.zeros(vocab_size, np.int64)
-    for text in tokenizer.token_byte_values() if tokenizer else []:
-        token_bytes[tokenizer.encode_single_token(text)] = len(text)
+    if tokenizer:
+        for text in tokenizer.token_byte_values():
+            token_bytes[tokenizer.encode_single_token(text)] = len(text)
     parts = train + heldout
     corpus = Corpus(parts, 0, n_train, separator, token_bytes, in_order=False)
     return corpus, Corpus(parts, n_train, total, separator, token_bytes, in_order=True)
@@ -2135,8 +2137,7 @@ def tokenize(documents, tokenizer, separator):
     """(name, ids) of each document that is not empty; the last id is the separator."""
     dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
     for name, text in documents:
-        # tiktoken's PanicException, of the longest words, is a BaseException.
-        with explain(f"the tokenizer cannot take document {name[:80]!r}", BaseException):
+        with explain(f"the tokenizer cannot take document {name[:80]!r}", ValueError):
             ids = tokenizer.encode_to_numpy(text, disallowed_special=())
         if text:
             yield name, np.append(ids, separator).astype(dtype)
