@@ -204,6 +204,22 @@ class Linear(nn.Linear):
         bias = None if self.bias is None else self.bias.type_as(x)
         return F.linear(x, self.weight.type_as(x), bias)
 
+class Normalize(torch.autograd.Function):
+    """y = r x with r = 1 / sqrt(mean(x²) + eps), the mean over the last dimension. The backward
+    pass, dx = r (dy - y mean(y dy)), needs y and r; autograd would keep x and square it again."""
+
+    @staticmethod
+    def forward(ctx, x, eps):
+        r = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)  # [..., 1]
+        y = x * r
+        ctx.save_for_backward(y, r)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        y, r = ctx.saved_tensors
+        return r * (dy - y * (y * dy).mean(-1, keepdim=True)), None
+
 class UnitOffsetRMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) (1 + w), all of it in fp32 and cast back at the end: [..., D]."""
 
@@ -214,7 +230,7 @@ class UnitOffsetRMSNorm(nn.Module):
 
     def forward(self, x):
         gain = 1.0 + self.weight.float()
-        return F.rms_norm(x.float(), gain.shape, gain, self.eps).type_as(x)
+        return (Normalize.apply(x.float(), self.eps) * gain).type_as(x)
 
 def rotary_table(length, dim, theta, factor, device):
     """(cos, sin) [T, E/2] of the rotary angles of positions 0 ... length - 1, which are divided by
@@ -232,30 +248,32 @@ def rotate(x, cos, sin):
 def causal_attention(q, k, v, scale):
     """softmax(q kᵀ scale) v over this and all earlier positions; query head j uses key-value head
     j // (H / K). [B, H, T, E], [B, K, T, E] twice -> [B, H, T, E]."""
-    settings = dict(is_causal=True, scale=scale, enable_gqa=True)
-    return F.scaled_dot_product_attention(q, k, v, **settings)
+    return F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=scale, enable_gqa=True
+    )  # fmt: skip
 
 def local_attention(q, k, v, scale, window):
     """causal_attention over the last `window` positions, the query's own included. The positions
     form blocks of one window; a block's queries see their own block and the one before."""
     B, H, T, _ = q.shape
     K = k.shape[1]
-    start = (x[:, :, :window].contiguous() for x in (q, k, v))  # a view would keep all in memory
-    first = causal_attention(*start, scale)
+    # The first block sees itself alone. Of views, autograd would keep all of q, k and v.
+    first_block = (x[:, :, :window].contiguous() for x in (q, k, v))
+    first = causal_attention(*first_block, scale)
     if T <= window:
         return first
     if T % window:  # padding after the last position, which no query before it sees
         q, k, v = (F.pad(x, (0, 0, 0, -T % window)) for x in (q, k, v))
-    # N blocks of W positions, [B, N, H or K, W, E].
+    # N blocks of W positions: [B, N, H or K, W, E].
     q, k, v = (x.unflatten(2, (-1, window)).transpose(1, 2) for x in (q, k, v))
-    # The keys and values of a block and of the one before it, [B (N-1), K, 2W, E].
+    # Keys and values of the block before and of the block itself: [B (N-1), K, 2W, E].
     k, v = (torch.cat((x[:, :-1], x[:, 1:]), 3).flatten(0, 1) for x in (k, v))
-    # The G = H / K query heads that share keys follow each other along the queries.
-    q = q[:, 1:].unflatten(2, (K, -1)).flatten(3, 4).flatten(0, 1)  # [B (N-1), K, G W, E]
-    i = torch.arange(window, 2 * window, device=q.device)[:, None]
-    j = torch.arange(2 * window, device=q.device)
-    mask = ((j <= i) & (j > i - window)).repeat(H // K, 1)  # [G W, 2W]
-    x = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)  # [B (N-1), K, G W, E]
+    # The G = H / K query heads that share keys are laid end to end: [B (N-1), K, G W, E].
+    q = q[:, 1:].unflatten(2, (K, -1)).flatten(3, 4).flatten(0, 1)
+    i = torch.arange(window, 2 * window, device=q.device)[:, None]  # queries: the second block
+    j = torch.arange(2 * window, device=q.device)  # keys: both blocks
+    visible = ((j <= i) & (j > i - window)).repeat(H // K, 1)  # [G W, 2W]
+    x = F.scaled_dot_product_attention(q, k, v, visible, scale=scale)  # [B (N-1), K, G W, E]
     x = x.unflatten(2, (-1, window)).flatten(1, 2)  # [B (N-1), H, W, E]
     x = x.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)  # [B, H, (N-1) W, E]
     return torch.cat((first, x), 2)[:, :, :T]
@@ -270,6 +288,7 @@ def capped_block(q, k, v, scale, window, cap):
     S = q.shape[2]
     N = k.shape[2]
     q = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B, K, G S, E]
+    # Scale, cap and mask, in this order; cap divides q, which is smaller than the scores.
     scores = cap * torch.tanh((q * (scale / cap) @ k.mT).float())  # [B, K, G S, N]
     distance = torch.arange(N - S, N, device=q.device)[:, None] - torch.arange(N, device=q.device)
     visible = (distance >= 0) & (distance < window)  # [S, N]
@@ -423,7 +442,8 @@ def init_weights(model, cfg):
     Each parameter has a random stream of its own, named by (seed, name), so that every layout
     starts from the same numbers. Raises ValueError for a parameter without a rule.
     """
-    # Undisclosed: all of it. The released code draws with 0.01 or, at Hugging Face, 0.02.
+    # Undisclosed: the initialisation. The released code draws from N(0, 0.01), Hugging Face's
+    # classes from N(0, 0.02).
     for name, p in model.named_parameters():
         if re.search(r"(token_embedding|q|k|v|out|gate|up|down)\.weight$", name):
             generator = torch.Generator().manual_seed(stable_hash(cfg.seed, name))
@@ -462,53 +482,36 @@ def unimax(sizes, budget, max_epochs):
         tokens[name] = min(share, max_epochs * sizes[name])
     return {name: tokens[name] / sum(tokens.values()) for name in sizes}
 
-class Mixture:
-    """Corpora that are drawn by weight, one sequence at a time.
+class LanguageMixture:
+    """Corpora in given proportions, to be read as one Corpus. Of each 1,000 sequences every corpus
+    has its exact share, in an order that the seed shuffles, so that the window of a corpus that a
+    sequence reads follows from the sequence's index alone."""
 
-    Of each block of 1,000 sequences every corpus has its exact share, in an order that the seed
-    shuffles, so that its own position is arithmetic. starts: windows of each corpus that earlier
-    phases spent; first: sequences that earlier phases drew from this mixture.
-    """
-
-    def __init__(self, mix, corpora, starts, first):
-        self.names = list(mix)
-        self.weights = list(mix.values())
+    def __init__(self, corpora, weights):
         self.corpora = corpora
-        self.starts = starts
-        self.first = first
-        self.block = 1000 if len(mix) > 1 else 1
-        sums = itertools.accumulate(self.weights, initial=0.0)
-        self.bounds = [round(self.block * part) for part in sums]
-        self.shares = [b - a for a, b in itertools.pairwise(self.bounds)]
+        sums = itertools.accumulate(weights, initial=0.0)
+        self.bounds = [round(1000 * total) for total in sums]  # of the corpora's shares of 1,000
         self.separator = corpora[0].separator
         self.token_bytes = corpora[0].token_bytes
 
-    def draw(self, index, seed):
-        """(corpus, window of it) of sequence `index` of the phase."""
-        block, place = divmod(self.first + index, self.block)
-        place = shuffled(place, self.block, (seed, "mixture", block))
-        corpus = bisect.bisect_right(self.bounds, place) - 1
-        position = block * self.shares[corpus] + place - self.bounds[corpus]
-        return corpus, self.starts[corpus] + position
-
-    def spent(self, n):
-        """Windows of each corpus that are spent after n sequences of the phase."""
-        blocks = math.ceil((self.first + n) / self.block)
-        return [start + blocks * share for start, share in zip(self.starts, self.shares)]
-
     def n_windows(self, length):
-        """Sequences of length + 1 ids until one of the corpora begins another epoch."""
-        pairs = zip(self.corpora, self.weights)
-        return round(min(corpus.n_windows(length) / weight for corpus, weight in pairs))
+        """Number of sequences before one of the corpora is read again."""
+        shares = [stop - start for start, stop in itertools.pairwise(self.bounds)]
+        sizes = [corpus.n_windows(length) for corpus in self.corpora]
+        return min(1000 * size // share for size, share in zip(sizes, shares))
 
     def window(self, index, length, seed):
-        """Window `index` of the phase, length + 1 ids."""
-        corpus, position = self.draw(index, seed)
-        return self.corpora[corpus].window(position, length, seed)
+        """The length + 1 ids of sequence `index`."""
+        thousand, position = divmod(index, 1000)
+        position = shuffled(position, 1000, (seed, "mixture", thousand))
+        corpus = bisect.bisect_right(self.bounds, position) - 1
+        start, stop = self.bounds[corpus : corpus + 2]
+        index = thousand * (stop - start) + position - start
+        return self.corpora[corpus].window(index, length, seed)
 
     def fingerprint(self):
-        """A number that tells mixtures of other shares or other data apart."""
-        return stable_hash(self.shares, [corpus.fingerprint() for corpus in self.corpora])
+        """A hash of the proportions and of the fingerprints of the corpora."""
+        return stable_hash(self.bounds, [corpus.fingerprint() for corpus in self.corpora])
 
 def add_bos(documents, tokenizer):
     """(name, ids) of each document, with the token BEGIN before its ids."""
@@ -654,7 +657,7 @@ def parallelize(model, cfg, mesh):
     norm and the tied head are one group, the root's. Sets the precision; recomputes, compiles."""
     # Departure: the papers also split matrices ("model") or sequences; llama3.py shows how.
     model.dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-    if cfg.compile:  # a graph for each kind of layer, length, and for the teacher
+    if cfg.compile:  # one graph for each kind of layer, each length, and the teacher
         torch.compiler.config.recompile_limit = 32
         torch.compiler.config.fail_on_recompile_limit_hit = True
     policy = MixedPrecisionPolicy(model.dtype, torch.float32, cast_forward_inputs=False)
@@ -679,7 +682,7 @@ def fill_parameter(p, value):
 
 def build_sharded(cfg, mesh, path=""):
     """The parallelized model of this rank, initialised or with the weights of a Hugging Face
-    checkpoint directory. It has no memory before it is sharded."""
+    checkpoint directory. Memory is allocated after it is sharded, for this rank's shards alone."""
     with torch.device("meta"):
         model = Gemma(cfg)
     parallelize(model, cfg, mesh)
@@ -694,12 +697,12 @@ def load_teacher(cfg, mesh):
     """The model of --teacher, sharded as the student is, without gradients."""
     if cfg.samples > cfg.vocab_size:
         raise ValueError(f"--samples {cfg.samples} is more than the {cfg.vocab_size} tokens")
-    theirs = read_gemma_config(cfg.teacher)
-    if theirs.vocab_size != cfg.vocab_size:
-        sizes = f"{theirs.vocab_size:,} entries, and the student {cfg.vocab_size:,}"
+    shape = read_gemma_config(cfg.teacher)
+    if shape.vocab_size != cfg.vocab_size:
+        sizes = f"{shape.vocab_size:,} entries, and the student {cfg.vocab_size:,}"
         raise ValueError(f"the vocabulary of --teacher {cfg.teacher} has {sizes}")
-    same = dict(precision=cfg.precision, compile=cfg.compile, dp_replicate=cfg.dp_replicate)
-    teacher = build_sharded(dataclasses.replace(theirs, **same), mesh, cfg.teacher)
+    run = dict(precision=cfg.precision, compile=cfg.compile, dp_replicate=cfg.dp_replicate)
+    teacher = build_sharded(dataclasses.replace(shape, **run), mesh, cfg.teacher)
     register_fsdp_forward_method(teacher, "hidden_states")  # gathers what soft_targets needs
     return teacher.requires_grad_(False)
 
@@ -707,34 +710,26 @@ def memory_per_rank(cfg):
     """Bytes on each of cfg.dp x cfg.dp_replicate ranks, by kind."""
     with torch.device("meta"):
         model = Gemma(cfg)
-    n = sum(p.numel() for p in model.parameters())
-    n_block = sum(p.numel() for p in model.blocks[0].parameters())
-    n_root = n - n_block * cfg.n_layers
+    n, _ = count_parameters(model)
+    n_blocks = sum(p.numel() for p in model.blocks.parameters())
     size = 2 if cfg.precision == "bf16" else 4
-    ranks = cfg.dp * cfg.dp_replicate
-    shares = {"parameters": 4 * n, "gradients": 4 * n, "optimizer": 8 * n}
-    memory = {kind: n_bytes / cfg.dp for kind, n_bytes in shares.items()}
-    # Gathered parameters and their gradients: the root's, and those of a block and of the next; on
-    # one rank, copies of the weights in bf16.
-    memory["gathered"] = size * (2 * n_root + 3 * n_block)
-    if ranks == 1:
-        memory["gathered"] = 2 * n * (size == 2)
-
-    # Kept for the backward pass, per position and block. By the norms, their inputs and the normed
-    # in fp32, as by the rotary embedding; by products and GeGLU, their inputs, and by attention q,
-    # k, v and its output, in the products' precision.
+    # Gathered: embedding and head with their gradient; a block with its gradient, and the next.
+    gathered = 2 * (n - n_blocks) + 3 * n_blocks / cfg.n_layers
+    # Kept for the backward pass, per position and block: x / rms(x) of the norms in fp32; in the
+    # products' precision the inputs of the matrix products and of GeGLU, q, k, v and the output.
     width = (cfg.n_heads + cfg.n_kv_heads) * cfg.head_dim
-    block = cfg.dim * (32 + 2 * size) + 4 * size * cfg.hidden_dim
-    block += width * ((12 if cfg.qk_norm else 4) + 2 * size)
-    positions = split_batch(cfg, ranks)[1] * cfg.seq_len
-    # The peak is where the backward pass begins, with the fp32 logits of a chunk, their softmax and
-    # its gradient.
-    head = (12 + 4 * (cfg.logit_cap > 0)) * min(positions * cfg.vocab_size, 2**25)
-    memory["activations"] = positions * cfg.n_layers * block + head
+    block = cfg.dim * (16 + 2 * size) + 4 * size * cfg.hidden_dim
+    block += width * (2 * size + (4 + size) * cfg.qk_norm)
+    positions = split_batch(cfg, cfg.dp * cfg.dp_replicate)[1] * cfg.seq_len
+    kept = positions * cfg.n_layers * block
     if cfg.recompute == "block":
-        inputs = positions * cfg.n_layers * size * cfg.dim
-        memory["activations"] = inputs + max(positions * (block + 16 * cfg.dim), head)
-    return memory
+        kept = positions * (cfg.n_layers * size * cfg.dim + block)
+    # The fp32 logits of a chunk, their softmax and its gradient.
+    head = 12 * min(positions * cfg.vocab_size, 2**25)
+    return {
+        "parameters": 4 * n / cfg.dp, "gradients": 4 * n / cfg.dp, "optimizer": 8 * n / cfg.dp,
+        "gathered": size * gathered * (cfg.dp > 1), "activations": kept + head,
+    }  # fmt: skip
 
 # ---------------------------------------- Checkpoint ----------------------------------------
 
@@ -758,7 +753,7 @@ HF_DEFAULTS = {  # what the classes of Gemma 2 and Gemma 3 have different defaul
 }  # fmt: skip
 HF_FIXED = {
     "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6, "attention_bias": False,
-    "attention_dropout": 0.0, "tie_word_embeddings": True,
+    "attention_dropout": 0.0, "tie_word_embeddings": True, "use_bidirectional_attention": False,
 }  # fmt: skip
 HF_NAMES = {  # part of a parameter's name: Hugging Face's
     "token_embedding": "model.embed_tokens", "blocks": "model.layers", "final_norm": "model.norm",
@@ -787,24 +782,22 @@ def read_gemma_config(path):
         cfg.attention_cap = cfg.attention_cap or 0.0  # null
         cfg.logit_cap = cfg.logit_cap or 0.0
         cfg.qk_norm = kind == "gemma3_text"
-        if theirs.get("use_bidirectional_attention"):
-            raise ValueError("config.json has use_bidirectional_attention")
 
-        pattern = theirs.get("sliding_window_pattern", 6) if cfg.qk_norm else 2
-        types = theirs.get("layer_types") or layer_types(pattern - 1, cfg.n_layers)
+        cfg.local_layers = theirs.get("sliding_window_pattern", 6) - 1 if cfg.qk_norm else 1
+        types = theirs.get("layer_types") or layer_types(cfg.local_layers, cfg.n_layers)
         cfg.local_layers = [*types, "full_attention"].index("full_attention")
         if types != layer_types(cfg.local_layers, cfg.n_layers):
             raise ValueError("config.json has layer_types that do not repeat")
 
-        # Older directories have rope_theta, rope_local_base_freq and rope_scaling.
-        ropes = theirs.get("rope_parameters") or {}
+        # The directories first published have rope_theta, rope_scaling and rope_local_base_freq.
         rope = {"rope_theta": theirs.get("rope_theta", 1e6 if cfg.qk_norm else 1e4)}
-        rope |= (ropes.get("full_attention") if cfg.qk_norm else ropes) or {}
         rope |= theirs.get("rope_scaling") or {}
-        local = rope
-        if cfg.qk_norm:
-            local = {"rope_theta": theirs.get("rope_local_base_freq", 1e4)}
-            local |= ropes.get("sliding_attention") or {}
+        local = {"rope_theta": theirs.get("rope_local_base_freq", 1e4)}
+        ropes = theirs.get("rope_parameters") or {}
+        rope |= ropes.get("full_attention", {}) if cfg.qk_norm else ropes
+        local |= ropes.get("sliding_attention", {})
+        if not cfg.qk_norm:  # Gemma 2 has one for all layers
+            local = rope
         kinds = [r.get("rope_type", r.get("type", "default")) for r in (local, rope)]
         if kinds not in (["default", "default"], ["default", "linear"]):
             raise ValueError(f"config.json has the rope_type {' and '.join(kinds)}")
@@ -837,11 +830,9 @@ def hf_config(cfg):
     """config.json of the model."""
     kind = "gemma3_text" if cfg.qk_norm else "gemma2"
     names = HF_CONFIG | HF_DEFAULTS[kind]
-    config = {key: getattr(cfg, field) for field, (key, _) in names.items()} | HF_FIXED
+    config = {key: getattr(cfg, field) or None for field, (key, _) in names.items()} | HF_FIXED
     config |= {"model_type": kind, "layer_types": layer_types(cfg.local_layers, cfg.n_layers)}
     config["architectures"] = ["Gemma3ForCausalLM" if cfg.qk_norm else "Gemma2ForCausalLM"]
-    for key in ("final_logit_softcapping", "attn_logit_softcapping"):
-        config[key] = config.get(key) or None
     rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
     local = {"rope_type": "default", "rope_theta": 1e4}
     if cfg.rope_factor != 1:
@@ -849,38 +840,24 @@ def hf_config(cfg):
     config["rope_parameters"] = rope
     if cfg.qk_norm:
         config["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
-    # The tokenizer, which has these, is not written.
+    # These ids belong to the tokenizer, which is not written.
     return config | dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
 
 def to_hf(model, cfg, path):
     """Write model to the directory path as a Gemma2ForCausalLM or a Gemma3ForCausalLM. All ranks
-    call this: they gather one tensor after the other, and rank 0 writes files of about 5 GB."""
+    call this: they gather one tensor after the other; rank 0 keeps all in its memory and writes."""
     from safetensors.torch import save_file
 
     is_writer = not dist.is_initialized() or dist.get_rank() == 0
-    starts = itertools.accumulate((4 * p.numel() for p in model.parameters()), initial=0)
-    *parts, _ = (int(start // 5e9) for start in starts)  # the file of each parameter
-    n = parts[-1] + 1
-    files = ["model.safetensors"]
-    if n > 1:
-        files = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
-    index = {}
-    with written_beside(path) if is_writer else contextlib.nullcontext() as folder:
-        named = zip(parts, model.named_parameters())
-        for part, group in itertools.groupby(named, key=lambda item: item[0]):
-            tensors = {}
-            for _, (name, p) in group:
-                value = p.full_tensor() if isinstance(p, DTensor) else p
-                if is_writer:
-                    tensors[gemma_name(name)] = value.detach().cpu().contiguous()
-            index |= dict.fromkeys(tensors, files[part])
-            if is_writer:
-                save_file(tensors, folder / files[part], metadata={"format": "pt"})
+    tensors = {}
+    for name, p in model.named_parameters():
+        tensor = p.full_tensor() if isinstance(p, DTensor) else p
         if is_writer:
+            tensors[gemma_name(name)] = tensor.detach().cpu().contiguous()
+    if is_writer:
+        with written_beside(path) as folder:
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
             (folder / "config.json").write_text(json.dumps(hf_config(cfg), indent=2) + "\n")
-        if is_writer and n > 1:
-            text = json.dumps({"metadata": {}, "weight_map": index}, indent=2)
-            (folder / "model.safetensors.index.json").write_text(text)
 
 def read_hf_config(path, fields, fixed):
     """Fields of Config from the config.json of a Hugging Face checkpoint directory.
@@ -1072,13 +1049,14 @@ def check(cfg, ranks):
         least = int(field.type is int and field.default > 0 and field.name not in zero)
         if field.type in (int, float) and not least <= getattr(cfg, field.name) < math.inf:
             raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
-    positive = cfg.query_scalar, cfg.rope_factor, cfg.long_rope_factor, cfg.tokens
+    factor = cfg.rope_factor * cfg.long_rope_factor
+    # What only one of Hugging Face's two classes has, together with what only the other has.
     mixed = cfg.attention_cap if cfg.qk_norm else (cfg.rope_theta != 1e4 or cfg.rope_factor != 1)
     for wrong, message in (
         (cfg.n_heads % cfg.n_kv_heads, f"{cfg.n_kv_heads} key-value heads, {cfg.n_heads} heads"),
         (cfg.head_dim % 2, f"--head_dim {cfg.head_dim} is odd"),
         (cfg.window >= cfg.seq_len, f"--window {cfg.window} is not less than {cfg.seq_len} tokens"),
-        (min(positive) <= 0, "--rope_factor, --long_rope_factor or --tokens is 0"),
+        (factor * cfg.tokens <= 0, "--rope_factor, --long_rope_factor or --tokens is 0"),
         (cfg.warmup > 0.1, f"--warmup {cfg.warmup} is more than a tenth of the run"),
         (cfg.dp * cfg.dp_replicate != ranks,
          f"dp {cfg.dp} x dp_replicate {cfg.dp_replicate} are not {ranks} ranks"),
@@ -1115,8 +1093,8 @@ def dry_run(cfg):
             print(f"{kind:12} {n_bytes / 2**30:8.3f} GiB on each of {cfg.world_size} ranks")
 
 def sharded_step(model, teacher, optimizer, batches, lr, cfg):
-    """One update from this rank's micro-batches: (loss, gradient norm) of the global batch. The
-    parameters stay as they are if either is not finite, which all ranks find alike."""
+    """One update from this rank's micro-batches; returns loss and gradient norm of the global
+    batch. Skips the update if either is not finite, which is the same on all ranks."""
     loss = torch.zeros((), device=batches[0]["tokens"].device)
     for i, batch in enumerate(batches):
         if isinstance(model, FSDPModule):  # one reduction of the gradients an update
@@ -1129,8 +1107,8 @@ def sharded_step(model, teacher, optimizer, batches, lr, cfg):
     dist.all_reduce(loss)
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
     if isinstance(norm, DTensor):
-        norm = norm.full_tensor()  # of the parts of all ranks
-    loss, norm = torch.stack([loss, norm]).tolist()  # the update waits for the device here alone
+        norm = norm.full_tensor()  # summed over the shards, not over the copies
+    loss, norm = torch.stack([loss, norm]).tolist()  # the only wait for the device in an update
     for group in optimizer.param_groups:
         group["lr"] = lr
     if math.isfinite(loss) and math.isfinite(norm):
@@ -1200,7 +1178,7 @@ def train(model, teacher, optimizer, corpus, heldout, state, cfg, device, signal
         state["step"] += 1
         state["tokens"] += finite * phase.batch_size * phase.seq_len
         seconds = waited + time.perf_counter() - clock
-        if step > first_step:  # the first update, which may compile, tells nothing of the next
+        if step > first_step:  # the first update of a phase may compile and is left out
             pace = 0.9 * (pace or seconds) + 0.1 * seconds
         if step == 0 or steps_left == 1 or state["step"] % cfg.log_every == 0:
             n_bytes = 0 if teacher else batches[0]["n_bytes"]  # its distributions are not the text
@@ -1214,8 +1192,8 @@ def train(model, teacher, optimizer, corpus, heldout, state, cfg, device, signal
             raise ValueError(f"no finite gradient in the last {n_skipped} steps to {step + 1}")
 
 def load_languages(cfg):
-    """(tokenizer or None, training Mixture, held-out Mixture) of --data, whose corpora are mixed by
-    UniMax; sets cfg.vocab_size. With --write_tokens the data is written as shards instead, and the
+    """(tokenizer or None, training corpus, held-out corpus) of --data; several corpora are mixed by
+    UniMax. Sets cfg.vocab_size. With --write_tokens the data is written as shards instead, and the
     result is None."""
     sources = {path: find_files(path) for path in cfg.data.split(",")}
     tokenizer = None
@@ -1224,30 +1202,29 @@ def load_languages(cfg):
         tokenizer = load_tokenizer(cfg.tokenizer or "bytes", SPECIALS)
         separator = tokenizer.eot_token
     cfg.vocab_size = vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
-    length = max(phase.seq_len for _, phase in token_phases(cfg))
-    batch = math.ceil(cfg.batch_size * cfg.seq_len / length / len(sources))
+    if cfg.write_tokens and (len(sources) > 1 or sources[cfg.data][1]):
+        raise ValueError("--write_tokens reads the text of one corpus")
+    _, last = token_phases(cfg)[-1]
+    sizes = cfg.vocab_size, math.ceil(last.batch_size / len(sources)), last.seq_len
     corpora = {}
     for path, (files, shards) in sources.items():
         documents = tokenize(read_documents(path, files), tokenizer, separator)
-        if cfg.write_tokens and (shards or len(sources) > 1):
-            raise ValueError("--write_tokens reads the text of one corpus")
-        if cfg.write_tokens:
-            return write_tokens(cfg.write_tokens, add_bos(documents, tokenizer))
         documents = add_bos(documents, tokenizer)
-        sizes = cfg.vocab_size, batch, length
+        if cfg.write_tokens:
+            return write_tokens(cfg.write_tokens, documents)
         with explain(path or "the standard library", ValueError):
             corpora[path] = load_corpora(shards, documents, tokenizer, separator, *sizes)
-    sizes = {path: corpus.size for path, (corpus, _) in corpora.items()}
-    weights = unimax(sizes, cfg.tokens + cfg.long_tokens, cfg.max_epochs)
-    if len(sources) > 1:
-        for path, weight in weights.items():
-            epochs = weight * (cfg.tokens + cfg.long_tokens) / sizes[path]
-            print(f"{path}: {weight:.1%} of the sequences, {epochs:.2f} epochs")
-            if weight < 2e-3:  # two sequences of a block of Mixture
-                raise ValueError(f"the weight of {path} is too small")
-    starts = [0] * len(corpora)
     train, heldout = zip(*corpora.values())
-    return tokenizer, Mixture(weights, train, starts, 0), Mixture(weights, heldout, starts, 0)
+    if len(sources) == 1:
+        return tokenizer, train[0], heldout[0]
+    n_tokens = {path: corpus.size for path, corpus in zip(corpora, train)}
+    weights = unimax(n_tokens, cfg.tokens + cfg.long_tokens, cfg.max_epochs)
+    for path, weight in weights.items():
+        print(f"{path}: {weight:.1%} of the sequences")
+        if weight < 2e-3:
+            raise ValueError(f"{path} would have less than 2 of 1,000 sequences")
+    weights = list(weights.values())
+    return tokenizer, LanguageMixture(train, weights), LanguageMixture(heldout, weights)
 
 def plan_run(cfg, run, given):
     """Set the tokens of the phases: those of --steps or, for a run that is continued, those of its
