@@ -95,7 +95,7 @@ class Config:
     qk_norm: bool = True  # a norm on queries and keys, as in Gemma 3
     attention_cap: float = 0.0  # soft-cap of attention scores, as in Gemma 2; 0: none
     logit_cap: float = 0.0  # soft-cap of the logits, as in Gemma 2; 0: none
-    rope_theta: float = 1e6  # base of the rotary frequencies of global layers; of local ones 1e4
+    rope_theta: float = 1e6  # base of the rotary frequencies of global layers; local ones: 1e4
     rope_factor: float = 1.0  # number that divides the positions of global layers
     # Data: Gemma 2 §3.1, Gemma 3 §2.2
     data: str = ""  # PATH,...: a corpus for each language; empty: Python's standard library
@@ -104,14 +104,14 @@ class Config:
     # Phases: Gemma 3 §5.3
     seq_len: int = 32768  # T, tokens of a sequence
     batch_size: int = 32  # sequences per update, over all ranks
-    tokens: float = 2e12  # tokens of the run before the long sequences
-    long_seq_len: int = 131072  # tokens of a sequence in the last phase; a batch keeps its tokens
-    long_tokens: float = 0.0  # tokens of the last phase, that of long sequences; 0: no such phase
-    long_rope_factor: float = 8.0  # value of --rope_factor in the last phase
-    steps: int = 0  # updates of the run, shared out to its phases; 0: as many as the tokens need
+    tokens: float = 2e12  # tokens of the first phase
+    long_seq_len: int = 131072  # tokens of a sequence of the second phase; batches keep theirs
+    long_tokens: float = 0.0  # tokens of the second phase, of long sequences; 0: no such phase
+    long_rope_factor: float = 8.0  # value of --rope_factor in the second phase
+    steps: int = 0  # updates, shared by the phases as the tokens are; 0: as the tokens need
     # Distillation: Gemma 2 §3.2, Gemma 3 §2.2
     teacher: str = ""  # Hugging Face directory of the teacher; empty: learn the next token
-    samples: int = 256  # tokens sampled from each of the teacher's distributions; 0: all
+    samples: int = 256  # tokens sampled from each of the teacher's distributions; 0: no sampling
     # Optimization
     lr: float = 6e-4  # peak learning rate
     warmup: float = 0.01  # share of the run's tokens with a linear warm-up, at most a tenth
@@ -121,7 +121,7 @@ class Config:
     # Parallelism: Gemma 2 §3.3, Gemma 3 Table 2
     micro_batch: int = 0  # sequences per forward pass on one rank; 0: as many as the batch allows
     dp: int = 0  # ranks among which data and model are sharded; 0: all that are left
-    dp_replicate: int = 1  # copies of the sharded model, with the gradients summed over them
+    dp_replicate: int = 1  # copies of the sharded model, among which data are split, too
     # Machine
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     compile: bool = False  # compile each block with torch.compile
@@ -166,7 +166,8 @@ PRESETS = {
         batch_size=96, tokens=1.4e8, long_seq_len=4096, long_tokens=1e7, long_rope_factor=4.0,
         lr=1e-3, warmup=0.02, val_every=500, micro_batch=12, compile=True,
     ),
-    # Gemma 2, Table 1 (which prints the two feed-forward branches together), Table 2 and §3.1.
+    # Gemma 2, Table 1 (which prints the two feed-forward branches together), Table 2 and §3.1. The
+    # 2B and the 9B learned from a teacher, the 27B next tokens (§3.2).
     "2b": GEMMA2 | dict(zip(SIZES, (2304, 26, 8, 4, 256, 256, 9216)), tokens=2e12, lr=4e-4),
     "9b": GEMMA2
     | dict(zip(SIZES, (3584, 42, 16, 8, 256, 256, 14336)), tokens=8e12, lr=3e-4, batch_size=256),
@@ -174,7 +175,8 @@ PRESETS = {
     | dict(zip(SIZES, (4608, 46, 32, 16, 128, 144, 36864)), tokens=13e12, lr=2e-4, batch_size=512),
     # Released after the report of Gemma 3; its 6T tokens are from the announcement.
     "3_270m": GEMMA3 | dict(zip(SIZES, (640, 18, 4, 1, 256, 256, 2048)), tokens=6e12, lr=1e-3),
-    # Gemma 3, Table 1 and §2.2; all but the 1B end with 128K tokens (§5.3).
+    # Gemma 3, Table 1 and §2.2; all learned from a teacher, and all but the 1B end with sequences
+    # of 128K tokens (§5.3).
     "3_1b": GEMMA3 | dict(zip(SIZES, (1152, 26, 4, 1, 256, 256, 6912)), tokens=2e12, lr=6e-4),
     "3_4b": LONG
     | dict(zip(SIZES, (2560, 34, 8, 4, 256, 256, 10240)), tokens=3.94e12, long_tokens=6e10,
@@ -257,7 +259,7 @@ def local_attention(q, k, v, scale, window):
     form blocks of one window; a block's queries see their own block and the one before."""
     B, H, T, _ = q.shape
     K = k.shape[1]
-    # The first block sees itself alone. Of views, autograd would keep all of q, k and v.
+    # The first block sees itself alone. For views, autograd would keep all of q, k and v.
     first_block = (x[:, :, :window].contiguous() for x in (q, k, v))
     first = causal_attention(*first_block, scale)
     if T <= window:
@@ -400,7 +402,7 @@ class Gemma(nn.Module):
         return chunked_loss(self.logits, x.flatten(0, 1), targets, vocab_size)
 
     def hidden_states(self, tokens):
-        """What the head reads, [B, T] -> [B, T, D]."""
+        """The states that the head reads, [B, T] -> [B, T, D]."""
         x = self.token_embedding(tokens).to(self.dtype)
         x = x * torch.tensor(x.shape[-1] ** 0.5, dtype=x.dtype)  # sqrt(D), rounded to this dtype
         shape = x.shape[1], self.head_dim
@@ -423,9 +425,9 @@ def slices(n, vocab_size):
 
 def chunked_loss(head, x, targets, vocab_size):
     """Sum of the cross-entropies, in nats, of the logits head(x) of N positions x [N, D], chunk by
-    chunk, each recomputed in the backward pass, so that the logits of all never exist. targets are
-    ids, N in all, of which -100 is not scored, or a function of a slice of the positions that
-    returns their distributions [n, V], zero where nothing is scored."""
+    chunk, each recomputed in the backward pass, so that the logits of all positions never exist.
+    targets: N ids, of which -100 is not scored; or a function from a slice of n positions to their
+    distributions [n, V], zero for a position that is not scored."""
 
     def chunk_loss(x, rows):
         chosen = targets.flatten()[rows] if torch.is_tensor(targets) else targets(rows)
@@ -537,30 +539,28 @@ def get_batch(corpus, first, n, cfg):
     return {"tokens": tokens, "targets": targets, "indices": indices, **counts}
 
 def token_phases(cfg):
-    """[(sequences of the run at the end of the phase, Config of the phase)]: Gemma 3 §5.3, after
-    --tokens comes a phase of long sequences with the positions of global layers interpolated."""
+    """[(first sequence, end, Config)] of the phases: after --tokens follows a phase of long
+    sequences, in which the positions of global layers are interpolated (Gemma 3 §5.3)."""
     end = math.ceil(cfg.tokens / cfg.seq_len)
-    plan = [(end, cfg)]
+    phases = [(0, end, cfg)]
     if cfg.long_tokens:
         batch_size = cfg.batch_size * cfg.seq_len // cfg.long_seq_len
         changes = dict(seq_len=cfg.long_seq_len, rope_factor=cfg.long_rope_factor)
-        last = dataclasses.replace(cfg, batch_size=batch_size, **changes)
-        plan.append((end + math.ceil(cfg.long_tokens / cfg.long_seq_len), last))
-    return plan
+        long = dataclasses.replace(cfg, batch_size=batch_size, **changes)
+        phases.append((end, end + math.ceil(cfg.long_tokens / cfg.long_seq_len), long))
+    return phases
 
 def find_phase(sequences, cfg):
-    """(sequences before the phase, its Config) after so many sequences of the run."""
-    start = 0
-    for end, phase in token_phases(cfg):
+    """(first sequence, Config) of the phase that a run is in after so many sequences."""
+    for start, end, phase in token_phases(cfg):
         if sequences < end:
-            return start, phase
-        start = end
+            break
     return start, phase
 
 def count_updates(sequences, cfg):
-    """Updates from a state of the run, after so many sequences, to its end."""
+    """Updates that remain after so many sequences of the run."""
     n_updates = 0
-    for end, phase in token_phases(cfg):
+    for _, end, phase in token_phases(cfg):
         n = max(math.ceil((end - sequences) / phase.batch_size), 0)
         n_updates += n
         sequences += n * phase.batch_size
@@ -619,12 +619,11 @@ def objective(model, batch, cfg):
 def build_optimizer(model, cfg):
     """AdamW; the tied and scaled embedding and the gains are not decayed."""
     # Undisclosed: the optimizer and all of its settings.
-    named = model.named_parameters()
-    matrices = {name for name, p in named if p.ndim > 1 and name != "token_embedding.weight"}
+    embedding = model.token_embedding.weight
+    matrices = [p for p in model.parameters() if p.ndim > 1 and p is not embedding]
+    others = [p for p in model.parameters() if p.ndim == 1 or p is embedding]
     groups = [
-        dict(params=[p for name, p in model.named_parameters() if (name in matrices) == decayed],
-             weight_decay=cfg.weight_decay * decayed)
-        for decayed in (True, False)
+        dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=others, weight_decay=0.0),
     ]  # fmt: skip
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
@@ -787,7 +786,7 @@ def read_gemma_config(path):
         types = theirs.get("layer_types") or layer_types(cfg.local_layers, cfg.n_layers)
         cfg.local_layers = [*types, "full_attention"].index("full_attention")
         if types != layer_types(cfg.local_layers, cfg.n_layers):
-            raise ValueError("config.json has layer_types that do not repeat")
+            raise ValueError("config.json has layer_types without a period")
 
         # The directories first published have rope_theta, rope_scaling and rope_local_base_freq.
         rope = {"rope_theta": theirs.get("rope_theta", 1e6 if cfg.qk_norm else 1e4)}
@@ -1067,7 +1066,7 @@ def check(cfg, ranks):
     ):  # fmt: skip
         if wrong:
             raise ValueError(message)
-    for _, phase in token_phases(cfg):
+    for *_, phase in token_phases(cfg):
         steps, micro = split_batch(phase, ranks)
         if not 0 < phase.batch_size == ranks * steps * micro:
             batch = f"--batch_size {phase.batch_size} of length {phase.seq_len}"
@@ -1085,7 +1084,7 @@ def dry_run(cfg):
     with torch.device("meta"):
         n, activated = count_parameters(Gemma(cfg))
     print(f"parameters {n:,} | activated {activated:,}")
-    for _, phase in token_phases(cfg):
+    for *_, phase in token_phases(cfg):
         print(f"sequences of {phase.seq_len:,} tokens: FLOPs per token", end=" ")
         print(f"{flops_per_token(phase):.4g} | 6 N gives {6 * activated:.4g}")
         sizes = memory_per_rank(phase)
@@ -1107,7 +1106,7 @@ def sharded_step(model, teacher, optimizer, batches, lr, cfg):
     dist.all_reduce(loss)
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
     if isinstance(norm, DTensor):
-        norm = norm.full_tensor()  # summed over the shards, not over the copies
+        norm = norm.full_tensor()  # of all shards, each counted once and not once a copy
     loss, norm = torch.stack([loss, norm]).tolist()  # the only wait for the device in an update
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -1204,7 +1203,7 @@ def load_languages(cfg):
     cfg.vocab_size = vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
     if cfg.write_tokens and (len(sources) > 1 or sources[cfg.data][1]):
         raise ValueError("--write_tokens reads the text of one corpus")
-    _, last = token_phases(cfg)[-1]
+    *_, last = token_phases(cfg)[-1]
     sizes = cfg.vocab_size, math.ceil(last.batch_size / len(sources)), last.seq_len
     corpora = {}
     for path, (files, shards) in sources.items():
@@ -1291,7 +1290,7 @@ def main(argv=None):
             finished = train(*models, corpus, heldout, state, cfg, device, signals)
         if not finished:
             return print(f"stopped by a signal after step {state['step']}")
-        _, last = token_phases(cfg)[-1]
+        *_, last = token_phases(cfg)[-1]
         if cfg.export:
             to_hf(model, last, cfg.export)
         if tokenizer:
