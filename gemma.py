@@ -250,9 +250,7 @@ def rotate(x, cos, sin):
 def causal_attention(q, k, v, scale):
     """softmax(q kᵀ scale) v over this and all earlier positions; query head j uses key-value head
     j // (H / K). [B, H, T, E], [B, K, T, E] twice -> [B, H, T, E]."""
-    return F.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=scale, enable_gqa=True
-    )  # fmt: skip
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
 
 def local_attention(q, k, v, scale, window):
     """causal_attention over the last `window` positions, the query's own included. The positions
