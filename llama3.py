@@ -1960,7 +1960,7 @@ def stable_hash(*key):
     """64 bits that depend on the key alone: the seed of all that is drawn."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
-@functools.lru_cache(4)
+@functools.lru_cache(64)  # one for each corpus of a mix, and some for the next epoch
 def permutation(n, *key):
     """A random permutation of range(n), int64 [n], seeded by key."""
     return np.random.default_rng(stable_hash(*key)).permutation(n)
