@@ -8,7 +8,8 @@ New against gpt1.py: the subject is a sweep of small runs and the laws fitted to
   Sardana et al. (2024).
 - The model is Gopher's (Rae et al. 2021): RMSNorm before each branch, and relative positions as
   in Transformer-XL (Dai et al. 2019, §3.3) in place of learned ones.
-- AdamW with a cosine that falls tenfold (§4.1, App. G); bf16 products over fp32 weights.
+- AdamW with a cosine that falls tenfold (§4.1, App. G); bf16 products over fp32 weights, which are
+  sharded over the ranks.
 
 Map: Tables 4, A9 PRESETS | App. F appendix_f | §3.1 fit_envelope | §3.2 fit_isoflop | §3.3
 fit_parametric | Eq. 4 frontier | Table 3, A3 TABLE_3 | §4.1 Chinchilla, build_optimizer |
@@ -25,9 +26,8 @@ Run: python chinchilla.py                         # a CPU: a sweep of minutes, a
          chinchilla.py --preset 1018m --data massive/ --tokenizer ranks.tiktoken --out /shared/1b
      python chinchilla.py --budget 1e21            # the optimum by every law; no training
      python chinchilla.py --fit runs.csv           # the laws of any table with columns N, D, loss
-Expect: the demo trains 12 models in about 3 minutes; the least losses of 2e11 and 4e11
-FLOPs lie inside the swept sizes, near 30k and 42k parameters (1.85 and 1.75 nats a byte), which
-gives N a slope of 0.48 by approach 2. So small a sweep shows the method, not the constants.
+Expect: the demo trains 15 models in about 4 minutes; the least loss of each budget lies inside the
+swept sizes. So small a sweep shows the method, not the constants.
 """
 
 import argparse
@@ -67,6 +67,8 @@ import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------- Config ----------------------------------------
@@ -76,15 +78,14 @@ class Config:
     """Run configuration: each field is a command-line flag, and its comment is the flag's help."""
 
     # Model, Table 4: the 70B
-    vocab_size: int = 0  # V, entries of the vocabulary; 0: those of the tokenizer
+    vocab_size: int = 0  # V, vocabulary size; 0: that of the tokenizer
     dim: int = 8192  # D, width of the residual stream
     n_layers: int = 80  # number of blocks
     n_heads: int = 64  # H, attention heads
     head_dim: int = 128  # E, width of a head; H x E need not be D
     hidden_dim: int = 32768  # F, width of the feed-forward layer
-    norm_eps: float = 1e-5  # added to the mean square in RMSNorm
+    norm_eps: float = 1e-5  # number added to the mean square in RMSNorm
     # Data
-    data: str = ""  # file or directory of text or token shards; empty: Python's standard library
     tokenizer: str = ""  # bytes, an encoding of tiktoken or a BPE rank file; empty: bytes
     seq_len: int = 2048  # T, tokens of a sequence
     # Optimization, §4.1 and Appendix D
@@ -93,40 +94,42 @@ class Config:
     micro_batch: int = 0  # sequences per forward pass on one rank; 0: as many as the batch allows
     tokens: float = 0.0  # D, training tokens of a single run, if --steps is 0; 0: 20 per parameter
     steps: int = 0  # length of a single run in updates of batch_size; 0: --tokens, or a sweep
-    lr: float = 1e-4  # peak learning rate; a sweep multiplies it by dim / width of each model
+    lr: float = 1e-4  # peak learning rate; of a sweep's WIDTHxLAYERS, times dim / WIDTH
     warmup_steps: int = 1500  # updates of linear warm-up, at most a tenth of the run
     cosine: float = 1.0  # length of the learning rate's cosine, as a multiple of the run's
     weight_decay: float = 0.1  # decoupled weight decay of matrices and embeddings
     clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
     seed: int = 0  # seed of the weights and of the order of the data
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    log_every: int = 10  # updates between log lines, and between points of a training curve
+    val_batches: int = 16  # maximum number of batches per validation
     # Machine
+    data: str = ""  # file or directory of text or token shards; empty: Python's standard library
     compile: bool = False  # compile each block with torch.compile
     recompute: Literal["none", "block"] = "none"  # block: recompute blocks in the backward pass
-    timeout: int = 600  # seconds that a collective waits for a lost rank
+    timeout: int = 600  # timeout of a collective, in seconds
     dry_run: bool = False  # print parameters, FLOPs and memory per rank, then exit
     world_size: int = 1  # number of ranks that --dry_run plans for
     # Sweep and laws
     sweep: str = ""  # budgets of a sweep, FLOPS,...; empty: a single run
-    sizes: str = ""  # models of a sweep, WIDTHxLAYERS,...; heads of head_dim, F = 4 D
+    sizes: str = ""  # models of a sweep: presets' names, or WIDTHxLAYERS with heads of head_dim
     flops: Literal["6nd", "appF"] = "6nd"  # FLOPs that a budget counts: 6 N D, or Appendix F
-    mismatched_cosine: bool = False  # add three runs whose cosine is 1.5, 2 and 5 times too long
+    keep_models: bool = True  # keep the last checkpoint of each run of a sweep
     fit: str = ""  # file of runs to fit without training: .csv (columns N, D, loss, ...) or .jsonl
+    drop_highest: int = 0  # runs of highest loss that approach 3 leaves out (Besiroglu: 5)
     bootstrap: int = 100  # resamples of 80 % of the runs, for the intervals of a fit; 0: none
     budget: float = 0.0  # FLOPs to find the best N and D for, by every law, without training
     inference_tokens: float = 0.0  # tokens that the model of --budget will read and write
     plot: str = ""  # directory to write plots to as PNG; needs matplotlib
     # Reports and files
-    log_every: int = 10  # updates between log lines
     val_every: int = 1000  # updates between validations
-    val_batches: int = 16  # maximum number of batches per validation
     prompt: str = ""  # text that the sample continues; empty: the start of the held-out text
     out: str = ""  # directory of checkpoints, metrics.jsonl, runs.jsonl; empty: write nothing
     save_every: int = 1000  # updates between checkpoints
     resume: bool = False  # continue from the newest checkpoint in --out; a sweep always does
-    eval: bool = False  # validate and sample what --init or --out holds, without training
-    init: str = ""  # checkpoint directory to start from, as --export writes it
-    export: str = ""  # directory to write the model to after training, in Hugging Face's manner
+    eval: bool = False  # validate and sample the model of --init or --out, without training
+    init: str = ""  # directory with the weights to start from, as --export writes it
+    export: str = ""  # directory to write the weights to after training, as safetensors
     write_tokens: str = ""  # directory to write the data to as token shards, then exit
 
 TABLE_A9 = (  # parameters in millions, D, E, H, layers; F = 4 D
@@ -154,7 +157,7 @@ PRESETS = {
     "demo": dict(
         dim=48, n_layers=2, n_heads=3, head_dim=16, hidden_dim=192, seq_len=32, batch_size=24,
         lr=0.36 / 48, warmup_steps=300, log_every=10, val_batches=64,
-        sweep="1e11,2e11,4e11", sizes="32x1,48x1,64x1,96x1",
+        sweep="1e11,2e11,4e11", sizes="16x1,32x1,48x1,64x1,96x1",
     ),
     # A GPU of 24 GB or a node of them, minutes: sizes 1.6 apart around the corrected law's optimum.
     "small": dict(
@@ -193,15 +196,11 @@ PATTERN = (  # how GPT-4 and Llama 3 split text into words, for BPE rank files
 )
 
 PF_DAY = 8.64e19  # FLOPs, the unit of Kaplan's C
-KAPLAN = {  # (c, exponent) of L = (c / x)^exponent, Eq. 1.1, 1.2, 3.3 and 1.3
-    "N": (8.8e13, 0.076), "D": (5.4e13, 0.095), "C": (1.6e7, 0.057), "C_min": (3.1e8, 0.050),
-}  # fmt: skip
 TABLE_2 = (  # a of N = k C^a, and 10 to 90 %; of Besiroglu the standard error
     "0.73 (Kaplan)", "0.50 (0.488, 0.502)", "0.49 (0.462, 0.534)", "0.46 (0.454, 0.455)",
     "0.452", "0.513 +- 0.02",
 )  # fmt: skip
 KAPLAN_ND = dict(N_c=6.4e13, D_c=1.8e13, alpha_N=0.076, alpha_D=0.103)  # Table 2, Eq. 1.5
-KAPLAN_NS = dict(N_c=6.5e13, S_c=2.1e3, alpha_N=0.077, alpha_S=0.76)  # Table 3, Eq. 1.6
 HOFFMANN = dict(  # approach 3 with the digits of the paper's source; those printed do not give its
     E=math.exp(0.5267228), A=math.exp(6.0073404), B=math.exp(6.0179186),  # 40B at 5.76e23, but 32B
     alpha=0.33917084, beta=0.2849083,
@@ -236,6 +235,7 @@ class RMSNorm(nn.Module):
         return y * self.weight.type_as(x)
 
 @functools.lru_cache(maxsize=4)
+@torch.inference_mode(False)  # so that a later call that trains can use what is cached
 def distances(length, dim, device):
     """(R of Transformer-XL: sinusoids of the distances T - 1 ... 0, half sines and half cosines,
     [T, D]; the causal mask, 0 or -inf [T, T]), fp32, once for all layers and updates."""
@@ -277,7 +277,7 @@ class RelativeAttention(nn.Module):
         r = self.distance(r.type_as(x)).view(T, self.n_heads, -1).permute(1, 2, 0) * scale
         content = (q + u) @ (k * scale).transpose(-2, -1)  # [B, H, T, T]
         position = relative_shift((q + w) @ r)  # [B, H, T, E] x [H, E, T] -> [B, H, T, T]
-        p = (content + position + future).softmax(-1).type_as(v)  # mask and sum: fp32
+        p = (future + content + position).softmax(-1).type_as(v)  # sums and softmax: fp32
         return self.out((p @ v).transpose(1, 2).reshape(B, T, -1))  # [B, T, D]
 
 class MLP(nn.Module):
@@ -324,9 +324,9 @@ class Chinchilla(nn.Module):
 
     def forward(self, tokens):
         x = self.token_embedding(tokens)  # [B, T, D]
-        places = distances(tokens.shape[1], x.shape[-1], tokens.device)  # [T, D], [T, T]
+        r, future = distances(tokens.shape[1], x.shape[-1], tokens.device)  # [T, D], [T, T]
         for block in self.blocks:
-            x = block(x, *places)
+            x = block(x, r, future)
         return F.linear(self.norm(x), self.token_embedding.weight)  # [B, T, V]
 
 def init_weights(model, cfg):
@@ -334,19 +334,21 @@ def init_weights(model, cfg):
     rest 0. A parameter is drawn from (seed, its name), so that every layout starts the same."""
     # Undisclosed: initialisation. This is GPT-2's.
     for name, p in model.named_parameters():
-        if re.search(r"(_embedding|qkv|distance|up|out|down)\.weight$", name):
-            std = 0.02 / math.sqrt(2 * cfg.n_layers if re.search(r"(out|down)\.", name) else 1)
+        if re.search(r"(^|\.)(token_embedding|qkv|distance|up|out|down)\.weight$", name):
+            std = 0.02
+            if re.search(r"\.(out|down)\.weight$", name):
+                std /= math.sqrt(2 * cfg.n_layers)
             generator = torch.Generator().manual_seed(stable_hash(cfg.seed, name))
-            p.data.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
-        elif re.search(r"(attn\.[uw]|(up|down)\.bias)$", name):
+            fill_parameter(p, torch.empty(p.shape).normal_(0.0, std, generator=generator))
+        elif re.search(r"\.(attn\.[uw]|(up|down)\.bias)$", name):
             nn.init.zeros_(p)
-        elif re.search(r"norm[12]?\.weight$", name):
+        elif re.search(r"(^|\.)norm[12]?\.weight$", name):
             nn.init.ones_(p)
         else:
             raise ValueError(f"no rule initialises {name}")
 
 def count_parameters(model):
-    """(total, activated) parameters; the tied softmax counts once, a dense model activates all."""
+    """(total, activated) parameters; tied weights count once, a dense model activates all."""
     total = sum(p.numel() for p in model.parameters())
     return total, total
 
@@ -383,20 +385,10 @@ def get_batch(corpus, first, n, cfg):
     # 0.1 news, 0.04 GitHub, 0.01 Wikipedia) is for whoever has the parts, in the shards of --data.
     # Nor is its vocabulary, 32,000 pieces of SentencePiece: --tokenizer takes another.
     windows = np.stack([corpus.window(first + i, cfg.seq_len, cfg.seed) for i in range(n)])
-    batch = {"tokens": windows[:, :-1].copy(), "targets": windows[:, 1:].copy()}
-    n_bytes = int(corpus.token_bytes[batch["targets"]].sum())
-    batch = {name: torch.from_numpy(ids) for name, ids in batch.items()}
-    return batch | {"n_targets": n * cfg.seq_len, "n_bytes": n_bytes}
-
-def cloze_questions(heldout, n, length):
-    """Windows [n, 4, length + 1] of held-out text whose first three quarters are a question; the
-    last quarter of choice 0 is what follows there, those of 1 ... 3 stand elsewhere in the text."""
-    n = min(n, heldout.n_windows(length))
-    every = heldout.n_windows(length) // n
-    right = np.stack([heldout.window(i * every, length, 0) for i in range(n)])  # [n, T + 1]
-    cut = length + 1 - (length + 1) // 4
-    wrong = [np.hstack((right[:, :cut], np.roll(right, k * n // 4, 0)[:, cut:])) for k in (1, 2, 3)]
-    return np.stack([right, *wrong], 1), cut
+    tokens = torch.from_numpy(windows[:, :-1].copy())
+    targets = windows[:, 1:].copy()
+    counts = {"n_targets": targets.size, "n_bytes": int(corpus.token_bytes[targets].sum())}
+    return {"tokens": tokens, "targets": torch.from_numpy(targets), **counts}
 
 # ---------------------------------------- Objective ----------------------------------------
 
@@ -408,27 +400,7 @@ def objective(model, batch, cfg):
     nats = F.cross_entropy(logits, batch["targets"].flatten(), reduction="sum")
     return nats / max(batch["n_targets"], 1), {}
 
-def cloze(model, heldout, cfg, device, n=256):
-    """(nats per byte of the right answer, share of questions where it is the likeliest per byte,
-    share where it is what the model itself would write) of n questions; chance: 1/4, and near 0;
-    None where the text has not four windows."""
-    if heldout.n_windows(cfg.seq_len) < 4:
-        return None, None, None
-    questions, cut = cloze_questions(heldout, n, cfg.seq_len)
-    flat, nats, exact = torch.from_numpy(questions).flatten(0, 1), [], []  # [4 n, T + 1]
-    for windows in flat.to(device).split(4 * cfg.batch_size):
-        with torch.autocast(device.type, torch.bfloat16, cfg.precision == "bf16"):
-            logits = model(windows[:, :-1])[:, cut - 1 :].float()  # of the answer's tokens
-        answer = windows[:, cut:]
-        nats.append(F.cross_entropy(logits.transpose(1, 2), answer, reduction="none").sum(1))
-        # greedy decoding writes the answer if and only if each of its tokens is the likeliest
-        # behind the true ones before it
-        exact.append((logits.argmax(-1) == answer).all(1))
-    lengths = heldout.token_bytes[questions[:, :, cut:]].sum(-1)  # [n, 4]
-    lengths = np.where(lengths > 0, lengths, questions.shape[-1] - cut)  # tokens, if unknown
-    nats = torch.cat(nats).cpu().numpy().reshape(lengths.shape) / lengths
-    right = torch.cat(exact).cpu().numpy().reshape(lengths.shape)[:, 0]
-    return nats[:, 0].mean(), (nats.argmin(1) == 0).mean(), right.mean()
+# ---------------------------------------- Laws ----------------------------------------
 
 def parametric_loss(law, N, D):
     """Eq. 2: E + A / N^alpha + B / D^beta, in nats per token."""
@@ -442,57 +414,29 @@ def frontier(law, C):
 
 def overtrain(law, N, D, inference):
     """Sardana Eq. 3: (N, D) as good as the given ones, at the least cost 6 N D + 2 N inference of
-    training and use together."""
-    loss, low, high = parametric_loss(law, N, D), 0.0, 1.0
-
-    def tokens(share):  # N = share of the given one; the D that makes up for it
-        gap = loss - law["E"] - law["A"] / (share * N) ** law["alpha"]
-        if gap <= 0:
-            return math.inf
-        return math.exp(min(math.log(law["B"] / gap) / law["beta"], 200))  # e^200: out of reach
-
-    for _ in range(100):  # where the marginal costs meet, alpha A N^-alpha / (beta B D^-beta) =
-        share = (low + high) / 2  # 1 + inference / 3D: the left falls with N, the right rises
-        data = tokens(share)
-        ratio = law["alpha"] * law["A"] / (share * N) ** law["alpha"]
-        small = data == math.inf or ratio > (1 + inference / (3 * data)) * (
-            law["beta"] * law["B"] / data ** law["beta"]
-        )
-        low, high = (share, high) if small else (low, share)
-    return high * N, tokens(high)
+    training and use together: the best of a grid of smaller models."""
+    N = N * np.geomspace(1e-6, 1, 100_001)
+    gap = parametric_loss(law, N[-1], D) - law["E"] - law["A"] / N ** law["alpha"]
+    N = N[gap > 0]
+    D = (law["B"] / gap[gap > 0]) ** (1 / law["beta"])  # makes up for the smaller model
+    best = np.argmin(6 * N * D + 2 * N * inference)
+    return N[best], D[best]
 
 def kaplan_loss(N, D, N_c, D_c, alpha_N, alpha_D):
     """Kaplan Eq. 1.5, with N without embeddings."""
     return ((N_c / N) ** (alpha_N / alpha_D) + D_c / D) ** alpha_D
-
-def kaplan_steps_loss(N, steps):
-    """Kaplan Eq. 1.6: the loss after so many updates of a batch far above the critical one."""
-    k = KAPLAN_NS
-    return (k["N_c"] / N) ** k["alpha_N"] + (k["S_c"] / steps) ** k["alpha_S"]
-
-def kaplan_stop(N, D):
-    """Kaplan Eq. 5.7: the least updates at which D tokens may begin to overfit."""
-    gap = kaplan_loss(N, D, **KAPLAN_ND) - kaplan_loss(N, math.inf, **KAPLAN_ND)
-    return KAPLAN_NS["S_c"] / gap ** (1 / KAPLAN_NS["alpha_S"])
 
 def critical_batch(loss):
     """Kaplan Eq. 1.4: tokens of the batch that takes twice the least updates S and twice the least
     data E; in general (S / S_min - 1) (E / E_min - 1) = 1 (Eq. 5.1)."""
     return 2e8 / loss ** (1 / 0.21)
 
-def kaplan_minimum(batch, loss, steps, C):
-    """Kaplan Eq. 5.4, 5.5: (S_min, C_min) to a loss that took so many updates of batch tokens."""
-    ratio = critical_batch(loss) / batch
-    return steps / (1 + ratio), C / (1 + 1 / ratio)
-
 def kaplan_optimum(C):
-    """Kaplan Table 6, Eq. 6.1: N, batch in tokens, updates and D for C in FLOPs."""
-    C = C / PF_DAY
-    return {"N": 1.3e9 * C**0.73, "B": 2e6 * C**0.24, "S": 5.4e3 * C**0.03, "D": 2e10 * C**0.27}
-
-def kaplan_rate(N):
-    """Kaplan Eq. D.1: largest learning rate; it fails near 1e10 parameters, where it is 0."""
-    return 0.003239 - 0.0001395 * math.log(N)
+    """Kaplan Table 6, Eq. 1.3: optimal N, tokens D, updates S and loss for C_min in FLOPs, the
+    compute of a batch far below the critical one; a batch B takes C = C_min (1 + B / B_crit)."""
+    days = C / PF_DAY
+    law = {"N": 1.3e9 * days**0.73, "D": 2e10 * days**0.27, "S": 5.4e3 * days**0.03}
+    return law | {"loss": (3.1e8 / days) ** 0.050}
 
 SQUARES = 1e9  # delta of Huber's loss that makes it least squares
 
@@ -518,40 +462,19 @@ def minimize(function, start):
     optimizer.step(closure)
     return function(x).item(), x.detach().numpy()
 
-def best_minimum(residuals, delta, axes):
-    """The argument of the least Huber sum of residuals(x [..., P]) [..., R], by L-BFGS from the
-    best five points of a grid, which are scored together."""
+def best_minimum(residuals, delta, axes, near):
+    """The argument of the least Huber sum of residuals(x [..., P]) [..., R], by L-BFGS from near
+    or, if it is None, from the best five points of a grid, which are scored together."""
     objective = functools.partial(huber_sum, residuals, delta)
-    grid = torch.cartesian_prod(*(torch.tensor(list(axis)).double() for axis in axes))
-    best = grid[objective(grid).argsort()[:5]].tolist()
-    found = [minimize(objective, start) for start in best]
+    starts = [near]
+    if near is None:
+        grid = torch.cartesian_prod(*(torch.tensor(list(axis)).double() for axis in axes))
+        starts = grid[objective(grid).argsort()[:5]].tolist()
+    found = [minimize(objective, start) for start in starts]
     found = [pair for pair in found if math.isfinite(pair[0])]
     if not found:
         raise TooFewRuns("no minimum")
-    return min(found, key=lambda pair: pair[0])[1]
-
-@torch.no_grad()
-def follow_minimum(residuals, delta, x):
-    """The argument of the Huber sum's minimum near x, where that of all runs is, for a resample: by
-    Levenberg's and Marquardt's method on weighted squares, in far fewer steps than L-BFGS."""
-    x, h, damping = torch.tensor(x, dtype=torch.float64), 1e-5, 1e-3
-    shifts, value = h * torch.eye(len(x), dtype=torch.float64), huber_sum(residuals, delta, x)
-    for _ in range(1000):
-        r = residuals(x)
-        slopes = (residuals(x + shifts) - residuals(x - shifts)) / (2 * h)  # [P, R]
-        weighted = slopes * (delta / r.abs().clamp(min=delta))  # what makes squares of Huber's
-        curvature = weighted @ slopes.T
-        while damping < 1e12:
-            ridge = torch.diag(damping * (curvature.diagonal() + 1e-12))
-            trial = x - torch.linalg.solve(curvature + ridge, weighted @ r)
-            least = huber_sum(residuals, delta, trial)
-            if least < value:
-                break
-            damping *= 10
-        if damping >= 1e12 or value - least < 1e-9 * value:
-            break
-        x, value, damping = trial, least, max(damping / 10, 1e-9)
-    return x.numpy()
+    return min(found, key=lambda pair: pair[0])[1].tolist()
 
 def columns(rows, *names):
     """The named columns of the rows, as float64 arrays."""
@@ -609,14 +532,15 @@ def fit_envelope(rows, near=None):
     return {"a": a, "b": b, "k": k, "sizes": len(set(N))}
 
 def budgets_of(rows):
-    """[runs of a budget] of three sizes or more, the least first: runs that name the same budget,
-    or, where they name none, whose C is within a tenth of the least one's."""
-    groups, first = [], 0.0
+    """[runs of a budget] of three sizes or more, the least first: runs that name the same budget
+    or, where they name none, whose C is less than a tenth above that of the run before."""
+    groups = []
+    last = 0.0
     for row in sorted(rows, key=lambda row: row.get("budget") or row["C"]):
-        C, room = (row["budget"], 1.0) if row.get("budget") else (row["C"], 1.1)
-        if C > room * first:
+        C = row.get("budget") or row["C"]
+        if C > last * (1.0 if row.get("budget") else 1.1):
             groups.append([])
-            first = C
+        last = C
         groups[-1].append(row)
     return [group for group in groups if len({row["N"] for row in group}) >= 3]
 
@@ -671,18 +595,10 @@ def fit_law(rows, residuals, near, delta, axes):
     if len(set(N.tolist())) < 3 or len(set(D.tolist())) < 3 or len(rows) < 6:
         raise TooFewRuns("needs six runs, of three sizes and three D")
     residuals = functools.partial(residuals, ln_N=N, ln_D=D, ln_L=L)
-    if near:
-        x = follow_minimum(residuals, delta, near).tolist()
-    else:
-        x = best_minimum(residuals, delta, axes).tolist()
+    x = best_minimum(residuals, delta, axes, near)
     if min(x[-2:]) <= 0 or not -700 < min(x) <= max(x) < 700:
         raise TooFewRuns("the loss does not fall with N and D")
     return x
-
-def enough_tokens(rows):
-    """The rows that approach 3 is fitted to."""
-    # Departure: runs with D / N below 0.5 are left out; Besiroglu drops five of the paper's so.
-    return [row for row in rows if row["D"] >= 0.5 * row["N"]]
 
 def fit_parametric(rows, near=None, delta=1e-3):
     """Approach 3 (§3.3, App. D.2): Eq. 2 by Huber loss and L-BFGS from a grid of 4500 starts."""
@@ -690,7 +606,7 @@ def fit_parametric(rows, near=None, delta=1e-3):
     axes = [np.arange(0, 26, 5)] * 2 + [np.arange(-1, 1.1, 0.5)] + [np.arange(0, 2.1, 0.5)] * 2
     if near:
         near = [math.log(near[key]) for key in "ABE"] + [near["alpha"], near["beta"]]
-    *x, alpha, beta = fit_law(enough_tokens(rows), parametric_residuals, near, delta, axes)
+    *x, alpha, beta = fit_law(rows, parametric_residuals, near, delta, axes)
     law = dict(zip("ABE", np.exp(x).tolist())) | {"alpha": alpha, "beta": beta}
     a = beta / (alpha + beta)
     return {"a": a, "b": 1 - a, "k": frontier(law, 6.0)[0] / 6**a} | law
@@ -720,7 +636,8 @@ def sigmoid(nll, m, k):
 
 def fit_llama(rows, near=None):
     """Llama 3 §3.2.1: tokens at the lowest point of each budget's parabola; then, of the runs that
-    have them, nats per byte of the optimal models over ln C, and accuracy over nats per byte."""
+    have the columns nll (nats per character of a benchmark's right answers) and accuracy, nll of
+    the optimal models over ln C, and accuracy over nll."""
     C, D, _ = lowest_points(rows, "D")
     A, alpha = power_law(C, D)
     found = {"a": 1 - alpha, "b": alpha, "k": 1 / (6 * A), "A": A}
@@ -734,8 +651,6 @@ def fit_llama(rows, near=None):
         return found
     slope, start = np.polyfit(*np.log(columns(optimal, "C")), *columns(optimal, "nll"), 1)
     # Undisclosed: how the sigmoid is fitted: here least squares, with a floor at chance.
-    # Departure: questions are cut from held-out text, and nats count its bytes; the paper's are a
-    # benchmark's, and count characters.
     # Departure: to all runs, where the paper adds the Llama 2 models to the optimal ones.
     nll, accuracy = torch.from_numpy(nll), torch.from_numpy(accuracy)
 
@@ -743,12 +658,12 @@ def fit_llama(rows, near=None):
         m, ln_k = x[..., None].unbind(-2)
         return sigmoid(nll, m, ln_k.exp()) - accuracy
 
+    axes = [np.linspace(min(nll) - 1, max(nll) + 1, 20), np.linspace(-2, 4, 20)]
     if near and "sigmoid_m" in near:
-        m = follow_minimum(residuals, SQUARES, [near["sigmoid_m"], math.log(near["sigmoid_k"])])
+        near = [near["sigmoid_m"], math.log(near["sigmoid_k"])]
     else:
-        axes = [np.linspace(min(nll) - 1, max(nll) + 1, 20), np.linspace(-2, 4, 20)]
-        m = best_minimum(residuals, SQUARES, axes)
-    m, ln_k = m.tolist()
+        near = None
+    m, ln_k = best_minimum(residuals, SQUARES, axes, near)
     if abs(ln_k) > 200:
         raise TooFewRuns("accuracy is no sigmoid of nll")
     found |= {"nll_start": start, "nll_slope": slope}
@@ -761,26 +676,431 @@ FITS = {
 
 def fit_all(rows, cfg):
     """{law: {constant: (value, its 10 % and 90 % over resamples of 80 % of the runs, the number of
-    resamples that have it)}}, or, of a law that cannot be fitted, what it lacks."""
+    resamples that have it)}}, or, of a law that cannot be fitted, what it lacks. N_ahead is the
+    optimal N for ten times the FLOPs of the largest run."""
+    ahead = 10 * max(row["C"] for row in rows)
+    kept = sorted(rows, key=lambda row: row["loss"])[: len(rows) - cfg.drop_highest]
     fits = {}
     for law, fit in FITS.items():
+        used = kept if fit is fit_parametric else rows
+
+        def constants(chosen, near=None, fit=fit):
+            found = fit(chosen, near)
+            return found | {"N_ahead": power(found["k"], found["a"])(ahead)}
+
         try:
-            best = fit(rows)
+            best = constants(used)
         except TooFewRuns as lacking:
             fits[law] = str(lacking)
             continue
-        generator, found = np.random.default_rng(stable_hash(cfg.seed, law)), []
+        generator = np.random.default_rng(stable_hash(cfg.seed, law))
+        found = []
         for _ in range(cfg.bootstrap):
-            chosen = generator.choice(len(rows), round(0.8 * len(rows)), replace=False)
+            chosen = generator.choice(len(used), round(0.8 * len(used)), replace=False)
             with contextlib.suppress(TooFewRuns):
-                found.append(fit([rows[i] for i in chosen], best))
+                found.append(constants([used[i] for i in chosen], best))
         fits[law] = {}
         for key, value in best.items():
             values = [other[key] for other in found if key in other]
-            enough = values and 2 * len(values) >= cfg.bootstrap
-            interval = np.percentile(values, (10, 90)).tolist() if enough else (math.nan, math.nan)
+            interval = (math.nan, math.nan)
+            if values and 2 * len(values) >= cfg.bootstrap:
+                interval = np.percentile(values, (10, 90)).tolist()
             fits[law][key] = (value, *interval, len(values))
     return fits
+
+def read_runs(path, flops):
+    """Rows of a .csv or .jsonl of runs with N, D, loss and C (if there is none, or flops is "6nd"
+    6 N D; "appF": the column C_appF), without those that diverged or whose cosine was too long."""
+    with explain(f"{path} is not UTF-8 text", UnicodeDecodeError):
+        lines = Path(path).read_text("utf-8-sig").splitlines(True)
+    if Path(path).suffix == ".jsonl":
+        lines = [line for line in lines if line.strip().endswith("}")]  # a kill may cut the last
+        with explain(f"{path} has a line that is not a JSON object", ValueError):
+            rows = [json.loads(line) for line in lines]
+    else:
+        with explain(f"{path} is not a table", csv.Error):
+            rows = list(csv.DictReader(lines))
+    found = []
+    for number, row in enumerate(rows, 1):
+        if row.get("loss") is None and "key" in row:
+            print(f"run {row['name']} diverged: it is left out")
+            continue
+        with explain(f"{path}, run {number}, is not numbers above 0", Exception):
+            numbers = {name: float(row[name]) for name in ("N", "D", "loss")}
+            for name in ("C", "C_appF", "nll", "accuracy", "N_non_embedding", "budget", "cosine"):
+                if row.get(name) not in (None, ""):
+                    numbers[name] = float(row[name])
+            curve = np.array(row.get("curve") or [[1, 1]], np.float64)
+            values = [*numbers.values(), *curve.flatten()]
+            if curve.shape[1] != 2 or not all(0 <= value < math.inf for value in values):
+                raise ValueError(f"it has {numbers}")
+            if min(numbers["N"], numbers["D"], numbers["loss"]) <= 0:
+                raise ValueError(f"it has {numbers}")
+        numbers.setdefault("C", 6 * numbers["N"] * numbers["D"])
+        if flops == "appF" and "C_appF" in numbers:
+            numbers["C"] = numbers["C_appF"]
+        if numbers.get("cosine", 1) == 1:
+            found.append(numbers | {"curve": row.get("curve"), "key": row.get("key")})
+    if not found:
+        raise ValueError(f"{path} has no runs")
+    return found
+
+def human(x):
+    """A number in three digits with its unit, as 1.41M; 1e15 and more as a power of ten."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if size <= x < 1e15:
+            return f"{x / size:#.3g}".rstrip(".") + unit
+    return f"{x:.3g}"
+
+def draw(rows, width=66, height=18):
+    """The IsoFLOP parabolas in characters: budget 1 is the least, * is a lowest point."""
+    groups = budgets_of(rows)
+    N, loss = columns([row for group in groups for row in group], "N", "loss")
+    left, right, low, high = *np.log([N.min(), N.max()]), loss.min(), loss.max()
+    grid = [[" "] * width for _ in range(height)]
+
+    def put(x, y, mark):
+        column = round((x - left) / (right - left) * (width - 1))
+        row = round((high - y) / (high - low or 1) * (height - 1))
+        if 0 <= column < width and 0 <= row < height:
+            grid[row][column] = mark
+
+    for number, same in enumerate(groups, 1):
+        point, c = parabola(same, "N")
+        x = np.log(columns(same, "N")[0])
+        for at in np.linspace(x.min(), x.max(), width):
+            put(at, np.polyval(c, at), ".")
+        for row in same:
+            put(math.log(row["N"]), row["loss"], str(number % 10))
+        if point:
+            put(math.log(point[0]), point[1], "*")
+    print(f"loss {high:.3f} ... {low:.3f}, N {human(N.min())} ... {human(N.max())} in logarithms:")
+    print("\n".join("  |" + "".join(line).rstrip() for line in grid) + "\n  +" + "-" * width)
+
+def plot(rows, fits, folder):
+    """Write isoflop.png (§3.2), envelope.png (§3.1) and frontier.png to folder."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    pictures = {name: plt.subplots() for name in ("isoflop", "envelope", "frontier")}
+    isoflop, runs, frontier = (axes for _, axes in pictures.values())
+    points = []
+    for same in budgets_of(rows):
+        N, loss, C = columns(sorted(same, key=lambda row: row["N"]), "N", "loss", "C")
+        (line,) = isoflop.plot(N, loss, "o", label=f"{C[0]:.2g} FLOPs")
+        point, c = parabola(same, "N")
+        x = np.geomspace(N[0], N[-1], 100)
+        isoflop.plot(x, np.polyval(c, np.log(x)), "-", color=line.get_color())
+        if point:
+            isoflop.plot(*point[:2], "*", color=line.get_color(), markersize=14)
+            points.append((point[2], point[0]))
+    isoflop.set(xscale="log", xlabel="N", ylabel="loss, nats per token")
+    curves = training_curves(rows)
+    colors = {N: f"C{i}" for i, N in enumerate(sorted({curve[0] for curve in curves}))}
+    for N, cost, tokens, loss in curves:
+        seen = f"N {human(N)}" in runs.get_legend_handles_labels()[1]
+        label = None if seen else f"N {human(N)}"
+        runs.plot(cost * tokens, loss, color=colors[N], label=label, linewidth=0.8)
+    if curves:
+        ends = np.array([cost * tokens[-1] for _, cost, tokens, _ in curves])
+        C, N, D = envelope(curves, min(ends) / 2, max(ends))
+        every = [np.interp(C, cost * t, loss, math.inf, math.inf) for _, cost, t, loss in curves]
+        runs.plot(C, np.min(every, 0), "k:", label="envelope")
+        frontier.plot(C, N, "k.", markersize=2, label="envelope")
+    runs.set(xscale="log", xlabel="FLOPs", ylabel="training loss, smoothed")
+    most = 10 * max(row["C"] for row in rows)
+    C = np.geomspace(min(row["C"] for row in rows), most, 50)
+    frontier.plot(C, [power(*all_laws({})[3][1:3])(c) for c in C], "k--", label="as published, 3")
+    for name, law in fits.items():
+        if isinstance(law, str):
+            continue
+        N = law["k"][0] * C ** law["a"][0]
+        (line,) = frontier.plot(C, N, label=f"{name}, a {law['a'][0]:.3f}")
+        low, high = law["N_ahead"][1:3]
+        frontier.plot([most, most], [low, high], "_-", color=line.get_color())
+    frontier.plot(*np.array(points).reshape(-1, 2).T, "k*", label="lowest points")
+    frontier.set(xscale="log", yscale="log", xlabel="C, FLOPs", ylabel="optimal N")
+    for name, (figure, axes) in pictures.items():
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="x-small")
+        figure.savefig(Path(folder) / f"{name}.png", dpi=120)
+        plt.close(figure)
+    print(f"{', '.join(pictures)} as PNG in {folder}")
+
+def shown(key, value, low, high, count, of):
+    """A constant of a fit with its interval; and of how many resamples, where not all had it."""
+    interval = "n/a" if math.isnan(low) else f"{low:.4g}, {high:.4g}"
+    return f"{key} {value:.4g} [{interval}{f'; {count} of {of}' if count < of else ''}]"
+
+def fit_and_report(rows, cfg):
+    """The fits of all laws to rows, after printing them with their intervals, the lowest points of
+    the budgets and, as plots, the parabolas."""
+    print(f"fits to {len(rows)} runs; in brackets 10 to 90 % of {cfg.bootstrap} resamples of 80 %")
+    groups = budgets_of(rows)
+    for same in groups:
+        N, C = columns(same, "N", "C")
+        point, _ = parabola(same, "N")
+        optimum = "none inside the swept sizes"
+        if point:
+            ratio = point[2] / 6 / point[0] ** 2
+            optimum = f"{human(point[0])}, loss {point[1]:.4f}, D/N {ratio:.3g}"
+        sizes = f"{human(N.min())} ... {human(N.max())}"
+        middle = math.exp(np.log(C).mean())
+        print(f"C {middle:.3g} | {len(same)} runs | N {sizes} | lowest point {optimum}")
+    n_others = len(rows) - sum(map(len, groups))
+    if n_others:
+        print(f"{n_others} of {len(rows)} runs are left out of approach 2")
+    fits = fit_all(rows, cfg)
+    for name, law in fits.items():
+        if isinstance(law, str):
+            print(f"{name:10} | n/a: {law}")
+            continue
+        print(f"{name:10} | {' | '.join(shown(k, *v, cfg.bootstrap) for k, v in law.items())}")
+        if name == "approach 1" and law["sizes"][0] < 10:
+            print(f"{'':10} | so few sizes are a coarse grid, which sets the exponent with the law")
+    if cfg.plot:
+        try:
+            plot(rows, fits, cfg.plot)
+        except Exception as error:  # the fits are there all the same
+            print(f"no plots: {type(error).__name__}: {error}")
+    elif groups:
+        draw(rows)
+    return fits
+
+def power(k, a):
+    """C -> k C^a, or e^200 and its inverse where that is out of reach."""
+    return lambda C: math.exp(max(min(math.log(k) + a * math.log(C), 200), -200))
+
+def all_laws(fits):
+    """[(name, k, a of N = k C^a, a as published with its error, parametric law or None)] of every
+    published law and of our own fits."""
+    N, *table = np.array(TABLE_3).T
+    laws = [("Kaplan, Table 6 *", 1.3e9 / PF_DAY**0.73, 0.73, None)]
+    for approach in (1, 2):  # a power law through the rows of the table: no more was published
+        laws += [(f"Hoffmann, approach {approach}", *power_law(table[2 * approach - 2], N), None)]
+    names = "Hoffmann, approach 3", "same, as printed", "Besiroglu"
+    for name, law in zip(names, (HOFFMANN, HOFFMANN_ROUNDED, BESIROGLU)):
+        a = law["beta"] / (law["alpha"] + law["beta"])
+        laws += [(name, frontier(law, 6.0)[0] / 6**a, a, law)]
+    laws = [(name, k, a, error, law) for (name, k, a, law), error in zip(laws, TABLE_2)]
+    for name, (A, alpha) in LLAMA3.items():  # whose law is of the tokens
+        laws += [(f"Llama 3, {name}", 1 / (6 * A), 1 - alpha, f"{1 - alpha:.3f}", None)]
+    for name, law in fits.items():
+        if not isinstance(law, str):
+            values = {key: value for key, (value, *_) in law.items()}
+            error = shown("", *law["a"], law["a"][-1]).strip()
+            name = f"own fit, {name}" + " *" * (name == "Kaplan")
+            laws += [(name, values["k"], values["a"], error, values if "E" in values else None)]
+    return laws
+
+def answer(cfg, fits):
+    """Print the optimal N and D for a budget by every law, 6 N D beside counted FLOPs, and the
+    paper's tables 3 and A3 beside what the laws give."""
+    C = cfg.budget
+    laws = all_laws(fits)
+    used = cfg.inference_tokens
+    kaplan = kaplan_optimum(C)
+    print(f"budget {C:.3g} FLOPs = {C / PF_DAY:.3g} PF-days | D = C / 6N | a of N = k C^a")
+    for name, k, a, error, law in laws:
+        N = power(k, a)(C)
+        D = kaplan["D"] if name.startswith("Kaplan") else C / (6 * N)
+        line = f"{name:21} | N {human(N):>7} | D {human(D):>7} | D/N {D / N:8.3g} | a {error:21}"
+        line += f" | loss {parametric_loss(law, N, D):.4f}" if law else ""
+        if law and used:
+            less, more = overtrain(law, N, D, used)
+            cost = (6 * less * more + 2 * less * used) / (6 * N * D + 2 * N * used)
+            line += f" | used for {human(used)} tokens: N {human(less)},"
+            line += f" D {human(more)}, {cost:.3f} of the cost"
+        print(line.rstrip())
+    batch = human(critical_batch(kaplan["loss"]))
+    print("* N without embeddings; Table 6's D is a fit of its own; its C is C_min, of batches far")
+    print(f"below the critical one, {batch} tokens at Kaplan's loss {kaplan['loss']:.3f} (Eq. 1.4)")
+    N = frontier(BESIROGLU, C)[0]
+    shapes = {f"{row[0]}m": row[0] * 1e6 for row in TABLE_A9} | {"70b": 7e10, "280b": 2.8e11}
+    preset = min(shapes, key=lambda name: abs(math.log(shapes[name] / N)))
+    model = Config(**PRESETS[preset])
+    with torch.device("meta"):
+        N, _ = count_parameters(Chinchilla(model))
+    terms = appendix_f(model)
+    D = C / (6 * N)
+    print(f"nearest shape {preset}: N {N:,} | 6ND {C:.4g} | App. F", end=" ")
+    print(f"{3 * terms['total'] * D / model.seq_len:.4g}, without embeddings and logits", end=" ")
+    print(f"{3 * terms['body'] * D / model.seq_len:.4g} | causal {flops_per_token(model) * D:.4g}")
+    print("Tables 3 and A3: FLOPs and tokens for N to be optimal, printed -> by the law above")
+    for N, *row in TABLE_3:
+        line = f"N {human(N):>5}"
+        for i, (_, k, a, *_) in enumerate(laws[1:4]):
+            cost = (N / k) ** (1 / a)
+            line += f" | {row[2 * i]:.2e} {human(row[2 * i + 1]):>6} -> {cost:.2e} "
+            line += f"{human(cost / (6 * N)):>6}"
+        print(line)
+
+# ---------------------------------------- Sweep ----------------------------------------
+
+def is_sweep(cfg):
+    """Whether to train a sweep: it has budgets, and nothing asks for a single run."""
+    return bool(cfg.sweep) and not cfg.steps and not cfg.eval
+
+def plan_sweep(cfg, fingerprint):
+    """[(key, budget, N, Config of the run)] for each budget and size, the longest first. The key is
+    a hash of all that a run depends on, the data of that fingerprint included."""
+    names = [field.name for field in dataclasses.fields(cfg)]
+    names = names[: names.index("data")]  # what comes later changes no number
+    runs = []
+    for C, size in itertools.product(cfg.sweep.split(","), cfg.sizes.split(",")):
+        with explain(f"--sweep {C} --sizes {size} is not FLOPS,... and presets or WIDTHxLAYERS",
+                     ValueError):  # fmt: skip
+            C = float(C)
+            # Undisclosed: batches and warm-up of the sweep's models ("well-tested heuristics").
+            # Here all have one batch, and a tenth of a run at most is warm-up.
+            if size in PRESETS:
+                shape = ("dim", "n_layers", "n_heads", "head_dim", "hidden_dim", "lr")
+                own = {name: PRESETS[size][name] for name in shape if name in PRESETS[size]}
+            else:  # Departure: rates of toy models fall with width
+                dim, layers = map(int, size.split("x"))
+                own = dict(dim=dim, n_layers=layers, hidden_dim=4 * dim)
+                own |= dict(n_heads=dim // cfg.head_dim, lr=cfg.lr * cfg.dim / dim)
+                if dim % cfg.head_dim or dim % 2 or dim < 1 or layers < 1:
+                    raise ValueError(f"heads of {cfg.head_dim} do not divide the width {dim}")
+            run = dataclasses.replace(cfg, **own, sweep="", sizes="")
+            with torch.device("meta"):
+                N, _ = count_parameters(Chinchilla(run))
+            cost = 6 * N
+            if cfg.flops == "appF":
+                cost = 3 * appendix_f(run)["total"] / run.seq_len
+            if not 0.5 <= C / cost / (run.batch_size * run.seq_len) < math.inf:
+                raise ValueError(f"{C:g} FLOPs are not one update of {size}")
+        run.steps = round(C / cost / (run.batch_size * run.seq_len))  # D = C / (FLOPs of a token)
+        run.tokens = planned_tokens(run, N)
+        run.warmup_steps = min(cfg.warmup_steps, run.steps // 10)
+        key = stable_hash(fingerprint, [getattr(run, name) for name in names]) % 16**12
+        runs.append((f"{key:012x}", C, N, run))
+    # an update of a tiny model takes as long as some 5e7 FLOPs, whatever it computes
+    return sorted(runs, key=lambda run: -run[1] - 5e7 * run[3].steps)
+
+class OnceAMinute(io.TextIOBase):
+    """A file that prints, once a minute, the line that is written to it."""
+
+    def __init__(self, head):
+        self.head = head
+        self.stdout = sys.stdout
+        self.last = time.monotonic()
+
+    def write(self, text):
+        if time.monotonic() > self.last + 60 and text.strip():
+            self.last = time.monotonic()
+            self.stdout.write(f"{self.head} | {text.strip()}\n")
+        return len(text)
+
+def train_run(key, C, N, run, corpus, heldout, device, signals):
+    """Train one run of a sweep in its directory run.out, from its checkpoint if it has one. Returns
+    its row for runs.jsonl, without a loss if it diverged; None if a signal stopped it."""
+    clock = time.perf_counter()
+    if run.compile:
+        torch.compiler.reset()  # each size compiles anew, and few are allowed for one block
+    run.val_every = run.steps + 1  # at the start and at the end
+    finite = True
+    name = Path(run.out).name
+    with contextlib.redirect_stdout(OnceAMinute(name)):
+        fixed = fixed_fields(run, corpus)
+        checkpoint, _ = newest_checkpoint(run.out, True, fixed)
+        # the lock is held until the row is returned
+        model, optimizer, state, lock = build_run(run, fixed, None, checkpoint, device)
+        try:
+            if not train(model, optimizer, corpus, heldout, state, run, device, signals):
+                return None
+        except Diverged:
+            finite = False
+    log = [json.loads(line) for line in (Path(run.out) / "metrics.jsonl").open()]
+    steps = {row["step"]: row for row in log if row.get("loss")}  # a resumed run logs some twice
+    tokens, losses = columns([steps[step] for step in sorted(steps)], "tokens", "loss")
+    losses = smoothed(losses)
+    kept = np.unique(np.geomspace(1, len(losses), 100).round().astype(int)) - 1
+    # Departure: all approaches but the first are fitted to held-out loss, where the paper has the
+    # smoothed training loss; a toy reads its text several times, and has few updates to smooth.
+    loss = log[-1].get("val_loss")  # on the same windows for all runs
+    finite = finite and loss is not None
+    D = state["tokens"]
+    return {
+        "key": key, "name": name, "N": N, "D": D, "steps": run.steps,
+        "N_non_embedding": N - run.vocab_size * run.dim, "budget": C, "C": 6 * N * D,
+        "C_appF": 3 * appendix_f(run)["total"] / run.seq_len * D, "lr": run.lr, "seed": run.seed,
+        "train_loss": losses[-1] if finite else None, "loss": loss if finite else None,
+        "seconds": time.perf_counter() - clock,
+        "curve": np.stack((tokens, losses), 1)[kept].round(5).tolist() if finite else [],
+    }  # fmt: skip
+
+def finished(file):
+    """{key: row} of the runs in runs.jsonl; a line that a kill cut short is none."""
+    rows = {}
+    for line in file.read_text().splitlines() if file.exists() else ():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            rows[row["key"]] = row
+    return rows
+
+def sweep(cfg, plan, corpus, heldout, device, queue, signals):
+    """Train, of the planned runs that are not in runs.jsonl, what the queue gives this rank; rank 0
+    waits for the others. Returns whether all runs are done."""
+    store, rank, ranks = queue
+    file = Path(cfg.out) / "runs.jsonl"
+    while not signals:
+        turn = store.add("next", 1) - 1
+        if turn >= len(plan):
+            break
+        key, C, N, run = plan[turn]
+        if key in finished(file):
+            continue
+        run.out = str(Path(cfg.out) / f"{run.dim}x{run.n_layers}_{C:g}_{key}")
+        print(f"run {turn + 1}/{len(plan)}: {Path(run.out).name}, {run.steps:,} updates")
+        row = train_run(key, C, N, run, corpus, heldout, device, signals)
+        if row:
+            with open(file, "ab", buffering=2**20) as end:  # in one write: lines do not mix
+                end.write(f"\n{json.dumps(row)}\n".encode())
+            if not cfg.keep_models:
+                shutil.rmtree(run.out)
+    store.add("ended", 1)
+    while rank == 0 and not signals and store.add("ended", 0) < ranks:  # at their last runs
+        time.sleep(0.1)
+    return finished(file).keys() >= {run[0] for run in plan}
+
+def sweep_and_fit(cfg, corpus, heldout, device, queue, signals):
+    """Train the sweep, over the ranks of the queue; fit the laws to it on rank 0."""
+    store, rank, ranks = queue
+    folder = contextlib.nullcontext(cfg.out)
+    if rank == 0 and not cfg.out:
+        folder = tempfile.TemporaryDirectory(prefix="chinchilla_", ignore_cleanup_errors=True)
+    plan = plan_sweep(cfg, corpus.fingerprint())
+    if device.type == "cpu" and max(run.dim for *_, run in plan) <= 256:
+        torch.set_num_threads(1)  # for so small products threads cost more than they bring
+    with folder as cfg.out:
+        if rank == 0:
+            Path(cfg.out).mkdir(parents=True, exist_ok=True)
+            store.set("folder", cfg.out)
+            done = finished(Path(cfg.out) / "runs.jsonl").keys() & {run[0] for run in plan}
+            print(f"sweep of {len(plan)} runs over {ranks} ranks,", end=" ")
+            print(f"{sum(run[1] for run in plan):.3g} FLOPs | {len(done)} are done")
+            print_epochs(plan, corpus)
+        cfg.out = store.get("folder").decode()
+        complete = sweep(cfg, plan, corpus, heldout, device, queue, signals)
+        if rank > 0:
+            return
+        if not complete:
+            return print("stopped by a signal" if signals else "another rank failed")
+        rows = read_runs(Path(cfg.out) / "runs.jsonl", cfg.flops)
+    keys = {run[0] for run in plan}
+    fit_and_report([row for row in rows if row["key"] in keys], cfg)
+
+def print_epochs(plan, corpus):
+    """Print the passes over the training data of each planned run, with a warning above four."""
+    for key, C, N, run in plan:
+        epochs = run.steps * run.batch_size / corpus.n_windows(run.seq_len)
+        line = f"  {run.dim}x{run.n_layers} at {C:g}: N {human(N)}, D {human(run.tokens)}"
+        warning = ", a warning: more than four" if epochs > 4 else ""
+        print(f"{line}, {epochs:.2f} epochs{warning}")
 
 # ---------------------------------------- Optimizer ----------------------------------------
 
@@ -804,10 +1124,12 @@ def learning_rate(sequences, cfg):
         return 1e-7 + (cfg.lr - 1e-7) * step / cfg.warmup_steps
     progress = min(sequences * cfg.seq_len / (cfg.cosine * cfg.tokens), 1)
     return cfg.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
 # ---------------------------------------- Precision ----------------------------------------
 
 # Parameters, gradients and Adam's moments are fp32. Under bf16, autocast (in objective) runs matrix
-# products in bf16; the softmax of attention, norms, residual sums and the loss stay fp32.
+# products in bf16; the sums and the softmax of attention's scores, norms, residual sums and the
+# loss stay fp32. Sharded ranks gather bf16 weights and reduce fp32 gradients.
 # Gopher kept its parameters in bf16 with stochastic rounding; Chinchilla's fp32 copy is better.
 
 PEAK_FLOPS = {  # dense bf16, by the device's exact name; a device not listed gets no MFU
@@ -818,31 +1140,42 @@ PEAK_FLOPS = {  # dense bf16, by the device's exact name; a device not listed ge
 # ---------------------------------------- Parallelism ----------------------------------------
 
 def parallelize(model, cfg, mesh):
-    """Synchronous data parallelism: each rank has a copy, gradients are averaged. Recomputation and
-    compilation are applied to the blocks first."""
+    """Parameters, gradients and optimizer state sharded over the ranks (ZeRO-3), where there are
+    several. Recomputation and compilation are applied to the blocks first."""
+    # Departure: the paper shards the optimizer state alone, and also splits matrices ("model").
+    dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
         if cfg.recompute == "block":
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         if cfg.compile:
             torch.compiler.config.fail_on_recompile_limit_hit = True
             block.compile(dynamic=False)
-    if mesh.size() == 1:
-        return model
-    # A static graph is faster, and wrong with gradient accumulation.
-    largest = dataclasses.replace(cfg, batch_size=max(cfg.batch_size, cfg.second_batch))
-    static_graph = split_batch(largest, mesh.size())[0] == 1
-    return nn.parallel.DistributedDataParallel(
-        model, process_group=mesh.get_group(), gradient_as_bucket_view=True,
-        static_graph=static_graph,
-    )  # fmt: skip
+        if mesh.size() > 1:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+    if mesh.size() > 1:
+        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    return model
+
+def fill_parameter(p, value):
+    """Write value, the complete tensor, to a parameter that may be sharded."""
+    if isinstance(p, DTensor):
+        value = value.to(p.device, p.dtype)
+        value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+    p.data.copy_(value)
 
 def memory_per_rank(cfg):
     """Bytes on one rank of cfg.world_size as an eager backward pass begins, by kind."""
-    # Departure: every rank has whole copies; the paper's optimizer state is sharded over ranks.
     with torch.device("meta"):
-        n, _ = count_parameters(Chinchilla(cfg))
-    positions = split_batch(cfg, cfg.world_size)[1] * cfg.seq_len
-    size, width = 2 if cfg.precision == "bf16" else 4, cfg.n_heads * cfg.head_dim
+        model = Chinchilla(cfg)
+    n, _ = count_parameters(model)
+    n_block = sum(p.numel() for p in model.blocks[0].parameters())
+    n_root = n - n_block * cfg.n_layers
+    ranks = cfg.world_size
+    largest = dataclasses.replace(cfg, batch_size=max(cfg.batch_size, cfg.second_batch))
+    positions = split_batch(largest, ranks)[1] * cfg.seq_len
+    size = 2 if cfg.precision == "bf16" else 4
+    width = cfg.n_heads * cfg.head_dim
     # Kept per position and block: input of both norms and what they make of it before the gain
     # (fp32); inputs of the products: q k v, q + u, q + w, k, r for each sequence, A v; GELU's
     # input; the probabilities.
@@ -851,8 +1184,11 @@ def memory_per_rank(cfg):
     if cfg.recompute == "block":  # every block's input, and one block at a time in full
         block = 4 * cfg.dim + block / cfg.n_layers
     head = (8 + size) * cfg.dim + 4 * cfg.vocab_size  # last norm, last product, loss's softmax
-    activations = int(positions * (cfg.n_layers * block + head))
-    return {"parameters": 4 * n, "gradients": 4 * n, "optimizer": 8 * n, "activations": activations}
+    activations = positions * (cfg.n_layers * block + head)
+    memory = {"parameters": 4 * n / ranks, "gradients": 4 * n / ranks, "optimizer": 8 * n / ranks}
+    # Weights and gradients of the root, and of a block and the next one's weights.
+    gathered = size * (2 * n_root + 3 * n_block) * (ranks > 1)
+    return memory | {"gathered": gathered, "activations": activations}
 
 def join_queue(cfg):
     """(store, rank, ranks) of a sweep over torchrun's ranks, which draw runs from a counter in the
@@ -868,54 +1204,35 @@ def join_queue(cfg):
 
 # ---------------------------------------- Checkpoint ----------------------------------------
 
-SHAPE = (  # fields of Config that a checkpoint fixes
-    "vocab_size", "dim", "n_layers", "n_heads", "head_dim", "hidden_dim", "norm_eps", "seq_len",
-)  # fmt: skip
-HF_FIXED = {"model_type": "chinchilla"}
+SHAPE = ("vocab_size", "dim", "n_layers", "n_heads", "head_dim", "hidden_dim", "norm_eps")
 
 def from_hf(path):
-    """(model, cfg) from a directory that to_hf wrote: config.json and safetensors."""
+    """(model, cfg) from a directory that to_hf wrote; the weights stay in the mapped file."""
     # Departure: Hugging Face has no class for this model; names and shapes are our own.
+    from safetensors.torch import load_file
+
     with explain(f"{path} holds no Chinchilla model", Exception):
-        cfg = Config(**read_hf_config(path, {name: (name, 0) for name in SHAPE}, HF_FIXED))
-        model = Chinchilla(cfg)
-        tensors = read_hf_tensors(path)
-        for name, p in model.named_parameters():
-            p.data.copy_(tensors[name])
+        config = json.loads((Path(path) / "config.json").read_text())
+        cfg = Config(**{name: config[name] for name in SHAPE})
+        with torch.device("meta"):
+            model = Chinchilla(cfg)
+        model.load_state_dict(load_file(Path(path) / "model.safetensors"), assign=True)
     return model, cfg
 
 def to_hf(model, cfg, path):
-    """Write model to the directory path, in the manner of Hugging Face."""
+    """Write model to the directory path: config.json and safetensors. All ranks call."""
     from safetensors.torch import save_file
 
-    config = {name: getattr(cfg, name) for name in SHAPE} | HF_FIXED
-    config["architectures"] = ["Chinchilla"]
-    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    tensors = {}
+    for name, p in model.named_parameters():
+        p = p.detach()
+        tensors[name] = (p.full_tensor() if isinstance(p, DTensor) else p).cpu().contiguous()
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
     with written_beside(path) as folder:
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, folder / "model.safetensors")
+        config = {name: getattr(cfg, name) for name in SHAPE}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-def read_hf_config(path, fields, fixed):
-    """Fields of Config from the config.json of a Hugging Face checkpoint directory.
-
-    fields: {field: (key, default of Hugging Face's class)}; fixed: {key: the only value that is
-    supported}. Raises ValueError, with the key's name, for another value.
-    """
-    theirs = json.loads((Path(path) / "config.json").read_text())
-    for key, value in fixed.items():
-        if theirs.get(key) not in (None, value):
-            raise ValueError(f"{path}: config.json has {key} {theirs[key]!r}, not {value!r}")
-    return {field: theirs.get(key, default) for field, (key, default) in fields.items()}
-
-def read_hf_tensors(path):
-    """{name: tensor} of model.safetensors or, without it, of the files that the index names."""
-    from safetensors.torch import load_file
-
-    files = {"model.safetensors"}
-    if not (Path(path) / "model.safetensors").exists():
-        index = json.loads((Path(path) / "model.safetensors.index.json").read_text())
-        files = set(index["weight_map"].values())
-    return {name: tensor for file in files for name, tensor in load_file(Path(path) / file).items()}
 
 @contextlib.contextmanager
 def written_beside(path):
@@ -991,78 +1308,6 @@ def load_checkpoint(path, model, optimizer, state):
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     state.update(content["state"])
 
-def whole_lines(path):
-    """(number, object) of the lines of a .jsonl file; a last line that a kill cut short is none."""
-    *lines, last = read_text(path).split("\n")
-    with contextlib.suppress(ValueError):
-        json.loads(last)
-        lines.append(last)
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            with explain(f"{path}, line {number} is no JSON object", ValueError, TypeError):
-                row = {**json.loads(line)}
-            yield number, row
-
-def read_text(path):
-    """The text of a file, which must be UTF-8; a mark of the byte order is none of it."""
-    with explain(f"{path} is not UTF-8 text", UnicodeDecodeError):
-        return Path(path).read_text("utf-8-sig")
-
-def table_lines(path):
-    """(number, row) of a .csv, whose columns N, D and loss must be there."""
-    table = csv.DictReader(read_text(path).splitlines(True))
-    for name in ("N", "D", "loss"):
-        if table.fieldnames and name not in table.fieldnames:
-            raise ValueError(f"{path} has no column {name}")
-    with explain(f"{path} is no table", csv.Error):
-        rows = list(table)
-    yield from enumerate(rows, 2)
-
-def number_of(row, name):
-    """The number in a row's column, above 0 where accuracy may be 0; None where there is none and
-    a fit can do without."""
-    if row.get(name) in (None, ""):
-        if name in ("N", "D", "loss"):
-            raise ValueError("there is none")
-        return None
-    value = float(row[name])
-    if name == "accuracy" and not 0 <= value <= 1:
-        raise ValueError("it must be in 0 ... 1")
-    if name != "accuracy" and not 0 < value < math.inf:
-        raise ValueError("it must be a number above 0")
-    return value
-
-def read_runs(path, settings=None):
-    """Rows of a .csv or .jsonl of runs with N, D, loss and C (6 N D where it is not given), all of
-    one sort of settings; without those that diverged or whose cosine was too long."""
-    found = []
-    for number, row in (whole_lines if Path(path).suffix == ".jsonl" else table_lines)(path):
-        if "loss" in row and row["loss"] is None and "name" in row:
-            print(f"run {row['name']} diverged: it is left out")
-            continue
-        for name in "N D loss C nll accuracy N_non_embedding budget cosine".split():
-            what = f"{path}, line {number}: {name} is {row.get(name) or 'none'}"
-            with explain(what, TypeError, ValueError):
-                row[name] = number_of(row, name)
-        with explain(f"{path}, line {number}: curve is no pairs of tokens and loss above 0",
-                     TypeError, ValueError):  # fmt: skip
-            curve = np.array(row.get("curve") or np.ones((2, 2)), np.float64)
-            if curve.shape[1:] != (2,) or not (np.isfinite(curve) & (curve > 0)).all():
-                raise ValueError(f"it has the shape {curve.shape}")
-        row["C"] = row["C"] or 6 * row["N"] * row["D"]
-        found += [row] if row["cosine"] in (None, 1) else []
-    kinds = {row.get("settings") for row in found}
-    if settings:
-        others = sum(row.get("settings") != settings for row in found)
-        found = [row for row in found if row.get("settings") == settings]
-        if others:
-            print(f"{others} rows of other settings are left out")
-    elif len(kinds) > 1:
-        raise ValueError(f"{path} has runs of {len(kinds)} sorts of settings (key settings)")
-    if not found:
-        raise ValueError(f"{path} has no runs")
-    return found
-
 # ---------------------------------------- Training ----------------------------------------
 
 def split_batch(cfg, ranks):
@@ -1136,10 +1381,6 @@ def sample(model, ids, n, allowed_ids, cfg):
             ids = ids + torch.multinomial(p, 1).tolist()
     return ids
 
-def is_sweep(cfg):
-    """Whether to train a sweep: it has budgets, and nothing asks for a single run."""
-    return bool(cfg.sweep) and not cfg.steps and not cfg.eval
-
 def check(cfg, ranks):
     """Raise ValueError for a configuration that cannot run on that many ranks."""
     for field in dataclasses.fields(cfg):
@@ -1169,7 +1410,6 @@ def check(cfg, ranks):
         (sweep and not cfg.sizes, "--sweep needs --sizes"),
         (sweep and (restarts or local < ranks) and not cfg.out,
          "a sweep over several machines or with --max-restarts needs --out, for its finished runs"),
-        (cfg.mismatched_cosine and not sweep, "--mismatched_cosine is part of a sweep"),
         (cfg.budget and not 1e6 <= cfg.budget <= 1e40, f"--budget {cfg.budget}: 1e6 ... 1e40"),
         (cfg.inference_tokens > 1e30, f"--inference_tokens {cfg.inference_tokens:g} is over 1e30"),
         (cfg.inference_tokens and not cfg.budget, "--inference_tokens needs --budget"),
@@ -1206,66 +1446,25 @@ def at_sequence(sequences, cfg):
         return dataclasses.replace(cfg, batch_size=cfg.second_batch)
     return cfg
 
-def sweep_settings(cfg):
-    """What all runs of one fit must share, as a hash: every flag that a run depends on, except for
-    shape, budget, seed and cosine; of the rate, which falls with width, rate times width."""
-    names = [field.name for field in dataclasses.fields(cfg)]
-    names = names[: names.index("compile")] + ["flops", "log_every", "val_batches"]
-    own = "dim n_layers n_heads hidden_dim tokens steps lr cosine seed".split()
-    shared = [getattr(cfg, name) for name in names if name not in own]
-    return f"{stable_hash(*shared, f'{cfg.lr * cfg.dim:.9g}') % 16**8:08x}"
-
-def plan_sweep(cfg):
-    """[(name, budget, N, Config of the run)] for each budget and size, the longest first; the name
-    has all that a run depends on but the content of --data, so that one of that name need not be
-    run again."""
-    with explain(f"--sweep {cfg.sweep} --sizes {cfg.sizes} is not FLOPS,... and WIDTHxLAYERS,...",
-                 ValueError):  # fmt: skip
-        budgets = [float(C) for C in cfg.sweep.split(",")]
-        sizes = [tuple(map(int, size.split("x"))) for size in cfg.sizes.split(",")]
-        if not all(0 < C < math.inf for C in budgets):
-            raise ValueError("a budget is above 0")
-        if any(len(size) != 2 or min(size) < 1 for size in sizes):
-            raise ValueError("a size is two numbers above 0")
-    runs = {}
-    middle = len(budgets) // 2, len(sizes) // 2
-    for (i, C), (j, (dim, layers)) in itertools.product(enumerate(budgets), enumerate(sizes)):
-        if dim % cfg.head_dim or dim % 2:
-            raise ValueError(f"--sizes: heads of {cfg.head_dim} do not divide the width {dim}")
-        shape = dict(dim=dim, n_layers=layers, n_heads=dim // cfg.head_dim, hidden_dim=4 * dim)
-        # Undisclosed: rates, batches and warm-up of the sweep's models ("well-tested heuristics").
-        # Here rates fall with width, a tenth of a run at most is warm-up, all have one batch.
-        run = dataclasses.replace(cfg, **shape, lr=cfg.lr * cfg.dim / dim, sweep="", sizes="")
-        with torch.device("meta"):
-            N, _ = count_parameters(Chinchilla(run))
-        cost = 6 * N if cfg.flops == "6nd" else 3 * appendix_f(run)["total"] / run.seq_len
-        run.steps = round(C / cost / (run.batch_size * run.seq_len))  # D = C / (FLOPs of a token)
-        run.tokens = planned_tokens(run, N)
-        run.warmup_steps = min(cfg.warmup_steps, run.steps // 10)
-        if not run.steps:
-            raise ValueError(f"--sweep: {C:g} FLOPs are not one update of {dim}x{layers}")
-        longer = (1.5, 2.0, 5.0) if cfg.mismatched_cosine and (i, j) == middle else ()
-        for cosine in (1.0, *longer):
-            run = dataclasses.replace(run, cosine=cosine)
-            key = stable_hash(sweep_settings(cfg), C) % 16**8
-            name = f"{dim}x{layers}_{C:g}_seed{cfg.seed}_cosine{cosine:g}_{key:08x}"
-            runs[name] = (name, C, N, run)
-    # an update of a tiny model takes as long as some 5e7 FLOPs, whatever it computes
-    return sorted(runs.values(), key=lambda run: (-run[1] - 5e7 * run[3].steps, run[0]))
-
 def fixed_fields(cfg, corpus):
     """{name: value} of what a resumed run must have in common with its first start."""
-    fixed = {name: getattr(cfg, name) for name in (*SHAPE, "seed")}
+    fixed = {name: getattr(cfg, name) for name in (*SHAPE, "seq_len", "seed")}
     return fixed | {"data_fingerprint": corpus.fingerprint()}
 
 def build_run(cfg, fixed, source, checkpoint, device):
     """(model, optimizer, state, lock on cfg.out) of a run: with the weights of the model source,
     if there is one, and then with what the checkpoint holds, if there is one."""
-    model = Chinchilla(cfg)
-    init_weights(model, cfg)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp",))
+    with torch.device("meta"):
+        model = Chinchilla(cfg)
+    model = parallelize(model, cfg, mesh).to_empty(device=device)
     if source:
-        model.load_state_dict(source.state_dict())
-    optimizer = build_optimizer(model.to(device), cfg)
+        values = dict(source.named_parameters())
+        for name, p in model.named_parameters():
+            fill_parameter(p, values[name].detach())
+    else:
+        init_weights(model, cfg)
+    optimizer = build_optimizer(model, cfg)
     state = {"step": 0, "sequences": 0, "tokens": 0}
     if checkpoint:
         load_checkpoint(checkpoint, model, optimizer, state)
@@ -1274,337 +1473,42 @@ def build_run(cfg, fixed, source, checkpoint, device):
         lock = claim_directory(cfg.out, dataclasses.asdict(cfg) | fixed)
     return model, optimizer, state, lock
 
-def train_run(name, C, N, run, corpus, heldout, device, signals):
-    """Train one run of a sweep in its directory run.out, from its checkpoint if it has one. Returns
-    its row for runs.jsonl, without a loss if it diverged; None if a signal stopped it."""
-    clock = time.perf_counter()
-    if run.compile:
-        torch.compiler.reset()  # each size compiles anew, and few are allowed for one block
-    run.val_every = run.steps + 1  # at the start and at the end
-    finite = True
-    with contextlib.redirect_stdout(io.StringIO()):
-        fixed = fixed_fields(run, corpus)
-        checkpoint, _ = newest_checkpoint(run.out, True, fixed)
-        # the lock is held until the row is returned
-        model, optimizer, state, lock = build_run(run, fixed, None, checkpoint, device)
-        try:
-            if not train(model, optimizer, corpus, heldout, state, run, device, signals):
-                return None
-        except Diverged:
-            finite = False
-    log = [json.loads(line) for line in (Path(run.out) / "metrics.jsonl").open()]
-    tokens, losses = columns([row for row in log if row.get("loss")], "tokens", "loss")
-    losses = smoothed(losses)
-    kept = np.unique(np.geomspace(1, len(losses), 100).round().astype(int)) - 1
-    # Departure: all approaches but the first are fitted to held-out loss, where the paper has the
-    # smoothed training loss; a toy reads its text several times, and has few updates to smooth.
-    loss = log[-1].get("val_loss")  # on the same windows for all runs
-    finite = finite and loss is not None
-    nll = accuracy = exact = None
-    if finite:
-        with evaluation_mode(model, run.compile):
-            nll, accuracy, exact = cloze(model, heldout, run, device)
-    D = state["tokens"]
-    return {
-        "name": name, "dim": run.dim, "layers": run.n_layers, "N": N, "D": D, "steps": run.steps,
-        "N_non_embedding": N - run.vocab_size * run.dim, "budget": C, "C": 6 * N * D,
-        "C_appF": 3 * appendix_f(run)["total"] / run.seq_len * D, "lr": run.lr, "seed": run.seed,
-        "cosine": run.cosine, "train_loss": losses[-1] if finite else None,
-        "loss": loss if finite else None, "nll": nll, "accuracy": accuracy, "exact_match": exact,
-        "seconds": time.perf_counter() - clock,
-        "curve": np.stack((tokens, losses), 1)[kept].round(5).tolist() if finite else [],
-    }  # fmt: skip
-
-def finished(folder):
-    """{name: row} of the runs in folder/runs.jsonl, in which they ended."""
-    path = Path(folder) / "runs.jsonl"
-    return {row.get("name"): row for _, row in whole_lines(path)} if path.exists() else {}
-
-def report_run(row, place):
-    """Print a row of runs.jsonl."""
-    loss, train, accuracy, exact = (
-        "n/a" if row[key] is None else f"{row[key]:.{digits}f}"
-        for key, digits in (("loss", 4), ("train_loss", 4), ("accuracy", 3), ("exact_match", 3))
-    )
-    print(
-        f"run {place} | {row['dim']}x{row['layers']} | N {human(row['N'])} | D {human(row['D'])} | "
-        f"6ND {row['C']:.3g} | App. F {row['C_appF']:.3g} | cosine {row['cosine']:g} | loss {loss} "
-        f"| train {train} | cloze {accuracy}, exact {exact} | {row['seconds']:.1f} s"
-    )  # fmt: skip
-
-def sweep(cfg, corpus, heldout, device, queue, signals):
-    """Train what the queue gives this rank until all runs are in runs.jsonl, each at most once;
-    rank 0 prints them as they come, and what other ranks do. Returns whether all are done."""
-    store, rank, ranks = queue
-    plan = plan_sweep(cfg)
-    seen = set()
-    file = Path(cfg.out) / "runs.jsonl"
-
-    def report():
-        rows = finished(cfg.out) if rank == 0 else {}
-        for name, *_ in plan:
-            if name in rows and name not in seen:
-                seen.add(name)
-                report_run(rows[name], f"{len(seen)}/{len(plan)}")
-
-    if rank == 0:
-        done = finished(cfg.out).keys() & {run[0] for run in plan}
-        print(f"sweep of {len(plan)} runs over {ranks} ranks,", end=" ")
-        print(f"{sum(run[1] for run in plan):.3g} FLOPs | {len(done)} are done")
-        report()
-    try:
-        while not signals and (turn := store.add("next", 1) - 1) < len(plan):
-            name, C, N, run = plan[turn]
-            run.out = str(Path(cfg.out) / name)
-            if name not in finished(cfg.out):
-                row = train_run(name, C, N, run, corpus, heldout, device, signals)
-                if not row:
-                    break
-                line = json.dumps(row | {"settings": sweep_settings(cfg)}) + "\n"
-                with open(file, "ab", buffering=2**20) as end:  # in one write: lines do not mix
-                    end.write(line.encode())
-            for folder in Path(run.out).glob("step_*"):
-                shutil.rmtree(folder)
-            report()
-    finally:
-        with contextlib.suppress(dist.DistNetworkError):  # rank 0 has ended, by a signal
-            store.add("ended", 1)
-    while rank == 0 and not signals and store.add("ended", 0) < ranks:  # at their last runs
-        report()
-        time.sleep(0.1)
-    report()
-    return len(seen) == len(plan)
-
-def human(x):
-    """A number in three digits with its unit, as 1.41M; 1e15 and more as a power of ten."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if size <= x < 1e15:
-            return f"{x / size:#.3g}".rstrip(".") + unit
-    return f"{x:.3g}"
-
-def draw(rows, width=66, height=18):
-    """The IsoFLOP parabolas in characters: budget 1 is the least, * is a lowest point."""
-    groups = budgets_of(rows)
-    N, loss = columns([row for group in groups for row in group], "N", "loss")
-    left, right, low, high = *np.log([N.min(), N.max()]), loss.min(), loss.max()
-    grid = [[" "] * width for _ in range(height)]
-
-    def put(x, y, mark):
-        column = round((x - left) / (right - left) * (width - 1))
-        row = round((high - y) / (high - low or 1) * (height - 1))
-        if 0 <= column < width and 0 <= row < height:
-            grid[row][column] = mark
-
-    for number, same in enumerate(groups, 1):
-        point, c = parabola(same, "N")
-        x = np.log(columns(same, "N")[0])
-        for at in np.linspace(x.min(), x.max(), width):
-            put(at, np.polyval(c, at), ".")
-        for row in same:
-            put(math.log(row["N"]), row["loss"], str(number % 10))
-        if point:
-            put(math.log(point[0]), point[1], "*")
-    print(f"loss {high:.3f} ... {low:.3f}, N {human(N.min())} ... {human(N.max())} in logarithms:")
-    print("\n".join("  |" + "".join(line).rstrip() for line in grid) + "\n  +" + "-" * width)
-
-def plot(rows, fits, folder):
-    """Write isoflop.png (App. 2), envelope.png (App. 1) and frontier.png to folder."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    groups = budgets_of(rows)
-    pictures = {name: plt.subplots() for name in ("isoflop", "envelope", "frontier")}
-    isoflop, envelope, frontier = (axes for _, axes in pictures.values())
-    points = []
-    for same in groups:
-        N, loss, C = columns(sorted(same, key=lambda row: row["N"]), "N", "loss", "C")
-        (line,) = isoflop.plot(N, loss, "o", label=f"{C[0]:.2g} FLOPs")
-        point, c = parabola(same, "N")
-        x = np.geomspace(N[0], N[-1], 100)
-        isoflop.plot(x, np.polyval(c, np.log(x)), "-", color=line.get_color())
-        if point:
-            isoflop.plot(*point[:2], "*", color=line.get_color(), markersize=14)
-            points.append((point[2], point[0]))
-    isoflop.set(xscale="log", xlabel="N", ylabel="loss, nats per token")
-    for N, cost, tokens, loss in training_curves(rows):
-        envelope.plot(cost * tokens, loss, label=f"N {human(N)}", linewidth=0.8)
-    envelope.set(xscale="log", xlabel="FLOPs", ylabel="training loss, smoothed")
-    C = [row["C"] for row in rows]
-    C = np.geomspace(min(C), 100 * max(C), 50)
-    for name, law in fits.items():
-        if not isinstance(law, str):
-            frontier.plot(C, law["k"][0] * C ** law["a"][0], label=f"{name}, a {law['a'][0]:.3f}")
-    frontier.plot(*np.array(points).reshape(-1, 2).T, "ko", label="lowest points")
-    frontier.set(xscale="log", yscale="log", xlabel="C, FLOPs", ylabel="optimal N")
-    for name, (figure, axes) in pictures.items():
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="x-small")
-        figure.savefig(Path(folder) / f"{name}.png", dpi=120)
-        plt.close(figure)
-    print(f"{', '.join(pictures)} as PNG in {folder}")
-
-def shown(key, value, low, high, count, of):
-    """A constant of a fit with its interval; and of how many resamples, where not all had it."""
-    interval = "n/a" if math.isnan(low) else f"{low:.4g}, {high:.4g}"
-    return f"{key} {value:.4g} [{interval}{f'; {count} of {of}' if count < of else ''}]"
-
-def fit_and_report(rows, cfg):
-    """The fits of all laws to rows, after printing them with their intervals, the lowest points of
-    the budgets, the optimum for ten and a hundred times the largest, and plots."""
-    print(f"fits to {len(rows)} runs; in brackets 10 to 90 % of {cfg.bootstrap} resamples of 80 %")
-    groups, most = budgets_of(rows), max(row["C"] for row in rows)
-    for same in groups:
-        (N, C), (point, _) = columns(same, "N", "C"), parabola(same, "N")
-        optimum = "none inside the swept sizes"
-        if point:
-            ratio = point[2] / 6 / point[0] ** 2
-            optimum = f"{human(point[0])}, loss {point[1]:.4f}, D/N {ratio:.3g}"
-        sizes = f"{human(N.min())} ... {human(N.max())}"
-        middle = math.exp(np.log(C).mean())
-        print(f"C {middle:.3g} | {len(same)} runs | N {sizes} | lowest point {optimum}")
-    for count, what in (
-        (len(rows) - sum(map(len, groups)), "approach 2: of no budget with three sizes"),
-        (len(rows) - len(enough_tokens(rows)), "approach 3: of less than half a token a parameter"),
-    ):
-        if count:
-            print(f"{count} of {len(rows)} runs are left out of {what}")
-    fits = fit_all(rows, cfg)
-    for name, law in fits.items():
-        if isinstance(law, str):
-            print(f"{name:10} | n/a: {law}")
-            continue
-        print(f"{name:10} | {' | '.join(shown(k, *v, cfg.bootstrap) for k, v in law.items())}")
-        N = power(law["k"][0], law["a"][0])
-        ahead = [f"C {C:.2g} -> N {human(N(C))}" for C in (10 * most, 100 * most)]
-        ahead += ["N without embeddings, where runs have it"] * (name == "Kaplan")
-        if name == "Llama 3" and "nll_slope" not in law:
-            ahead.append("accuracy n/a: needs nll and accuracy of three values, over two budgets")
-        print(f"{'':10} | {' | '.join(ahead)}")
-    if cfg.plot:
-        plot(rows, fits, cfg.plot)
-    elif groups:
-        draw(rows)
-    return fits
-
-def power(k, a):
-    """C -> k C^a, or e^200 and its inverse where that is out of reach."""
-    return lambda C: math.exp(max(min(math.log(k) + a * math.log(C), 200), -200))
-
-def all_laws(fits):
-    """[(name, k, a of N = k C^a, a as published with its error, parametric law or None)] of every
-    published law and of our own fits."""
-    N, *table = np.array(TABLE_3).T
-    laws = [("Kaplan, Table 6 *", 1.3e9 / PF_DAY**0.73, 0.73, None)]
-    for approach in (1, 2):  # a power law through the rows of the table: no more was published
-        laws += [(f"Hoffmann, approach {approach}", *power_law(table[2 * approach - 2], N), None)]
-    names = "Hoffmann, approach 3", "same, as printed", "Besiroglu"
-    for name, law in zip(names, (HOFFMANN, HOFFMANN_ROUNDED, BESIROGLU)):
-        a = law["beta"] / (law["alpha"] + law["beta"])
-        laws += [(name, frontier(law, 6.0)[0] / 6**a, a, law)]
-    laws = [(name, k, a, error, law) for (name, k, a, law), error in zip(laws, TABLE_2)]
-    for name, (A, alpha) in LLAMA3.items():  # whose law is of the tokens
-        laws += [(f"Llama 3, {name}", 1 / (6 * A), 1 - alpha, f"{1 - alpha:.3f}", None)]
-    for name, law in fits.items():
-        if not isinstance(law, str):
-            values = {key: value for key, (value, *_) in law.items()}
-            error = shown("", *law["a"], law["a"][-1]).strip()
-            name = f"own fit, {name}" + " *" * (name == "Kaplan")
-            laws += [(name, values["k"], values["a"], error, values if "E" in values else None)]
-    return laws
-
-def answer(cfg, fits):
-    """Print the optimal N and D for a budget by every law, what Kaplan says of it, 6 N D beside
-    counted FLOPs, and the paper's tables 3 and A3 beside what the laws give."""
-    C, laws, used = cfg.budget, all_laws(fits), cfg.inference_tokens
-    print(f"budget {C:.3g} FLOPs = {C / PF_DAY:.3g} PF-days | D = C / 6N | a of N = k C^a")
-    for name, k, a, error, law in laws:
-        N = power(k, a)(C)
-        D = kaplan_optimum(C)["D"] if name.startswith("Kaplan") else C / (6 * N)
-        line = f"{name:21} | N {human(N):>7} | D {human(D):>7} | D/N {D / N:8.3g} | a {error:21}"
-        line += f" | loss {parametric_loss(law, N, D):.4f}" if law else ""
-        if law and used:
-            less, more = overtrain(law, N, D, used)
-            cost = (6 * less * more + 2 * less * used) / (6 * N * D + 2 * N * used)
-            line += f" | used for {human(used)} tokens: N {human(less)},"
-            line += f" D {human(more)}, {cost:.3f} of the cost"
-        print(line.rstrip())
-    print("* N without embeddings, and C = 6 N D of that N; D of Table 6 is a fit of its own")
-    print_kaplan(C)
-    N = frontier(BESIROGLU, C)[0]
-    shapes = {f"{row[0]}m": row[0] * 1e6 for row in TABLE_A9} | {"70b": 7e10, "280b": 2.8e11}
-    preset = min(shapes, key=lambda name: abs(math.log(shapes[name] / N)))
-    model = Config(**PRESETS[preset])
-    with torch.device("meta"):
-        N, _ = count_parameters(Chinchilla(model))
-    terms, D = appendix_f(model), C / (6 * N)
-    print(f"nearest shape {preset}: N {N:,} | 6ND {C:.4g} | App. F", end=" ")
-    print(f"{3 * terms['total'] * D / model.seq_len:.4g}, without embeddings and logits", end=" ")
-    print(f"{3 * terms['body'] * D / model.seq_len:.4g} | causal {flops_per_token(model) * D:.4g}")
-    print("Tables 3 and A3: FLOPs and tokens for N to be optimal, printed -> by the law above")
-    for N, *row in TABLE_3:
-        line = f"N {human(N):>5}"
-        for i, (_, k, a, *_) in enumerate(laws[1:4]):
-            cost = (N / k) ** (1 / a)
-            line += f" | {row[2 * i]:.2e} {human(row[2 * i + 1]):>6} -> {cost:.2e} "
-            line += f"{human(cost / (6 * N)):>6}"
-        print(line)
-
-def print_kaplan(C):
-    """Print what Kaplan's laws say of a budget: loss, batch, updates, overfitting, rate."""
-    best = kaplan_optimum(C)
-    N, D, S = best["N"], best["D"], best["S"]
-    loss = power(KAPLAN["C_min"][0] ** KAPLAN["C_min"][1], -KAPLAN["C_min"][1])(C / PF_DAY)
-    least, cost = kaplan_minimum(best["B"], loss, C / (6 * N * best["B"]), C)
-    batch = human(critical_batch(loss))
-    print(f"Kaplan: loss {loss:.3f} | critical batch {batch} tokens (Eq. 1.4)", end=" | ")
-    print(f"batch {human(best['B'])}, minimum steps {human(S)} (Table 6)", end=" | ")
-    print(f"{human(least)} at that batch and D = C / 6N (Eq. 5.4), C_min {cost:.3g} (Eq. 5.5)")
-    shown_rate = f"{kaplan_rate(N):.2e}" if kaplan_rate(N) > 0 else "n/a at this size"
-    print(f"        D against overfitting {human(5e3 * N**0.74)} (Eq. 4.4)", end=" | ")
-    print(f"first overfit after {human(kaplan_stop(N, D))} updates (Eq. 5.7)", end=" | ")
-    print(f"learning rate {shown_rate} (D.1)")
-    alone = {key: (c / x) ** a for x, (key, (c, a)) in zip((N, D, C / PF_DAY), KAPLAN.items())}
-    print(f"        nats by N alone {alone['N']:.3f} (Eq. 1.1), by D alone {alone['D']:.3f} (1.2),",
-          f"by C at a fixed batch {alone['C']:.3f} (3.3), by N and updates",
-          f"{kaplan_steps_loss(N, S):.3f} (1.6)")  # fmt: skip
-    if C > 1e4 * PF_DAY:
-        print("        these laws contradict each other from about 1e4 PF-days on (Kaplan §6.3)")
-
 def dry_run(cfg):
     """Print parameters, FLOPs per token and memory per rank, computed from shapes alone; and the
     runs of a sweep."""
-    tokenizer = load_tokenizer(cfg.tokenizer or "bytes", ["<|endoftext|>"])
-    cfg.vocab_size = cfg.vocab_size or tokenizer.n_vocab
+    if not cfg.vocab_size:
+        cfg.vocab_size = load_tokenizer(cfg.tokenizer or "bytes", ["<|endoftext|>"]).n_vocab
     check(cfg, cfg.world_size)
     with torch.device("meta"):
         total, activated = count_parameters(Chinchilla(cfg))
     print(f"parameters {total:,} | activated {activated:,}")
     print(f"FLOPs per token {flops_per_token(cfg):.4g} | 6 N gives {6 * activated:.4g}", end=" ")
     print(f"| App. F {3 * appendix_f(cfg)['total'] / cfg.seq_len:.4g}")
-    print_memory(memory_per_rank(cfg))
     if is_sweep(cfg):
-        for name, C, N, run in plan_sweep(cfg):
-            print(f"run {name} | N {N:,} | {run.steps:,} updates | {C:.3g} FLOPs")
-        return
+        for _, C, N, run in plan_sweep(cfg, 0):
+            size = f"{run.dim}x{run.n_layers}"
+            print(f"run {size} | N {N:,} | {run.steps:,} updates | {C:.3g} FLOPs")
+        return print_memory(memory_per_rank(dataclasses.replace(cfg, world_size=1)))
     cfg.tokens = planned_tokens(cfg, total)
     print(f"D {human(cfg.tokens)} in {updates_left(0, cfg):,} updates | 6ND", end=" ")
     print(f"{6 * total * cfg.tokens:.3g}")
+    print_memory(memory_per_rank(cfg))
 
-def training_step(model, optimizer, batches, lr, cfg):
-    """One update from this rank's micro-batches; returns loss and gradient norm of the global
-    batch. Skips the update if either is not finite, which is the same on all ranks."""
+def update_shards(model, optimizer, batches, lr, cfg):
+    """One update from this rank's micro-batches: (loss, gradient norm) of the global batch. The
+    parameters stay as they are if either is not finite, which all ranks find alike."""
     loss = torch.zeros((), device=batches[0]["tokens"].device)
     for i, batch in enumerate(batches):
-        model.require_backward_grad_sync = i == len(batches) - 1  # DDP: one all-reduce an update
+        if isinstance(model, FSDPModule):  # one reduction of the gradients an update
+            model.set_requires_gradient_sync(i == len(batches) - 1)
         part, _ = objective(model, batch, cfg)
-        (part * dist.get_world_size()).backward()  # DDP averages over the ranks
+        (part * dist.get_world_size()).backward()  # FSDP averages over the ranks
         loss += part.detach()
     dist.all_reduce(loss)
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
-    loss, norm = torch.stack([loss, norm]).tolist()  # the only wait for the device in an update
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()  # of the parts of all ranks
+    loss, norm = torch.stack([loss, norm]).tolist()  # the update waits for the device here alone
     for group in optimizer.param_groups:
         group["lr"] = lr
     if math.isfinite(loss) and math.isfinite(norm):
@@ -1618,8 +1522,6 @@ class Diverged(ValueError):
 def train(model, optimizer, corpus, heldout, state, cfg, device, signals):
     """Update the model until the tokens of the run are used up; False if a signal ends it."""
     place = device, dist.get_rank(), dist.get_world_size()
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp",))
-    replicas = parallelize(model, cfg, mesh)
     now = at_sequence(state["sequences"], cfg)  # with the batch size of the update to come
     thread = ThreadPoolExecutor(1)  # reads the next batch during an update
     ahead = thread.submit(read_batch, corpus, state["sequences"], now, *place)
@@ -1661,7 +1563,7 @@ def train(model, optimizer, corpus, heldout, state, cfg, device, signals):
         ahead = thread.submit(read_batch, corpus, following, at_sequence(following, cfg), *place)
         sum_counts(batches, dist.get_world_size())
         lr = learning_rate(first, cfg)
-        loss, norm = training_step(replicas, optimizer, batches, lr, cfg)
+        loss, norm = update_shards(model, optimizer, batches, lr, cfg)
         finite = math.isfinite(loss) and math.isfinite(norm)
         state["step"] += 1
         state["sequences"] = following
@@ -1726,47 +1628,14 @@ def single_run(cfg, given, corpus, heldout, tokenizer, source, device, signals):
         print(f"{cfg.second_batch} sequences per step from half of the tokens on")
     if not train(model, optimizer, corpus, heldout, state, cfg, device, signals):
         return print(f"stopped after step {state['step']}")
-    if cfg.export and dist.get_rank() == 0:
+    if cfg.export:
         to_hf(model, cfg, cfg.export)
-    if tokenizer and dist.get_rank() == 0:
+    if tokenizer:  # all ranks compute the same sample
         ids = get_batch(heldout, 0, 1, cfg)["tokens"][0, :32].tolist()
         if cfg.prompt:
             ids = tokenizer.encode_ordinary(cfg.prompt)
         allowed_ids = torch.from_numpy(heldout.token_bytes > 0)
         print(tokenizer.decode(sample(model, ids, 256, allowed_ids, cfg)))
-
-def sweep_and_fit(cfg, corpus, heldout, device, queue, signals):
-    """Train the sweep, over the ranks of the queue; fit the laws to it on rank 0."""
-    store, rank, _ = queue
-    folder = contextlib.nullcontext(cfg.out)
-    if rank == 0 and not cfg.out:
-        folder = tempfile.TemporaryDirectory(prefix="chinchilla_", ignore_cleanup_errors=True)
-    advice = "; the same command continues" if cfg.out else ""
-    if device.type == "cpu" and max(run.dim for *_, run in plan_sweep(cfg)) <= 256:
-        torch.set_num_threads(1)  # for so small products threads cost more than they bring
-    with folder as cfg.out:
-        if rank == 0:
-            file = Path(cfg.out) / "runs.jsonl"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with open(file, "ab+") as end:  # without what a kill cut short
-                end.seek(0)
-                end.truncate(end.read().rfind(b"\n") + 1)
-            store.set("folder", cfg.out)
-        cfg.out = store.get("folder").decode()
-        complete = sweep(cfg, corpus, heldout, device, queue, signals)
-        if rank > 0:
-            return
-        if not complete:
-            return print(f"{'stopped by a signal' if signals else 'another rank failed'}{advice}")
-        done = finished(cfg.out)
-        rows = read_runs(file, sweep_settings(cfg))
-    fit_and_report(rows, cfg)
-    plan = plan_sweep(cfg)
-    longer = {(run.dim, run.n_layers, C) for _, C, _, run in plan if run.cosine > 1}
-    same = [run for run in plan if (run[3].dim, run[3].n_layers, run[1]) in longer]
-    for name, *_, run in sorted(same, key=lambda run: run[3].cosine):
-        loss = "n/a" if done[name]["loss"] is None else f"{done[name]['loss']:.4f}"
-        print(f"cosine {run.cosine:g} x the run, {name}: loss {loss}")
 
 @record
 def main(argv=None):
@@ -1778,7 +1647,7 @@ def main(argv=None):
         ranks = int(os.environ.get("WORLD_SIZE", 1))
         check(cfg, ranks)
         runs = cfg.fit or (cfg.budget and cfg.out and str(Path(cfg.out) / "runs.jsonl"))
-        fits = fit_and_report(read_runs(runs), cfg) if runs else {}
+        fits = fit_and_report(read_runs(runs, cfg.flops), cfg) if runs else {}
         if cfg.budget:
             answer(cfg, fits)
         if cfg.budget or cfg.fit:

@@ -761,7 +761,7 @@ class ModelParallel:
         self.gradient = None
 
     def run(self, batches, scale=1.0):
-        """This rank's part of the mean loss over the global batch, of which these are micro-batches.
+        """This rank's part of the mean loss over the global batch, these being micro-batches of it.
         Where autograd is on, its gradient, times scale, is added to that of the parameters."""
         if self.cfg.pp > 1:
             return self.run_pipeline(batches, scale)

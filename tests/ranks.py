@@ -194,8 +194,10 @@ def gradients(name, row, overrides):
     replicas = module.parallelize(model, cfg, mesh)
     batches = global_batch(module, corpus, cfg, device, dist.get_rank(), dist.get_world_size())
     optimizer = types.SimpleNamespace(param_groups=[], step=lambda: None, zero_grad=lambda: None)
-    loss, norm = module.training_step(replicas, optimizer, batches, 0.0, cfg)
-    return loss, {name: p.grad.numpy() for name, p in model.named_parameters()}, norm
+    update = getattr(module, "update_shards", None) or module.training_step
+    loss, norm = update(replicas, optimizer, batches, 0.0, cfg)
+    whole = lambda g: g.full_tensor() if hasattr(g, "full_tensor") else g  # noqa: E731
+    return loss, {name: whole(p.grad).numpy() for name, p in model.named_parameters()}, norm
 
 
 def global_batch(module, corpus, cfg, device, rank, ranks):

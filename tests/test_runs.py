@@ -279,9 +279,9 @@ OWN_MISTAKES = {  # of one script: flags, and what the line must say
     "chinchilla": [
         ("--cosine 0.5", "--cosine 0.5"), ("--dim 47", "--dim 47 is odd"), ("--batch_size 0", "--batch_size 0"), ("--batch_size 6 --second_batch 9 --micro_batch 2", "--second_batch 9"),
         ("--sweep 1e9 --sizes=", "--sweep needs --sizes"), ("--sweep 1e9,x --sizes 12x2", "is not FLOPS,... and"), ("--sweep 1e9 --sizes 16", "is not FLOPS,... and"),
-        ("--sweep 1e9 --sizes 12x2x3", "is not FLOPS,... and"), ("--sweep=-1e9 --sizes 12x2", "is not FLOPS,... and"), ("--sweep 1e9 --sizes 20x2", "do not divide the width 20"),
+        ("--sweep 1e9 --sizes 12x2x3", "is not FLOPS,... and"), ("--sweep=-1e9 --sizes 12x2", "is not FLOPS,... and"), ("--sweep 1e9 --sizes 20x2", "do not divide the width 20"), ("--sweep 1e9 --sizes 9m", "is not FLOPS,... and"),
         ("--sweep 1e3 --sizes 12x2 --head_dim 12", "1000 FLOPs are not one update of 12x2"), ("--sweep 1e9 --export DIR/hf", "single run"), ("--sweep 1e9 --second_batch 8", "single run"),
-        ("--mismatched_cosine", "part of a sweep"), ("--inference_tokens 1e9", "needs --budget"), ("--plot DIR/p", "--plot"), ("--budget inf", "--budget inf"),
+        ("--inference_tokens 1e9", "needs --budget"), ("--plot DIR/p", "--plot"), ("--budget inf", "--budget inf"),
         ("--fit DIR/none.csv", "none.csv"), ("--dry_run --world_size 3", "3 ranks"), ("--data DIR/short.txt", "10 tokens are too few"), ("--data DIR/empty.txt", "0 tokens are too few"),
         ("--data DIR/many --tokenizer bytes --batch_size 400", "6,000 tokens are too few"), ("--init DIR/no_weights", "holds no Chinchilla model"), ("--vocab_size 256", "--vocab_size 256"),
     ],
@@ -659,8 +659,10 @@ def test_epochs_give_the_number_of_steps(main, script, text, tmp_path):
 def test_dry_run_prints_every_preset(main, script):
     """Copies of the model in one script, shards of it in the other."""
     module, row = script
-    shards = 4 if module.__name__ in ("chinchilla", "llama3", "gemma") else 1
     for preset, count in row.counts.items():
+        shards = 4 if module.__name__ in ("chinchilla", "llama3", "gemma") else 1
+        if module.__name__ == "chinchilla" and preset in ("demo", "small"):  # of a sweep each rank has runs of its own
+            shards = 1
         if preset in ("236b", "27b", "9b") or preset.startswith("qwen"):  # as the others, in more layers
             continue
         if module.__name__ == "chinchilla" and preset not in ("demo", "small", "44m", "70b"):  # of 59
