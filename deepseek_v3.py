@@ -109,7 +109,7 @@ class Config:
     # Data, §4.1
     data: str = ""  # file or directory of text or token shards; empty: Python's standard library
     tokenizer: str = ""  # bytes, an encoding of tiktoken or a BPE rank file; empty: bytes
-    eos_id: int = -1  # id that ends each document of token shards without a tokenizer; -1: unknown
+    eos_id: int = 0  # id that ends a document of shards, without --tokenizer; 0: unknown
     fim_ids: str = ""  # BEGIN,HOLE,END: ids for fill-in-the-middle; empty: those of the tokenizer
     fim: float = 0.1  # share of documents that are rearranged for fill-in-the-middle
     pack: int = 256  # maximum number of sequences that documents are packed into at once
@@ -185,8 +185,9 @@ PRESETS = {
         vocab_size=129280, first_batch=3072, long="32768x1920:1000,131072x480:1000",
         precision="fp8", recompute="block", micro_batch=1,
     ),
-    # DeepSeek-V2-Lite (V2, appendix B), the small ablation of §4.5. Undisclosed: rates and batch of
-    # the ablation, which are V2-Lite's here, and the factor of its gates, which is Moonlight's.
+    # DeepSeek-V2-Lite (V2, appendix B), the small ablation of §4.5.
+    # Undisclosed: rates and batch of the ablation, and the factor of the gates; these are V2-Lite's
+    # and Moonlight's.
     "16b": dict(
         vocab_size=102400, dim=2048, n_layers=27, n_dense=1, hidden_dim=10944, n_heads=16, q_rank=0,
         n_experts=64, n_shared=2, expert_dim=1408, top_k=6, n_groups=1, groups_kept=1,
@@ -204,35 +205,40 @@ PATTERN = (  # how GPT-4 and Llama 3 split text into words, for BPE rank files
 
 @functools.lru_cache(64)
 def plan(cfg):
-    """§4.2 and §4.3, the phases of the run: [(tokens of the run at the end of the phase, Config of
-    the phase)]. The batch grows with the tokens; the extensions of cfg.long follow."""
+    """§4.2 and §4.3, the phases of the run: [(tokens of the run at the end, Config of the phase)].
+    The batch grows with the tokens; the extensions of cfg.long follow."""
     # Undisclosed: the shape of the ramp. It is linear in tokens, in steps of batch_multiple.
+    parts = []  # (updates, Config)
+    tokens = 0
     first_batch = cfg.first_batch or cfg.batch_size
-    phases = []
-    for size in range(first_batch, cfg.batch_size, cfg.batch_multiple):
-        grown = (size + cfg.batch_multiple - first_batch) / (cfg.batch_size - first_batch)
-        end = min(cfg.ramp_tokens * min(grown, 1.0), cfg.tokens)
-        phases.append((end, dataclasses.replace(cfg, batch_size=size)))
-    phases.append((cfg.tokens, cfg))
-    rounded = []  # a phase ends with the update that reaches its end
-    start = 0
-    for end, phase in phases:
-        update = phase.batch_size * phase.seq_len
-        if end > start:
-            start += math.ceil((end - start) / update) * update
-            rounded.append((start, phase))
+    for size in [*range(first_batch, cfg.batch_size, cfg.batch_multiple), cfg.batch_size]:
+        end = cfg.tokens
+        if size < cfg.batch_size:
+            grown = (size + cfg.batch_multiple - first_batch) / (cfg.batch_size - first_batch)
+            end = min(cfg.ramp_tokens * min(grown, 1.0), cfg.tokens)
+        n_updates = max(math.ceil((end - tokens) / (size * cfg.seq_len)), 0)
+        parts.append((n_updates, dataclasses.replace(cfg, batch_size=size)))
+        tokens += n_updates * size * cfg.seq_len
     for part in filter(None, cfg.long.split(",")):
         numbers = re.fullmatch(r"([1-9]\d*)x([1-9]\d*):([1-9]\d*)", part)
         if not numbers:
             raise ValueError(f"--long: {part} is not LENGTHxSEQUENCES:STEPS")
-        length, size, steps = map(int, numbers.groups())
-        start += length * size * steps
+        length, size, n_updates = map(int, numbers.groups())
         changes = dict(seq_len=length, batch_size=size, rope_factor=cfg.long_rope_factor)
-        rounded.append((start, dataclasses.replace(cfg, **changes)))
-    return rounded
+        parts.append((n_updates, dataclasses.replace(cfg, **changes)))
+    phases = []
+    end = 0
+    steps_left = cfg.steps or math.inf
+    for n_updates, phase in parts:
+        n_updates = min(n_updates, steps_left)
+        steps_left -= n_updates
+        end += n_updates * phase.batch_size * phase.seq_len
+        if n_updates:
+            phases.append((end, phase))
+    return phases
 
 def count_updates(tokens, end, cfg):
-    """Updates of the plan from `tokens` tokens of the run to `end` tokens, whole ones."""
+    """Updates of the plan from `tokens` tokens of the run to `end` tokens."""
     n_updates = 0
     for phase_end, phase in plan(cfg):
         update = phase.batch_size * phase.seq_len
@@ -241,29 +247,17 @@ def count_updates(tokens, end, cfg):
         tokens += n * update
     return n_updates
 
-def planned_tokens(n_updates, cfg):
-    """Tokens of the first n_updates updates of the plan, or of all of it, if it has less."""
-    start = 0
-    for end, phase in plan(cfg):
-        update = phase.batch_size * phase.seq_len
-        if n_updates * update <= end - start:
-            return start + n_updates * update
-        n_updates -= (end - start) // update
-        start = end
-    return start
-
 def phase_at(tokens, cfg):
-    """Config of the phase of the run after so many tokens, with γ and λ of the moment: λ falls at
-    10 of 14.8 parts of the tokens of pre-training, γ at 14.3 of them."""
+    """Config of the phase after so many tokens, with γ and λ of the moment: λ falls after 10 of the
+    14.8 parts of the tokens of pre-training, γ after 14.3 of them."""
     phases = plan(cfg)
     phase = next((phase for end, phase in phases if tokens < end), phases[-1][1])
-    share = tokens / cfg.tokens if cfg.tokens else 1.0
-    changes = {}
-    if share >= 10 / 14.8:
-        changes["mtp_weight"] = cfg.mtp_last_weight
-    if share >= 14.3 / 14.8:
-        changes["gamma"] = 0.0
-    return dataclasses.replace(phase, **changes)
+    phase = dataclasses.replace(phase)
+    if tokens >= 10 / 14.8 * cfg.tokens:
+        phase.mtp_weight = cfg.mtp_last_weight
+    if tokens >= 14.3 / 14.8 * cfg.tokens:
+        phase.gamma = 0.0
+    return phase
 
 # ---------------------------------------- Model ----------------------------------------
 
@@ -659,32 +653,35 @@ def routers(model):
 def count_parameters(model):
     """(total, activated by a token) parameters of the main model, as the paper counts them:
     without multi-token prediction, which inference drops, and without the balancing biases."""
-    total = activated = 0
-    for name, p in model.named_parameters():
-        if name.startswith("mtp."):
-            continue
-        total += p.numel()
-        activated += p.numel()
-        if is_expert(name):
-            top_k = routers(model)[0].top_k
-            activated -= p.numel() * (len(p) - top_k) // len(p)
-    return total, activated
+    named = [item for item in model.named_parameters() if not item[0].startswith("mtp.")]
+    total = sum(p.numel() for _, p in named)
+    routed = sum(p.numel() for name, p in named if is_expert(name))
+    router = routers(model)[-1]
+    return total, total - routed * (len(router.bias) - router.top_k) // len(router.bias)
+
+def layer_sizes(cfg):
+    """Weights of attention, of a dense feed-forward layer, of one expert, and of the shared experts
+    and the router of a layer; norms have less than a thousandth of them."""
+    attention = cfg.dim * (cfg.q_rank + cfg.kv_rank + cfg.rope_dim + cfg.n_heads * cfg.head_dim)
+    attention += (cfg.q_rank or cfg.dim) * cfg.n_heads * (cfg.head_dim + cfg.rope_dim)
+    attention += cfg.kv_rank * cfg.n_heads * 2 * cfg.head_dim
+    expert = 3 * cfg.dim * cfg.expert_dim
+    shared = cfg.n_shared * expert + cfg.dim * cfg.n_experts
+    return attention, 3 * cfg.dim * cfg.hidden_dim, expert, shared
 
 def flops_per_token(cfg):
     """Training FLOPs per token: 2 per weight of a matrix product that the token meets forward,
     twice that backward, multi-token prediction included. Attention counts as causal, (T + 1) / 2
     keys per query, half of what the full square gives."""
-    query = cfg.head_dim + cfg.rope_dim
-    attention = cfg.dim * (cfg.q_rank + cfg.kv_rank + cfg.rope_dim + cfg.n_heads * cfg.head_dim)
-    attention += (cfg.q_rank or cfg.dim) * cfg.n_heads * query
-    attention += cfg.kv_rank * cfg.n_heads * 2 * cfg.head_dim
-    attention += cfg.n_heads * (query + cfg.head_dim) * (cfg.seq_len + 1) / 2  # q kᵀ, A v
-    experts = 3 * cfg.dim * cfg.expert_dim * (cfg.n_shared + cfg.top_k) + cfg.dim * cfg.n_experts
+    attention, dense, expert, shared = layer_sizes(cfg)
+    head_widths = cfg.n_heads * (2 * cfg.head_dim + cfg.rope_dim)
+    attention += head_widths * (cfg.seq_len + 1) / 2  # q kᵀ, A v
+    moe = shared + cfg.top_k * expert
     head = cfg.dim * cfg.vocab_size
-    weights = cfg.n_layers * attention + cfg.n_dense * 3 * cfg.dim * cfg.hidden_dim
-    weights += (cfg.n_layers - cfg.n_dense) * experts + head
+    weights = cfg.n_layers * attention + cfg.n_dense * dense
+    weights += (cfg.n_layers - cfg.n_dense) * moe + head
     if cfg.mtp:
-        weights += 2 * cfg.dim**2 + attention + experts + head
+        weights += 2 * cfg.dim**2 + attention + moe + head
     return 6 * weights
 
 # ---------------------------------------- Data ----------------------------------------
@@ -772,8 +769,8 @@ def get_batch(corpus, first, n, cfg):
 # ---------------------------------------- Objective ----------------------------------------
 
 def objective(model, batch, cfg):
-    """§2.2 and Eq. 17, L_main + λ L_MTP + Σ L_Bal over layers, with the first two as metrics. The
-    sums that the model returns are divided by counts of the global batch: nats by n_targets, those
+    """§2.2, Eq. 17: L_main + λ L_MTP + Σ L_Bal over layers, with the first two as metrics. The sums
+    that the model returns are divided by counts of the global batch: nats by n_targets, those
     of multi-token prediction too, although it has one less in each sequence (Eq. 24), and the
     balance loss by n_sequences."""
     # Undisclosed: how L_Bal adds up. Summed over layers and averaged over sequences, as in V2.
@@ -786,58 +783,37 @@ def objective(model, batch, cfg):
 
 # ---------------------------------------- Optimizer ----------------------------------------
 
-class AdamWithBF16Moments(torch.optim.Optimizer):
-    """§3.3.3, AdamW whose moments are kept in bf16 and whose arithmetic is fp32."""
+class AdamWithBF16Moments(torch.optim.AdamW):
+    """§3.3.3, AdamW whose moments are kept in bf16 between updates, which compute in fp32."""
 
-    def __init__(self, groups, lr, betas, eps):
-        super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0))
+    def cast_moments(self, dtype):
+        """Moments in another dtype."""
+        for state in self.state.values():
+            state["exp_avg"] = state["exp_avg"].to(dtype)
+            state["exp_avg_sq"] = state["exp_avg_sq"].to(dtype)
+
+    def step(self, closure=None):
+        self.cast_moments(torch.float32)
+        super().step()
+        self.cast_moments(torch.bfloat16)
 
     def load_state_dict(self, state_dict):
-        """Keep bf16, where torch's own casts what it loads to the dtype of the parameters."""
         super().load_state_dict(state_dict)
-        for state in self.state.values():
-            state["exp_avg"] = state["exp_avg"].bfloat16()
-            state["exp_avg_sq"] = state["exp_avg_sq"].bfloat16()
+        self.cast_moments(torch.bfloat16)
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state["step"] = torch.zeros(())
-                    state["exp_avg"] = torch.zeros_like(p, dtype=torch.bfloat16)
-                    state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.bfloat16)
-                state["step"] += 1
-                n = state["step"].item()
-                first = state["exp_avg"].float().lerp_(p.grad, 1 - beta1)
-                second = state["exp_avg_sq"].float().mul_(beta2)
-                second.addcmul_(p.grad, p.grad, value=1 - beta2)
-                state["exp_avg"].copy_(first)
-                state["exp_avg_sq"].copy_(second)
-                root = (second / (1 - beta2**n)).sqrt_().add_(group["eps"])
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.addcdiv_(first, root, value=-group["lr"] / (1 - beta1**n))
-
-def build_optimizer(zero, cfg):
-    """§4.2: AdamW over the masters of a ZeRO1; with bf16 moments under fp8."""
+def build_optimizer(flats, cfg):
+    """§4.2: AdamW over the masters of {name: FlatParameters}; with bf16 moments under fp8."""
     # Undisclosed: eps, and what is decayed: matrices and embeddings, no gain of a norm.
-    masters = {}
-    for name, flat in zero.flats.items():
-        masters.setdefault(name.split("/")[-1], []).append(flat.master)
-    groups = [
-        dict(params=params, weight_decay=cfg.weight_decay * (kind != "norms"))
-        for kind, params in masters.items()
-    ]
-    settings = dict(lr=cfg.lr, betas=(0.9, 0.95), eps=cfg.adam_eps)
-    if cfg.precision == "fp8":
-        return AdamWithBF16Moments(groups, **settings)
-    return torch.optim.AdamW(groups, **settings, fused=True)
+    groups = []
+    for kind in ("matrices", "experts", "routers", "norms"):
+        masters = [flat.master for name, flat in flats.items() if name.endswith(kind)]
+        groups.append(dict(params=masters, weight_decay=cfg.weight_decay * (kind != "norms")))
+    adam = AdamWithBF16Moments if cfg.precision == "fp8" else torch.optim.AdamW
+    return adam(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=cfg.adam_eps, fused=True)
 
 def learning_rate(tokens, cfg):
-    """§4.2, after so many tokens: linear warm-up over updates; then constant to 10 of 14.8 parts of
-    pre-training, a cosine to 14.3, constant to 14.633, constant to the end and in the extension
+    """§4.2, after so many tokens: linear warm-up over updates; constant to 10 of 14.8 parts of
+    pre-training, a cosine to 14.3, constant to 14.633, and constant to the end and in the extension
     (§4.3). With --decay steps, V2's: constant, and down twice."""
     n_updates = count_updates(0, tokens, cfg)
     if n_updates < cfg.warmup_steps:
@@ -888,8 +864,7 @@ def quantize(x, rows, columns, powers=False, least=1e-4):
     down = -x.shape[0] % max(rows, 16)
     right = -x.shape[1] % columns
     x = F.pad(x.float(), (0, right, 0, down))
-    shape = x.shape[0] // rows, rows, x.shape[1] // columns, columns
-    tiles = x.reshape(shape)
+    tiles = x.reshape(x.shape[0] // rows, rows, x.shape[1] // columns, columns)
     scales = tiles.abs().amax((1, 3)).clamp(min=least) / 448
     if powers:
         scales = torch.exp2(torch.ceil(torch.log2(scales)))
@@ -903,9 +878,7 @@ quantize_gradient = functools.partial(quantize, least=1e-30)
 def dequantize(codes, scales):
     """The fp32 numbers [M, N] of codes and scales."""
     m, n = scales.shape
-    if not codes.numel():
-        return codes.float()
-    tiles = codes.view(m, codes.shape[0] // m, n, codes.shape[1] // n)
+    tiles = codes.view(m, codes.shape[0] // max(m, 1), n, codes.shape[1] // max(n, 1))
     return (tiles.float() * scales[:, None, :, None]).view(codes.shape)
 
 def has_fp8_kernels(device):
@@ -1175,8 +1148,9 @@ def parallelize(model, cfg, mesh):
     return model
 
 class FlatParameters:
-    """Parameters [n, in all] as views of one flat tensor, and their gradients, summed in fp32, as
-    views of another. `master` is the part of the fp32 values that this rank of a mesh updates."""
+    """§3.2, ZeRO-1 for parameters of one kind in a block, [n] in all: they are views of one flat
+    tensor, their gradients, summed in fp32, views of another, and each rank of a mesh updates its
+    part of the fp32 values, the `master`, and has the Adam moments of that part."""
 
     def __init__(self, parameters, mesh):
         self.mesh = mesh
@@ -1186,26 +1160,20 @@ class FlatParameters:
         self.gradients = torch.zeros_like(self.weights, dtype=torch.float32)
         start = 0
         for p in parameters:
-            view = self.weights[start : start + p.numel()].view_as(p)
-            view.copy_(p.data)
-            p.data = view
-            p.grad = self.gradients[start : start + p.numel()].view_as(p)
-            start += p.numel()
+            stop = start + p.numel()
+            self.weights[start:stop] = p.data.flatten()
+            p.data = self.weights[start:stop].view_as(p)
+            p.grad = self.gradients[start:stop].view_as(p)
+            start = stop
         first = mesh.get_local_rank() * self.size
         self.own = slice(min(first, self.n), min(first + self.size, self.n))
         self.master = nn.Parameter(self.spread(self.weights[self.own].float()))
 
     def spread(self, part):
-        """A part as a DTensor, so that a checkpoint fits another number of ranks."""
-        if self.mesh.size() == 1:
-            return part
-        shape = torch.Size([self.n])
-        settings = dict(run_check=False, shape=shape, stride=(1,))
-        return DTensor.from_local(part, self.mesh, [Shard(0)], **settings)
-
-    def local(self, tensor):
-        """The part of a DTensor."""
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        """This rank's part as one of a DTensor, so that a checkpoint fits another number of ranks.
+        """
+        whole = dict(run_check=False, shape=torch.Size([self.n]), stride=(1,))
+        return DTensor.from_local(part, self.mesh, [Shard(0)], **whole)
 
     def reduce(self):
         """Sum the gradients over the ranks, into this rank's part of them."""
@@ -1219,92 +1187,48 @@ class FlatParameters:
 
     @torch.no_grad()
     def gather(self):
-        """Write the masters of all ranks to the weights, and clear the gradients."""
+        """Write the masters of all ranks to the weights."""
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        self.weights[self.own].copy_(self.local(self.master))
+        self.weights[self.own] = self.master.to_local()
         if self.mesh.size() > 1:
             part = self.weights.view(self.mesh.size(), -1)[self.mesh.get_local_rank()]
             gather(self.weights, part.clone(), group=self.mesh.get_group())
 
-class ZeRO1:
-    """§3.2, ZeRO-1: all ranks have the weights of their stage and of their experts, and each an
-    equal part of their fp32 masters and Adam moments. There is one FlatParameters for each block
-    and kind: experts, other matrices, routers and norms."""
-
-    def __init__(self, model, mesh):
-        stage, copy, part = mesh.get_coordinate()
-        sizes = mesh["pp"].size(), mesh["dp"].size() * mesh["ep"].size()
-        stages = init_device_mesh(mesh.device_type, sizes, mesh_dim_names=("pp", "data"))
-        self.data = stages["data"]  # the ranks of this stage
-        groups = {}
-        for name, p in model.named_parameters():
-            kind = "matrices"
-            if is_expert(name):
-                kind = f"ep{part}/experts"
-            elif name.endswith("router.weight"):
-                kind = "routers"
-            elif name.endswith("norm.weight"):
-                kind = "norms"
-            block = re.match(r"blocks\.\d+|\w+", name)[0].replace(".", "/")
-            groups.setdefault(f"{block}/{kind}", []).append(p)
-        self.flats = {}
-        for name, parameters in groups.items():
-            ranks = mesh["dp"] if name.endswith("experts") else self.data
-            self.flats[name] = FlatParameters(parameters, ranks)
-        # The last of several stages has a copy of the first's embedding.
-        self.embedding = self.flats.get("token_embedding/matrices")
-        self.is_copy = stage > 0
-
-    def reduce(self):
-        """Sum the gradients over the ranks of the stage, into the masters' gradients."""
-        for flat in self.flats.values():
-            flat.reduce()
-
-    def clip(self, sums, limit):
-        """(norm of the whole gradient, sums [n] over all ranks), all on the CPU, after scaling the
-        gradient down to `limit`, if that is not 0. What several ranks have counts once."""
-        gradients = [flat.local(flat.master.grad) for flat in self.flats.values()]
-        counted = gradients
-        if self.embedding and self.is_copy:
-            counted = [g for g, flat in zip(gradients, self.flats.values()) if flat != self.embedding]
-        square = nn.utils.get_total_norm(counted).double() ** 2
-        totals = torch.cat((square[None], sums.double()))
-        dist.all_reduce(totals)
-        square, *totals = totals.tolist()  # an update waits for the device here, and in exchanged
-        norm = math.sqrt(square) if square >= 0 else math.nan
-        if limit and norm > limit:
-            torch._foreach_mul_(gradients, limit / (norm + 1e-6))
-        return norm, *totals
-
-    def gather(self):
-        """Write the masters of all ranks to the weights."""
-        for flat in self.flats.values():
-            flat.gather()
-
-    def clear(self):
-        """Set the gradients to 0."""
-        for flat in self.flats.values():
-            flat.gradients.zero_()
-            flat.master.grad = None
+def flatten_parameters(model, mesh, data):
+    """{name: FlatParameters} of each block, in the kinds experts, other matrices, routers, norms;
+    `data` is the mesh of all ranks of a stage."""
+    groups = {}
+    for name, p in model.named_parameters():
+        kind = "matrices"
+        if is_expert(name):
+            kind = f"ep{mesh['ep'].get_local_rank()}/experts"
+        elif name.endswith("router.weight"):
+            kind = "routers"
+        elif name.endswith("norm.weight"):
+            kind = "norms"
+        block = re.match(r"blocks\.\d+|\w+", name)[0].replace(".", "/")
+        groups.setdefault(f"{block}/{kind}", []).append(p)
+    return {
+        name: FlatParameters(parameters, mesh["dp"] if name.endswith("experts") else data)
+        for name, parameters in groups.items()
+    }
 
 class Stage(nn.Module):
-    """A pipeline stage: the states x [B, T, D] and the balance loss of the stages before it -> those
-    after it or, on the last stage, the sums of DeepSeekV3.losses. Tokens go to all stages."""
+    """The part of a model that a pipeline rank has: states x [B, T, D] and balance loss -> those
+    after its blocks or, on the last stage, the sums of DeepSeekV3.losses. All get the tokens."""
 
-    def __init__(self, model, is_first, is_last):
+    def __init__(self, model):
         super().__init__()
         self.model = model
-        self.is_first = is_first
-        self.is_last = is_last
 
     def forward(self, *inputs, tokens, targets):
-        if self.is_first:
+        if not inputs:  # the first stage
             x = self.model.embed(tokens)
-            inputs = x, x.sum() * 0.0
+            inputs = x, 0.0 * x.sum()
         x, balance = self.model.run_blocks(*inputs)
-        if self.is_last:
-            return self.model.losses(x, balance, tokens, targets)
-        return x, balance
+        if self.model.head is None:
+            return x, balance
+        return self.model.losses(x, balance, tokens, targets)
 
 class Pipeline:
     """§3.2.1, the part of the model that one rank has, run over micro-batches: on its own or, with
@@ -1316,49 +1240,48 @@ class Pipeline:
 
     def __init__(self, cfg, mesh):
         self.mesh = mesh
+        sizes = cfg.pp, reading_ranks(cfg)
+        self.data = init_device_mesh(mesh.device_type, sizes, mesh_dim_names=("pp", "data"))["data"]
         self.stage = mesh["pp"].get_local_rank()
         self.is_last = self.stage == cfg.pp - 1
         self.first_expert = mesh["ep"].get_local_rank() * cfg.n_experts // cfg.ep
-        self.data_rank = mesh["dp"].get_local_rank() * cfg.ep + mesh["ep"].get_local_rank()
         with torch.device("meta"):
             model = DeepSeekV3(cfg)
         self.model = parallelize(model, cfg, mesh)
-        self.routers = routers(self.model)
-        self.router_layers = [
-            cfg.n_layers if name.startswith("mtp") else int(name.split(".")[1])
-            for name, module in self.model.named_modules() if isinstance(module, Router)
-        ]  # fmt: skip
+        self.routers = {name: module for name, module in self.model.named_modules()
+                        if isinstance(module, Router)}  # fmt: skip
         self.device = next(self.model.parameters()).device
         self.schedule = None
+        self.ends = None  # the first and the last stage, which share the embedding
+        if cfg.pp > 1 and cfg.mtp:
+            pairs = mesh.mesh[[0, -1]].flatten(1).T.tolist()
+            self.ends, _ = dist.new_subgroups_by_enumeration(pairs)
 
     def share(self):
-        """Divide the parameters, once they have values, into masters. A checkpoint holds what is in
-        `saved`: masters and balancing biases."""
-        self.zero = ZeRO1(self.model, self.mesh)
+        """Divide the parameters, once they have values. A checkpoint holds what is in `saved`:
+        masters and balancing biases."""
+        self.flats = flatten_parameters(self.model, self.mesh, self.data)
         self.saved = nn.Module()
-        for name, flat in self.zero.flats.items():
+        for name, flat in self.flats.items():
             self.saved.register_parameter(name, flat.master)
-        for name, bias in self.model.named_buffers():
-            if name.endswith("router.bias"):
-                self.saved.register_buffer(name.replace(".", "/"), bias)
+        for name, router in self.routers.items():
+            self.saved.register_buffer(f"{name}.bias".replace(".", "/"), router.bias)
 
     def enter(self, cfg):
         """Prepare for a phase of the run: rotary frequencies, and a schedule for its shapes."""
         self.cfg = cfg
         self.model.extend(cfg)
-        if cfg.pp == 1:
-            return
-        n_micro, micro = split_batch(cfg, reading_ranks(cfg))
-        shape = micro, cfg.seq_len, cfg.dim
-        empty = functools.partial(torch.empty, device="meta", requires_grad=True)
-        between = empty(shape, dtype=self.model.dtype), empty(())
-        stage = PipelineStage(
-            Stage(self.model, self.stage == 0, self.is_last), self.stage, cfg.pp,
-            device=self.device, group=self.mesh["pp"].get_group(),
-            input_args=between if self.stage else (),
-            output_args=empty(3) if self.is_last else between,
-        )  # fmt: skip
-        self.schedule = Schedule1F1B(stage, n_micro, self.loss, scale_grads=False)
+        if cfg.pp > 1:
+            n_micro, micro = split_batch(cfg, reading_ranks(cfg))
+            empty = functools.partial(torch.empty, device="meta", requires_grad=True)
+            between = empty(micro, cfg.seq_len, cfg.dim, dtype=self.model.dtype), empty(())
+            stage = PipelineStage(
+                Stage(self.model), self.stage, cfg.pp, self.device,
+                input_args=between if self.stage else (),
+                output_args=empty(3) if self.is_last else between,
+                group=self.mesh["pp"].get_group(),
+            )  # fmt: skip
+            self.schedule = Schedule1F1B(stage, n_micro, self.loss, scale_grads=False)
 
     def loss(self, sums, targets=None):
         """The objective of a micro-batch, from what the model or its last stage returns."""
@@ -1367,36 +1290,44 @@ class Pipeline:
         return loss
 
     def run(self, batches):
-        """(main loss, loss of multi-token prediction) of this rank's part of the global batch, to
+        """[main loss, loss of multi-token prediction] of this rank's part of the global batch, to
         be summed over ranks. Where autograd is on, gradients of the objective are added up."""
-        self.batch = batches[0]  # for the counts of the global batch
-        self.metrics = torch.zeros(2, device=batches[0]["tokens"].device)
-        if self.schedule is None:
-            for batch in batches:
-                loss = self.loss(self.model(batch["tokens"], batch["targets"]))
-                if torch.is_grad_enabled():
-                    loss.backward()
+        self.batch = batches[0]  # whose counts are those of the global batch
+        self.metrics = torch.zeros(2, device=self.device)
+        training = torch.is_grad_enabled()
+        if self.schedule:
+            tokens = torch.cat([batch["tokens"] for batch in batches])
+            targets = torch.cat([batch["targets"] for batch in batches])
+            losses = dict(target=targets, losses=[]) if self.is_last else {}
+            step = self.schedule.step if training else self.schedule.eval
+            step(tokens=tokens, targets=targets, **losses, return_outputs=False)
             return self.metrics
-        tokens = torch.cat([batch["tokens"] for batch in batches])
-        targets = torch.cat([batch["targets"] for batch in batches])
-        last = dict(target=targets, losses=[]) if self.is_last else {}
-        step = self.schedule.step if torch.is_grad_enabled() else self.schedule.eval
-        step(tokens=tokens, targets=targets, **last, return_outputs=False)
+        for batch in batches:
+            loss = self.loss(self.model(batch["tokens"], batch["targets"]))
+            if training:
+                loss.backward()
         return self.metrics
 
-    def reduce(self):
-        """Sum the gradients over ranks: those of the embedding over both stages that have it."""
-        self.zero.reduce()
-        if self.cfg.pp > 1 and self.cfg.mtp and self.zero.embedding:
-            group = self.mesh["pp"].get_group()
-            peer = dist.get_global_rank(group, self.cfg.pp - 1 - self.stage)
-            own = self.zero.embedding.local(self.zero.embedding.master.grad)
-            other = torch.empty_like(own)
-            sends = dist.P2POp(dist.isend, own, peer, group)
-            receives = dist.P2POp(dist.irecv, other, peer, group)
-            for work in dist.batch_isend_irecv([sends, receives]):
-                work.wait()
-            own += other
+    def reduce(self, losses, limit):
+        """Sum the gradients over ranks, and scale them down to a norm of `limit`, if that is not 0.
+        Returns the norm of the whole gradient, and the losses [2] over all ranks."""
+        gradients = []
+        counted = []  # the embedding of the last stage is that of the first
+        for name, flat in self.flats.items():
+            flat.reduce()
+            gradients.append(flat.master.grad.to_local())
+            if name.startswith("token_embedding") and self.ends:
+                dist.all_reduce(gradients[-1], group=self.ends)
+            if not name.startswith("token_embedding") or self.stage == 0:
+                counted.append(gradients[-1])
+        square = nn.utils.get_total_norm(counted).double() ** 2
+        sums = torch.cat((square[None], losses.double()))
+        dist.all_reduce(sums)
+        square, main, ahead = sums.tolist()  # here an update waits for the device
+        norm = math.sqrt(square) if square >= 0 else math.nan
+        if limit and norm > limit:
+            torch._foreach_mul_(gradients, limit / (norm + 1e-6))
+        return norm, main, ahead
 
     def evaluate(self, batches):
         """The main loss, without gradients."""
@@ -1420,27 +1351,23 @@ def stage_memory(cfg, stage):
         n_moe += cfg.mtp
         tables += 1 + (cfg.mtp and cfg.pp > 1)
 
-    # Parameters, without the norms.
-    query = cfg.n_heads * (cfg.head_dim + cfg.rope_dim)
-    attention = cfg.dim * (cfg.q_rank + cfg.kv_rank + cfg.rope_dim + cfg.n_heads * cfg.head_dim)
-    attention += (cfg.q_rank or cfg.dim) * query + cfg.kv_rank * cfg.n_heads * 2 * cfg.head_dim
-    expert = 3 * cfg.dim * cfg.expert_dim
-    moe = cfg.n_shared * expert + cfg.dim * cfg.n_experts
-    replicated = (n_dense + n_moe) * attention + n_dense * 3 * cfg.dim * cfg.hidden_dim
-    replicated += n_moe * moe + tables * cfg.vocab_size * cfg.dim
-    replicated += 2 * cfg.dim**2 * (is_last and cfg.mtp)
+    attention, dense, expert, shared = layer_sizes(cfg)
+    table = cfg.vocab_size * cfg.dim
+    replicated = (n_dense + n_moe) * attention + n_dense * dense + n_moe * shared
     experts = n_moe * expert * cfg.n_experts // cfg.ep
+    tables *= table
+    if is_last and cfg.mtp:
+        tables += 2 * cfg.dim**2
     size = 4 if cfg.precision == "fp32" else 2  # of a weight or an activation
-    coded = int(cfg.precision == "fp8")  # bytes of a weight's E4M3 code, tables aside
-    moments = 4 if coded else 8
-    own = replicated / reading_ranks(cfg) + experts / cfg.dp  # of the masters
+    coded = int(cfg.precision == "fp8")  # bytes of a weight's E4M3 code
+    n = replicated + tables + experts
+    own = (replicated + tables) / reading_ranks(cfg) + experts / cfg.dp  # of the masters
     memory = {
-        "weights": (size + coded) * (replicated + experts) - coded * tables * cfg.vocab_size * cfg.dim,
-        "gradients": 4 * (replicated + experts),
-        "masters": 4 * own if size == 2 else 0,
-        "moments": moments * own,
-    }
+        "weights": size * n + coded * (replicated + experts), "gradients": 4 * n,
+        "masters": 4 * own * (size == 2), "moments": (4 if coded else 8) * own,
+    }  # fmt: skip
 
+    query = cfg.n_heads * (cfg.head_dim + cfg.rope_dim)
     # Kept for the backward pass, per position: by a norm its input in fp32 and the normalised one,
     # by a linear layer its input, in E4M3 under fp8; by attention q, k, v and its output.
     cached = 1 if coded else size
@@ -1522,7 +1449,7 @@ def named_matrices(model, first_expert=0):
             yield name, buffer
 
 def hf_tensors(name, tensor, cfg):
-    """{Hugging Face's name: tensor, or half of it where theirs are two} of one of named_matrices."""
+    """{Hugging Face's name: tensor, or half of it where they have two} of one of named_matrices."""
     name = name.replace("mtp.block", "mtp").replace("mtp.final_norm", "mtp.shared_norm")
     halves = {name: tensor}
     if "gate_up" in name:
@@ -1632,31 +1559,22 @@ def to_hf(model, cfg, path):
 
     is_writer = not dist.is_initialized() or dist.get_rank() == 0
     source = gather_matrices(model, cfg) if isinstance(model, Pipeline) else named_matrices(model)
+    tensors = {}
     index = {}
-    file = {}
-
-    def write(folder):
-        name = f"model-{len(set(index.values())) + 1:05d}.safetensors"
-        save_file(file, folder / name, metadata={"format": "pt"})
-        index.update(dict.fromkeys(file, name))
-        file.clear()
-
     with written_beside(path) if is_writer else contextlib.nullcontext() as folder:
-        for name, tensor in source:
-            if not is_writer:
-                continue
-            for key, part in hf_tensors(name, tensor, cfg).items():
-                theirs = torch.empty_like(part, device="cpu")
-                theirs[rotary_rows(name, cfg)] = part.cpu()
-                file[key] = theirs
-                copies = {"model.embed_tokens": "embed_tokens", "lm_head": "shared_head.head"}
-                copied = copies.get(key.removesuffix(".weight"))
-                if cfg.mtp and copied:  # as released
-                    file[f"model.layers.{cfg.n_layers}.{copied}.weight"] = theirs.clone()
-            if sum(tensor.nbytes for tensor in file.values()) > 4e9:
-                write(folder)
+        for name, tensor in itertools.chain(source, [("", None)]):
+            is_end = not name
+            n_bytes = sum(tensor.nbytes for tensor in tensors.values())
+            if is_writer and (is_end or n_bytes > 4e9):
+                file = f"model-{len(set(index.values())) + 1:05d}.safetensors"
+                save_file(tensors, folder / file, metadata={"format": "pt"})
+                index |= dict.fromkeys(tensors, file)
+                tensors = {}
+            if is_writer and not is_end:
+                for key, part in hf_tensors(name, tensor, cfg).items():
+                    tensors[key] = torch.empty_like(part, device="cpu")
+                    tensors[key][rotary_rows(name, cfg)] = part.cpu()
         if is_writer:
-            write(folder)
             (folder / "config.json").write_text(json.dumps(hf_config(cfg), indent=2) + "\n")
             text = json.dumps({"metadata": {}, "weight_map": index}, indent=2)
             (folder / "model.safetensors.index.json").write_text(text + "\n")
@@ -1667,27 +1585,29 @@ def gather_matrices(pipe, cfg):
     with torch.device("meta"):
         model = DeepSeekV3(cfg)
     own = dict(named_matrices(pipe.model, pipe.first_expert))
-    ranks = pipe.mesh.mesh  # [PP, DP, EP]
+    rank = dist.get_rank()
     for name, tensor in named_matrices(model):
         stage = cfg.pp - 1
-        if name.startswith("blocks."):
+        if name.startswith("token_embedding"):
+            stage = 0
+        elif name.startswith("blocks."):
             layer = int(name.split(".")[1])
             stage = next(i for i in range(cfg.pp) if layer in stage_layers(cfg, i))
-        elif name.startswith("token_embedding"):
-            stage = 0
         expert = re.search(r"experts\.(\d+)", name)
         part = int(expert[1]) * cfg.ep // cfg.n_experts if expert else 0
-        owner = int(ranks[stage, 0, part])
-        rank = dist.get_rank()
-        result = own[name] if rank == owner else None
-        if rank == owner != 0:
-            dist.send(result.contiguous(), 0)
-        if rank == 0 != owner:
-            dtype = torch.bfloat16 if keeps_bf16(name, cfg) else torch.float32
-            dtype = torch.float32 if name.endswith("bias") else dtype
+        owner = int(pipe.mesh.mesh[stage, 0, part])  # of [PP, DP, EP]
+        result = None
+        if rank == owner:
+            result = own[name].contiguous()
+        elif rank == 0:
+            low = keeps_bf16(name, cfg) and not name.endswith("bias")
+            dtype = torch.bfloat16 if low else torch.float32
             result = torch.empty(tensor.shape, dtype=dtype, device=pipe.device)
+        if owner > 0 and rank == 0:
             dist.recv(result, owner)
-        yield name, result if rank == 0 else None
+        if owner > 0 and rank == owner:
+            dist.send(result, 0)
+        yield name, result
 
 def read_hf_config(path, fields, fixed):
     """Fields of Config from the config.json of a Hugging Face checkpoint directory.
@@ -1889,8 +1809,7 @@ def check(cfg, ranks):
     for field in dataclasses.fields(cfg):
         least = int(field.type is int and field.default > 0 and field.name not in may_be_0)
         if field.type in (int, float) and not least <= getattr(cfg, field.name) < math.inf:
-            if field.name != "eos_id":
-                raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
+            raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
     group = cfg.n_experts // cfg.n_groups
     for wrong, message in (
         (cfg.rope_dim % 2, f"--rope_dim {cfg.rope_dim} is odd"),
@@ -1948,8 +1867,8 @@ def last_tokens(tokens, end, cfg):
             except ValueError as error:
                 if start <= tokens:
                     raise
-                print(f"this run stops after {start / 1e6:.1f}M tokens: {error}. Continue with", end=" ")
-                print("--resume on ranks that hold the next phase, with the same --pp and --ep")
+                print(f"this run stops after {start / 1e6:.1f}M tokens: {error}", end=". ")
+                print("--resume continues on other ranks, with the same --pp and --ep")
                 return start
         start = phase_end
     return end
@@ -1987,38 +1906,33 @@ def dry_run(cfg):
 
 def advance(pipe, optimizer, batches, lr, cfg):
     """One update of parameters and balancing biases from this rank's micro-batches; cfg is that of
-    the moment. Returns the loss, the loss of multi-token prediction, the gradient norm, and of each
-    layer and of multi-token prediction the largest load of an expert and the smallest, over the
-    mean, [layers + 1, 2]. The model stays as it is if loss or norm is not finite."""
+    the moment. Returns the loss, the loss of multi-token prediction, the gradient norm, and the
+    loads of the experts over their mean, [layers + 1, X], of which the last layer is multi-token
+    prediction's and dense layers have 0. The model stays as it is if loss or norm is not finite."""
     losses = pipe.run(batches)
-    pipe.reduce()
-    norm, loss, ahead = pipe.zero.clip(losses, cfg.clip)
+    norm, loss, ahead = pipe.reduce(losses, cfg.clip)
     for group in optimizer.param_groups:
         group["lr"] = lr
     finite = math.isfinite(norm) and math.isfinite(loss)
     if finite:
         optimizer.step()
-        pipe.zero.gather()
         forget_codes(pipe.model)
-    pipe.zero.clear()
-    extremes = torch.full((cfg.n_layers + 1, 2), -math.inf, device=pipe.device)
+    for flat in pipe.flats.values():
+        flat.gather()
+        flat.gradients.zero_()
+    loads = torch.zeros(cfg.n_layers + 1, cfg.n_experts, device=pipe.device)
     if pipe.routers:
-        loads = update_biases(pipe.routers, cfg.gamma * finite, pipe.zero.data.get_group())
-        rows = torch.tensor(pipe.router_layers, device=pipe.device)
-        extremes[rows] = torch.stack((loads.amax(1), -loads.amin(1)), 1)
-    dist.all_reduce(extremes, dist.ReduceOp.MAX)
-    return loss, ahead, norm, extremes.cpu() * torch.tensor([1.0, -1.0])
-
-def log_loads(step, extremes, cfg):
-    """Write the largest and the smallest load of the experts of each layer with routed experts, the
-    last of which is that of multi-token prediction, to metrics.jsonl."""
-    largest, smallest = extremes[extremes[:, 0] > 0].T.tolist()
-    loads = {"max_loads": largest, "min_loads": smallest}
-    write_row(cfg.out, {"step": step} | loads)
+        balanced = list(pipe.routers.values())
+        own = update_biases(balanced, cfg.gamma * finite, pipe.data.get_group())
+        for name, load in zip(pipe.routers, own):
+            layer = -1 if name.startswith("mtp") else int(name.split(".")[1])
+            loads[layer] = load
+    dist.all_reduce(loads, group=pipe.mesh["pp"].get_group())
+    return loss, ahead, norm, loads
 
 def train(pipe, optimizer, corpus, heldout, state, end, cfg, device, signals):
     """Update the model until the run has seen `end` tokens, or a signal was received."""
-    place = device, pipe.data_rank, reading_ranks(cfg)
+    place = device, pipe.data.get_local_rank(), reading_ranks(cfg)
     thread = ThreadPoolExecutor(1)  # reads the next batch during an update
     first_step = saved = state["step"]
     n_skipped = 0
@@ -2062,14 +1976,12 @@ def train(pipe, optimizer, corpus, heldout, state, end, cfg, device, signals):
 
         clock = time.perf_counter()
         batches = ahead.result()
-        if batches[0]["tokens"].shape[1] != now.seq_len:
-            pass
         state["sequences"] += now.batch_size
         n_tokens = now.batch_size * now.seq_len
         ahead = read_ahead(state["sequences"], state["tokens"] + n_tokens)
         sum_counts(batches, reading_ranks(cfg))
         lr = learning_rate(state["tokens"], cfg)
-        loss, mtp, norm, extremes = advance(pipe, optimizer, batches, lr, now)
+        loss, mtp, norm, loads = advance(pipe, optimizer, batches, lr, now)
         finite = math.isfinite(loss) and math.isfinite(norm)
         state["step"] += 1
         state["tokens"] += finite * n_tokens
@@ -2081,9 +1993,10 @@ def train(pipe, optimizer, corpus, heldout, state, end, cfg, device, signals):
             row = {"step": step + 1, "loss": loss, "bpb": bpb, "lr": lr, "grad": norm}
             if cfg.mtp:
                 row["mtp"] = round(mtp, 4)
-            row["max_load"] = round(extremes[:, 0].max().item(), 2)
+            row["max_load"] = round(loads.max().item(), 2)
             log_step(row | {"tokens": state["tokens"]}, steps_left - 1, pace, now, device)
-            log_loads(step + 1, extremes, cfg)
+            layers = {"max_loads": loads.amax(1).tolist(), "min_loads": loads.amin(1).tolist()}
+            write_row(cfg.out, {"step": step + 1} | layers)
         n_skipped = 0 if finite else n_skipped + 1
         if n_skipped:
             print(f"step {step + 1} skipped: its loss or gradient is not finite")
@@ -2121,11 +2034,12 @@ def load_documents(cfg):
     if cfg.vocab_size <= max(special_ids):
         n_ids = f"{max(special_ids) + 1} ids of text and special tokens"
         raise ValueError(f"--vocab_size {cfg.vocab_size} is less than the {n_ids}")
-    if cfg.eos_id < 0:
-        print("without --tokenizer or --eos_id documents have no borders: none is packed as a whole")
-    if cfg.fim and (cfg.eos_id < 0 or not cfg.fim_ids):
+    if not cfg.eos_id:
+        print("documents have no borders: their packing needs --tokenizer or --eos_id")
+    if cfg.fim and not (cfg.eos_id and cfg.fim_ids):
         print("no document is rearranged: this needs --tokenizer, or --eos_id and --fim_ids")
-    documents = tokenize(read_documents(cfg.data, files), tokenizer, cfg.eos_id)
+    separator = cfg.eos_id or -1
+    documents = tokenize(read_documents(cfg.data, files), tokenizer, separator)
     if cfg.write_tokens and shards:
         raise ValueError("--write_tokens reads text, and --data has token shards")
     if cfg.write_tokens:
@@ -2134,19 +2048,7 @@ def load_documents(cfg):
     length = max(phase.seq_len for phase in phases)
     batch = max(math.ceil(phase.batch_size * phase.seq_len / length) for phase in phases)
     sizes = cfg.vocab_size, batch, length
-    return tokenizer, *load_corpora(shards, documents, tokenizer, cfg.eos_id, *sizes)
-
-def resume_state(pipe, optimizer, checkpoint, given, cfg):
-    """State of the run, which goes on from a checkpoint, if there is one; `budget` is the number of
-    its tokens, which the first start fixes unless these flags are given anew."""
-    budget = planned_tokens(cfg.steps or math.inf, cfg)
-    state = {"step": 0, "sequences": 0, "tokens": 0, "budget": budget}
-    if checkpoint:
-        load_checkpoint(checkpoint, pipe.saved, optimizer, state)
-        pipe.zero.gather()
-    if given & {"steps", "tokens", "long"}:
-        state["budget"] = budget
-    return state
+    return tokenizer, *load_corpora(shards, documents, tokenizer, separator, *sizes)
 
 @record
 def main(argv=None):
@@ -2175,10 +2077,8 @@ def main(argv=None):
             raise ValueError(f"--eval: {cfg.out} has no checkpoint")
         if run and (run["pp"], run["ep"]) != (cfg.pp, cfg.ep):
             layout = f"--pp {run['pp']} --ep {run['ep']}"
-            raise ValueError(
-                f"{checkpoint} has {layout}: continue with these, or with another layout from what "
-                f"--resume {layout} --steps {checkpoint.name[5:]} --export DIR writes, by --init DIR"
-            )
+            other = f"--resume {layout} --export DIR writes what another begins with by --init DIR"
+            raise ValueError(f"{checkpoint} has {layout}: {other}")
         for name in run.keys() & {"tokens", "long"} - given:
             setattr(cfg, name, run[name])
         weights = list(Path(cfg.export).glob("*.safetensors*")) if cfg.export else []
@@ -2190,8 +2090,15 @@ def main(argv=None):
         if cfg.init:
             read_weights(pipe.model, cfg, cfg.init, pipe.first_expert)
         pipe.share()
-        optimizer = build_optimizer(pipe.zero, cfg)
-        state = resume_state(pipe, optimizer, checkpoint, given, cfg)
+        optimizer = build_optimizer(pipe.flats, cfg)
+        budget = plan(cfg)[-1][0]  # tokens of the run, which its first start fixes
+        state = {"step": 0, "sequences": 0, "tokens": 0, "budget": budget}
+        if checkpoint:
+            load_checkpoint(checkpoint, pipe.saved, optimizer, state)
+            for flat in pipe.flats.values():
+                flat.gather()
+        if given & {"steps", "tokens", "long"}:
+            state["budget"] = budget
         n_updates = count_updates(0, state["budget"], cfg)
         if cfg.warmup_steps > n_updates // 10:
             cfg.warmup_steps = n_updates // 10
