@@ -1,35 +1,39 @@
 r"""DeepSeek-V3 Technical Report (DeepSeek-AI, 2024, arXiv 2412.19437) in one file.
 
 New against its parent, llama3.py (and against DeepSeek-V2, arXiv 2405.04434, where marked):
-- multi-head latent attention: keys and values out of one small latent, a rotary key of its own
-  that all heads share (§2.1.1);
-- a mixture of many small experts and a shared one, balanced by a bias that only chooses and not by
+- multi-head latent attention: keys and values from one small latent, and one rotary key that all
+  heads share (§2.1.1);
+- a mixture of many small experts and a shared one, balanced by a bias that only selects and not by
   a loss (new: sigmoid affinities, no auxiliary loss, no dropped token, §2.1.2);
-- multi-token prediction: one module more predicts the token after the next (new, §2.2);
-- experts on different ranks, DualPipe and ZeRO-1 instead of tensor parallelism (§3.2);
+- multi-token prediction: one further module predicts the token after the next (new, §2.2);
+- experts on different ranks, pipeline stages and ZeRO-1 instead of tensor parallelism (§3.2);
 - FP8 matrix products with a scale for every tile of 1 x 128 or 128 x 128 (new, §3.3);
 - documents packed best-fit without a mask, fill-in-the-middle (§4.1); a schedule in tokens
-  (§4.2).
+  (§4.2) and a context that YaRN extends (§4.3).
 
-Map: §2.1.1 MultiHeadLatentAttention | §2.1.2 route, sequence_balance, Router, MoE, Exchange,
-update_biases | §2.2 MultiTokenPrediction, objective | §3.2 DualPipe, ZeRO1, recomputed,
-update_average | §3.3 quantize, scaled_product, FP8Product, FP8Linear, FP8Experts, round_e5m6,
-AdamWithBF16Moments | §4.1 pack, fill_in_the_middle | §4.2 plan, learning_rate | §4.3 the later
-phases of plan. "Released" means the inference code and the weights that DeepSeek published.
+Map: §2.1.1 MultiHeadLatentAttention | §2.1.2 route, sequence_balance, Router, MoE, Experts,
+update_biases | §2.2 MultiTokenPrediction, objective | §3.2 Pipeline, FlatParameters (ZeRO-1),
+exchanged, recompute_activations | §3.3 quantize, fprop, dgrad, wgrad, FP8Linear, FP8Experts,
+all_to_all_fp8, AdamWithBF16Moments | §4.1 pack, fill_in_the_middle | §4.2 plan, learning_rate |
+§4.3 yarn_frequencies, plan. "Released" means the inference code and the weights that DeepSeek
+published. Left out: DualPipe, 12-bit activations, and the moving average of the weights (§3.2.3).
 Legend: B batch, T positions, N = B T tokens, D width, H heads, E head width, R its rotary part, F
-hidden width, V vocabulary, X experts, K experts a token, M rows at the experts of a rank.
+hidden width, V vocabulary, X experts, K experts per token, M rows at the experts of a rank.
 Conventions: rotary pairs are (i, i + R/2), not the released interleaved ones; RMSNorm before each
-branch; T + 1 tokens make T inputs and T targets, and target -100 is none. Losses and gradients are
-sums over ranks, each divided by a count of the whole global batch.
+branch; T + 1 tokens give T inputs and T targets; a target of -100 is not scored; losses and
+gradients are sums over ranks, each divided by a count of the whole global batch.
 
 Run: python deepseek_v3.py                          # a laptop: the preset demo
      torchrun --nproc_per_node=8 deepseek_v3.py     # GPUs: the preset small, experts on 8 ranks
      torchrun --nnodes=256 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
-         deepseek_v3.py --preset 671b --pp 16 --ep 64 --first_batch 4096 --recompute block \
-         --long= --data shards/ --out /shared/671b
-Expect: in about a minute on two CPU cores the demo's held-out bits per byte fall from 8.05 to 2.79;
-multi-token prediction's loss stays close to the main one, and the fullest expert's load falls from
-2.6 to some 1.4 times the mean.
+         deepseek_v3.py --preset 671b --pp 16 --ep 64 --data shards/ --eos_id 1 \
+         --fim_ids 128801,128800,128802 --out /shared/671b --resume
+     (26 GiB a rank. The run stops before the extension to 32K tokens, which the same command
+     continues on 128 nodes, 67 GiB a rank; there is no layout here for the extension to 128K, since
+     480 sequences do not feed 16 stages.)
+Expect: in about a minute on two CPU cores the demo's held-out bits per byte fall from 8.05 to 2.77;
+the loss of multi-token prediction stays close to the main one, and the fullest expert's load falls
+from 2.6 to some 1.3 times the mean.
 """
 
 import argparse
@@ -1482,14 +1486,14 @@ def read_config(path):
         n_mtp = theirs.get("num_nextn_predict_layers", theirs.get("num_mtp_layers")) or 0
         cfg.mtp = n_mtp > 0
         rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-        rope = {"rope_theta": theirs.get("rope_theta", 1e4)} | rope
-        rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
+        rope = {"rope_type": "default", "rope_theta": theirs.get("rope_theta", 1e4)} | rope
+        rope["rope_type"] = rope.pop("type", rope["rope_type"])
         cfg.rope_theta = rope.pop("rope_theta")
         supported = {"rope_type": "default", "partial_rotary_factor": 1.0}
         if rope["rope_type"] == "yarn":
             supported = HF_YARN
-            cfg.rope_factor = rope.pop("factor")
             cfg.rope_original = rope.pop("original_max_position_embeddings", cfg.seq_len)
+            cfg.rope_factor = rope.pop("factor") or cfg.seq_len / cfg.rope_original
             cfg.rope_mscale = rope.pop("mscale", 0.0) or 0.0
             cfg.rope_mscale_all_dim = rope.pop("mscale_all_dim", 0.0) or 0.0
         wanted = {
@@ -1945,7 +1949,7 @@ def train(pipe, optimizer, corpus, heldout, state, end, cfg, device, signals):
     ahead = read_ahead(state["sequences"], state["tokens"])
     while True:
         step = state["step"]
-        now = phase_at(state["tokens"], cfg)
+        now = phase_at(min(state["tokens"], end - 1), cfg)
         if phase is None or (now.batch_size, now.seq_len) != (phase.batch_size, phase.seq_len):
             phase = now
             pipe.enter(phase)
