@@ -319,9 +319,9 @@ OWN_MISTAKES = {  # of one script: flags, and what the line must say
         ("--dry_run --world_size 3 --ep 3", "--ep 3 does not divide 16 experts"), ("--top_k 9", "--top_k 9 is more than 2 groups of 4"),
         ("--n_groups 3", "3 groups do not divide 16 experts"), ("--groups_kept 5", "--groups_kept 5"), ("--n_dense 4", "--n_dense 4"),
         ("--rope_dim 7", "--rope_dim 7 is odd"), ("--rope_theta 1", "--rope_theta 1.0"), ("--rope_factor 0.5", "--rope_factor 0.5"),
-        ("--long 32:4", "is not LENGTHxSEQUENCES:STEPS"), ("--fim 1.5", "--fim"), ("--ema 1", "--ema 1.0"), ("--dim 20", "multiples of 8"),
+        ("--long 32:4", "is not LENGTHxSEQUENCES:STEPS"), ("--fim 1.5", "--fim"), ("--fim_ids 1,2", "--fim_ids 1,2"), ("--dim 20", "multiples of 8"),
         ("--first_batch 9", "--first_batch 9"), ("--tokens 0", "not a single update"), ("--recompute paper --compile", "--recompute paper"),
-        ("--dry_run --world_size 8 --pp 8", "fewer than 16 stages"), ("--export DIR/hf --mtp parallel", "--mtp parallel"),
+        ("--dry_run --world_size 8 --pp 8", "--pp 8 is more than 3 layers"),
         ("--init DIR/no_weights", "holds no DeepSeek-V3 model"), ("--tokenizer DIR/twice.txt", "a rank twice"),
         ("--data DIR/short.txt", "10 tokens are too few"), ("--data DIR/empty.txt", "0 tokens are too few"),
         ("--vocab_size 256", "--vocab_size 256"), ("--vocab_size 258", "--vocab_size 258"), ("--fim nan", "--fim nan"),
@@ -1264,15 +1264,14 @@ def v3_flags(text):
     return [*small("deepseek_v3", **V3), "--data", text, "--save_every", 7, "--val_every", 1000]
 
 
-def test_deepseek_v3_layouts_resume_from_each_other(together, v3_flags, tmp_path):
-    """Batch ramp, pre-training and extension on one rank; then experts on 2 ranks, a pipeline of 2 x 2 over the border of the
-    extension, and one rank to the end. The balancing biases go along."""
+def test_deepseek_v3_resumes_on_other_ranks(together, ranks, v3_flags, tmp_path):
+    """Batch ramp, pre-training and extension on one rank; the same on one, two (over the border of the extension) and one. The
+    balancing biases go along; experts on other ranks are refused."""
     whole = together(1, "deepseek_v3", *v3_flags, "--out", tmp_path / "whole")
-    assert "rope scaling none" in whole and "rope scaling yarn" in whole
+    assert "YaRN factor 1" in whole and "YaRN factor 2" in whole
     out = ["--out", tmp_path / "parts"]
-    together(2, "deepseek_v3", *v3_flags, *out, "--steps", 5, "--micro_batch", 1)
-    for steps, ranks, layout in ((11, 4, ["--pp", 2, "--micro_batch", 1]), (0, 1, ["--micro_batch", 2])):
-        done = together(ranks, "deepseek_v3", *v3_flags, *out, *layout, "--steps", steps, "--resume")
+    for steps, n in ((5, 1), (11, 2), (0, 1)):
+        done = together(n, "deepseek_v3", *v3_flags, *out, "--ep", 1, "--steps", steps, *["--resume"] * (steps != 5))
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
     assert len(losses(tmp_path / "parts")) == 14
     first, second = (final_tensors(tmp_path / name)[0] for name in ("whole", "parts"))
@@ -1281,22 +1280,24 @@ def test_deepseek_v3_layouts_resume_from_each_other(together, v3_flags, tmp_path
     assert len(biases) == 3 and all(first[key].any() for key in biases)
     apart = sum((first[key] - second[key]).abs().gt(1e-6).sum().item() for key in biases)
     assert apart <= 2, "a load at the mean may round either way"
-    for output in (whole, done):
-        assert re.search(r"documents [\d,]+ \| filled in the middle [\d,]+ \| cut by the packing", output)
-        assert len(output.split("cut by the packing")[1]) > 20, "a sample ends the run"
     final = [float(re.search(r"val 14 \| loss (\S+)", output)[1]) for output in (whole, done)]
-    assert final[0] == pytest.approx(final[1], rel=1e-4)
+    assert final[0] == pytest.approx(final[1], rel=1e-4) and len(done.split("val 14")[1]) > 30, "a sample ends the run"
+    flags = [str(flag) for flag in (*v3_flags, *out, "--ep", 2, "--resume")]
+    assert "has --pp 1 --ep 1: --resume --pp 1 --ep 1 --export DIR" in ranks.run(2, run_main, "deepseek_v3", flags)[0][2]
+    loads = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    largest, smallest = next((row["max_loads"], row["min_loads"]) for row in loads if "max_loads" in row)
+    assert [load > 1 for load in largest] == [False, True, True, True] and all(load < 1 for load in smallest)
 
 
 def test_deepseek_v3_resumes_with_another_batch(together, v3_flags, tmp_path):
-    """Phases and the end of the run stay where the first start planned them, in sequences: 128 of 16 tokens and 32 of 32."""
+    """The data goes on where it was, and the run ends at the tokens that its first start planned: 128 sequences of 16 and 32 of 32."""
     (tmp_path / "text.txt").write_text("".join(f"line {i} says {i * i}\n" for i in range(12000)))
     flags = [*v3_flags, "--first_batch=0", "--data", tmp_path / "text.txt", "--out", tmp_path / "run"]
     together(1, "deepseek_v3", *flags)
     (tmp_path / "run" / "step_000000012").rename(tmp_path / "whole")
-    flags = [flag for flag in flags if not str(flag).startswith(("--tokens", "--long"))]
-    out = together(2, "deepseek_v3", *flags, "--batch_size", 8, "--resume")
-    assert "step 9/13 |" in out and "step 10/13 |" in out and out.index("step 9/13") < out.index("scaling yarn") < out.index("step 10/13")
+    flags = [flag for flag in flags if not str(flag).startswith(("--tokens", "--long="))]
+    out = together(2, "deepseek_v3", *flags, "--ep", 1, "--batch_size", 8, "--resume")
+    assert "step 9/13 |" in out and "step 10/13 |" in out and out.index("step 9/13") < out.index("factor 2") < out.index("step 10/13")
     state = {"step": 0, "sequences": 0, "tokens": 0}
     torch.distributed.checkpoint.load({"state": state}, checkpoint_id=tmp_path / "run" / "step_000000013")
     assert state == {"step": 13, "sequences": 160, "tokens": 3072}
@@ -1304,13 +1305,13 @@ def test_deepseek_v3_resumes_with_another_batch(together, v3_flags, tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_deepseek_v3_low_precision_resumes_bit_for_bit(v3_flags, precision, tmp_path, monkeypatch):
-    """bf16 weights with fp32 masters, under fp8 with bf16 moments; and the moving average of the weights."""
+    """bf16 weights with fp32 masters, under fp8 with bf16 moments."""
     import deepseek_v3
 
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     np.save(tmp_path / "ids.npy", np.resize(np.arange(97, 123, dtype=np.uint16), 9000))  # without a tokenizer there is no sample
-    flags = [*map(str, v3_flags), "--precision", precision, "--recompute", "paper", "--ema", "0.9", "--lr", "0.003"]
-    flags += ["--data", str(tmp_path / "ids.npy"), "--vocab_size", "260"]
+    flags = [*map(str, v3_flags), "--precision", precision, "--recompute", "paper", "--lr", "0.003"]
+    flags += ["--data", str(tmp_path / "ids.npy"), "--vocab_size", "260", "--eos_id", "122"]
     for name, steps in (("whole", [6]), ("parts", [3, 6])):
         for i, step in enumerate(steps):
             deepseek_v3.main([*flags, "--out", str(tmp_path / name), "--steps", str(step), *["--resume"] * i])
@@ -1318,8 +1319,7 @@ def test_deepseek_v3_low_precision_resumes_bit_for_bit(v3_flags, precision, tmp_
     assert same(first, second)
     moments = [value.dtype for key, value in first[0].items() if "exp_avg" in key]
     assert set(moments) == {torch.bfloat16 if precision == "fp8" else torch.float32}
-    weights = {value.dtype for key, value in first[0].items() if key.startswith("/model/")}
-    assert weights == {torch.float32} and sum("average" in key for key in first[0]) > 20
+    assert {value.dtype for key, value in first[0].items() if key.startswith("/model/")} == {torch.float32}
 
 
 def test_deepseek_v3_export_and_init_under_a_layout(together, v3_flags, tmp_path):
