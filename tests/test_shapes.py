@@ -55,7 +55,7 @@ def test_schedule(script):
 
 
 @CAUSAL
-def test_flops_are_those_of_the_matrix_products(script):
+def test_flops_are_those_of_the_matrix_products(script, monkeypatch):
     """The counter sees the full square of attention, flops_per_token half of it and the diagonal."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -64,6 +64,8 @@ def test_flops_are_those_of_the_matrix_products(script):
     with torch.device("meta"):
         model = getattr(module, row.model)(cfg)
         tokens = torch.zeros(2, cfg.seq_len, dtype=torch.long)
+    if hasattr(module, "MoE"):  # whose grouped products have no fp32 on the meta device
+        monkeypatch.setattr(F, "grouped_mm", lambda x, w, offs: x @ w[0])
     with FlopCounterMode(display=False) as counter:
         model(tokens).sum().backward()
     unseen = 12 * cfg.n_layers * cfg.dim * (cfg.seq_len - (cfg.seq_len + 1) / 2)
@@ -107,7 +109,7 @@ def test_gpt1_planned_activations_are_those_of_the_peak(overrides, capsys):
     assert live == pytest.approx(planned, rel=0.03)
 
 
-@pytest.mark.parametrize("script", [name for name in CAUSAL.args[1] if name not in ("gpt1", "gemma")], indirect=True)
+@pytest.mark.parametrize("script", [name for name in CAUSAL.args[1] if name not in ("gpt1", "gemma", "deepseek_v3")], indirect=True)
 @pytest.mark.parametrize("overrides", [dict(), dict(precision="bf16"), dict(recompute="block")])
 def test_activation_bytes(script, overrides):
     """memory_per_rank against what autograd keeps, at a size where statistics and weights are small."""
@@ -122,9 +124,7 @@ def test_activation_bytes(script, overrides):
         model = module.parallelize(model, cfg, types.SimpleNamespace(size=lambda: 1))
     elif module.__name__ == "gpt3":
         model = module.parallelize(model, cfg, MagicMock(device_type="cpu"))
-    for name, p in model.named_parameters() if hasattr(module, "keeps_bf16") else ():
-        p.data = p.data.bfloat16() if module.keeps_bf16(name, cfg) else p.data
-    weights, least = {p.data_ptr() for p in model.parameters()}, 0 if hasattr(module, "Alive") else cfg.dim * cfg.hidden_dim
+    weights, least = {p.data_ptr() for p in model.parameters()}, cfg.dim * cfg.hidden_dim
 
     def keep(tensor):
         storage = tensor.untyped_storage()
@@ -136,7 +136,7 @@ def test_activation_bytes(script, overrides):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         module.objective(model, {"tokens": tokens, "targets": tokens, "n_targets": 512, "n_sequences": 8}, cfg)
     expected = module.memory_per_rank(cfg)["activations"]
-    if cfg.recompute == "block" and least:  # the block that backward will recompute is not there yet
+    if cfg.recompute == "block":  # the block that backward will recompute is not there yet
         one, two = ({**sizes, "recompute": "none", "n_layers": n} for n in (1, 2))
         expected += module.memory_per_rank(module.Config(**one))["activations"]
         expected -= module.memory_per_rank(module.Config(**two))["activations"]

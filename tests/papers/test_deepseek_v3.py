@@ -425,7 +425,7 @@ def test_planned_activations_are_those_that_are_kept(precision, recompute):
         pipe.model(tokens, tokens).sum().backward()
     peak = next(iter(tracker.get_tracker_snapshot("peak").values()))
     live = sum(size for kind, size in peak.items() if "ACT" in str(kind) or "TEMP" in str(kind))
-    assert v3.memory_per_rank(cfg)["activations"] == pytest.approx(live, rel=0.15)
+    assert v3.memory_per_rank(cfg)["activations"] == pytest.approx(live, rel=0.12)
 
 
 def exchanged_in_fp8():
