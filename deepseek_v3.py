@@ -12,7 +12,7 @@ New against its parent, llama3.py (and against DeepSeek-V2, arXiv 2405.04434, wh
   (§4.2) and a context that YaRN extends (§4.3).
 
 Map: §2.1.1 MultiHeadLatentAttention | §2.1.2 route, sequence_balance, Router, MoE, Experts,
-update_biases | §2.2 MultiTokenPrediction, objective | §3.2 Pipeline, FlatParameters (ZeRO-1),
+update_biases | §2.2 MultiTokenPrediction, objective | §3.2 Pipeline1F1B, FlatParameters (ZeRO-1),
 exchanged, recompute_activations | §3.3 quantize, fprop, dgrad, wgrad, FP8Linear, FP8Experts,
 all_to_all_fp8, AdamWithBF16Moments | §4.1 pack, fill_in_the_middle | §4.2 plan, learning_rate |
 §4.3 yarn_frequencies, plan. "Released" means the inference code and the weights that DeepSeek
@@ -241,7 +241,7 @@ def plan(cfg):
             phases.append((end, phase))
     return phases
 
-def count_updates(tokens, end, cfg):
+def planned_updates(tokens, end, cfg):
     """Updates of the plan from `tokens` tokens of the run to `end` tokens."""
     n_updates = 0
     for phase_end, phase in plan(cfg):
@@ -251,7 +251,7 @@ def count_updates(tokens, end, cfg):
         tokens += n * update
     return n_updates
 
-def phase_at(tokens, cfg):
+def current_phase(tokens, cfg):
     """Config of the phase after so many tokens, with γ and λ of the moment: λ falls after 10 of the
     14.8 parts of the tokens of pre-training, γ after 14.3 of them."""
     phases = plan(cfg)
@@ -612,9 +612,9 @@ def slices(n, vocab_size):
 
 def chunked_loss(head, x, targets, vocab_size):
     """Sum of the cross-entropies, in nats, of the logits head(x) of N positions x [N, D], chunk by
-    chunk, each recomputed in the backward pass, so that the logits of all never exist. targets are
-    ids, N in all, of which -100 is not scored, or a function of a slice of the positions that
-    returns their distributions [n, V], zero where nothing is scored."""
+    chunk, each recomputed in the backward pass, so that the logits of all positions never exist.
+    targets: N ids, of which -100 is not scored; or a function from a slice of n positions to their
+    distributions [n, V], zero for a position that is not scored."""
 
     def chunk_loss(x, rows):
         chosen = targets.flatten()[rows] if torch.is_tensor(targets) else targets(rows)
@@ -819,7 +819,7 @@ def learning_rate(tokens, cfg):
     """§4.2, after so many tokens: linear warm-up over updates; constant to 10 of 14.8 parts of
     pre-training, a cosine to 14.3, constant to 14.633, and constant to the end and in the extension
     (§4.3). With --decay steps, V2's: constant, and down twice."""
-    n_updates = count_updates(0, tokens, cfg)
+    n_updates = planned_updates(0, tokens, cfg)
     if n_updates < cfg.warmup_steps:
         return cfg.lr * n_updates / cfg.warmup_steps
     share = tokens / cfg.tokens if cfg.tokens else 1.0
@@ -1029,7 +1029,7 @@ def reading_ranks(cfg):
     """Ranks that read sequences of their own: all of a pipeline stage."""
     return max(cfg.dp, 1) * max(cfg.ep, 1)
 
-def stage_layers(cfg, stage):
+def layers_of_stage(cfg, stage):
     """The layers of a pipeline stage, as a range."""
     # Undisclosed: how the 61 layers are cut. Evenly, the head counted as two.
     edges = [round((cfg.n_layers + 2) * i / cfg.pp) for i in (stage, stage + 1)]
@@ -1084,6 +1084,12 @@ def keeps_bf16(name, cfg):
     """Whether a parameter is kept in bf16, and its master in fp32."""
     return cfg.precision in ("bf16", "fp8") and not re.search(r"(norm|router)\.weight$", name)
 
+def set_dtypes(model, cfg):
+    """Give the parameters of a model, which has no values yet, the dtypes that they are kept in."""
+    for name, p in model.named_parameters():
+        if keeps_bf16(name, cfg):
+            p.data = p.data.bfloat16()
+
 def keep_attention(context, operator, *args, **kwargs):
     """A policy of selective checkpointing: keep what attention computes, and nothing else."""
     is_attention = "scaled_dot_product" in operator.name()
@@ -1115,7 +1121,7 @@ def parallelize(model, cfg, mesh):
     cfg.precision is fp32, with fp32 gradients. Sets precision, recomputation and compilation."""
     stage = mesh["pp"].get_local_rank()
     is_last = stage == cfg.pp - 1
-    for i in set(range(cfg.n_layers)) - set(stage_layers(cfg, stage)):
+    for i in set(range(cfg.n_layers)) - set(layers_of_stage(cfg, stage)):
         del model.blocks[str(i)]
     if not is_last:
         model.final_norm = model.head = model.mtp = None
@@ -1130,9 +1136,7 @@ def parallelize(model, cfg, mesh):
         model.dtype = torch.bfloat16
     if cfg.precision == "fp8":
         use_fp8(model)
-    for name, p in model.named_parameters():
-        if keeps_bf16(name, cfg):
-            p.data = p.data.bfloat16()
+    set_dtypes(model, cfg)
     model.to_empty(device=mesh.device_type)
     for p in model.parameters():
         p.grad_dtype = torch.float32
@@ -1217,7 +1221,7 @@ def flatten_parameters(model, mesh, data):
         for name, parameters in groups.items()
     }
 
-class Stage(nn.Module):
+class PipelinePart(nn.Module):
     """The part of a model that a pipeline rank has: states x [B, T, D] and balance loss -> those
     after its blocks or, on the last stage, the sums of DeepSeekV3.losses. All get the tokens."""
 
@@ -1234,7 +1238,7 @@ class Stage(nn.Module):
             return x, balance
         return self.model.losses(x, balance, tokens, targets)
 
-class Pipeline:
+class Pipeline1F1B:
     """§3.2.1, the part of the model that one rank has, run over micro-batches: on its own or, with
     several stages, by the schedule 1F1B."""
 
@@ -1280,7 +1284,7 @@ class Pipeline:
             empty = functools.partial(torch.empty, device="meta", requires_grad=True)
             between = empty(micro, cfg.seq_len, cfg.dim, dtype=self.model.dtype), empty(())
             stage = PipelineStage(
-                Stage(self.model), self.stage, cfg.pp, self.device,
+                PipelinePart(self.model), self.stage, cfg.pp, self.device,
                 input_args=between if self.stage else (),
                 output_args=empty(3) if self.is_last else between,
                 group=self.mesh["pp"].get_group(),
@@ -1347,7 +1351,7 @@ def memory_per_rank(cfg):
 def stage_memory(cfg, stage):
     """Bytes on a rank of a pipeline stage, by kind."""
     is_last = stage == cfg.pp - 1
-    layers = stage_layers(cfg, stage)
+    layers = layers_of_stage(cfg, stage)
     n_dense = sum(layer < cfg.n_dense for layer in layers)
     n_moe = len(layers) - n_dense
     tables = int(stage == 0)
@@ -1452,7 +1456,7 @@ def named_matrices(model, first_expert=0):
         if name.endswith("router.bias"):
             yield name, buffer
 
-def hf_tensors(name, tensor, cfg):
+def deepseek_tensors(name, tensor, cfg):
     """{Hugging Face's name: tensor, or half of it where they have two} of one of named_matrices."""
     name = name.replace("mtp.block", "mtp").replace("mtp.final_norm", "mtp.shared_norm")
     halves = {name: tensor}
@@ -1520,7 +1524,7 @@ def read_weights(model, cfg, path, first_expert=0):
         for name, tensor in named_matrices(model, first_expert):
             if name.startswith("mtp.") and not has_mtp:
                 continue
-            for key, part in hf_tensors(name, tensor, cfg).items():
+            for key, part in deepseek_tensors(name, tensor, cfg).items():
                 value = tensors[key]
                 if value.shape != part.shape:
                     raise ValueError(f"{key} is {list(value.shape)}, not {list(part.shape)}")
@@ -1539,7 +1543,7 @@ def from_hf(path):
     read_weights(model, cfg, path)
     return model, cfg
 
-def hf_config(cfg):
+def deepseek_config(cfg):
     """config.json of the model."""
     config = {key: getattr(cfg, field) for field, (key, _) in HF_CONFIG.items()} | HF_FIXED
     rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
@@ -1556,13 +1560,15 @@ def hf_config(cfg):
     }  # fmt: skip
 
 def to_hf(model, cfg, path):
-    """Write a model, or the parts of it that ranks have (a Pipeline), to the directory path as a
+    """Write a model, or the parts of it that ranks have, to the directory path as a
     DeepseekV3ForCausalLM. All ranks call this; rank 0 writes files of about 5 GB, tensor by tensor.
     """
     from safetensors.torch import save_file
 
     is_writer = not dist.is_initialized() or dist.get_rank() == 0
-    source = gather_matrices(model, cfg) if isinstance(model, Pipeline) else named_matrices(model)
+    source = named_matrices(model)
+    if isinstance(model, Pipeline1F1B):
+        source = collect_matrices(model, cfg)
     tensors = {}
     index = {}
     with written_beside(path) if is_writer else contextlib.nullcontext() as folder:
@@ -1575,19 +1581,20 @@ def to_hf(model, cfg, path):
                 index |= dict.fromkeys(tensors, file)
                 tensors = {}
             if is_writer and not is_end:
-                for key, part in hf_tensors(name, tensor, cfg).items():
+                for key, part in deepseek_tensors(name, tensor, cfg).items():
                     tensors[key] = torch.empty_like(part, device="cpu")
                     tensors[key][rotary_rows(name, cfg)] = part.cpu()
         if is_writer:
-            (folder / "config.json").write_text(json.dumps(hf_config(cfg), indent=2) + "\n")
+            (folder / "config.json").write_text(json.dumps(deepseek_config(cfg), indent=2) + "\n")
             text = json.dumps({"metadata": {}, "weight_map": index}, indent=2)
             (folder / "model.safetensors.index.json").write_text(text + "\n")
 
-def gather_matrices(pipe, cfg):
+def collect_matrices(pipe, cfg):
     """named_matrices of the whole model on rank 0, on which each arrives from a rank that has it;
     all ranks call this, and the others get None in place of the tensors."""
     with torch.device("meta"):
         model = DeepSeekV3(cfg)
+    set_dtypes(model, cfg)
     own = dict(named_matrices(pipe.model, pipe.first_expert))
     rank = dist.get_rank()
     for name, tensor in named_matrices(model):
@@ -1596,7 +1603,7 @@ def gather_matrices(pipe, cfg):
             stage = 0
         elif name.startswith("blocks."):
             layer = int(name.split(".")[1])
-            stage = next(i for i in range(cfg.pp) if layer in stage_layers(cfg, i))
+            stage = next(i for i in range(cfg.pp) if layer in layers_of_stage(cfg, i))
         expert = re.search(r"experts\.(\d+)", name)
         part = int(expert[1]) * cfg.ep // cfg.n_experts if expert else 0
         owner = int(pipe.mesh.mesh[stage, 0, part])  # of [PP, DP, EP]
@@ -1604,9 +1611,7 @@ def gather_matrices(pipe, cfg):
         if rank == owner:
             result = own[name].contiguous()
         elif rank == 0:
-            low = keeps_bf16(name, cfg) and not name.endswith("bias")
-            dtype = torch.bfloat16 if low else torch.float32
-            result = torch.empty(tensor.shape, dtype=dtype, device=pipe.device)
+            result = torch.empty_like(tensor, device=pipe.device)
         if owner > 0 and rank == 0:
             dist.recv(result, owner)
         if owner > 0 and rank == owner:
@@ -1784,13 +1789,13 @@ def validate(loss_of, corpus, step, cfg, device, rank, ranks):
     print(f"val {step} | loss {row['val_loss']:.4f} | bpb {bpb}")
     write_row(cfg.out, row)
 
-def gather_model(pipe, cfg):
+def collect_model(pipe, cfg):
     """The whole model on rank 0, and None on the others, which all ranks call."""
     if dist.get_world_size() == 1:
         return pipe.model
     model = DeepSeekV3(cfg) if dist.get_rank() == 0 else None
     own = dict(named_matrices(model)) if model else {}
-    for name, tensor in gather_matrices(pipe, cfg):
+    for name, tensor in collect_matrices(pipe, cfg):
         if model:
             own[name].copy_(tensor)
     return model.to(pipe.device) if model else None
@@ -1943,13 +1948,13 @@ def train(pipe, optimizer, corpus, heldout, state, end, cfg, device, signals):
     phase = pace = None
 
     def read_ahead(sequences, tokens):
-        batch = read_batch, corpus, sequences, phase_at(tokens, cfg), *place
+        batch = read_batch, corpus, sequences, current_phase(tokens, cfg), *place
         return thread.submit(*batch)
 
     ahead = read_ahead(state["sequences"], state["tokens"])
     while True:
         step = state["step"]
-        now = phase_at(min(state["tokens"], end - 1), cfg)
+        now = current_phase(min(state["tokens"], end - 1), cfg)
         if phase is None or (now.batch_size, now.seq_len) != (phase.batch_size, phase.seq_len):
             phase = now
             pipe.enter(phase)
@@ -1960,7 +1965,7 @@ def train(pipe, optimizer, corpus, heldout, state, end, cfg, device, signals):
             print(f"{phase.batch_size * phase.seq_len:,} = {reading_ranks(cfg)} ranks", end=" ")
             print(f"x {n_micro} x {micro} sequences of {phase.seq_len:,}")
         pipe.cfg = now
-        steps_left = 0 if cfg.eval else count_updates(state["tokens"], end, cfg)
+        steps_left = 0 if cfg.eval else planned_updates(state["tokens"], end, cfg)
         n_signals = n_errors = 0
         if steps_left > 0:
             clock = time.perf_counter()
@@ -2016,7 +2021,7 @@ def conclude(pipe, heldout, tokenizer, cfg):
         total, _ = count_parameters(DeepSeekV3(cfg))
     if not tokenizer or total > 2e9:
         return
-    model = gather_model(pipe, cfg)
+    model = collect_model(pipe, cfg)
     if model:
         ids = get_batch(heldout, 0, 1, cfg)["tokens"][0, :32].tolist()
         if cfg.prompt:
@@ -2089,7 +2094,7 @@ def main(argv=None):
         if weights and run.get("export") != cfg.export:
             raise ValueError(f"--export {cfg.export} has weights that this run did not write")
 
-        pipe = Pipeline(cfg, expert_mesh(cfg, device.type))
+        pipe = Pipeline1F1B(cfg, expert_mesh(cfg, device.type))
         init_weights(pipe.model, cfg, pipe.first_expert)
         if cfg.init:
             read_weights(pipe.model, cfg, cfg.init, pipe.first_expert)
@@ -2103,7 +2108,7 @@ def main(argv=None):
                 flat.gather()
         if given & {"steps", "tokens", "long"}:
             state["budget"] = budget
-        n_updates = count_updates(0, state["budget"], cfg)
+        n_updates = planned_updates(0, state["budget"], cfg)
         if cfg.warmup_steps > n_updates // 10:
             cfg.warmup_steps = n_updates // 10
             print(f"the warm-up is cut to {cfg.warmup_steps} updates, a tenth of the run")

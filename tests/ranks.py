@@ -259,7 +259,7 @@ def expert_gradients(module, cfg, corpus, values, device):
     """The same for a script whose experts are laid out over ranks; with them go the balancing biases after an update."""
     cfg = module.fit_layout(cfg, dist.get_world_size())
     (_, phase), *_ = module.plan(cfg)
-    pipe = module.Pipeline(cfg, module.expert_mesh(cfg, device.type))
+    pipe = module.Pipeline1F1B(cfg, module.expert_mesh(cfg, device.type))
     rank, ranks = pipe.mesh["ep"].get_local_rank(), pipe.mesh["ep"].size()
     for key, tensor in [*pipe.model.named_parameters(), *pipe.model.named_buffers()]:
         if not key.endswith("load"):

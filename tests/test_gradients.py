@@ -152,3 +152,30 @@ def test_llama3_collectives_and_their_gradients(ranks):
     for rank, (y, gradient, z, every, own) in enumerate(ranks.run(2, in_place_of_each_other, "llama3")):
         assert y == x.tolist() and gradient == [3.0] and z == (3 * x).tolist()
         assert every == [0.0, 0.0, 1.0, 1.0] and own == [[0.0, 3.0], [6.0, 9.0]][rank]
+
+
+def exchanged_in_fp8(name):
+    """Rows to the other rank and back, in their precision and in E4M3 either way: what arrives, and what the gradient is."""
+    v3 = importlib.import_module(name)
+    v3.init_distributed(30)
+    rank, group, found = v3.dist.get_rank(), v3.dist.group.WORLD, []
+    send, receive = ([1, 3], [1, 2]) if rank == 0 else ([2, 1], [3, 1])
+    for there, back in ((v3.all_to_all, v3.all_to_all), (v3.all_to_all_fp8, v3.all_to_all), (v3.all_to_all, v3.all_to_all_fp8)):
+        x = torch.randn(sum(send), 200, generator=torch.Generator().manual_seed(rank)).requires_grad_()
+        y = v3.Exchange.apply(x, send, receive, group, there, back)
+        gradient = torch.randn(sum(receive), 200, generator=torch.Generator().manual_seed(9 + rank))
+        y.backward(gradient)
+        found.append((x.detach(), y.detach(), gradient, x.grad))
+    return found
+
+
+def test_deepseek_v3_rows_travel_in_e4m3_where_they_should(ranks):
+    import deepseek_v3 as v3
+
+    first, second = ranks.run(2, exchanged_in_fp8, "deepseek_v3")
+    coded = lambda x: v3.dequantize(*v3.quantize(x, 1, 128, powers=True))[: len(x), :200]  # noqa: E731
+    for (x0, y0, g0, d0), (x1, y1, g1, d1), out, back in zip(first, second, (False, True, False), (False, False, True)):
+        code, code_back = (coded if on else lambda x: x for on in (out, back))
+        assert torch.equal(y0, torch.cat((code(x0)[:1], code(x1)[:2]))) and torch.equal(y1, torch.cat((code(x0)[1:], code(x1)[2:])))
+        assert torch.equal(d0, torch.cat((code_back(g0)[:1], code_back(g1)[:3])))
+        assert torch.equal(d1, torch.cat((code_back(g0)[1:], code_back(g1)[3:])))

@@ -1330,3 +1330,51 @@ def test_deepseek_v3_export_and_init_under_a_layout(together, v3_flags, tmp_path
     loss = re.search(r"val 3 \| loss (\S+)", first)[1]
     done = together(1, "deepseek_v3", *v3_flags, "--steps", 1, "--init", tmp_path / "hf")
     assert float(re.search(r"val 0 \| loss (\S+)", done)[1]) == pytest.approx(float(loss), rel=2e-5)
+
+
+def test_deepseek_v3_fp8_trains_where_experts_of_a_rank_get_no_token(ranks):
+    flags = "--n_experts 2 --n_groups 2 --groups_kept 1 --top_k 1 --seq_len 4 --batch_size 2 --first_batch 2 --dim 32 --hidden_dim 32"
+    flags += " --n_layers 2 --precision fp8 --ep 2 --long= --steps 4 --val_batches 1 --log_every 1 --prompt a"
+    for rank, (status, out, err) in enumerate(ranks.run(2, run_main, "deepseek_v3", flags.split())):
+        assert status == 0, err
+        if rank == 0:
+            assert "step 4/4 | loss 5." in out and "max_load 2.0" in out
+
+
+def test_deepseek_v3_stops_before_a_phase_that_the_layout_cannot_hold(ranks, tmp_path):
+    (tmp_path / "text.txt").write_text("".join(f"line {i} says {i * i}\n" for i in range(4000)))
+    flags = f"--data {tmp_path}/text.txt --seq_len 16 --batch_size 4 --first_batch 4 --tokens 192 --long 32x1:2 --dim 32 --n_layers 2"
+    flags += f" --hidden_dim 32 --val_batches 1 --out {tmp_path}/run --ep 1 --prompt a"
+    status, out, err = ranks.run(2, run_main, "deepseek_v3", flags.split())[0]
+    assert status == 0 and "this run stops after 0.0M tokens: 1 sequences of 32" in out and "step 3/3" in out, err
+    status, out, err = ranks.run(1, run_main, "deepseek_v3", [*flags.split(), "--resume"])[0]
+    assert status == 0 and "step 5/5" in out and "YaRN factor 2" in out, err
+
+
+@pytest.mark.parametrize("flags, borders, rearranged", [("", 0, 0), ("--eos_id 10", 1, 0), ("--eos_id 10 --fim_ids 7,8,9", 1, 1)])
+def test_deepseek_v3_documents_on_shards_have_borders_that_flags_name(flags, borders, rearranged, tmp_path, capsys):
+    import deepseek_v3 as v3
+
+    np.save(tmp_path / "ids.npy", np.resize(np.arange(10, 40, dtype=np.uint16), 3000))
+    cfg, _ = v3.parse(["--data", str(tmp_path), "--vocab_size", "40", "--seq_len", "16", "--batch_size", "4", "--first_batch", "4",
+                       "--long=", *flags.split()])  # fmt: skip
+    v3.check(v3.fit_layout(cfg, 1), 1)
+    _, corpus, _ = v3.load_documents(cfg)
+    out = capsys.readouterr().out
+    assert ("no borders" not in out, "no document is rearranged" not in out) == (bool(borders), bool(rearranged))
+    tokens = torch.cat([v3.get_batch(corpus, 0, 100, v3.dataclasses.replace(cfg, fim=0.5))["tokens"]])
+    assert bool((tokens == 7).any()) == bool(rearranged)
+
+
+def test_deepseek_v3_papers_layout_fits(capsys):
+    """The docstring's layout, and the extensions, which another or none here can hold."""
+    import deepseek_v3 as v3
+
+    command = re.search(r"deepseek_v3.py (--preset 671b.*?--ep \d+)", v3.__doc__, re.S)[1]
+    found = []
+    for ranks in ("2048", "1024"):
+        v3.main([*command.split(), "--dry_run", "--world_size", ranks])
+        first, last, *long = capsys.readouterr().out.splitlines()[2:]
+        assert first.endswith(": fits 80 GB") and last.endswith(": fits 80 GB")
+        found.append([line.endswith(": fits 80 GB") for line in long])
+    assert found == [[False, False], [True, False]]

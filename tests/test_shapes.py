@@ -1,4 +1,5 @@
 """Shapes, masks, counts, schedules, and the worked examples of the papers' specifications."""
+import collections
 import itertools
 import math
 import re
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import CAUSAL, SCRIPTS, SHARED
 from ranks import make_corpora, make_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def build(module, row, **overrides):
@@ -141,6 +143,65 @@ def test_activation_bytes(script, overrides):
         expected += module.memory_per_rank(module.Config(**one))["activations"]
         expected -= module.memory_per_rank(module.Config(**two))["activations"]
     assert sum(size for size, _ in kept.values()) == pytest.approx(expected, rel=0.03)
+
+
+class Count(TorchDispatchMode):
+    """Numbers of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.n = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.n[function.name().split("::")[1].split(".")[0]] += 1
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("how, attention, rsqrt, products", [("none", 0, 0, 4), ("paper", 0, 6, 4), ("block", 2, 8, 6)])
+def test_deepseek_v3_recomputes_what_it_should_and_counts_tokens_once(how, attention, rsqrt, products):
+    import deepseek_v3 as v3
+
+    row = SCRIPTS["deepseek_v3"]
+    cfg = v3.Config(**{**row.tiny, "n_layers": 2, "mtp": False})
+    model, tokens = make_model(v3, row, cfg), torch.arange(22).view(2, 11)
+    model(tokens, tokens).sum().backward()
+    gradients, (router,) = [p.grad.clone() for p in model.parameters()], v3.routers(model)
+    load = router.load.clone()
+    model.zero_grad()
+    router.load.zero_()
+    v3.recompute_activations(model, how)
+    loss = model(tokens, tokens).sum()
+    with Count() as backward:
+        loss.backward()
+    found = [backward.n[name] for name in ("_scaled_dot_product_flash_attention_for_cpu", "rsqrt", "_grouped_mm")]
+    assert found == [attention, rsqrt, products], "attention, norms, and the experts' last product"
+    for p, gradient in zip(model.parameters(), gradients):
+        torch.testing.assert_close(p.grad, gradient, atol=1e-4, rtol=1e-4)
+    assert torch.equal(router.load, load)
+
+
+@pytest.mark.parametrize("precision, recompute", [("fp32", "none"), ("bf16", "none"), ("fp8", "none"), ("bf16", "paper"), ("bf16", "block")])
+def test_deepseek_v3_planned_activations_are_those_of_the_peak(precision, recompute):
+    import deepseek_v3 as v3
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    sizes = dict(vocab_size=300, dim=256, hidden_dim=512, expert_dim=128, n_heads=4, q_rank=128, kv_rank=128, head_dim=64, rope_dim=32)
+    sizes |= dict(precision=precision, recompute=recompute, seq_len=128, batch_size=8)
+    cfg = v3.fit_layout(v3.Config(**SCRIPTS["deepseek_v3"].tiny | sizes), 1)
+    v3.init_distributed(30)
+    pipe = v3.Pipeline1F1B(cfg, v3.expert_mesh(cfg, "cpu"))
+    v3.init_weights(pipe.model, cfg)
+    pipe.share()
+    pipe.enter(cfg)
+    tokens = torch.randint(300, (8, 128))
+    tracker = MemTracker()
+    tracker.track_external(pipe.model)
+    with tracker:
+        pipe.model(tokens, tokens).sum().backward()
+    peak = next(iter(tracker.get_tracker_snapshot("peak").values()))
+    live = sum(size for kind, size in peak.items() if "ACT" in str(kind) or "TEMP" in str(kind))
+    assert v3.memory_per_rank(cfg)["activations"] == pytest.approx(live, rel=0.12)
+    torch.distributed.destroy_process_group()
 
 
 # Data
