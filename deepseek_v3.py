@@ -1342,69 +1342,71 @@ class Pipeline1F1B:
         with evaluation_mode(self.model, self.cfg.compile):
             return self.run(batches)[0]
 
-def memory_per_rank(cfg):
-    """Bytes on the rank that needs most, by kind, in the phase cfg: sizes in closed form, and what
-    is live as a backward pass begins, with tokens spread evenly over experts."""
-    kinds = [stage_memory(cfg, stage) for stage in range(cfg.pp)]
-    return max(kinds, key=lambda memory: sum(memory.values()))
+def kept_bytes(cfg):
+    """Bytes per position that a dense layer, and one with experts, keep for the backward pass, with
+    tokens spread evenly over experts."""
+    size = 4 if cfg.precision == "fp32" else 2  # of an activation
+    cached = 1 if cfg.precision == "fp8" else size  # of an input of a linear layer
+    width = cfg.n_heads * (cfg.head_dim + cfg.rope_dim)
+    norm = (4 + size) * cfg.dim  # its input in fp32 and the normalised one
+    attention = norm + cached * cfg.dim + (4 + size + cached) * (cfg.q_rank + cfg.kv_rank)
+    attention += 4 * size * width + cached * cfg.n_heads * cfg.head_dim  # q, k, v, o; o again
+    attention += 4 * cfg.rope_dim * (cfg.n_heads + 1)  # rotary parts, in fp32
+    hidden = 3 * size + cached  # per hidden channel: gate, up, silu(gate) and the product
+    routed = cached * cfg.dim + (size + hidden) * cfg.expert_dim
+    router = 4 * cfg.dim  # its input in fp32
+    if cfg.recompute == "paper":
+        attention = size * (cfg.dim + width)
+        router = 0
+        if cfg.precision != "fp8":
+            routed = size * (cfg.dim + 2 * cfg.expert_dim)
+    dense = norm + cached * cfg.dim + hidden * cfg.hidden_dim
+    moe = norm + cached * cfg.dim + hidden * cfg.n_shared * cfg.expert_dim
+    moe += router + cfg.top_k * routed
+    return attention + dense, attention + moe
 
 def stage_memory(cfg, stage):
-    """Bytes on a rank of a pipeline stage, by kind."""
+    """Bytes on a rank of a pipeline stage, by kind, as a backward pass begins."""
     is_last = stage == cfg.pp - 1
     layers = layers_of_stage(cfg, stage)
     n_dense = sum(layer < cfg.n_dense for layer in layers)
-    n_moe = len(layers) - n_dense
-    tables = int(stage == 0)
-    if is_last:
-        n_moe += cfg.mtp
-        tables += 1 + (cfg.mtp and cfg.pp > 1)
-
+    n_moe = len(layers) - n_dense + (is_last and cfg.mtp)
     attention, dense, expert, shared = layer_sizes(cfg)
-    table = cfg.vocab_size * cfg.dim
-    replicated = (n_dense + n_moe) * attention + n_dense * dense + n_moe * shared
+    coded = (n_dense + n_moe) * attention + n_dense * dense + n_moe * shared  # in E4M3, too
     experts = n_moe * expert * cfg.n_experts // cfg.ep
-    tables *= table
-    if is_last and cfg.mtp:
-        tables += 2 * cfg.dim**2
-    size = 4 if cfg.precision == "fp32" else 2  # of a weight or an activation
-    coded = int(cfg.precision == "fp8")  # bytes of a weight's E4M3 code
-    n = replicated + tables + experts
-    own = (replicated + tables) / reading_ranks(cfg) + experts / cfg.dp  # of the masters
-    memory = {
-        "weights": size * n + coded * (replicated + experts), "gradients": 4 * n,
-        "masters": 4 * own * (size == 2), "moments": (4 if coded else 8) * own,
-    }  # fmt: skip
+    table = cfg.vocab_size * cfg.dim
+    others = table * (stage == 0)
+    if is_last:
+        others += table + cfg.mtp * (2 * cfg.dim**2 + table * (cfg.pp > 1))
+    n = coded + experts + others
+    n_masters = (coded + others) / reading_ranks(cfg) + experts / cfg.dp
+    size = 4 if cfg.precision == "fp32" else 2
+    memory = {"weights": size * n, "gradients": 4 * n, "masters": 0, "moments": 8 * n_masters}
+    if cfg.precision != "fp32":
+        memory["masters"] = 4 * n_masters
+    if cfg.precision == "fp8":
+        memory["weights"] += coded + experts
+        memory["moments"] = 4 * n_masters
 
-    query = cfg.n_heads * (cfg.head_dim + cfg.rope_dim)
-    # Kept for the backward pass, per position: by a norm its input in fp32 and the normalised one,
-    # by a linear layer its input, in E4M3 under fp8; by attention q, k, v and its output.
-    cached = 1 if coded else size
-    norm = (4 + size) * cfg.dim
-    branch = norm + cached * cfg.dim + (4 + size + cached) * (cfg.q_rank + cfg.kv_rank)
-    branch += 4 * size * query + cached * cfg.n_heads * cfg.head_dim
-    branch += 4 * cfg.rope_dim * (cfg.n_heads + 1)  # rotary parts, in fp32
-    if cfg.recompute == "paper":
-        branch = size * (cfg.dim + query)
-    mlp = 3 * size + cached  # per hidden channel: gate, up, silu(gate) and the product
-    dense = norm + cached * cfg.dim + mlp * cfg.hidden_dim
-    routed = cached * cfg.dim + (4 * size + cached) * cfg.expert_dim
-    if cfg.recompute == "paper" and not coded:
-        routed = size * (cfg.dim + 2 * cfg.expert_dim)
-    moe = norm + cached * cfg.dim + mlp * cfg.n_shared * cfg.expert_dim + cfg.top_k * routed
-    moe += 4 * cfg.dim * (cfg.recompute != "paper")  # the router's input, in fp32
-    layers = n_dense * (branch + dense) + n_moe * (branch + moe)
-    largest = 0
+    dense, moe = kept_bytes(cfg)
+    kept = n_dense * dense + n_moe * moe
+    again = 0
     if cfg.recompute == "block":
-        layers = (n_dense + n_moe) * size * cfg.dim
-        largest = branch + max(moe if n_moe else 0, dense if n_dense else 0)
+        kept = (n_dense + n_moe) * size * cfg.dim
+        again = max(dense, moe)
     n_micro, micro = split_batch(cfg, reading_ranks(cfg))
     positions = micro * cfg.seq_len
-    live = min(cfg.pp - stage, n_micro)  # micro-batches under way in 1F1B
-    memory["activations"] = positions * (live * layers + largest)
-    if is_last:  # logits of a chunk, their softmax and its gradient, and what the norms keep
+    in_flight = min(cfg.pp - stage, n_micro)  # micro-batches of 1F1B
+    memory["activations"] = positions * (in_flight * kept + again)
+    if is_last:  # logits of a chunk, their softmax and its gradient, and inputs of norms and heads
         memory["activations"] += 12 * min(positions * cfg.vocab_size, 2**25)
-        memory["activations"] += positions * (norm + size * cfg.dim) * (1 + 3 * cfg.mtp)
+        memory["activations"] += positions * (4 + 2 * size) * cfg.dim * (1 + 3 * cfg.mtp)
     return memory
+
+def memory_per_rank(cfg):
+    """Bytes on the rank that needs most, by kind, in the phase cfg, in closed form."""
+    stages = [stage_memory(cfg, stage) for stage in range(cfg.pp)]
+    return max(stages, key=lambda memory: sum(memory.values()))
 
 # ---------------------------------------- Checkpoint ----------------------------------------
 
