@@ -1289,13 +1289,17 @@ class Pipeline1F1B:
                 output_args=empty(3) if self.is_last else between,
                 group=self.mesh["pp"].get_group(),
             )  # fmt: skip
-            self.schedule = Schedule1F1B(stage, n_micro, self.loss, scale_grads=False)
+            self.schedule = Schedule1F1B(stage, n_micro, self.last_stage_loss, scale_grads=False)
 
-    def loss(self, sums, targets=None):
-        """The objective of a micro-batch, from what the model or its last stage returns."""
-        loss, metrics = objective(lambda tokens, targets: sums, self.batch, self.cfg)
+    def loss(self, model, batch):
+        """The objective of a micro-batch, whose metrics are added up."""
+        loss, metrics = objective(model, batch, self.cfg)
         self.metrics += torch.stack((metrics["main"], metrics["mtp"]))
         return loss
+
+    def last_stage_loss(self, sums, targets):
+        """The objective of the sums that the last stage returns."""
+        return self.loss(lambda tokens, targets: sums, self.batch)
 
     def run(self, batches):
         """[main loss, loss of multi-token prediction] of this rank's part of the global batch, to
@@ -1311,7 +1315,7 @@ class Pipeline1F1B:
             step(tokens=tokens, targets=targets, **losses, return_outputs=False)
             return self.metrics
         for batch in batches:
-            loss = self.loss(self.model(batch["tokens"], batch["targets"]))
+            loss = self.loss(self.model, batch)
             if training:
                 loss.backward()
         return self.metrics
@@ -1834,7 +1838,7 @@ def check(cfg, ranks):
          f"--groups_kept {cfg.groups_kept} is more than {cfg.n_groups} groups"),
         (cfg.top_k > group * cfg.groups_kept,
          f"--top_k {cfg.top_k} is more than {cfg.groups_kept} groups of {group} experts"),
-        (cfg.n_experts % cfg.ep, f"--ep {cfg.ep} does not divide {cfg.n_experts} experts"),
+        (cfg.n_experts % max(cfg.ep, 1), f"--ep {cfg.ep} does not divide {cfg.n_experts} experts"),
         (cfg.dim % 8 or cfg.expert_dim % 8, "--dim and --expert_dim are not multiples of 8"),
         (cfg.precision == "fp8" and (cfg.dim % 16 or cfg.expert_dim % 16),
          "--precision fp8 wants --dim and --expert_dim in multiples of 16"),
@@ -1949,11 +1953,10 @@ def train(pipe, optimizer, corpus, heldout, state, end, cfg, device, signals):
     n_skipped = 0
     phase = pace = None
 
-    def read_ahead(sequences, tokens):
-        batch = read_batch, corpus, sequences, current_phase(tokens, cfg), *place
-        return thread.submit(*batch)
+    def read_ahead(phase):
+        return thread.submit(read_batch, corpus, state["sequences"], phase, *place)
 
-    ahead = read_ahead(state["sequences"], state["tokens"])
+    ahead = read_ahead(current_phase(state["tokens"], cfg))
     while True:
         step = state["step"]
         now = current_phase(min(state["tokens"], end - 1), cfg)
@@ -1989,7 +1992,8 @@ def train(pipe, optimizer, corpus, heldout, state, end, cfg, device, signals):
         batches = ahead.result()
         state["sequences"] += now.batch_size
         n_tokens = now.batch_size * now.seq_len
-        ahead = read_ahead(state["sequences"], state["tokens"] + n_tokens)
+        following = current_phase(state["tokens"] + n_tokens, cfg)
+        ahead = read_ahead(following)
         sum_counts(batches, reading_ranks(cfg))
         lr = learning_rate(state["tokens"], cfg)
         loss, mtp, norm, loads = advance(pipe, optimizer, batches, lr, now)
@@ -2005,13 +2009,16 @@ def train(pipe, optimizer, corpus, heldout, state, end, cfg, device, signals):
             if cfg.mtp:
                 row["mtp"] = round(mtp, 4)
             row["max_load"] = round(loads.max().item(), 2)
-            log_step(row | {"tokens": state["tokens"]}, steps_left - 1, pace, now, device)
+            row["tokens"] = state["tokens"]
+            printed = dataclasses.replace(now, out="")  # without the loads of each layer
+            log_step(row, steps_left - 1, pace, printed, device)
             layers = {"max_loads": loads.amax(1).tolist(), "min_loads": loads.amin(1).tolist()}
-            write_row(cfg.out, {"step": step + 1} | layers)
+            write_row(cfg.out, row | layers)
         n_skipped = 0 if finite else n_skipped + 1
         if n_skipped:
             print(f"step {step + 1} skipped: its loss or gradient is not finite")
-            ahead = read_ahead(state["sequences"], state["tokens"])  # of the phase that it is
+            if following.batch_size * following.seq_len != n_tokens:  # not of this phase
+                ahead = read_ahead(now)
         if n_skipped == 3 or (n_skipped and steps_left == 1):
             raise ValueError(f"no finite gradient in the last {n_skipped} steps to {step + 1}")
 
@@ -2067,6 +2074,7 @@ def main(argv=None):
     with report_user_errors():
         cfg, given = parse(argv)
         if cfg.init:
+            check(cfg, 1)
             theirs = read_config(cfg.init)
             cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in SHAPE})
         if cfg.dry_run:
@@ -2086,6 +2094,8 @@ def main(argv=None):
         checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
         if cfg.eval and not checkpoint and not cfg.init:
             raise ValueError(f"--eval: {cfg.out} has no checkpoint")
+        if run and "ep" not in given:
+            cfg = fit_layout(dataclasses.replace(cfg, ep=run["ep"], dp=0), ranks)
         if run and (run["pp"], run["ep"]) != (cfg.pp, cfg.ep):
             layout = f"--pp {run['pp']} --ep {run['ep']}"
             other = f"--resume {layout} --export DIR writes what another begins with by --init DIR"
