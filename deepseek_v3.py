@@ -1946,20 +1946,21 @@ def advance(pipe, optimizer, batches, lr, cfg):
     return loss, ahead, norm, loads
 
 def train(pipe, optimizer, corpus, heldout, state, end, cfg, device, signals):
-    """Update the model until the run has seen `end` tokens, or a signal was received."""
+    """Update the model until `end` tokens of the plan are read, or a signal was received."""
     place = device, pipe.data.get_local_rank(), reading_ranks(cfg)
     thread = ThreadPoolExecutor(1)  # reads the next batch during an update
     first_step = saved = state["step"]
     n_skipped = 0
     phase = pace = None
 
-    def read_ahead(phase):
+    def read_ahead():
+        phase = current_phase(state["position"], cfg)
         return thread.submit(read_batch, corpus, state["sequences"], phase, *place)
 
-    ahead = read_ahead(current_phase(state["tokens"], cfg))
+    ahead = read_ahead()
     while True:
         step = state["step"]
-        now = current_phase(min(state["tokens"], end - 1), cfg)
+        now = current_phase(min(state["position"], end - 1), cfg)
         if phase is None or (now.batch_size, now.seq_len) != (phase.batch_size, phase.seq_len):
             phase = now
             pipe.enter(phase)
@@ -1970,7 +1971,7 @@ def train(pipe, optimizer, corpus, heldout, state, end, cfg, device, signals):
             print(f"{phase.batch_size * phase.seq_len:,} = {reading_ranks(cfg)} ranks", end=" ")
             print(f"x {n_micro} x {micro} sequences of {phase.seq_len:,}")
         pipe.cfg = now
-        steps_left = 0 if cfg.eval else planned_updates(state["tokens"], end, cfg)
+        steps_left = 0 if cfg.eval else planned_updates(state["position"], end, cfg)
         n_signals = n_errors = 0
         if steps_left > 0:
             clock = time.perf_counter()
@@ -1990,12 +1991,12 @@ def train(pipe, optimizer, corpus, heldout, state, end, cfg, device, signals):
 
         clock = time.perf_counter()
         batches = ahead.result()
-        state["sequences"] += now.batch_size
+        lr = learning_rate(state["position"], cfg)
         n_tokens = now.batch_size * now.seq_len
-        following = current_phase(state["tokens"] + n_tokens, cfg)
-        ahead = read_ahead(following)
+        state["sequences"] += now.batch_size
+        state["position"] += n_tokens
+        ahead = read_ahead()
         sum_counts(batches, reading_ranks(cfg))
-        lr = learning_rate(state["tokens"], cfg)
         loss, mtp, norm, loads = advance(pipe, optimizer, batches, lr, now)
         finite = math.isfinite(loss) and math.isfinite(norm)
         state["step"] += 1
@@ -2017,8 +2018,6 @@ def train(pipe, optimizer, corpus, heldout, state, end, cfg, device, signals):
         n_skipped = 0 if finite else n_skipped + 1
         if n_skipped:
             print(f"step {step + 1} skipped: its loss or gradient is not finite")
-            if following.batch_size * following.seq_len != n_tokens:  # not of this phase
-                ahead = read_ahead(now)
         if n_skipped == 3 or (n_skipped and steps_left == 1):
             raise ValueError(f"no finite gradient in the last {n_skipped} steps to {step + 1}")
 
@@ -2113,7 +2112,8 @@ def main(argv=None):
         pipe.share()
         optimizer = build_optimizer(pipe.flats, cfg)
         budget = plan(cfg)[-1][0]  # tokens of the run, which its first start fixes
-        state = {"step": 0, "sequences": 0, "tokens": 0, "budget": budget}
+        # position: tokens of the plan that are read, those of skipped updates included
+        state = {"step": 0, "sequences": 0, "tokens": 0, "position": 0, "budget": budget}
         if checkpoint:
             load_checkpoint(checkpoint, pipe.saved, optimizer, state)
             for flat in pipe.flats.values():
@@ -2124,7 +2124,7 @@ def main(argv=None):
         if cfg.warmup_steps > n_updates // 10:
             cfg.warmup_steps = n_updates // 10
             print(f"the warm-up is cut to {cfg.warmup_steps} updates, a tenth of the run")
-        end = last_tokens(state["tokens"], state["budget"], cfg)
+        end = last_tokens(state["position"], state["budget"], cfg)
         if cfg.eval:
             cfg.out = ""  # nothing is written
         if cfg.out:

@@ -206,10 +206,10 @@ def the_pipeline_1f1b(module, cfg):
     module.init_weights(pipe.model, cfg)
     pipe.share()
     optimizer = module.build_optimizer(pipe.flats, cfg)
-    state = dict.fromkeys(("step", "sequences", "tokens"), 0)
+    state = dict.fromkeys(("step", "sequences", "tokens", "position"), 0)
 
     def run():
-        end = state["tokens"] + STEPS * cfg.batch_size * cfg.seq_len
+        end = state["position"] + STEPS * cfg.batch_size * cfg.seq_len
         module.validate = lambda *_: None  # at the end, and no part of an update
         with contextlib.redirect_stdout(io.StringIO()):
             module.train(pipe, optimizer, *corpora, state, end, cfg, torch.device("cpu"), [])
