@@ -193,26 +193,26 @@ def the_pipeline(module, cfg):
     return run
 
 
-def the_dualpipe(module, cfg):
+def the_pipeline_1f1b(module, cfg):
     """run(): STEPS updates through deepseek_v3.py's own loop, on documents of some 200 tokens."""
     generator = torch.Generator().manual_seed(0)
     texts = ("".join(map(chr, torch.randint(32, 127, (200,), generator=generator).tolist())) for _ in range(3000))
     tokenizer = module.load_tokenizer("bytes", module.SPECIALS)
     documents = module.tokenize(((str(i), text) for i, text in enumerate(texts)), tokenizer, tokenizer.eot_token)
-    cfg = module.fit_layout(dataclasses.replace(cfg, tokens=1e12, tokenizer="bytes"), 1)
+    cfg = module.fit_layout(dataclasses.replace(cfg, tokens=1e12), 1)
     sizes = cfg.vocab_size, cfg.batch_size, cfg.seq_len
     corpora = module.load_corpora([], documents, tokenizer, tokenizer.eot_token, *sizes)
-    pipe = module.DualPipe(cfg, module.expert_mesh(cfg, "cpu"))
+    pipe = module.Pipeline1F1B(cfg, module.expert_mesh(cfg, "cpu"))
     module.init_weights(pipe.model, cfg)
-    pipe.share(cfg)
-    optimizer = module.build_optimizer(pipe.zero, cfg)
-    state = dict.fromkeys(("step", "sequences", "tokens", "n_documents", "n_fim", "n_cut"), 0)
+    pipe.share()
+    optimizer = module.build_optimizer(pipe.flats, cfg)
+    state = dict.fromkeys(("step", "sequences", "tokens", "position"), 0)
 
     def run():
-        now = dataclasses.replace(cfg, steps=state["step"] + STEPS)
+        end = state["position"] + STEPS * cfg.batch_size * cfg.seq_len
         module.validate = lambda *_: None  # at the end, and no part of an update
         with contextlib.redirect_stdout(io.StringIO()):
-            module.train(pipe, optimizer, *corpora, state, now, torch.device("cpu"), [])
+            module.train(pipe, optimizer, *corpora, state, end, cfg, torch.device("cpu"), [])
 
     return run
 
@@ -361,16 +361,16 @@ def llama3_main(module, args):
 
 def deepseek_v3_main(module, args):
     cfg = module.Config(vocab_size=4096, dim=256, n_layers=4, n_dense=1, hidden_dim=704, n_heads=4, q_rank=128, kv_rank=64, head_dim=64,
-                        rope_dim=32, n_experts=32, n_shared=1, expert_dim=128, top_k=4, n_groups=4, groups_kept=2, mtp="none",
+                        rope_dim=32, n_experts=32, n_shared=1, expert_dim=128, top_k=4, n_groups=4, groups_kept=2, mtp=False,
                         seq_len=256, batch_size=8, precision="fp32", val_every=10**9, warmup_steps=1, init_std=0.02)  # fmt: skip
     if args.measure_memory:
         kind = args.measure_memory
-        run = the_dualpipe(module, cfg) if kind == "script" else plain_loop(module, cfg, kind)
+        run = the_pipeline_1f1b(module, cfg) if kind == "script" else plain_loop(module, cfg, kind)
         run(), run()
         return print(peak_of_this_process())
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, fp32, {args.pairs} pairs of {STEPS} steps, "
           f"{cfg.n_layers} blocks of width {cfg.dim}, {cfg.n_experts} experts, {cfg.batch_size} x {cfg.seq_len} tokens")  # fmt: skip
-    compare("Hugging Face's class", the_dualpipe(module, cfg), plain_loop(module, cfg, "hf"), args.pairs)
+    compare("Hugging Face's class", the_pipeline_1f1b(module, cfg), plain_loop(module, cfg, "hf"), args.pairs)
     memory = {kind: peak_memory(kind, [args.script]) for kind in ("script", "hf")}
     print("peak MiB", ", ".join(f"{kind} {size:.0f}" for kind, size in memory.items()), end="; ")
     print(f"script / hf {memory['script'] / memory['hf']:.3f}")

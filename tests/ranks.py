@@ -181,7 +181,7 @@ def gradients(name, row, overrides):
     cfg = module.Config(**{**row.tiny, **overrides})
     corpus, _ = make_corpora(module, cfg)
     model = make_model(module, row, cfg)
-    if hasattr(module, "DualPipe"):
+    if hasattr(module, "FlatParameters"):
         return expert_gradients(module, cfg, corpus, model.state_dict(), device)
     if hasattr(module, "Pipeline"):
         return pipeline_gradients(module, cfg, corpus, dict(model.named_parameters()), device)
@@ -258,25 +258,27 @@ def sharded_gradients(module, cfg, corpus, values, device):
 def expert_gradients(module, cfg, corpus, values, device):
     """The same for a script whose experts are laid out over ranks; with them go the balancing biases after an update."""
     cfg = module.fit_layout(cfg, dist.get_world_size())
-    (phase,) = module.plan(cfg)
-    pipe = module.DualPipe(cfg, module.expert_mesh(cfg, device.type))
+    (_, phase), *_ = module.plan(cfg)
+    pipe = module.Pipeline1F1B(cfg, module.expert_mesh(cfg, device.type))
     rank, ranks = pipe.mesh["ep"].get_local_rank(), pipe.mesh["ep"].size()
     for key, tensor in [*pipe.model.named_parameters(), *pipe.model.named_buffers()]:
         if not key.endswith("load"):
             value = values[key]
             tensor.data.copy_(value.chunk(ranks)[rank] if module.is_expert(key) else value)
-    for router in pipe.routers:
+    for router in pipe.routers.values():
         router.load.zero_()
-    pipe.share(cfg)
-    pipe.enter(phase.cfg)
-    batches = global_batch(module, corpus, phase.cfg, device, pipe.data_rank, module.reading_ranks(cfg))
-    pipe.run(batches)
-    pipe.zero.reduce()
-    norm, main, ahead = pipe.zero.clip(pipe.main, pipe.ahead, limit=cfg.clip)
-    module.update_biases(pipe.routers, 0.01, pipe.zero.data.get_group())
+    pipe.share()
+    pipe.enter(phase)
+    batches = global_batch(module, corpus, phase, device, pipe.data.get_local_rank(), module.reading_ranks(cfg))
+    norm, main, ahead = pipe.reduce(pipe.run(batches), cfg.clip)
+    module.update_biases(list(pipe.routers.values()), 0.01, pipe.data.get_group())
     found = {key: value.numpy() for key, value in pipe.model.named_buffers() if key.endswith("router.bias")}
-    for key, master in pipe.zero.masters.items():
-        whole, shape = master.grad, values[key].shape
-        whole = whole.full_tensor() if hasattr(whole, "full_tensor") else whole
-        found[key] = whole.view(shape).numpy()
+    for flat in pipe.flats.values():  # of which p.grad are views
+        flat.gradients[: flat.n] = flat.master.grad.full_tensor()
+    for key, p in pipe.model.named_parameters():
+        parts = [p.grad]
+        if module.is_expert(key) and ranks > 1:
+            parts = [torch.empty_like(p.grad) for _ in range(ranks)]
+            dist.all_gather(parts, p.grad, group=pipe.mesh["ep"].get_group())
+        found[key] = torch.cat(parts).numpy()
     return main + cfg.mtp_weight * ahead, found, norm
