@@ -133,7 +133,7 @@ def packed(texts, length, n, fim):
     tokenizer = v3.load_tokenizer("bytes", v3.SPECIALS)
     documents = v3.tokenize(((str(i), text) for i, text in enumerate(texts)), tokenizer, 256)
     ids = np.concatenate([ids for _, ids in documents])
-    corpus = v3.Corpus([ids], 0, len(ids), 256, np.ones(260, np.int64), in_order=False)
+    corpus = v3.Corpus([("", ids)], 0, len(ids), 256, np.ones(260, np.int64), in_order=False)
     return corpus, v3.pack(corpus, 0, length, n, fim, (257, 258, 259), 0)
 
 
