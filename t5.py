@@ -1468,7 +1468,7 @@ def shared_store(rank):
 
 def log(out, step, head, row, tail):
     """Print head, the numbers of row and tail, which has the tokens; append step and row, which
-    may have lists, to metrics.jsonl in the directory out, if any, with null for NaN and infinity."""
+    may have lists, to metrics.jsonl in the directory out, if any, NaN and infinity as null."""
     formats = {"bpb": ".3f", "val_bpb": ".3f", "lr": ".2e", "grad": ".2f"}
     fields = [head]
     for name, value in row.items():
