@@ -379,23 +379,15 @@ def deepseek_v3_main(module, args):
 
 
 def bert_corpora(module, cfg):
-    """Documents of some forty sentences of 5 to 30 letters, as many as the runs below need."""
+    """Instances of documents of some forty sentences of 5 to 30 letters, as many as the runs below need."""
     import random
 
+    from ranks import make_instances
+
     rng = random.Random(0)
-    documents = (
-        (str(i), ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz ", k=rng.randint(5, 30))) for _ in range(rng.randint(20, 60))])
-        for i in range(600)
-    )
-    tokenizer = module.load_tokenizer("bytes", module.SPECIALS)
-    return sentence_corpora(module, documents, tokenizer, cfg, cfg.seq_len)
-
-
-def sentence_corpora(module, documents, tokenizer, cfg, length):
-    separator = tokenizer.encode_single_token("[SEP]")
-    sizes = tokenizer.n_vocab, cfg.batch_size, length
-    corpora = module.load_corpora([], module.tokenize_sentences(documents, tokenizer), tokenizer, separator, *sizes)
-    return [module.SentenceCorpus(corpus, tokenizer) for corpus in corpora]
+    letters = "abcdefghijklmnopqrstuvwxyz "
+    sentences = [["".join(rng.choices(letters, k=rng.randint(5, 30))) for _ in range(rng.randint(20, 60))] for _ in range(600)]
+    return make_instances(module, cfg, [(str(i), document) for i, document in enumerate(sentences)])
 
 
 def the_phases(module, cfg):
@@ -410,7 +402,7 @@ def the_phases(module, cfg):
     def run():
         now = dataclasses.replace(cfg, steps=state["step"] + STEPS)
         with contextlib.redirect_stdout(io.StringIO()):
-            module.train(model, optimizer, *corpora, state, now, torch.device("cpu"), [])
+            module.train(model, optimizer, *corpora, state, now, torch.device("cpu"))
 
     return run
 
@@ -445,7 +437,7 @@ def the_phases_of_hugging_face(module, cfg):
 
 def bert_main(module, args):
     cfg = module.Config(vocab_size=8192, dim=256, n_layers=4, n_heads=4, hidden_dim=1024, dropout=0.0, batch_size=16, micro_batch=16,
-                        seq_len=128, long_share=0.0, precision="fp32", tokenizer="bytes", val_every=10**9, warmup_steps=1)  # fmt: skip
+                        seq_len=128, long_share=0.0, precision="fp32", dupe_factor=1, val_every=10**9, warmup_steps=1)  # fmt: skip
     if args.measure_memory:
         run = (the_phases if args.measure_memory == "script" else the_phases_of_hugging_face)(module, cfg)
         run(), run()
@@ -457,7 +449,7 @@ def bert_main(module, args):
     everywhere = dataclasses.replace(cfg)
     inner = module.BERT.forward
 
-    def all_positions(self, tokens, segments=None, attention_mask=None, positions=None):
+    def all_positions(self, tokens, segments, attention_mask, positions):
         logits, next_logits = inner(self, tokens, segments, attention_mask)
         return module.gather_states(logits, positions), next_logits
 
@@ -471,18 +463,6 @@ def bert_main(module, args):
     memory = {kind: peak_memory(kind, [args.script]) for kind in ("script", "hf")}
     print("peak MiB", ", ".join(f"{kind} {size:.0f}" for kind, size in memory.items()), end="; ")
     print(f"script / hf {memory['script'] / memory['hf']:.3f}")
-    demo = module.Config(**module.PRESETS["demo"])
-    documents = list(module.split_sentences(module.read_documents("", module.find_files("")[0]), demo))
-    tokenizer = module.choose_tokenizer(demo.tokenizer, documents)
-    corpus, _ = sentence_corpora(module, documents, tokenizer, demo, demo.long_seq_len)
-    n, rates = 2400, []
-    for i in range(max(args.pairs // 2, 3)):
-        module.block_instances.cache_clear()  # with all that is made for a block
-        started = time.perf_counter()
-        module.get_batch(corpus, i * n, n, demo)
-        rates.append(n / (time.perf_counter() - started))
-    built, used = statistics.median(rates), 1000 * throughput("bert", 1, torch.get_num_threads()) / demo.seq_len
-    print(f"instances: {built:.0f} built a second, {used:.0f} used by the demo, ratio {built / used:.1f}")
 
 
 def the_mesh(module, cfg, corpora):
