@@ -465,10 +465,8 @@ def bert_main(module, args):
     print(f"script / hf {memory['script'] / memory['hf']:.3f}")
 
 
-def the_mesh(module, cfg, corpora):
+def the_shards(module, cfg, corpora):
     """run(): STEPS updates through t5.py's own loop."""
-    cfg = module.mesh_shape(cfg, 1)
-    mesh = module.init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "tp"))
     model = module.T5(cfg)
     module.init_weights(model, cfg)
     optimizer = module.build_optimizer(model, cfg)
@@ -478,7 +476,7 @@ def the_mesh(module, cfg, corpora):
     def run():
         now = dataclasses.replace(cfg, steps=state["sequences"] // cfg.batch_size + STEPS)
         with contextlib.redirect_stdout(io.StringIO()):
-            module.train(model, optimizer, *corpora, state, now, mesh, [])
+            module.train(model, optimizer, *corpora, state, now, torch.device("cpu"))
 
     return run
 
@@ -492,7 +490,7 @@ def t5_hugging_face(module, cfg, corpus):
         dropout_rate=cfg.dropout, pad_token_id=cfg.pad, eos_token_id=cfg.eos, decoder_start_token_id=cfg.pad, use_cache=False,
     ))  # fmt: skip
     model.train()
-    optimizer, done = torch.optim.Adafactor(model.parameters(), lr=cfg.lr, eps=(2e-19, 1e-3)), itertools.count()
+    optimizer, done = module.Adafactor(model.parameters(), lr=cfg.lr), itertools.count()
 
     def step():
         batch = module.get_batch(corpus, cfg.batch_size * next(done), cfg.batch_size, cfg)
@@ -515,18 +513,18 @@ def t5_main(module, args):
     documents = module.tokenize([("text", text)], tokenizer, cfg.eos)
     corpora = module.load_corpora([], documents, tokenizer, -1, cfg.vocab_size, cfg.batch_size, cfg.seq_len)
     if args.measure_memory:
-        run = the_mesh(module, cfg, corpora) if args.measure_memory == "script" else t5_hugging_face(module, cfg, corpora[0])
+        run = the_shards(module, cfg, corpora) if args.measure_memory == "script" else t5_hugging_face(module, cfg, corpora[0])
         run(), run()
         return print(peak_of_this_process())
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, fp32, {args.pairs} pairs of {STEPS} steps, 2 x {cfg.n_layers} "
           f"blocks of width {cfg.dim}, {cfg.batch_size} x (512 inputs, 114 targets)")  # fmt: skip
-    compare("Hugging Face's class", the_mesh(module, cfg, corpora), t5_hugging_face(module, cfg, corpora[0]), args.pairs)
+    compare("Hugging Face's class", the_shards(module, cfg, corpora), t5_hugging_face(module, cfg, corpora[0]), args.pairs)
     memory = {kind: peak_memory(kind, [args.script]) for kind in ("script", "hf")}
     print("peak MiB", ", ".join(f"{kind} {size:.0f}" for kind, size in memory.items()), end="; ")
     print(f"script / hf {memory['script'] / memory['hf']:.3f}")
     demo = module.Config(**module.PRESETS["demo"], vocab_size=384, pad=257, eos=256, sentinel=360, precision="fp32", val_every=10**9)
-    demo.seq_len = demo.pack * module.row_lengths(demo)[0]
-    run, n = the_mesh(module, demo, corpora), demo.batch_size * STEPS
+    demo.seq_len = module.row_lengths(demo)[0]
+    run, n = the_shards(module, demo, corpora), demo.batch_size * STEPS
     build = lambda: [module.get_batch(corpora[0], i * demo.batch_size, demo.batch_size, demo) for i in range(STEPS)]  # noqa: E731
     run(), build()
     rows = [(measure(build)[1], measure(run)[1]) for _ in range(args.pairs)]

@@ -228,18 +228,15 @@ def write_bin(path, header, n):
 
 OWN_MISTAKES = {  # of one script: flags, and what the line must say
     "t5": [
-        ("--tp 2", "are not 1 ranks"), ("--dp 3", "are not 1 ranks"), ("--tp 0", "tp 0 x dp any"), ("--dry_run --world_size 3", "not 3 ranks"),
-        ("--dry_run --world_size 0", "not 0 ranks"), ("--data DIR/ids.npy --vocab_size 32128 --prompt text", "--prompt needs --tokenizer"),
+        ("--dry_run --world_size 3", "not 3 ranks"), ("--data DIR/ids.npy --vocab_size 32128 --prompt text", "--prompt needs --tokenizer"),
         ("--data DIR/ids.npy --vocab_size 32256 --denoiser ul2 --sentinels 128 --sentinel 32127", "--mode 32100 to 32102"),
-        ("--dry_run --world_size 3 --tp 3", "--tp 3 does not divide 4 heads"), ("--dry_run --world_size 2 --tp 2 --hidden_dim 81", "--hidden_dim 81"),
-        ("--dry_run --world_size 2 --tp 2 --vocab_size 385", "--vocab_size 385"), ("--vocab_size 256", "--vocab_size 256 is less than the 361 ids"),
+        ("--vocab_size 256", "--vocab_size 256 is less than the 361 ids"), ("--inputs 3", "--inputs 3 cannot hold"), ("--seq_len 1", "--seq_len 1 cannot"),
         ("--sentinels 5 --inputs 512 --seq_len 0", "hides up to 28 spans in an example of 568 tokens: --sentinels is too small"),
         ("--denoiser ul2 --inputs 512 --seq_len 0", "hides up to 127 spans in an example of 1004 tokens: --sentinels"),
-        ("--denoiser iid --inputs 2048 --seq_len 0", "--sentinels is too small"), ("--inputs 3", "--inputs 3 in 1 examples cannot hold a span"),
-        ("--inputs 9 --pack 3 --seq_len 0", "--inputs 9 in 3 examples"), ("--seq_len 1", "--seq_len 1 in 1 examples"), ("--targets 2", "--targets 2 in 1 examples"),
-        ("--seq_len 200", "--seq_len 200 is more than the 106 that"), ("--pack 3", "not 3 examples"), ("--pack 0", "--pack 0"), ("--rate 1", "--rate 1.0"), ("--rate 0", "--rate 0.0"),
-        ("--span 0.5", "--span 0.5"), ("--dropout 1", "--dropout 1.0"), ("--buckets 6", "--buckets 6"), ("--max_distance 32", "--max_distance 32"),
-        ("--ramp_down 2", "--ramp_down 2.0"), ("--batch_size 0", "--batch_size 0"), ("--denoiser bert", "bert"),
+        ("--denoiser iid --inputs 2048 --seq_len 0", "--sentinels is too small"), ("--seq_len 200", "--seq_len 200 is more than the 52 that"),
+        ("--rate 1", "--rate 1.0"), ("--rate 0", "--rate 0.0"), ("--span 0.5", "--span 0.5"), ("--dropout 1.5", "1.5"), ("--buckets 6", "--buckets 6"),
+        ("--max_distance 32", "--max_distance 32"),
+        ("--batch_size 0", "--batch_size 0"), ("--denoiser bert", "bert"),
         ("--data DIR/ids.npy --vocab_size 32128 --sentinel 32128", "--sentinel 32128"), ("--data DIR/ids.npy --vocab_size 400 --sentinel 99", "100 sentinels from --sentinel 99"),
         ("--init DIR/no_weights", "holds no T5ForConditionalGeneration: FileNotFoundError"), ("--tokenizer DIR/twice.txt", "a rank twice"),
         ("--data DIR/short.txt", "9 tokens are too few"), ("--data DIR/empty.txt", "0 tokens are too few"),
@@ -661,7 +658,7 @@ def test_epochs_give_the_number_of_steps(main, script, text, tmp_path):
 def test_dry_run_prints_every_preset(main, script):
     """Copies of the model in one script, shards of it in the other."""
     module, row = script
-    shards = 4 if module.__name__ in ("gpt3", "llama3", "gemma") else 1
+    shards = 4 if module.__name__ in ("gpt3", "llama3", "gemma", "t5") else 1
     for preset, count in row.counts.items():
         if preset in ("236b", "27b", "9b") or preset.startswith("qwen"):  # as the others, in more layers
             continue
@@ -678,7 +675,7 @@ def test_dry_run_prints_every_preset(main, script):
         sizes = {k: float(v) for k, v in re.findall(r"(\w+) +([\d.]+) GiB", out)}
         assert sizes["parameters"] == sizes["gradients"] == pytest.approx(4 * count / shards / 2**30, rel=1e-3, abs=1e-3)
         if module.__name__ == "t5":  # sums of rows and columns
-            assert sizes["optimizer"] < sizes["parameters"] / 40 and sizes["activations"] > 0
+            assert sizes["optimizer"] <= sizes["parameters"] / 40 and sizes["activations"] > 0
             continue
         assert sizes["optimizer"] == pytest.approx(8 * count / shards / 2**30, rel=1e-3, abs=1e-3) and sizes["activations"] > 0
 
