@@ -379,23 +379,15 @@ def deepseek_v3_main(module, args):
 
 
 def bert_corpora(module, cfg):
-    """Documents of some forty sentences of 5 to 30 letters, as many as the runs below need."""
+    """Instances of documents of some forty sentences of 5 to 30 letters, as many as the runs below need."""
     import random
 
+    from ranks import make_instances
+
     rng = random.Random(0)
-    documents = (
-        (str(i), ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz ", k=rng.randint(5, 30))) for _ in range(rng.randint(20, 60))])
-        for i in range(600)
-    )
-    tokenizer = module.load_tokenizer("bytes", module.SPECIALS)
-    return sentence_corpora(module, documents, tokenizer, cfg, cfg.seq_len)
-
-
-def sentence_corpora(module, documents, tokenizer, cfg, length):
-    separator = tokenizer.encode_single_token("[SEP]")
-    sizes = tokenizer.n_vocab, cfg.batch_size, length
-    corpora = module.load_corpora([], module.tokenize_sentences(documents, tokenizer), tokenizer, separator, *sizes)
-    return [module.SentenceCorpus(corpus, tokenizer) for corpus in corpora]
+    letters = "abcdefghijklmnopqrstuvwxyz "
+    sentences = [["".join(rng.choices(letters, k=rng.randint(5, 30))) for _ in range(rng.randint(20, 60))] for _ in range(600)]
+    return make_instances(module, cfg, [(str(i), document) for i, document in enumerate(sentences)])
 
 
 def the_phases(module, cfg):
@@ -410,7 +402,7 @@ def the_phases(module, cfg):
     def run():
         now = dataclasses.replace(cfg, steps=state["step"] + STEPS)
         with contextlib.redirect_stdout(io.StringIO()):
-            module.train(model, optimizer, *corpora, state, now, torch.device("cpu"), [])
+            module.train(model, optimizer, *corpora, state, now, torch.device("cpu"))
 
     return run
 
@@ -445,7 +437,7 @@ def the_phases_of_hugging_face(module, cfg):
 
 def bert_main(module, args):
     cfg = module.Config(vocab_size=8192, dim=256, n_layers=4, n_heads=4, hidden_dim=1024, dropout=0.0, batch_size=16, micro_batch=16,
-                        seq_len=128, long_share=0.0, precision="fp32", tokenizer="bytes", val_every=10**9, warmup_steps=1)  # fmt: skip
+                        seq_len=128, long_share=0.0, precision="fp32", dupe_factor=1, val_every=10**9, warmup_steps=1)  # fmt: skip
     if args.measure_memory:
         run = (the_phases if args.measure_memory == "script" else the_phases_of_hugging_face)(module, cfg)
         run(), run()
@@ -457,7 +449,7 @@ def bert_main(module, args):
     everywhere = dataclasses.replace(cfg)
     inner = module.BERT.forward
 
-    def all_positions(self, tokens, segments=None, attention_mask=None, positions=None):
+    def all_positions(self, tokens, segments, attention_mask, positions):
         logits, next_logits = inner(self, tokens, segments, attention_mask)
         return module.gather_states(logits, positions), next_logits
 
@@ -471,24 +463,10 @@ def bert_main(module, args):
     memory = {kind: peak_memory(kind, [args.script]) for kind in ("script", "hf")}
     print("peak MiB", ", ".join(f"{kind} {size:.0f}" for kind, size in memory.items()), end="; ")
     print(f"script / hf {memory['script'] / memory['hf']:.3f}")
-    demo = module.Config(**module.PRESETS["demo"])
-    documents = list(module.split_sentences(module.read_documents("", module.find_files("")[0]), demo))
-    tokenizer = module.choose_tokenizer(demo.tokenizer, documents)
-    corpus, _ = sentence_corpora(module, documents, tokenizer, demo, demo.long_seq_len)
-    n, rates = 2400, []
-    for i in range(max(args.pairs // 2, 3)):
-        module.block_instances.cache_clear()  # with all that is made for a block
-        started = time.perf_counter()
-        module.get_batch(corpus, i * n, n, demo)
-        rates.append(n / (time.perf_counter() - started))
-    built, used = statistics.median(rates), 1000 * throughput("bert", 1, torch.get_num_threads()) / demo.seq_len
-    print(f"instances: {built:.0f} built a second, {used:.0f} used by the demo, ratio {built / used:.1f}")
 
 
-def the_mesh(module, cfg, corpora):
+def the_shards(module, cfg, corpora):
     """run(): STEPS updates through t5.py's own loop."""
-    cfg = module.mesh_shape(cfg, 1)
-    mesh = module.init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "tp"))
     model = module.T5(cfg)
     module.init_weights(model, cfg)
     optimizer = module.build_optimizer(model, cfg)
@@ -498,7 +476,7 @@ def the_mesh(module, cfg, corpora):
     def run():
         now = dataclasses.replace(cfg, steps=state["sequences"] // cfg.batch_size + STEPS)
         with contextlib.redirect_stdout(io.StringIO()):
-            module.train(model, optimizer, *corpora, state, now, mesh, [])
+            module.train(model, optimizer, *corpora, state, now, torch.device("cpu"))
 
     return run
 
@@ -512,7 +490,7 @@ def t5_hugging_face(module, cfg, corpus):
         dropout_rate=cfg.dropout, pad_token_id=cfg.pad, eos_token_id=cfg.eos, decoder_start_token_id=cfg.pad, use_cache=False,
     ))  # fmt: skip
     model.train()
-    optimizer, done = torch.optim.Adafactor(model.parameters(), lr=cfg.lr, eps=(2e-19, 1e-3)), itertools.count()
+    optimizer, done = module.Adafactor(model.parameters(), lr=cfg.lr), itertools.count()
 
     def step():
         batch = module.get_batch(corpus, cfg.batch_size * next(done), cfg.batch_size, cfg)
@@ -535,18 +513,18 @@ def t5_main(module, args):
     documents = module.tokenize([("text", text)], tokenizer, cfg.eos)
     corpora = module.load_corpora([], documents, tokenizer, -1, cfg.vocab_size, cfg.batch_size, cfg.seq_len)
     if args.measure_memory:
-        run = the_mesh(module, cfg, corpora) if args.measure_memory == "script" else t5_hugging_face(module, cfg, corpora[0])
+        run = the_shards(module, cfg, corpora) if args.measure_memory == "script" else t5_hugging_face(module, cfg, corpora[0])
         run(), run()
         return print(peak_of_this_process())
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, fp32, {args.pairs} pairs of {STEPS} steps, 2 x {cfg.n_layers} "
           f"blocks of width {cfg.dim}, {cfg.batch_size} x (512 inputs, 114 targets)")  # fmt: skip
-    compare("Hugging Face's class", the_mesh(module, cfg, corpora), t5_hugging_face(module, cfg, corpora[0]), args.pairs)
+    compare("Hugging Face's class", the_shards(module, cfg, corpora), t5_hugging_face(module, cfg, corpora[0]), args.pairs)
     memory = {kind: peak_memory(kind, [args.script]) for kind in ("script", "hf")}
     print("peak MiB", ", ".join(f"{kind} {size:.0f}" for kind, size in memory.items()), end="; ")
     print(f"script / hf {memory['script'] / memory['hf']:.3f}")
     demo = module.Config(**module.PRESETS["demo"], vocab_size=384, pad=257, eos=256, sentinel=360, precision="fp32", val_every=10**9)
-    demo.seq_len = demo.pack * module.row_lengths(demo)[0]
-    run, n = the_mesh(module, demo, corpora), demo.batch_size * STEPS
+    demo.seq_len = module.row_lengths(demo)[0]
+    run, n = the_shards(module, demo, corpora), demo.batch_size * STEPS
     build = lambda: [module.get_batch(corpora[0], i * demo.batch_size, demo.batch_size, demo) for i in range(STEPS)]  # noqa: E731
     run(), build()
     rows = [(measure(build)[1], measure(run)[1]) for _ in range(args.pairs)]

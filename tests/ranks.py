@@ -146,19 +146,23 @@ def make_corpora(module, cfg):
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(3, 40, (300,), generator=generator).tolist()
     texts = ("".join(chr(97 + (i * k) % 26) for k in range(n)) for i, n in enumerate(lengths))
+    if hasattr(module, "Instances"):
+        return make_instances(module, cfg, [(f"{i}", text.split("e")) for i, text in enumerate(texts)])
     tokenizer = module.load_tokenizer("bytes", getattr(module, "SPECIALS", ["<|endoftext|>"]))
-    end = "[SEP]" if hasattr(module, "SentenceCorpus") else "<|endoftext|>"
-    separator = tokenizer.encode_single_token(getattr(module, "END", end))
-    if hasattr(module, "SentenceCorpus"):
-        documents = module.tokenize_sentences(((f"{i}", text.split("e")) for i, text in enumerate(texts)), tokenizer)
-    else:
-        tokenize = getattr(module, "tokenize_pieces", None) or module.tokenize
-        documents = tokenize(((f"{i}", text) for i, text in enumerate(texts)), tokenizer, separator)
+    separator = tokenizer.encode_single_token(getattr(module, "END", "<|endoftext|>"))
+    tokenize = getattr(module, "tokenize_pieces", None) or module.tokenize
+    documents = tokenize(((f"{i}", text) for i, text in enumerate(texts)), tokenizer, separator)
     vocab_size = cfg.vocab_size or tokenizer.n_vocab
-    corpora = module.load_corpora([], documents, tokenizer, separator, vocab_size, cfg.batch_size, cfg.seq_len)
-    if hasattr(module, "SentenceCorpus"):
-        return [module.SentenceCorpus(corpus, tokenizer) for corpus in corpora]
-    return corpora
+    return module.load_corpora([], documents, tokenizer, separator, vocab_size, cfg.batch_size, cfg.seq_len)
+
+
+def make_instances(module, cfg, documents):
+    """(training, held-out) instances of documents whose sentences are letters."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    tokenizer = module.WordPiece([*module.SPECIALS, *letters, *(f"##{c}" for c in letters)], "letters")
+    with tempfile.TemporaryDirectory() as folder:
+        module.write_instances(folder, module.tokenize_sentences(documents, tokenizer), tokenizer, cfg)
+        return [module.Instances(folder, split, tokenizer, cfg) for split in ("train", "val")]
 
 
 def make_model(module, row, cfg):

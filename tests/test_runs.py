@@ -228,18 +228,15 @@ def write_bin(path, header, n):
 
 OWN_MISTAKES = {  # of one script: flags, and what the line must say
     "t5": [
-        ("--tp 2", "are not 1 ranks"), ("--dp 3", "are not 1 ranks"), ("--tp 0", "tp 0 x dp any"), ("--dry_run --world_size 3", "not 3 ranks"),
-        ("--dry_run --world_size 0", "not 0 ranks"), ("--data DIR/ids.npy --vocab_size 32128 --prompt text", "--prompt needs --tokenizer"),
+        ("--dry_run --world_size 3", "not 3 ranks"), ("--data DIR/ids.npy --vocab_size 32128 --prompt text", "--prompt needs --tokenizer"),
         ("--data DIR/ids.npy --vocab_size 32256 --denoiser ul2 --sentinels 128 --sentinel 32127", "--mode 32100 to 32102"),
-        ("--dry_run --world_size 3 --tp 3", "--tp 3 does not divide 4 heads"), ("--dry_run --world_size 2 --tp 2 --hidden_dim 81", "--hidden_dim 81"),
-        ("--dry_run --world_size 2 --tp 2 --vocab_size 385", "--vocab_size 385"), ("--vocab_size 256", "--vocab_size 256 is less than the 361 ids"),
+        ("--vocab_size 256", "--vocab_size 256 is less than the 361 ids"), ("--inputs 3", "--inputs 3 cannot hold"), ("--seq_len 1", "--seq_len 1 cannot"),
         ("--sentinels 5 --inputs 512 --seq_len 0", "hides up to 28 spans in an example of 568 tokens: --sentinels is too small"),
         ("--denoiser ul2 --inputs 512 --seq_len 0", "hides up to 127 spans in an example of 1004 tokens: --sentinels"),
-        ("--denoiser iid --inputs 2048 --seq_len 0", "--sentinels is too small"), ("--inputs 3", "--inputs 3 in 1 examples cannot hold a span"),
-        ("--inputs 9 --pack 3 --seq_len 0", "--inputs 9 in 3 examples"), ("--seq_len 1", "--seq_len 1 in 1 examples"), ("--targets 2", "--targets 2 in 1 examples"),
-        ("--seq_len 200", "--seq_len 200 is more than the 106 that"), ("--pack 3", "not 3 examples"), ("--pack 0", "--pack 0"), ("--rate 1", "--rate 1.0"), ("--rate 0", "--rate 0.0"),
-        ("--span 0.5", "--span 0.5"), ("--dropout 1", "--dropout 1.0"), ("--buckets 6", "--buckets 6"), ("--max_distance 32", "--max_distance 32"),
-        ("--ramp_down 2", "--ramp_down 2.0"), ("--batch_size 0", "--batch_size 0"), ("--denoiser bert", "bert"),
+        ("--denoiser iid --inputs 2048 --seq_len 0", "--sentinels is too small"), ("--seq_len 200", "--seq_len 200 is more than the 52 that"),
+        ("--rate 1", "--rate 1.0"), ("--rate 0", "--rate 0.0"), ("--span 0.5", "--span 0.5"), ("--dropout 1.5", "1.5"), ("--buckets 6", "--buckets 6"),
+        ("--max_distance 32", "--max_distance 32"),
+        ("--batch_size 0", "--batch_size 0"), ("--denoiser bert", "bert"),
         ("--data DIR/ids.npy --vocab_size 32128 --sentinel 32128", "--sentinel 32128"), ("--data DIR/ids.npy --vocab_size 400 --sentinel 99", "100 sentinels from --sentinel 99"),
         ("--init DIR/no_weights", "holds no T5ForConditionalGeneration: FileNotFoundError"), ("--tokenizer DIR/twice.txt", "a rank twice"),
         ("--data DIR/short.txt", "9 tokens are too few"), ("--data DIR/empty.txt", "0 tokens are too few"),
@@ -314,7 +311,7 @@ OWN_MISTAKES = {  # of one script: flags, and what the line must say
         ("--data DIR/empty.txt", "empty.txt: ValueError: 0 tokens are too few"),
         ("--data DIR/many --tokenizer bytes --batch_size 400 --long_tokens 0", "6,000 tokens are too few"),
     ],
-    "bert": [],  # tests/test_bert.py
+    "bert": [],  # tests/papers/test_bert.py
     "deepseek_v3": [
         ("--pp 2", "are not 1 ranks"), ("--ep 3", "are not 1 ranks"), ("--dp 2", "are not 1 ranks"), ("--pp 0", "pp 0"),
         ("--dry_run --world_size 3 --ep 3", "--ep 3 does not divide 16 experts"), ("--top_k 9", "--top_k 9 is more than 2 groups of 4"),
@@ -396,9 +393,10 @@ def test_mistakes_end_in_one_line_and_status_2(main, script, text, tmp_path):
         given = [*small(script[0].__name__), "--data", text, *flags]
         if "--preset" in flags:
             given = flags
-        if script[0].__name__ == "bert" and "need --tokenizer" in phrase:
-            given.append("--tokenizer=")  # its row names one
-            phrase = "need --tokenizer"
+        if script[0].__name__ == "bert":  # which reads no token shards and learns its vocabulary
+            if "bytes" in flags or "ids.npy" in str(flags) or "256 single" in phrase:
+                continue
+            phrase = phrase.replace("0 tokens are too few", "the text to train on has 5 entries")
         status, out, err = main(*given)
         assert status == 2 and phrase in err and len(err.splitlines()) == 1, (flags, status, err)
         assert "step 1/" not in out, "a mistake is found before training"
@@ -661,13 +659,15 @@ def test_epochs_give_the_number_of_steps(main, script, text, tmp_path):
 def test_dry_run_prints_every_preset(main, script):
     """Copies of the model in one script, shards of it in the other."""
     module, row = script
-    shards = 4 if module.__name__ in ("gpt3", "llama3", "gemma") else 1
+    shards = 4 if module.__name__ in ("gpt3", "llama3", "gemma", "t5") else 1
     for preset, count in row.counts.items():
         if preset in ("236b", "27b", "9b") or preset.startswith("qwen"):  # as the others, in more layers
             continue
         if module.__name__ == "chinchilla" and preset not in ("demo", "small", "44m", "70b"):  # of 59
             continue
-        layout = ["--world_size", 4, *["--tokenizer="] * (module.__name__ in ("gpt3", "bert"))] if preset != "671b" else ["--world_size", 2048, "--pp", 16, "--ep", 64]
+        layout = ["--world_size", 4, *["--tokenizer="] * (module.__name__ == "gpt3")] if preset != "671b" else ["--world_size", 2048, "--pp", 16, "--ep", 64]
+        if module.__name__ == "bert" and "vocab_size" not in module.PRESETS[preset]:
+            layout += ["--vocab_size", 261]
         status, out, _ = main("--preset", preset, "--dry_run", *layout)
         if hasattr(module, "MoE"):
             assert status == 0 and f"parameters {count:,} | activated" in out and "80 GB" in out
@@ -676,7 +676,7 @@ def test_dry_run_prints_every_preset(main, script):
         sizes = {k: float(v) for k, v in re.findall(r"(\w+) +([\d.]+) GiB", out)}
         assert sizes["parameters"] == sizes["gradients"] == pytest.approx(4 * count / shards / 2**30, rel=1e-3, abs=1e-3)
         if module.__name__ == "t5":  # sums of rows and columns
-            assert sizes["optimizer"] < sizes["parameters"] / 40 and sizes["activations"] > 0
+            assert sizes["optimizer"] <= sizes["parameters"] / 40 and sizes["activations"] > 0
             continue
         assert sizes["optimizer"] == pytest.approx(8 * count / shards / 2**30, rel=1e-3, abs=1e-3) and sizes["activations"] > 0
 

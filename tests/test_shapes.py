@@ -656,6 +656,8 @@ def test_gpt3_bpe_is_the_naive_one(gpt3):
 
 def test_gpt3_bpe_spells_any_text_and_every_script_loads_it(gpt3, script, tmp_path, monkeypatch):
     module, _ = gpt3
+    if script[0].__name__ == "bert":
+        pytest.skip("WordPiece alone")
     text = "".join(text for _, text in itertools.islice(module.read_documents("", module.find_files("")[0]), 12))
     monkeypatch.setattr(module.dist, "get_rank", lambda: 0)
     ranks = module.learn_ranks([("text", text)], 700, 10**6, tmp_path / "out")
