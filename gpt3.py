@@ -3,7 +3,7 @@ Language Models are Unsupervised Multitask Learners (Radford et al., 2019), GPT-
 
 New against its parent, gpt1.py; in GPT-2 (§2.2, §2.3):
 - the norm moves to the input of each branch, and one more follows the last block;
-- what is added to the residual stream starts smaller by the root of how often that happens;
+- weights of the N residual layers are scaled by 1 / sqrt(N) at initialization;
 - a byte-level BPE of 50,257 entries, which spells any text; documents in one stream.
 In GPT-3 (§2.1, §2.2, appendix B):
 - every other layer attends only to a band of the latest positions; contexts of 2,048;
@@ -12,23 +12,23 @@ In GPT-3 (§2.1, §2.2, appendix B):
 - models split inside each matrix product and across the layers, loss scaling for fp16.
 Kept: learned positions, GELU, biases, the shared softmax, F = 4 D.
 
-Map: GPT-2 §2.2 train_bpe | §2.3 Block, init_weights | GPT-3 §2.1 Block, banded_mask, PRESETS,
-ParallelAttention, ParallelMLP, ModelParallel | §2.2 Mixture | §2.3 noise_scale | appendix B
-learning_rate, batch_at, build_optimizer, get_batch | the title: loss_by_position, shots.
+Map: GPT-2 §2.2 train_bpe | §2.3 Block, init_weights | GPT-3 §2.1 Block, banded_attention, PRESETS,
+ParallelAttention, ParallelMLP, ModelParallel | §2.2 TrainingMix | §2.3 noise_scale | appendix B
+learning_rate, batch_at, build_optimizer, get_batch | Fig. 3.1, Table D.1 dry_run.
 "Megatron" is arXiv 1909.08053, "noise scale" arXiv 1812.06162; "released" is GPT-2's inference
 code, since GPT-3 was never released.
-Legend: B batch, T positions, D width, H heads, E = D / H, F hidden width, V vocabulary; under
-tensor parallelism H, F and V are a rank's own share.
+Legend: B batch, T positions, D width, H heads, E = D / H, F hidden width, V vocabulary; W band;
+under tensor parallelism H, F and V are a rank's own share.
 Conventions: T + 1 tokens make T inputs and T targets; loss in nats per target.
 
 Run: python gpt3.py                         # a laptop: the preset demo
      torchrun --nproc_per_node=8 gpt3.py    # GPUs: the preset small
      torchrun --nnodes=16 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
-         gpt3.py --preset 13b --tp 8 --pp 4 --tokenizer gpt2 --out /shared/13b \
+         gpt3.py --preset 13b --tp 8 --pp 4 --out /shared/13b \
          --data "60:cc/,22:webtext2/,8:books1/,8:books2/,3:wikipedia/"
 Expect: in a minute on two CPU cores the demo learns a BPE of 1,024 entries, and its held-out bits
-per byte fall from 3.92 to 2.24; an example in the context makes an answer likelier, but none is
-found yet.
+per byte fall from 3.92 to 2.24. A banded layer of 128 positions takes half the time of a dense one
+in contexts of 2,048.
 """
 
 import argparse
@@ -40,7 +40,6 @@ import dataclasses
 import fcntl
 import functools
 import hashlib
-import heapq
 import inspect
 import itertools
 import json
@@ -68,9 +67,7 @@ import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------- Config ----------------------------------------
@@ -80,7 +77,7 @@ class Config:
     """Run configuration: each field is a command-line flag, and its comment is the flag's help."""
 
     # Model, Table 2.1
-    vocab_size: int = 0  # V, entries of the vocabulary; 0: those of the tokenizer
+    vocab_size: int = 0  # V, vocabulary size; 0: that of the tokenizer
     seq_len: int = 2048  # T, tokens of a sequence and positions of the model
     dim: int = 768  # D, width of the residual stream
     n_layers: int = 12  # number of blocks
@@ -88,7 +85,7 @@ class Config:
     hidden_dim: int = 3072  # F, width of the feed-forward layer
     band: int = 128  # positions that a banded layer attends to, its own included; 0: all are dense
     banded: Literal["odd", "even"] = "odd"  # which layers are banded, counted from 0
-    dropout: float = 0.0  # dropout of embeddings and residual branches
+    dropout: float = 0.0  # dropout of embeddings, residual branches and attention probabilities
     # Data
     data: str = ""  # WEIGHT:PATH,... of text or token shards; empty: Python's standard library
     tokenizer: str = ""  # bytes, bpe:N (N entries, learned), an encoding of tiktoken or a rank file
@@ -96,27 +93,31 @@ class Config:
     # Optimization, Table 2.1 and appendix B
     batch_size: int = 256  # sequences per update after the ramp, over all ranks
     first_batch: int = 16  # sequences of the first update; 0: batch_size
-    ramp_tokens: float = 4e9  # tokens over which the batch grows
     batch_multiple: int = 1  # sequences by which the batch grows at each step of the ramp
+    ramp: float = 4e9 / 300e9  # part of the run's tokens over which the batch grows
     tokens: float = 300e9  # tokens of the run, if --steps is 0
     steps: int = 0  # updates of the run; 0: as many as --tokens needs
     lr: float = 6e-4  # peak learning rate
-    warmup_tokens: float = 375e6  # tokens of linear warm-up, at most a tenth of the run
-    decay_tokens: float = 260e9  # tokens after which the cosine has reached a tenth of the peak
+    warmup: float = 375e6 / 300e9  # part of the run's tokens over which the rate rises
+    decay: float = 260e9 / 300e9  # part of the run's tokens after which the rate is at its floor
+    floor: float = 0.1  # last learning rate, as a part of the peak
+    beta1: float = 0.9  # decay of Adam's average of the gradient
+    beta2: float = 0.95  # decay of Adam's average of the squared gradient
+    eps: float = 1e-8  # number added to the root of that average
     weight_decay: float = 0.1  # decoupled weight decay of matrices and embeddings
     clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
     noise_scale: bool = False  # log the gradient noise scale, in sequences
     seed: int = 0  # seed of the weights, the order of the data and dropout
     # Parallelism, §2.1
-    micro_batch: int = 0  # maximum sequences of a forward pass on one rank; 0: chosen by the layout
+    micro_batch: int = 0  # sequences per forward pass on one rank; 0: chosen by the layout
     tp: int = 1  # tensor-parallel ranks, which share each layer's matrices
     pp: int = 1  # pipeline-parallel ranks, which share the layers
-    dp: int = 0  # data-parallel ranks, which share parameters and optimizer; 0: all that are left
+    dp: int = 0  # data-parallel ranks, each with a copy; 0: all that are left
     # Machine
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU, else fp32
     compile: bool = False  # compile each block with torch.compile
     recompute: Literal["none", "block"] = "none"  # block: recompute blocks in the backward pass
-    timeout: int = 600  # seconds that a collective waits for a lost rank
+    timeout: int = 600  # timeout of a collective, in seconds
     dry_run: bool = False  # print parameters, FLOPs and memory per rank, then exit
     world_size: int = 1  # number of ranks that --dry_run plans for
     # Reports and files
@@ -127,38 +128,38 @@ class Config:
     out: str = ""  # directory of checkpoints, metrics.jsonl and config.json; empty: write nothing
     save_every: int = 1000  # updates between checkpoints
     resume: bool = False  # continue from the newest checkpoint in --out, if there is one
-    eval: bool = False  # validate and sample what --init or --out holds, without training
+    eval: bool = False  # validate and sample the model of --init or --out, without training
     init: str = ""  # Hugging Face checkpoint directory to start from
     export: str = ""  # directory to write a Hugging Face checkpoint to after training
     write_tokens: str = ""  # directory to write the data to as token shards, then exit
 
 # Batches in sequences: 32k, 0.5M, 1M, 2M and 3.2M tokens are 16, 256, 512, 1024 and 1536 of 2,048.
 # Undisclosed: how long each size's ramp is ("the first 4-12 billion tokens"), and how batches are
-# rounded: down to sixteens, which data-parallel ranks can share, at some 2 more updates in 100 than
-# by ones. More ranks than 16, or a pipeline, need a larger --first_batch and --batch_multiple.
-GPT3 = dict(vocab_size=50257, batch_multiple=16, precision="bf16", micro_batch=1, compile=True)
-# Undisclosed: GPT-2's optimizer, rate and length. The optimizer and the rates are GPT-3's for these
-# sizes, the 300,000 updates Megatron's, the warm-up 2,000 of them. Band 0: all layers are dense.
-# Undisclosed: GPT-2's dropout. None here; --dropout 0.1 has it on embeddings and residual branches.
-# Departure: and not on attention probabilities, which kernels that skip blocks do not offer.
+# rounded: down to sixteens, which costs some 2 more updates in 100 than whole sequences do.
+GPT3 = dict(
+    vocab_size=50257, tokenizer="gpt2", batch_multiple=16, precision="bf16", micro_batch=1,
+    compile=True,
+)  # fmt: skip
+# Undisclosed: GPT-2's optimizer, rate, length and dropout. The optimizer and the rates are GPT-3's
+# for these sizes, the 300,000 updates Megatron's, the warm-up 2,000 of them; no dropout. Band 0:
+# all layers are dense.
 GPT2 = GPT3 | dict(
-    seq_len=1024, band=0, batch_size=512, first_batch=0, tokens=3e5 * 2**19,
-    warmup_tokens=2e3 * 2**19, decay_tokens=3e5 * 2**19,
+    seq_len=1024, band=0, batch_size=512, first_batch=0, tokens=3e5 * 2**19, warmup=2e3 / 3e5,
+    decay=1.0,
 )  # fmt: skip
 SIZES = ("n_layers", "dim", "n_heads", "hidden_dim")
-BATCH = ("batch_size", "ramp_tokens", "lr")
+BATCH = ("batch_size", "ramp", "lr")
 PRESETS = {
     # A CPU, a minute: a BPE of its own, a batch that grows from 24 sequences to 72.
     "demo": dict(
         seq_len=128, dim=128, n_layers=2, n_heads=4, hidden_dim=512, band=32, tokenizer="bpe:1024",
-        batch_size=72, first_batch=24, ramp_tokens=9e5, batch_multiple=24, tokens=1.2e6, lr=6e-3,
-        warmup_tokens=1e5, decay_tokens=1.2e6, log_every=50,
+        batch_size=72, first_batch=24, batch_multiple=24, ramp=0.75, tokens=1.2e6, lr=6e-3,
+        warmup=0.08, decay=1.0, log_every=50,
     ),
     # A GPU of 24 GB or a node of them, minutes: the shape of 125m, over bytes.
     "small": dict(
-        seq_len=1024, batch_size=144, first_batch=48, ramp_tokens=4e7, batch_multiple=48,
-        tokens=1.5e8, warmup_tokens=1e7, decay_tokens=1.5e8, micro_batch=6, compile=True,
-        val_every=500,
+        seq_len=1024, batch_size=144, first_batch=48, batch_multiple=48, ramp=0.25, tokens=1.5e8,
+        warmup=0.07, decay=1.0, micro_batch=6, compile=True, val_every=500,
     ),
     # GPT-2, Table 2; heads of 64 as released.
     "gpt2": GPT2 | dict(zip(SIZES, (12, 768, 12, 3072)), lr=6e-4),
@@ -167,18 +168,17 @@ PRESETS = {
     "gpt2_xl": GPT2 | dict(zip(SIZES, (48, 1600, 25, 6400)), lr=2e-4),
     # GPT-3, Table 2.1. It prints 24 heads of 128 for 1.3b and a width of 5,140 for 13b; the
     # parameters of Table D.1, 1,320M and 12,850M, say 16 heads and 5,120.
-    "125m": GPT3 | dict(zip(SIZES + BATCH, (12, 768, 12, 3072, 256, 4e9, 6e-4))),
-    "350m": GPT3 | dict(zip(SIZES + BATCH, (24, 1024, 16, 4096, 256, 4e9, 3e-4))),
-    "760m": GPT3 | dict(zip(SIZES + BATCH, (24, 1536, 16, 6144, 256, 4e9, 2.5e-4))),
-    "1.3b": GPT3 | dict(zip(SIZES + BATCH, (24, 2048, 16, 8192, 512, 6e9, 2e-4))),
-    "2.7b": GPT3 | dict(zip(SIZES + BATCH, (32, 2560, 32, 10240, 512, 6e9, 1.6e-4))),
-    "6.7b": GPT3 | dict(zip(SIZES + BATCH, (32, 4096, 32, 16384, 1024, 8e9, 1.2e-4))),
-    "13b": GPT3 | dict(zip(SIZES + BATCH, (40, 5120, 40, 20480, 1024, 8e9, 1e-4))),
-    "175b": GPT3 | dict(zip(SIZES + BATCH, (96, 12288, 96, 49152, 1536, 12e9, 0.6e-4))),
+    "125m": GPT3 | dict(zip(SIZES + BATCH, (12, 768, 12, 3072, 256, 4 / 300, 6e-4))),
+    "350m": GPT3 | dict(zip(SIZES + BATCH, (24, 1024, 16, 4096, 256, 4 / 300, 3e-4))),
+    "760m": GPT3 | dict(zip(SIZES + BATCH, (24, 1536, 16, 6144, 256, 4 / 300, 2.5e-4))),
+    "1.3b": GPT3 | dict(zip(SIZES + BATCH, (24, 2048, 16, 8192, 512, 6 / 300, 2e-4))),
+    "2.7b": GPT3 | dict(zip(SIZES + BATCH, (32, 2560, 32, 10240, 512, 6 / 300, 1.6e-4))),
+    "6.7b": GPT3 | dict(zip(SIZES + BATCH, (32, 4096, 32, 16384, 1024, 8 / 300, 1.2e-4))),
+    "13b": GPT3 | dict(zip(SIZES + BATCH, (40, 5120, 40, 20480, 1024, 8 / 300, 1e-4))),
+    "175b": GPT3 | dict(zip(SIZES + BATCH, (96, 12288, 96, 49152, 1536, 12 / 300, 0.6e-4))),
 }  # fmt: skip
-PATTERN = (  # how GPT-4 and Llama 3 split text into words, for BPE rank files
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERN = (  # how GPT-2 splits text into words, as released, for BPE rank files
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 )
 
 # ---------------------------------------- Model ----------------------------------------
@@ -234,53 +234,49 @@ class RowParallelLinear(nn.Linear):
             return super().forward(x)
         return SumOutput.apply(F.linear(x, self.weight), self.tp) + self.bias
 
-@functools.cache
-def flex_kernels():
-    """(attention that skips masked blocks, maker of its masks), compiled; they train on GPUs."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    return torch.compile(flex_attention), torch.compile(create_block_mask)
-
-@functools.lru_cache(4)
-def banded_mask(length, band, device):
-    """What the queries of a banded layer may see: of positions 0 ... i the last `band`, i included.
-    [T, T], or a block mask on a GPU, where attention skips what it leaves out."""
+def banded_attention(q, k, v, band, dropout):
+    """Causal attention to the last `band` positions, the query's own included: [B, H, T, E]. The
+    positions form blocks of one band; a block's queries see their own block and the one before."""
     # Undisclosed: the width of the band, and that it is the same for all heads. 128 is what gpt-oss
     # has "following GPT-3"; i counts, as in the released sparse attention.
-    def visible(b, h, i, j):
-        return (j <= i) & (i - j < band)
-
-    if device.type == "cuda":
-        return flex_kernels()[1](visible, None, None, length, length, device=device)
-    position = torch.arange(length, device=device)
-    return visible(0, 0, position[:, None], position)
-
-def attend(q, k, v, mask):
-    """softmax(q kᵀ / sqrt(E)) v over what mask shows (None: the past and the present); query head
-    j uses key-value head j // (H / K). [B, H, T, E], [B, K, T, E] twice -> [B, H, T, E]."""
-    if mask is None or torch.is_tensor(mask):
-        settings = dict(is_causal=mask is None, enable_gqa=True)
-        return F.scaled_dot_product_attention(q, k, v, mask, **settings)
-    from torch.nn.attention.flex_attention import flex_attention
-
-    flex = flex_attention if torch.compiler.is_compiling() else flex_kernels()[0]
-    return flex(q, k, v, block_mask=mask, enable_gqa=True)
+    attend = functools.partial(F.scaled_dot_product_attention, dropout_p=dropout)
+    B, _, T, _ = q.shape
+    first = attend(*(x[:, :, :band].contiguous() for x in (q, k, v)), is_causal=True)
+    if T <= band:
+        return first
+    padding = -T % band  # after the last position, which no query before it sees
+    q, k, v = (F.pad(x, (0, 0, 0, padding)).unflatten(2, (-1, band)) for x in (q, k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # N blocks: [B, N, H, W, E]
+    q = q[:, 1:].flatten(0, 1)  # [B (N-1), H, W, E]
+    k, v = (torch.cat((x[:, :-1], x[:, 1:]), 3).flatten(0, 1) for x in (k, v))  # 2W keys each
+    i = torch.arange(band, 2 * band, device=q.device)[:, None]
+    j = torch.arange(2 * band, device=q.device)
+    x = attend(q, k, v, (j <= i) & (i - j < band))  # [B (N-1), H, W, E]
+    x = x.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)  # [B, H, (N-1) W, E]
+    return torch.cat((first, x), 2)[:, :, :T]
 
 class ParallelAttention(nn.Module):
-    """Attention over what mask shows (None: the past and the present), [B, T, D] -> [B, T, D];
-    under a tensor-parallel group tp each rank has some heads."""
+    """Causal self-attention, [B, T, D] -> [B, T, D], to the last `band` positions or, if it is 0,
+    to all; under a tensor-parallel group tp each rank has some heads."""
 
-    def __init__(self, dim, n_heads, tp=None):
+    def __init__(self, dim, n_heads, band, dropout, tp=None):
         super().__init__()
         self.head_dim = dim // n_heads
-        # rows are ordered by head, and q, k, v within: a rank's share is one piece
+        self.band = band
+        self.dropout = dropout
+        # Rows are ordered by head, and by q, k, v within: a rank's share is one piece.
         self.qkv = ColumnParallelLinear(dim, 3 * dim, tp)
         self.out = RowParallelLinear(dim, dim, tp)
 
-    def forward(self, x, mask):
+    def forward(self, x):
         qkv = self.qkv(x).unflatten(-1, (-1, 3, self.head_dim))  # [B, T, H, 3, E]
         q, k, v = qkv.permute(3, 0, 2, 1, 4)  # [B, H, T, E] each
-        return self.out(attend(q, k, v, mask).transpose(1, 2).flatten(2))  # [B, T, D]
+        p = self.dropout if self.training else 0.0
+        if self.band:
+            x = banded_attention(q, k, v, self.band, p)
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
+        return self.out(x.transpose(1, 2).flatten(2))  # [B, T, D]
 
 class ParallelMLP(nn.Module):
     """GELU(x W_fc + b_fc) W_pr + b_pr, [B, T, D] -> [B, T, D], GELU in its tanh form as released;
@@ -297,16 +293,16 @@ class ParallelMLP(nn.Module):
 class Block(nn.Module):
     """GPT-2 §2.3, [B, T, D] -> [B, T, D]: each branch behind a norm of its input, and added."""
 
-    def __init__(self, cfg, tp=None):
+    def __init__(self, cfg, band, tp=None):
         super().__init__()
         self.dropout = cfg.dropout
         self.norm1 = nn.LayerNorm(cfg.dim, eps=1e-5)
-        self.attn = ParallelAttention(cfg.dim, cfg.n_heads, tp)
+        self.attn = ParallelAttention(cfg.dim, cfg.n_heads, band, cfg.dropout, tp)
         self.norm2 = nn.LayerNorm(cfg.dim, eps=1e-5)
         self.mlp = ParallelMLP(cfg.dim, cfg.hidden_dim, tp)
 
-    def forward(self, x, mask):
-        x = x + F.dropout(self.attn(self.norm1(x), mask), self.dropout, self.training)
+    def forward(self, x):
+        x = x + F.dropout(self.attn(self.norm1(x)), self.dropout, self.training)
         return x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
 
 class GPT3(nn.Module):
@@ -316,15 +312,20 @@ class GPT3(nn.Module):
     def __init__(self, cfg, layers=None, first=True, last=True, tp=None):
         super().__init__()
         self.tp = tp
-        self.cfg = cfg
-        self.dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(cfg.precision, torch.float32)
-        rows = padded_rows(cfg, tp)
-        layers = range(cfg.n_layers) if layers is None else layers
+        self.vocab_size = cfg.vocab_size
+        self.dropout = cfg.dropout
+        rows = cfg.vocab_size
+        if tp:  # Megatron pads V to a multiple of 128 on each rank
+            rows = 128 * math.ceil(cfg.vocab_size / (128 * tp.size()))
         self.token_embedding = nn.Embedding(rows, cfg.dim) if first else None
         self.position_embedding = nn.Embedding(cfg.seq_len, cfg.dim) if first else None
-        self.blocks = nn.ModuleDict({str(i): Block(cfg, tp) for i in layers})
+        self.blocks = nn.ModuleDict()
+        for i in range(cfg.n_layers) if layers is None else layers:
+            # Undisclosed: whether odd or even layers are banded. Odd: the first is dense.
+            band = cfg.band if i % 2 == (cfg.banded == "odd") else 0
+            self.blocks[str(i)] = Block(cfg, band, tp)
         self.final_norm = nn.LayerNorm(cfg.dim, eps=1e-5) if last else None
-        # the softmax shares the token embedding; a last stage without it has a copy
+        # The softmax shares the token embedding; a last stage without it has a copy.
         self.head = nn.Linear(cfg.dim, rows, bias=False) if last and not first else None
 
     def embed(self, tokens):
@@ -339,37 +340,25 @@ class GPT3(nn.Module):
         return SumOutput.apply(x, self.tp) + positions
 
     def logits(self, x):
-        """[B, T, D] -> [B, T, V]; rows that only pad the table to the ranks are never predicted."""
+        """[B, T, D] -> [B, T, V], fp32; rows that pad the table are never predicted."""
         x = self.final_norm(x)
         x = SumGradient.apply(x, self.tp) if self.tp else x
         x = F.linear(x, (self.head or self.token_embedding).weight).float()
-        first = self.tp.rank() * x.shape[-1] if self.tp else 0
-        if first + x.shape[-1] > self.cfg.vocab_size:
-            x[..., max(self.cfg.vocab_size - first, 0) :] = -1e10
+        if self.tp:
+            n_real = self.vocab_size - self.tp.rank() * x.shape[-1]
+            x[..., max(n_real, 0) :] = -1e10
         return x
 
     def forward(self, x):
-        cfg = self.cfg
-        mask = None
-        low = self.dtype != torch.float32
-        with torch.autocast(x.device.type, self.dtype) if low else contextlib.nullcontext():
-            if self.token_embedding is not None:
-                x = F.dropout(self.embed(x), cfg.dropout, self.training)
-            if cfg.band:
-                # Undisclosed: whether odd or even layers are banded. Odd: the first is dense.
-                mask = banded_mask(x.shape[1], cfg.band, x.device)
-            for i, block in self.blocks.items():
-                x = block(x, mask if int(i) % 2 == (cfg.banded == "odd") else None)
-            return x if self.final_norm is None else self.logits(x)
+        if self.token_embedding is not None:
+            x = F.dropout(self.embed(x), self.dropout, self.training)
+        for block in self.blocks.values():
+            x = block(x)
+        return x if self.final_norm is None else self.logits(x)
 
 def group_size(group):
     """Ranks of a process group; None is a group of one."""
     return group.size() if group else 1
-
-def padded_rows(cfg, tp):
-    """Rows of the embedding on a rank of tp: Megatron pads V to a multiple of 128 times them."""
-    ranks = group_size(tp)
-    return cfg.vocab_size if ranks == 1 else 128 * math.ceil(cfg.vocab_size / (128 * ranks))
 
 def init_weights(model, cfg, tp=None):
     """GPT-2 §2.3: N(0, 0.02), and what is added to the residual stream smaller by sqrt(2 L), the
@@ -377,22 +366,29 @@ def init_weights(model, cfg, tp=None):
     drawn from (seed, its name), so that every layout starts from the same numbers."""
     # Departure: the released code scales no residual weight, though the paper says so.
     for name, p in model.named_parameters():
-        shape = whole_shape(name, p, tp)
-        if re.search(r"(_embedding|head|qkv|out|up|down)\.weight$", name):
+        if re.search(r"(^|\.)(\w+_embedding|head|qkv|out|up|down)\.weight$", name):
             key = "token_embedding.weight" if name == "head.weight" else name
-            std = 0.01 if "position" in name else 0.02
-            std /= math.sqrt(2 * cfg.n_layers) if re.search(r"(out|down)\.weight$", name) else 1
-            rows = cfg.vocab_size if key == "token_embedding.weight" else shape[0]
-            draw = torch.Generator().manual_seed(stable_hash(cfg.seed, key))
-            drawn = torch.empty(rows, shape[1]).normal_(0.0, std, generator=draw)
-            fill(name, p, F.pad(drawn, (0, 0, 0, shape[0] - rows)), tp)
-        elif re.search(r"(qkv|out|up|down|norm[12]|final_norm)\.(weight|bias)$", name):
-            fill(name, p, torch.full(shape, float(name.endswith("weight"))), tp)
+            std = 0.02
+            if name == "position_embedding.weight":
+                std = 0.01
+            elif re.search(r"\.(out|down)\.weight$", name):
+                std /= math.sqrt(2 * cfg.n_layers)
+            shape = list(p.shape)
+            if key == "token_embedding.weight":
+                shape[0] = cfg.vocab_size
+            elif split_dimension(name) is not None:
+                shape[split_dimension(name)] *= group_size(tp)
+            generator = torch.Generator().manual_seed(stable_hash(cfg.seed, key))
+            fill_part(name, p, torch.empty(shape).normal_(0.0, std, generator=generator), tp)
+        elif re.search(r"(^|\.)(qkv|out|up|down|norm[12]|final_norm)\.bias$", name):
+            nn.init.zeros_(p)
+        elif re.search(r"(^|\.)(norm[12]|final_norm)\.weight$", name):
+            nn.init.ones_(p)
         else:
             raise ValueError(f"no rule initialises {name}")
 
 def count_parameters(model):
-    """(total, activated) parameters; the tied softmax counts once, a dense model activates all."""
+    """(total, activated) parameters; tied weights count once, a dense model activates all."""
     total = sum(p.numel() for p in model.parameters())
     return total, total
 
@@ -410,53 +406,48 @@ def flops_per_token(cfg):
 
 # ---------------------------------------- Data ----------------------------------------
 
-def train_bpe(texts, entries):
-    """GPT-2 §2.2, byte-level BPE: {bytes: rank} of the 256 bytes and, up to `entries`, of the pairs
+def train_bpe(texts, n_entries):
+    """GPT-2 §2.2, byte-level BPE: {bytes: rank} of the 256 bytes and, up to n_entries, of the pairs
     of entries that were merged, each time the most frequent one within words."""
-    # Departure: PATTERN splits words, as for every file of ranks here, and not GPT-2's, which knows
-    # contractions in lower case only. re has no \p{L} and \p{N}: [^\W\d_] and \d come close.
-    pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|(?:[^\r\n\w]|_)?[^\W\d_]+|\d{1,3}"
-        r"| ?(?:[^\s\w]|_)+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-    counts = collections.Counter()
+    # re has no \p{L} and \p{N}: [^\W\d_] and \d come close.
+    pattern = r"'s|'t|'re|'ve|'m|'ll|'d| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
+    words = collections.Counter()
     for text in texts:
-        counts.update(re.findall(pattern, text))
-    words = [(list(word.encode()), n) for word, n in counts.items()]
-    frequency, where = collections.Counter(), collections.defaultdict(set)
-    for i, (word, n) in enumerate(words):
-        for pair in itertools.pairwise(word):
-            frequency[pair] += n
-            where[pair].add(i)
-    heap, ranks = [(-n, pair) for pair, n in frequency.items()], {bytes([i]): i for i in range(256)}
-    tokens = list(ranks)
-    heapq.heapify(heap)
-    while heap and len(ranks) < entries:
-        n, pair = heapq.heappop(heap)
-        if -n != frequency[pair]:  # merges of others have taken some: back with what is left
-            if frequency[pair]:
-                heapq.heappush(heap, (-frequency[pair], pair))
-            continue
-        token = tokens[pair[0]] + tokens[pair[1]]
-        if (new := ranks.setdefault(token, len(ranks))) == len(tokens):
-            tokens.append(token)
-        fresh = set()
-        for i in where.pop(pair):
-            word, n = words[i]
-            for old in itertools.pairwise(word):
-                frequency[old] -= n
-            for j in range(len(word) - 1):
-                if tuple(word[j : j + 2]) == pair:
-                    word[j : j + 2] = [new]
-            for now in itertools.pairwise(word):
-                frequency[now] += n
-                where[now].add(i)
-                if new in now:
-                    fresh.add(now)
-        for now in fresh:
-            heapq.heappush(heap, (-frequency[now], now))
-    if len(ranks) < entries:
-        raise ValueError(f"the text has no more than {len(ranks)} entries of a BPE, not {entries}")
+        words.update(re.findall(pattern, text))
+    lengths = np.array([len(word.encode()) for word in words])
+    ids = np.frombuffer("".join(words).encode(), np.uint8).astype(np.int32)
+    ids = np.insert(ids, np.cumsum(lengths), -1)  # each word once, and -1 after it
+    weights = np.repeat(list(words.values()), lengths + 1)  # how often the text has the word
+    counts = collections.Counter()  # of pairs a, b, as a 2^32 + b
+
+    def count(starts, sign):
+        pairs = ids[starts].astype(np.int64) << 32 | ids[starts + 1]
+        inside = (ids[starts] >= 0) & (ids[starts + 1] >= 0)
+        pairs, index = np.unique(pairs[inside], return_inverse=True)
+        sums = np.bincount(index, weights[starts[inside]])
+        for pair, n in zip(pairs.tolist(), sums.tolist()):
+            counts[pair] += sign * n
+
+    count(np.arange(len(ids) - 1), 1)
+    tokens = [bytes([i]) for i in range(256)]
+    ranks = {token: i for i, token in enumerate(tokens)}
+    while len(ranks) < n_entries:
+        pair = max(counts, key=counts.get)
+        if not counts[pair]:
+            raise ValueError(f"the text has no more than {len(ranks)} entries, not {n_entries}")
+        a, b = divmod(pair, 2**32)
+        at = np.flatnonzero((ids[:-1] == a) & (ids[1:] == b))
+        run = np.cumsum(np.diff(at, prepend=-2) > 1)  # pairs of aaa overlap: every other one of
+        at = at[(np.arange(len(at)) - np.searchsorted(run, run)) % 2 == 0]  # a run is merged
+        count(np.unique([at - 1, at, at + 1]), -1)
+        new = ranks.setdefault(tokens[a] + tokens[b], len(ranks))
+        if new == len(tokens):
+            tokens.append(tokens[a] + tokens[b])
+        ids[at] = new
+        ids = np.delete(ids, at + 1)
+        weights = np.delete(weights, at + 1)
+        at -= np.arange(len(at))
+        count(np.unique([at - 1, at]), 1)
     return ranks
 
 def learn_ranks(documents, n_entries, n_characters, folder):
@@ -472,8 +463,9 @@ def learn_ranks(documents, n_entries, n_characters, folder):
     ranks = train_bpe(texts, n_entries)
     if folder and dist.get_rank() == 0:
         lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
-        with written_beside(folder) as partial:
-            (partial / "ranks.tiktoken").write_text("".join(lines))
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "ranks.tmp").write_text("".join(lines))
+        (Path(folder) / "ranks.tmp").replace(Path(folder) / "ranks.tiktoken")
     return ranks
 
 def entries_to_learn(tokenizer):
@@ -481,38 +473,35 @@ def entries_to_learn(tokenizer):
     learned = re.fullmatch(r"bpe:(\d+)", tokenizer)
     return int(learned[1]) if learned else 0
 
-def make_tokenizer(cfg, documents):
-    """The tokenizer of cfg. bpe:N is learned from 4 MB of the documents, or read from --out, where
-    the run has written it."""
-    n_entries = entries_to_learn(cfg.tokenizer)
-    written = f"{cfg.out}/ranks.tiktoken"
+def make_tokenizer(name, documents, out):
+    """The tokenizer of that name. bpe:N is learned from 4 MB of the documents, or read from the
+    directory out, where the run has written it."""
+    n_entries = entries_to_learn(name)
+    written = f"{out}/ranks.tiktoken"
     if not n_entries:
-        return load_tokenizer(cfg.tokenizer or "bytes", ["<|endoftext|>"])
-    if not cfg.out or not os.path.exists(written):
-        ranks = learn_ranks(documents, n_entries, 2**22, cfg.out)
+        return load_tokenizer(name or "bytes", ["<|endoftext|>"])
+    if not out or not os.path.exists(written):
+        ranks = learn_ranks(documents, n_entries, 2**22, out)
         specials = {"<|endoftext|>": n_entries}
         return tiktoken.Encoding(
-            cfg.tokenizer, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=specials
+            name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=specials
         )
     tokenizer = load_tokenizer(written, ["<|endoftext|>"])
     if tokenizer.n_vocab != n_entries + 1:
         raise ValueError(f"{written} has {tokenizer.n_vocab - 1} entries, and not {n_entries}")
     return tokenizer
 
-class Mixture:
-    """Corpora that are drawn by weight, one sequence at a time.
+class TrainingMix:
+    """Corpora that are drawn by weight (Table 2.2), one sequence at a time.
 
     Of each block of 1,000 sequences every corpus has its exact share, in an order that the seed
-    shuffles, so that its own position is arithmetic. starts: windows of each corpus that earlier
-    phases spent; first: sequences that earlier phases drew from this mixture.
+    shuffles, so that its own position is arithmetic.
     """
 
-    def __init__(self, mix, corpora, starts, first):
+    def __init__(self, mix, corpora):
         self.names = list(mix)
         self.weights = list(mix.values())
         self.corpora = corpora
-        self.starts = starts
-        self.first = first
         self.block = 1000 if len(mix) > 1 else 1
         sums = itertools.accumulate(self.weights, initial=0.0)
         self.bounds = [round(self.block * part) for part in sums]
@@ -521,17 +510,11 @@ class Mixture:
         self.token_bytes = corpora[0].token_bytes
 
     def draw(self, index, seed):
-        """(corpus, window of it) of sequence `index` of the phase."""
-        block, place = divmod(self.first + index, self.block)
-        place = permutation(self.block, seed, "mixture", block)[place]
+        """(corpus, window of it) of sequence `index` of the run."""
+        block, place = divmod(index, self.block)
+        place = permutation(self.block, seed, "mix", block)[place]
         corpus = bisect.bisect_right(self.bounds, place) - 1
-        position = block * self.shares[corpus] + place - self.bounds[corpus]
-        return corpus, self.starts[corpus] + position
-
-    def spent(self, n):
-        """Windows of each corpus that are spent after n sequences of the phase."""
-        blocks = math.ceil((self.first + n) / self.block)
-        return [start + blocks * share for start, share in zip(self.starts, self.shares)]
+        return corpus, block * self.shares[corpus] + place - self.bounds[corpus]
 
     def n_windows(self, length):
         """Sequences of length + 1 ids until one of the corpora begins another epoch."""
@@ -539,15 +522,15 @@ class Mixture:
         return round(min(corpus.n_windows(length) / weight for corpus, weight in pairs))
 
     def window(self, index, length, seed):
-        """Window `index` of the phase, length + 1 ids."""
+        """Window `index` of the run, length + 1 ids."""
         corpus, position = self.draw(index, seed)
         return self.corpora[corpus].window(position, length, seed)
 
     def fingerprint(self):
-        """A number that tells mixtures of other shares or other data apart."""
+        """A number that tells mixes of other shares or other data apart."""
         return stable_hash(self.shares, [corpus.fingerprint() for corpus in self.corpora])
 
-def parse_mix(text):
+def parse_weights(text):
     """{path: weight} of WEIGHT:PATH,...; a path alone has weight 1. The weights are divided by
     their sum."""
     mix = {}
@@ -559,12 +542,12 @@ def parse_mix(text):
             raise ValueError(f"the weight of {path or 'the library'} is {weight}, not positive")
         mix[path] = mix.get(path, 0.0) + number
     mix = {path: weight / sum(mix.values()) for path, weight in mix.items()}
-    if min(mix.values()) < 2e-3:  # two sequences of a block of Mixture
+    if min(mix.values()) < 2e-3:  # two sequences of a block of TrainingMix
         raise ValueError(f"the weight of {min(mix, key=mix.get)} is too small")
     return mix
 
-def load_mixture(cfg):
-    """(tokenizer or None, Mixture to train on, Mixture of the held-out text) of --data; sets
+def load_mix(cfg):
+    """(tokenizer or None, TrainingMix, TrainingMix of the held-out text) of --data; sets
     cfg.vocab_size. The result is None after --train_tokenizer, and after --write_tokens, which
     writes the data as shards. A corpus whose epoch is over begins another; till then no sequence of
     it comes twice (appendix B)."""
@@ -573,7 +556,7 @@ def load_mixture(cfg):
     # epochs in 300B tokens. The weights, which add up to 101 %, give 0.43, 3.4, 2.0, 0.43 and 3.0.
     # Departure: the corpora are to be had clean: quality filter, fuzzy deduplication (appendix A)
     # and removal of what benchmarks contain (appendix C) are not here.
-    mix = parse_mix(cfg.data)
+    mix = parse_weights(cfg.data)
     sources = {path: find_files(path) for path in mix}  # (text files, token shards) of each
     texts = (text for path in mix for text in read_documents(path, sources[path][0]))
     if cfg.train_tokenizer:
@@ -582,20 +565,23 @@ def load_mixture(cfg):
     tokenizer = None
     separator = -1  # unknown
     if cfg.tokenizer or any(files for files, _ in sources.values()):
-        tokenizer = make_tokenizer(cfg, texts)
+        tokenizer = make_tokenizer(cfg.tokenizer, texts, cfg.out)
         separator = tokenizer.eot_token
     cfg.vocab_size = vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
+    if separator >= cfg.vocab_size:
+        raise ValueError(f"--vocab_size {cfg.vocab_size} has no place for <|endoftext|>")
     corpora = []
     for path, (files, shards) in sources.items():
         documents = tokenize(read_documents(path, files), tokenizer, separator)
+        if cfg.write_tokens and shards:
+            raise ValueError("--write_tokens reads text, and --data has token shards")
         if cfg.write_tokens:
             return write_tokens(cfg.write_tokens, documents)
         sizes = cfg.vocab_size, math.ceil(cfg.batch_size * mix[path]), cfg.seq_len
         with explain(f"--data {path}", ValueError):
             corpora.append(load_corpora(shards, documents, tokenizer, separator, *sizes))
-    starts = [0] * len(mix)
-    mixture, heldout = (Mixture(mix, parts, starts, 0) for parts in zip(*corpora))
-    return tokenizer, mixture, heldout
+    corpora, heldout = zip(*corpora)
+    return tokenizer, TrainingMix(mix, corpora), TrainingMix(mix, heldout)
 
 def get_batch(corpus, first, n, cfg):
     """Sequences first ... first + n - 1 of the run: tokens and targets [n, T], and their counts.
@@ -613,29 +599,25 @@ def get_batch(corpus, first, n, cfg):
 
 # ---------------------------------------- Objective ----------------------------------------
 
-def token_loss(logits, targets, tp=None):
-    """(sum of the nats of targets [N], how many of them had the largest logit, where autograd is
-    off) of logits [N, V]. Under tp each rank has its columns, and no rank ever has them all."""
-    counted, first = targets >= 0, tp.rank() * logits.shape[1] if tp else 0
-    if not tp and torch.is_grad_enabled():
-        return F.cross_entropy(logits, targets, reduction="sum"), 0
+def vocab_parallel_loss(logits, targets, tp):
+    """Sum of the nats of targets [N], of logits [N, V]. Under tp each rank has its columns, and no
+    rank ever has them all (Megatron §3)."""
+    if not tp:
+        return F.cross_entropy(logits, targets, reduction="sum")
     top = logits.detach().amax(1)  # [N]
-    mine = (targets >= first) & (targets < first + logits.shape[1])
-    local = (targets - first).clamp(0, logits.shape[1] - 1)[:, None]
-    target = logits.gather(1, local)[:, 0] * mine
-    if tp:
-        dist.all_reduce(top, dist.ReduceOp.MAX, group=tp)
-    total = (logits - top[:, None]).exp().sum(1)
-    if tp:
-        target, total = SumOutput.apply(target, tp), SumOutput.apply(total, tp)
-    nats = (total.log() + top - target) * counted
-    return nats.sum(), ((target >= top) & counted).sum()
+    dist.all_reduce(top, dist.ReduceOp.MAX, group=tp)
+    total = SumOutput.apply((logits - top[:, None]).exp().sum(1), tp)
+    local = targets - tp.rank() * logits.shape[1]
+    mine = (local >= 0) & (local < logits.shape[1])
+    target = logits.gather(1, local.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+    target = SumOutput.apply(target * mine, tp)
+    return (total.log() + top - target).sum()
 
 def objective(model, batch, cfg):
     """Next-token cross-entropy, and no metrics: the sum of the batch's nats, divided by
     batch["n_targets"], the count of the whole global batch."""
     logits = model(batch["tokens"])
-    nats, _ = token_loss(logits.flatten(0, 1), batch["targets"].flatten(), model.tp)
+    nats = vocab_parallel_loss(logits.flatten(0, 1), batch["targets"].flatten(), model.tp)
     return nats / max(batch["n_targets"], 1), {}
 
 # ---------------------------------------- Optimizer ----------------------------------------
@@ -647,66 +629,49 @@ def build_optimizer(model, cfg):
         dict(params=[p for p in model.parameters() if p.ndim > 1], weight_decay=cfg.weight_decay),
         dict(params=[p for p in model.parameters() if p.ndim <= 1], weight_decay=0.0),
     ]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    betas = cfg.beta1, cfg.beta2
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=betas, eps=cfg.eps, fused=True)
 
 def learning_rate(tokens, cfg):
     """Appendix B: linear warm-up, a cosine to a tenth, and on at that; tokens are those seen."""
     # Undisclosed: whether the 260 billion tokens of the cosine include the warm-up. They do.
-    if tokens < cfg.warmup_tokens:
-        return cfg.lr * tokens / cfg.warmup_tokens
-    span = max(cfg.decay_tokens - cfg.warmup_tokens, 1)
-    done = min((tokens - cfg.warmup_tokens) / span, 1)
-    return cfg.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+    # Departure: a run of another length has warm-up, decay and ramp in proportion.
+    seen = tokens / cfg.tokens
+    if seen < cfg.warmup:
+        return cfg.lr * seen / cfg.warmup
+    done = min((seen - cfg.warmup) / max(cfg.decay - cfg.warmup, 1e-9), 1)
+    return cfg.lr * (cfg.floor + (1 - cfg.floor) * 0.5 * (1 + math.cos(math.pi * done)))
 
 def batch_at(tokens, cfg):
     """Appendix B: sequences of the update after `tokens`, a number that grows linearly with them
-    over the ramp, rounded down to a multiple."""
-    if not cfg.first_batch or tokens >= cfg.ramp_tokens:
+    over the ramp. It is rounded down to a multiple that the ranks can share."""
+    if not cfg.first_batch or tokens >= cfg.ramp * cfg.tokens:
         return cfg.batch_size
-    grown = (cfg.batch_size - cfg.first_batch) * tokens / cfg.ramp_tokens
-    return int(cfg.first_batch + grown) // cfg.batch_multiple * cfg.batch_multiple
+    multiple = math.lcm(cfg.batch_multiple, cfg.dp * max(cfg.micro_batch, 1))
+    least = math.ceil(cfg.dp * cfg.pp * max(cfg.micro_batch, 1) / multiple) * multiple
+    grown = (cfg.batch_size - cfg.first_batch) * tokens / (cfg.ramp * cfg.tokens)
+    return min(max(int(cfg.first_batch + grown) // multiple * multiple, least), cfg.batch_size)
 
 def count_steps(cfg, tokens=0):
     """(updates of the ramp, all updates) from `tokens` on to the end of the run."""
     ramp = 0
-    while tokens < min(cfg.tokens, cfg.ramp_tokens) and batch_at(tokens, cfg) < cfg.batch_size:
+    while tokens < cfg.tokens and batch_at(tokens, cfg) < cfg.batch_size:
         tokens += batch_at(tokens, cfg) * cfg.seq_len
         ramp += 1
     left = math.ceil((cfg.tokens - tokens) / (cfg.batch_size * cfg.seq_len))
     return ramp, ramp + max(left, 0)
 
-def count_tokens(cfg, steps):
-    """Tokens of the first `steps` updates."""
-    tokens = 0
-    for _ in range(steps):
-        tokens += batch_at(tokens, cfg) * cfg.seq_len
-    return tokens
-
-def gradient_norm(model, loss, mesh):
-    """(norm of the whole gradient, loss summed over ranks). What several ranks hold counts once."""
-    sharded = []  # by tensor parallelism
-    replicated = []
-    for name, p in model.named_parameters():
-        if name != "head.weight":  # the last stage's copy of the embedding
-            part = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
-            (replicated if tensor_dimension(name) is None else sharded).append(part)
-    square = nn.utils.get_total_norm(sharded).double() ** 2
-    square = square + nn.utils.get_total_norm(replicated).double() ** 2 / mesh["tp"].size()
-    sums = torch.stack([square, loss.double()])
-    dist.all_reduce(sums)
-    square, loss = sums.tolist()  # the update waits for the device here alone
-    return math.sqrt(square) if square >= 0 else math.nan, loss
-
 def noise_scale(small, big, n_small, n_big):
-    """§2.3, noise scale, appendix A.1: (|G|², tr Σ), unbiased, from the norms of the gradients of
-    n_small and of n_big sequences; the simple noise scale is tr Σ / |G|², averages of both."""
-    square = (n_big * big**2 - n_small * small**2) / (n_big - n_small)
-    return square, (small**2 - big**2) / (1 / n_small - 1 / n_big)
+    """(|G|², tr Σ), unbiased, from the squared norms of the gradients of n_small and of n_big
+    sequences (noise scale, appendix A.1). The simple noise scale is tr Σ / |G|², averages of both,
+    which §2.3 measured to choose the batches."""
+    square = (n_big * big - n_small * small) / (n_big - n_small)
+    return square, (small - big) / (1 / n_small - 1 / n_big)
 
 # ---------------------------------------- Precision ----------------------------------------
 
 # Parameters, gradients between ranks and Adam's moments are fp32. Under bf16 and fp16, autocast (in
-# GPT3.forward) runs matrix products and attention in that; norms, residual sums, softmax and loss
+# parallelize) runs matrix products and attention in that; norms, residual sums, softmax and loss
 # stay fp32.
 # Undisclosed: the paper's precision, but for a credit of "fully half-precision training". fp16 is
 # as that generation trained (Sparse Transformers §5.6): fp16 activations, and a loss scale that
@@ -725,14 +690,12 @@ def lay_out(cfg, ranks):
     """cfg with dp as the ranks that are left, where it is 0, and micro-batches for a pipeline."""
     others = cfg.tp * cfg.pp
     if min(cfg.tp, cfg.pp) < 1 or ranks % others or (cfg.dp and cfg.dp * others != ranks):
-        raise ValueError(
-            f"tp {cfg.tp} x pp {cfg.pp} x dp {cfg.dp or 'any'} are not {ranks} ranks"
-        )
+        layout = f"tp {cfg.tp} x pp {cfg.pp} x dp {cfg.dp or 'any'}"
+        raise ValueError(f"{layout} are not {ranks} ranks")
     cfg = dataclasses.replace(cfg, dp=ranks // others)
-    if cfg.pp > 1 and not cfg.micro_batch:  # at least two micro-batches for each pipeline rank
-        share = math.gcd(cfg.first_batch or cfg.batch_size, cfg.batch_size) // cfg.dp
-        fits = (n for n in range(share // (2 * cfg.pp), 0, -1) if share % n == 0)
-        cfg.micro_batch = next(fits, 1)
+    if cfg.pp > 1 and not cfg.micro_batch:  # two micro-batches for each pipeline rank
+        first = cfg.first_batch or cfg.batch_size
+        cfg.micro_batch = max(first // (2 * cfg.pp * cfg.dp), 1)
     return cfg
 
 def stage_blocks(cfg, stage):
@@ -741,63 +704,44 @@ def stage_blocks(cfg, stage):
     edges = [round((cfg.n_layers + 2) * i / cfg.pp) for i in (stage, stage + 1)]
     return range(max(edges[0] - 1, 0), min(edges[1] - 1, cfg.n_layers))
 
-def tensor_dimension(name):
+def split_dimension(name):
     """The dimension along which tensor parallelism cuts a parameter; None: each rank has it all."""
-    if re.search(r"(token_embedding|head|q|k|v|gate|up)\.(weight|bias)$", name):
+    if re.search(r"(^|\.)(token_embedding|head|qkv|up)\.(weight|bias)$", name):
         return 0
-    return 1 if re.search(r"(out|down)\.weight$", name) else None
+    return 1 if re.search(r"(^|\.)(out|down)\.weight$", name) else None
 
-def whole_shape(name, p, tp):
-    """The shape that a parameter has without tensor parallelism."""
-    dim = tensor_dimension(name)
-    return [size * group_size(tp) if i == dim else size for i, size in enumerate(p.shape)]
-
-def fill(name, p, whole, tp):
-    """Writes this rank's part of the whole tensor to the parameter."""
-    if tp and tensor_dimension(name) is not None:
-        whole = whole.chunk(tp.size(), tensor_dimension(name))[tp.rank()]
-    if isinstance(p, DTensor):
-        whole = whole.contiguous().to(p.device, p.dtype)
-        whole = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
-    p.data.copy_(whole)
-
-def whole_tensor(name, tensor, tp):
-    """The whole of a parameter, or its gradient, of which each rank has a part; all ranks call."""
-    if isinstance(tensor, DTensor):
-        tensor = tensor.full_tensor()
-    if tp and tensor_dimension(name) is not None:
-        parts = [torch.empty_like(tensor) for _ in range(tp.size())]
-        dist.all_gather(parts, tensor.contiguous(), group=tp)
-        tensor = torch.cat(parts, tensor_dimension(name))
-    return tensor
+def fill_part(name, p, replicated, tp):
+    """Write this rank's part of the complete tensor to the parameter; rows that pad it are 0."""
+    dim = split_dimension(name) if tp else None
+    first = 0
+    if dim is not None:
+        first = tp.rank() * p.shape[dim]
+    part = replicated.movedim(dim or 0, 0)[first:][: p.shape[dim or 0]]
+    p.data.zero_()
+    p.data.movedim(dim or 0, 0)[: len(part)] = part
 
 def parallelize(model, cfg, mesh):
-    """Data parallelism of a model on the meta device, or a stage of it, which gets its memory here:
-    parameters, gradients and optimizer are cut over the data-parallel ranks. Parameters are
-    gathered once an update, in fp32, so that the layout changes no number. Recomputation and
-    compilation are applied to the blocks first."""
-    # Undisclosed: how data parallelism went. Cutting the optimizer's state is later than the paper.
-    settings = dict(mesh=mesh["dp"], reshard_after_forward=False)
-    settings["mp_policy"] = MixedPrecisionPolicy(cast_forward_inputs=False)
-    model.to_empty(device=mesh.device_type)
+    """Apply recomputation and compilation to the blocks, and autocast to the model."""
     for block in model.blocks.values():
         if cfg.recompute == "block":
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         if cfg.compile:
             torch.compiler.config.fail_on_recompile_limit_hit = True
             block.compile(dynamic=False)
-        if cfg.dp > 1:
-            fully_shard(block, **settings)
-    return fully_shard(model, **settings) if cfg.dp > 1 else model
+    if cfg.precision != "fp32":
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[cfg.precision]
+        model.forward = torch.autocast(mesh.device_type, dtype)(model.forward)
+    return model
 
 class ModelParallel:
     """§2.1, "model parallelism within each matrix multiply and across the layers": the part of the
-    model that one rank has, run over micro-batches, one after the other or by a pipeline's 1F1B."""
+    model that one rank has, run over micro-batches, one after the other or by a pipeline's 1F1B.
+    Data-parallel ranks have copies of it, whose gradients meet in one all-reduce an update."""
 
-    # Undisclosed: the pipeline's schedule, and all degrees.
+    # Undisclosed: the pipeline's schedule, all degrees, and how data parallelism went.
 
     def __init__(self, cfg, device):
-        """Builds this rank's part, without values yet; ranks are tp + TP (pp + PP dp)."""
+        """Build this rank's part, without values yet; ranks are tp + TP (pp + PP dp)."""
         sizes = cfg.dp, cfg.pp, cfg.tp
         self.mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("dp", "pp", "tp"))
         self.cfg = cfg
@@ -811,65 +755,34 @@ class ModelParallel:
         with torch.device("meta"):
             layers = stage_blocks(cfg, self.stage)
             model = GPT3(cfg, layers, self.is_first, self.is_last, self.tp)
-        self.model = parallelize(model, cfg, self.mesh)
+        self.model = parallelize(model.to_empty(device=device), cfg, self.mesh)
         self.saved = nn.Module()  # what a checkpoint holds: names are unique among tp's ranks
         self.saved.add_module(f"tp{self.mesh['tp'].get_local_rank()}", self.model)
-
-    def loss(self, logits, targets):
-        """The objective of a micro-batch as the schedule asks for it, on the last stage."""
-        nats, _ = token_loss(logits.flatten(0, 1), targets.flatten(), self.tp)
-        return nats / self.n_targets * self.scale
+        self.gradient = None
 
     def run(self, batches, scale=1.0):
-        """(this rank's part of the mean loss over the global batch, norm after the first
-        micro-batch with --noise_scale); where autograd is on, the gradient of scale times all of it
-        is added to the parameters."""
-        cfg = self.cfg
-        self.n_targets = batches[0]["n_targets"]
-        self.scale = scale * cfg.dp  # FSDP averages over its ranks what is to be summed
-        losses = []
-        norm = 0.0
-        if cfg.pp > 1:
-            self.run_pipeline(batches, losses)
-        else:
-            norm = self.run_in_turn(batches, losses)
-        if not torch.is_grad_enabled():  # as the backward pass would
-            for module in self.model.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
-        loss = torch.zeros((), device=self.device)
-        for part in losses:
-            loss += part.detach()
-        return loss / self.scale / cfg.tp, norm
+        """This rank's part of the mean loss over the global batch, of which these are micro-batches.
+        Where autograd is on, its gradient, times scale, is added to that of the parameters."""
+        if self.cfg.pp > 1:
+            return self.run_pipeline(batches, scale)
+        total = torch.zeros((), device=self.device)
+        for batch in batches:
+            loss, _ = objective(self.model, batch, self.cfg)
+            if torch.is_grad_enabled():
+                (loss * scale).backward()
+            total += loss.detach()
+        return total / self.cfg.tp
 
-    def run_in_turn(self, batches, losses):
-        """run without a pipeline; the losses of the micro-batches are appended to losses."""
-        cfg = self.cfg
-        norm = 0.0
-        for i, batch in enumerate(batches, 1):
-            loss, _ = objective(self.model, batch, cfg)
-            losses.append(loss * self.scale)
-            if not torch.is_grad_enabled():
-                continue
-            measured = cfg.noise_scale and i == 1 < len(batches)
-            if cfg.dp > 1:  # ranks reduce their gradients once, in the last micro-batch
-                reduces = measured or i == len(batches)
-                self.model.set_requires_gradient_sync(reduces)
-                self.model.set_reshard_after_backward(reduces)
-                self.model.set_is_last_backward(reduces)
-            losses[-1].backward()
-            if measured:
-                norm, _ = gradient_norm(self.model, loss.detach(), self.mesh)
-        return norm
-
-    def run_pipeline(self, batches, losses):
+    def run_pipeline(self, batches, scale):
         """run by the stages of a pipeline, whose schedule fits one number of micro-batches."""
         group = self.mesh["pp"].get_group()
+        self.factor = scale / batches[0]["n_targets"]
         if len(batches) != self.n_micro:
             self.n_micro = len(batches)
             stage = PipelineStage(self.model, self.stage, self.cfg.pp, self.device, group=group)
             self.schedule = Schedule1F1B(stage, self.n_micro, self.loss, scale_grads=False)
         step = self.schedule.step if torch.is_grad_enabled() else self.schedule.eval
+        losses = []
         inputs = []
         last = {}
         if self.is_first:
@@ -878,58 +791,84 @@ class ModelParallel:
             last = {"target": torch.cat([batch["targets"] for batch in batches]), "losses": losses}
         step(*inputs, **last, return_outputs=False)
         if torch.is_grad_enabled() and (self.is_first or self.is_last):
-            self.sum_embedding_gradients(group)
+            self.sum_embedding_gradients()
+        total = torch.zeros((), device=self.device)
+        for loss in losses:
+            total += loss.detach() / scale
+        return total / self.cfg.tp
 
-    def sum_embedding_gradients(self, group):
+    def loss(self, logits, targets):
+        """scale times the objective of a micro-batch, as the schedule asks for it."""
+        return vocab_parallel_loss(logits.flatten(0, 1), targets.flatten(), self.tp) * self.factor
+
+    def sum_embedding_gradients(self):
         """Add up the gradients of the embedding on the first and on the last stage."""
+        group = self.mesh["pp"].get_group()
         table = self.model.token_embedding if self.is_first else self.model.head
-        gradient = table.weight.grad
-        gradient = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-        other = torch.empty_like(gradient)
+        other = torch.empty_like(table.weight)
         peer = dist.get_global_rank(group, self.cfg.pp - 1 - self.stage)
-        operations = [dist.P2POp(dist.isend, gradient, peer, group)]
+        operations = [dist.P2POp(dist.isend, table.weight.grad, peer, group)]
         operations.append(dist.P2POp(dist.irecv, other, peer, group))
         for request in dist.batch_isend_irecv(operations):
             request.wait()
-        gradient += other
+        table.weight.grad += other
+
+    def squared_norm(self):
+        """This rank's part of |gradient|²; what several ranks hold counts once."""
+        sharded = []  # by tensor parallelism
+        replicated = []
+        for name, p in self.model.named_parameters():
+            if name != "head.weight":  # the last stage's copy of the embedding
+                (replicated if split_dimension(name) is None else sharded).append(p.grad)
+        square = nn.utils.get_total_norm(sharded).double() ** 2
+        return square + nn.utils.get_total_norm(replicated).double() ** 2 / self.cfg.tp
+
+    def gradients(self, batches, scale):
+        """Replace the gradient by that of scale times the loss of the global batch. Returns the
+        loss, |gradient|², the |gradient|² of smaller batches, and how many of these have the
+        sequences of the global batch: with --noise_scale those of the data-parallel ranks or, where
+        there is one, the first micro-batches; else NaN."""
+        cfg = self.cfg
+        if self.gradient is None:  # one tensor, of which the gradients of parameters are views
+            parameters = list(self.model.parameters())
+            sizes = [p.numel() for p in parameters]
+            self.gradient = torch.zeros(sum(sizes), device=self.device)
+            for p, part in zip(parameters, self.gradient.split(sizes)):
+                p.grad = part.view_as(p)
+        self.gradient.zero_()
+        n = len(batches)
+        if cfg.noise_scale and cfg.dp == 1:
+            n = cfg.pp  # micro-batches that a pipeline needs
+        measured = cfg.noise_scale and (cfg.dp > 1 or len(batches) >= 2 * n)
+        loss = self.run(batches[:n], scale)
+        small = self.squared_norm() if measured else loss.double() * math.nan
+        if n < len(batches):
+            if self.model.head is not None:  # the first stage has the sum of both gradients
+                self.model.head.weight.grad.zero_()
+            loss = loss + self.run(batches[n:], scale)
+        dist.all_reduce(self.gradient, group=self.mesh["dp"].get_group())
+        sums = torch.stack([loss.double(), self.squared_norm() / cfg.dp, small])
+        dist.all_reduce(sums)
+        loss, square, small = sums.tolist()  # the update waits for the device here alone
+        ratio = cfg.dp * len(batches) / n
+        return loss, square, small * ratio**2 / cfg.dp, ratio
 
     def evaluate(self, batches):
         """This rank's part of the mean loss over a global batch, without dropout."""
         with evaluation_mode(self.model, False):  # the lengths are those of training
-            loss, _ = self.run(batches)
-        return loss.item()
-
-    def named_parameters(self):
-        """(name, value) of each parameter of the whole model, on rank 0 and its CPU; other ranks
-        get None, and have to iterate as well."""
-        cfg = self.cfg
-        own = dict(self.model.named_parameters())
-        for stage in range(cfg.pp):
-            source = stage * cfg.tp  # the rank of this stage that sends
-            with torch.device("meta"):
-                part = GPT3(cfg, stage_blocks(cfg, stage), stage == 0, stage == cfg.pp - 1)
-            for name, p in part.named_parameters():
-                if name == "head.weight":  # the last stage's copy of the embedding
-                    continue
-                value = torch.empty(p.shape)
-                if stage == self.stage:
-                    value = whole_tensor(name, own[name].data, self.tp)
-                    value = value[: len(p)].cpu()  # without the rows that pad the vocabulary
-                if dist.get_rank() == source > 0:
-                    dist.send(value, 0)
-                if dist.get_rank() == 0 < source:
-                    dist.recv(value, source)
-                yield name, value if dist.get_rank() == 0 else None
+            return self.run(batches).item()
 
 def memory_per_rank(cfg):
     """Bytes on the rank of cfg.world_size that needs most, by kind, as an eager backward pass
     begins at the full batch."""
     steps, micro = split_batch(cfg, cfg.dp)
     # Kept per position and block: inputs of both norms (fp32), inputs of the first products of both
-    # branches, and, cut by tensor parallelism, q, k, v, the attended values, GELU's in- and output.
+    # branches, and, cut by tensor parallelism, q, k, v, the attended values, GELU's in- and output;
+    # a byte an entry of a GPU's two dropout masks. Casts: autocast's copies of the weights.
     size = 4 if cfg.precision == "fp32" else 2
     block = 8 * cfg.dim + size * (2 * cfg.dim + (4 * cfg.dim + 2 * cfg.hidden_dim) / cfg.tp)
-    block += 2 * cfg.dim * (cfg.dropout > 0)  # a byte an entry of a GPU's two dropout masks
+    block += 2 * cfg.dim * (cfg.dropout > 0)
+    banded = 3 * size * cfg.dim / cfg.tp  # keys and values of two blocks of positions, the values
     head = 4 * cfg.dim + size * cfg.dim + 4 * cfg.vocab_size / cfg.tp  # norm, product, softmax
     stages = []
     for i in range(cfg.pp):
@@ -937,18 +876,16 @@ def memory_per_rank(cfg):
             stage = GPT3(cfg, stage_blocks(cfg, i), i == 0, i == cfg.pp - 1)
         n = 0
         for name, p in stage.named_parameters():
-            n += p.numel() / (cfg.tp if tensor_dimension(name) is not None else 1)
-        in_flight = min(cfg.pp - i, steps)
-        n_blocks = len(stage.blocks)
-        kept = in_flight * n_blocks * block
-        if cfg.recompute == "block":  # every block's input, and one block at a time in full
-            kept = in_flight * n_blocks * 4 * cfg.dim + block * (n_blocks > 0)
+            n += p.numel() / (cfg.tp if split_dimension(name) is not None else 1)
+        in_flight = min(cfg.pp - i, steps)  # micro-batches of 1F1B
+        n_banded = sum(bool(part.attn.band) for part in stage.blocks.values())
+        kept = in_flight * (len(stage.blocks) * block + n_banded * banded)
+        if cfg.recompute == "block" and len(stage.blocks):  # every input, and one block in full
+            kept = in_flight * len(stage.blocks) * 4 * cfg.dim + block + banded
         if i == cfg.pp - 1:
             kept += head
-        shard = n / cfg.dp
-        memory = {"parameters": 4 * shard, "gradients": 4 * shard, "optimizer": 8 * shard}
-        memory["gathered"] = 8 * n * (cfg.dp > 1)  # parameters, and gradients before they meet
-        memory["activations"] = micro * cfg.seq_len * kept
+        memory = {"parameters": 4 * n, "gradients": 4 * n, "optimizer": 8 * n}
+        memory |= {"casts": 2 * n * (size == 2), "activations": micro * cfg.seq_len * kept}
         stages.append(memory)
     return max(stages, key=lambda memory: sum(memory.values()))
 
@@ -959,7 +896,7 @@ HF_CONFIG = {  # field of Config: (key in config.json, default of GPT2Config; ba
     "n_layers": ("n_layer", 12), "n_heads": ("n_head", 12), "hidden_dim": ("n_inner", None),
     "band": ("band", 0), "banded": ("banded", "odd"),
 }  # fmt: skip
-HF_FIXED = {
+HF_FIXED = {  # the only values that are supported
     "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False, "tie_word_embeddings": True,
@@ -967,77 +904,52 @@ HF_FIXED = {
 HF_NAMES = {
     "token_embedding": "wte", "position_embedding": "wpe", "blocks": "h", "attn.qkv": "attn.c_attn",
     "attn.out": "attn.c_proj", "norm1": "ln_1", "norm2": "ln_2", "mlp.up": "mlp.c_fc",
-    "mlp.down": "mlp.c_proj", "final_norm": "ln_f", "head": "wte",
+    "mlp.down": "mlp.c_proj", "final_norm": "ln_f",
 }  # fmt: skip
-SHAPE = tuple(HF_CONFIG)  # fields of Config that a checkpoint fixes
+SHAPE = tuple(HF_CONFIG)  # fields of Config that must agree with a checkpoint
 
-def gpt2_name(name):
-    """Hugging Face's name of our parameter, as the released checkpoints have it, without prefix."""
-    for ours, theirs in HF_NAMES.items():
-        name = name.replace(ours, theirs)
-    return name
-
-def as_conv1d(name, tensor, n_heads):
-    """A whole parameter seen in Hugging Face's layout: matrices are [in, out], and the outputs of
-    qkv, [3, H, E], are all q before all k and v."""
-    if "qkv" in name:
-        tensor = tensor.unflatten(0, (n_heads, 3, -1)).transpose(0, 1)
-    if re.search(r"(qkv|out|up|down)\.weight$", name):
-        tensor = tensor.movedim(-1, 0)
-    return tensor
-
-def read_gpt2_config(path):
-    """Fields of Config from the checkpoint directory of a GPT2LMHeadModel."""
-    with explain(f"{path} holds no GPT2LMHeadModel", Exception):
-        fields = read_hf_config(path, HF_CONFIG, HF_FIXED)
-        fields["hidden_dim"] = fields["hidden_dim"] or 4 * fields["dim"]
-    return fields
-
-def read_gpt2_weights(model, cfg, path, tp=None):
-    """Fill the parameters that this rank has from the checkpoint directory."""
-    with explain(f"{path} holds no GPT2LMHeadModel", Exception):
-        # The files are memory-mapped: a rank reads what it needs.
-        tensors = {k.removeprefix("transformer."): v for k, v in read_hf_tensors(path).items()}
-        for name, p in model.named_parameters():
-            whole = torch.zeros(whole_shape(name, p, tp))
-            tensor = tensors[gpt2_name(name)]
-            rows = len(tensor) if "embedding" in name or "head" in name else len(whole)
-            seen = as_conv1d(name, whole[:rows], cfg.n_heads)
-            seen.copy_(tensor.view_as(seen))
-            fill(name, p, whole, tp)
+def gpt2_tensors(model, n_heads):
+    """(name in Hugging Face's class, view of our tensor in its layout, its shape there) of each
+    parameter: matrices are [in, out], and the outputs of qkv all q before all k and v."""
+    for name, p in model.named_parameters():
+        tensor = p.data
+        if "qkv" in name:
+            tensor = tensor.unflatten(0, (n_heads, 3, -1)).transpose(0, 1)  # [3, H, E, ...]
+        if re.search(r"\.(qkv|out|up|down)\.weight$", name):
+            tensor = tensor.movedim(-1, 0)
+        for ours, theirs in HF_NAMES.items():
+            name = name.replace(ours, theirs)
+        yield name, tensor, tensor.flatten(p.ndim - 1).shape
 
 def from_hf(path):
     """(model, cfg) from the checkpoint directory of a GPT2LMHeadModel."""
-    cfg = Config(**read_gpt2_config(path))
-    model = GPT3(cfg)
-    read_gpt2_weights(model, cfg, path)
+    with explain(f"{path} holds no GPT2LMHeadModel", Exception):
+        cfg = Config(**read_hf_config(path, HF_CONFIG, HF_FIXED))
+        cfg.hidden_dim = cfg.hidden_dim or 4 * cfg.dim
+        model = GPT3(cfg)
+        tensors = {k.removeprefix("transformer."): v for k, v in read_hf_tensors(path).items()}
+        for name, tensor, shape in gpt2_tensors(model, cfg.n_heads):
+            if tensors[name].shape != shape:
+                raise ValueError(f"{name} is {list(tensors[name].shape)}, not {list(shape)}")
+            tensor.copy_(tensors[name].view_as(tensor))
     return model, cfg
 
 def to_hf(model, cfg, path):
-    """Write a GPT3 or a ModelParallel to the directory path as a GPT2LMHeadModel, a file for each
-    block and table."""
+    """Write model to the directory path as a GPT2LMHeadModel."""
     # Departure: that class has no banded layers. It reads them as dense ones, and this script, by
     # two entries of config.json that are its own, as what they are.
     from safetensors.torch import save_file
 
     config = {key: getattr(cfg, field) for field, (key, _) in HF_CONFIG.items()} | HF_FIXED
-    config |= dict(resid_pdrop=cfg.dropout, embd_pdrop=cfg.dropout, attn_pdrop=0.0)
+    config |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), cfg.dropout)
     end = cfg.vocab_size - 1 if cfg.vocab_size == 50257 else None
     config |= dict(architectures=["GPT2LMHeadModel"], bos_token_id=end, eos_token_id=end)
-    files = {}
+    tensors = {}
+    for name, tensor, shape in gpt2_tensors(model, cfg.n_heads):
+        tensors[f"transformer.{name}"] = tensor.reshape(shape).cpu().contiguous()
     with written_beside(path) as folder:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        parameters = ((name, p.detach().cpu()) for name, p in model.named_parameters())
-        parts = itertools.groupby(parameters, lambda p: re.match(r"blocks\.\d+|\w+", p[0])[0])
-        for part, parameters in parts:
-            tensors = {}
-            for name, p in parameters:
-                tensor = as_conv1d(name, p, cfg.n_heads).flatten(p.ndim - 1).contiguous()
-                tensors[f"transformer.{gpt2_name(name)}"] = tensor
-            save_file(tensors, folder / f"{part}.safetensors", metadata={"format": "pt"})
-            files |= dict.fromkeys(tensors, f"{part}.safetensors")
-        index = json.dumps({"metadata": {}, "weight_map": files}, indent=2)
-        (folder / "model.safetensors.index.json").write_text(index + "\n")
 
 def read_hf_config(path, fields, fixed):
     """Fields of Config from the config.json of a Hugging Face checkpoint directory.
@@ -1195,16 +1107,16 @@ def validate(loss_of, corpus, step, cfg, device, rank, ranks):
     row = {"val_loss": nats / n_targets, "val_bpb": bits_per_byte(nats, n_bytes)}
     log(cfg.out, step, f"val {step}", row, [])
 
-def whole_model(parallel, cfg):
-    """The whole model on rank 0 and None on the others, however it is laid out; all ranks call."""
-    if dist.get_world_size() == 1:
-        return parallel.model
-    values = dict(parallel.named_parameters())
-    if dist.get_rank() > 0:
-        return None
-    model = GPT3(cfg)
-    model.load_state_dict(values)
-    return model.to(parallel.device)
+def loss_by_position(model, heldout, n, cfg):
+    """Mean nats of the targets at each position of the context, over n held-out sequences: [T]."""
+    device = model.token_embedding.weight.device
+    total = torch.zeros(cfg.seq_len, device=device)
+    with evaluation_mode(model, cfg.compile):
+        for i in range(n):
+            batch = get_batch(heldout, i, 1, cfg)
+            logits = model(batch["tokens"].to(device))[0]  # [T, V]
+            total += F.cross_entropy(logits, batch["targets"][0].to(device), reduction="none")
+    return (total / n).tolist()
 
 def sample(model, ids, n, allowed_ids, cfg):
     """ids and n more, drawn at temperature 0.8 among allowed_ids [V] (boolean)."""
@@ -1213,48 +1125,10 @@ def sample(model, ids, n, allowed_ids, cfg):
     with evaluation_mode(model, cfg.compile):
         for _ in range(n):
             tokens = torch.tensor([ids[-cfg.seq_len :]], device=device)  # [1, T]
-            with torch.autocast(device.type, torch.bfloat16, cfg.precision == "bf16"):
-                logits = model(tokens)[0, -1].float().cpu()  # [V]
+            logits = model(tokens)[0, -1].cpu()  # [V]
             p = (logits / 0.8).masked_fill(~allowed_ids, -math.inf).softmax(-1)
             ids = ids + torch.multinomial(p, 1).tolist()
     return ids
-
-def loss_by_position(model, heldout, n, cfg):
-    """Mean nats of the targets at each position of the context, over n held-out sequences: [T]."""
-    device = model.token_embedding.weight.device
-    total = 0.0
-    with evaluation_mode(model, cfg.compile):
-        for i in range(n):
-            batch = get_batch(heldout, i, 1, cfg)
-            logits = model(batch["tokens"].to(device))[0]  # [T, V]
-            targets = batch["targets"][0].to(device)
-            total = total + F.cross_entropy(logits, targets, reduction="none")
-    return (total / n).tolist()
-
-def shots(model, tokenizer, n_shots, n, cfg):
-    """A mapping made up on the spot, eight words to eight others, of which n_shots are shown, the
-    one that is asked for among them: (nats of an answer, share of answers all of whose tokens are
-    ranked first) over n such prompts; NaN where one does not fit."""
-    # Departure: the paper's tasks need benchmarks and a large model. This is its smallest case: a
-    # rule that only the context can tell.
-    nats = right = 0.0
-    for i in range(n):
-        def word(*key):
-            letters = stable_hash(cfg.seed, "shots", i, *key)
-            return "".join(chr(97 + letters // 26**k % 26) for k in range(4))
-
-        asked = stable_hash(cfg.seed, i) % max(n_shots, 1)
-        shown = "".join(f"{word('x', k)} = {word('y', k)}\n" for k in range(n_shots))
-        prompt = tokenizer.encode_ordinary(f"{shown}{word('x', asked)} =")
-        answer = tokenizer.encode_ordinary(f" {word('y', asked)}")
-        if len(prompt + answer) > cfg.seq_len:
-            return math.nan, math.nan
-        ids = torch.tensor(prompt + answer, device=model.token_embedding.weight.device)
-        with evaluation_mode(model, cfg.compile):
-            logits = model(ids[None, :-1])[0, len(prompt) - 1 :]  # [T, V] of the answer
-        nats += F.cross_entropy(logits, ids[len(prompt) :], reduction="sum").item() / n
-        right += torch.equal(logits.argmax(-1), ids[len(prompt) :]) / n
-    return nats, right
 
 def check(cfg, ranks):
     """Raise ValueError for a configuration that cannot run on that many ranks."""
@@ -1264,55 +1138,44 @@ def check(cfg, ranks):
         if field.type in (int, float) and not least <= getattr(cfg, field.name) < math.inf:
             raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
     n_entries = cfg.train_tokenizer or entries_to_learn(cfg.tokenizer)
+    steps, micro = split_batch(cfg, cfg.dp)
     for wrong, message in (
         (cfg.dim % cfg.n_heads, f"{cfg.n_heads} heads do not divide the width {cfg.dim}"),
         (cfg.n_heads % cfg.tp, f"--tp {cfg.tp} does not divide {cfg.n_heads} heads"),
         (cfg.hidden_dim % cfg.tp, f"--tp {cfg.tp} does not divide --hidden_dim {cfg.hidden_dim}"),
         (cfg.n_layers + 2 < cfg.pp,
          f"{cfg.n_layers} layers, embedding and softmax are fewer than --pp {cfg.pp}"),
-        (cfg.dropout >= 1, f"--dropout {cfg.dropout} leaves nothing"),
+        (cfg.dp * steps * micro != cfg.batch_size,
+         f"--batch_size {cfg.batch_size} is not {cfg.dp} ranks x n micro-batches of {micro}"),
+        (steps < cfg.pp, f"{steps} micro-batches are fewer than --pp {cfg.pp}"),
+        (cfg.first_batch > cfg.batch_size,
+         f"--first_batch {cfg.first_batch} is more than --batch_size {cfg.batch_size}"),
+        (cfg.compile and cfg.first_batch and not cfg.micro_batch,
+         "--compile needs --micro_batch where the batch grows"),
+        (cfg.tokens <= 0, "--tokens is 0"),
+        (cfg.warmup > 0.1, f"--warmup {cfg.warmup} is more than a tenth of the run"),
+        (cfg.dropout >= 1, f"--dropout {cfg.dropout} is not less than 1"),
         (0 < n_entries <= 256, f"a BPE of {n_entries} entries has no more than the 256 bytes"),
         (cfg.train_tokenizer and not cfg.out, "--train_tokenizer needs --out"),
         (cfg.train_tokenizer and os.path.exists(f"{cfg.out}/ranks.tiktoken"),
          f"--train_tokenizer: {cfg.out} has ranks.tiktoken already"),
-        (cfg.noise_scale and cfg.pp > 1, "--noise_scale does not work with --pp"),
-        (cfg.noise_scale and not cfg.batch_size > cfg.dp * cfg.micro_batch > 0,
-         "--noise_scale needs --micro_batch, and two of them in the batch"),
-        (cfg.first_batch > cfg.batch_size,
-         f"--first_batch {cfg.first_batch} is more than --batch_size {cfg.batch_size}"),
-        (cfg.first_batch % cfg.batch_multiple or cfg.batch_size % cfg.batch_multiple,
-         f"--first_batch and --batch_size are not multiples of {cfg.batch_multiple}"),
-        (cfg.compile and cfg.first_batch and not cfg.micro_batch,
-         "--compile needs --micro_batch where the batch grows"),
         (cfg.resume and not cfg.out, "--resume needs --out"),
         (cfg.eval and not cfg.out and not cfg.init, "--eval needs --out or --init"),
+        (cfg.export and cfg.tp * cfg.pp > 1, "--export needs a model without --tp and --pp"),
         (ranks > 1 and (cfg.write_tokens or cfg.train_tokenizer),
          "--write_tokens and --train_tokenizer run in one process, without torchrun"),
-        (cfg.write_tokens and len(parse_mix(cfg.data)) > 1,
+        (cfg.write_tokens and len(parse_weights(cfg.data)) > 1,
          "--write_tokens takes one corpus, not a mix"),
         (cfg.write_tokens and entries_to_learn(cfg.tokenizer) and not cfg.out,
          "--write_tokens needs --out for the ranks of a BPE that it learns"),
     ):  # fmt: skip
         if wrong:
             raise ValueError(message)
-    check_batches(cfg)
     check_directories(cfg.init, cfg.export, cfg.write_tokens)
 
-def check_batches(cfg):
-    """Raise ValueError if a batch of the ramp does not fit the layout."""
-    for n in range(cfg.first_batch or cfg.batch_size, cfg.batch_size + 1, cfg.batch_multiple):
-        steps, micro = split_batch(dataclasses.replace(cfg, batch_size=n), cfg.dp)
-        if cfg.dp * steps * micro != n or not steps:
-            raise ValueError(
-                f"a batch of {n} sequences is not {cfg.dp} data-parallel ranks x micro-batches of "
-                f"{max(micro, 1)}: see --first_batch, --batch_size, --batch_multiple, --micro_batch"
-            )
-        if steps < cfg.pp:
-            raise ValueError(f"{steps} micro-batches are fewer than --pp {cfg.pp}: --first_batch")
-
 def dry_run(cfg):
-    """Print parameters, FLOPs per token, updates and memory on the rank that needs most, computed
-    from shapes alone."""
+    """Print parameters, FLOPs, updates, the loss to expect, and memory on the rank that needs most,
+    computed from shapes alone."""
     cfg = lay_out(cfg, cfg.world_size)
     check(cfg, cfg.world_size)
     n_entries = entries_to_learn(cfg.tokenizer)
@@ -1320,14 +1183,30 @@ def dry_run(cfg):
         cfg.vocab_size = n_entries + 1
     elif not cfg.vocab_size:
         cfg.vocab_size = load_tokenizer(cfg.tokenizer or "bytes", ["<|endoftext|>"]).n_vocab
+    cfg.tokens = run_tokens(cfg)
     with torch.device("meta"):
-        total, activated = count_parameters(GPT3(cfg))
-    print(f"parameters {total:,} | activated {activated:,}")
+        n, activated = count_parameters(GPT3(cfg))
+    print(f"parameters {n:,} | activated {activated:,}")
     print(f"FLOPs per token {flops_per_token(cfg):.4g} | 6 N gives {6 * activated:.4g}")
     ramp, steps = count_steps(cfg)
     print(f"updates {steps:,}, {ramp:,} of them of the ramp | pipeline bubble", end=" ")
     print(f"{(cfg.pp - 1) / split_batch(cfg, cfg.dp)[0]:.1%} of the work on a full batch")
+    days = 6 * n * cfg.tokens / 8.64e19
+    inner = days * (1 - (cfg.vocab_size + cfg.seq_len) * cfg.dim / n)  # without embeddings
+    print(f"PF-days {days:.4g} (Table D.1) | least loss for that compute", end=" ")
+    print(f"{2.57 * inner**-0.048:.2f} nats per token (Fig. 3.1)")
     print_memory(memory_per_rank(cfg))
+
+def run_tokens(cfg):
+    """Tokens of the run: --tokens or, with --steps, the fewest that take as many updates."""
+    if not cfg.steps:
+        return cfg.tokens
+
+    def updates(n):
+        return count_steps(dataclasses.replace(cfg, tokens=float(n * cfg.seq_len)))[1]
+
+    sequences = range(cfg.steps * cfg.batch_size + 1)
+    return float(bisect.bisect_left(sequences, cfg.steps, key=updates) * cfg.seq_len)
 
 def take_step(parallel, optimizer, batches, lr, state):
     """One update from this data-parallel rank's micro-batches: (loss, gradient norm) of the global
@@ -1336,43 +1215,37 @@ def take_step(parallel, optimizer, batches, lr, state):
     """
     cfg = parallel.cfg
     while True:
-        loss, first_norm = parallel.run(batches, state["scale"])
-        norm, loss = gradient_norm(parallel.model, loss, parallel.mesh)
-        if math.isfinite(norm) or not math.isfinite(loss) or state["scale"] <= 1:
+        loss, square, small, ratio = parallel.gradients(batches, state["scale"])
+        if math.isfinite(square) or not math.isfinite(loss) or state["scale"] <= 1:
             break
         state["scale"] /= 2
         state["clean"] = 0
         print(f"step {state['step'] + 1} overflows: loss scale {state['scale']:g}")
-        optimizer.zero_grad()
-    norm /= state["scale"]
+    norm = math.sqrt(square) / state["scale"]
     finite = math.isfinite(norm) and math.isfinite(loss)
-    n_big = sum(len(batch["tokens"]) for batch in batches) * cfg.dp
     measured = {}
-    if first_norm and finite:
-        n_small = len(batches[0]["tokens"]) * cfg.dp
-        small = first_norm * n_big / n_small / state["scale"]  # as the mean of its own targets
-        square, trace = noise_scale(small, norm, n_small, n_big)
-        # Undisclosed: the decay of the averages.
-        state["square"] = 0.99 * state["square"] + 0.01 * square
-        state["trace"] = 0.99 * state["trace"] + 0.01 * trace
-        measured["noise"] = state["trace"] / state["square"]
-    factor = 1 / state["scale"]
-    if cfg.clip:
-        factor *= min(1.0, cfg.clip / (norm + 1e-6))
+    if finite and cfg.noise_scale:
+        n_big = sum(len(batch["tokens"]) for batch in batches) * cfg.dp
+        if math.isfinite(small):
+            small /= state["scale"] ** 2
+            square, trace = noise_scale(small, norm**2, n_big / ratio, n_big)
+            # Undisclosed: the decay of the averages.
+            state["square"] = 0.99 * state["square"] + 0.01 * square
+            state["trace"] = 0.99 * state["trace"] + 0.01 * trace
+        measured["noise"] = state["trace"] / (state["square"] or math.nan)
     for group in optimizer.param_groups:
         group["lr"] = lr
     if finite:
-        for p in parallel.model.parameters():
-            p.grad.mul_(factor)
+        limit = cfg.clip or math.inf
+        parallel.gradient.mul_(min(1.0, limit / (norm + 1e-6)) / state["scale"])
         optimizer.step()
-    optimizer.zero_grad()
     state["clean"] = state["clean"] + 1 if finite and cfg.precision == "fp16" else 0
     if state["clean"] == 1000:
         state["scale"] *= 2
         state["clean"] = 0
     return loss, norm, measured
 
-def train(parallel, optimizer, mixture, heldout, state, cfg):
+def train(parallel, optimizer, mix, heldout, state, cfg):
     """Update the model until the tokens of the run are used up; False if a signal ends it. A
     skipped update counts for the batch and the end of the run, not for the learning rate."""
     place = parallel.device, parallel.data_rank, cfg.dp
@@ -1380,7 +1253,7 @@ def train(parallel, optimizer, mixture, heldout, state, cfg):
     thread = ThreadPoolExecutor(1)  # reads the next batch during an update
     first = state["sequences"]  # of the batch to come
     now = dataclasses.replace(cfg, batch_size=batch_at(first * cfg.seq_len, cfg))
-    ahead = thread.submit(read_batch, mixture, first, now, *place)
+    ahead = thread.submit(read_batch, mix, first, now, *place)
     steps_left = count_steps(cfg, first * cfg.seq_len)[1]
     first_step = saved = state["step"]
     clock = time.perf_counter()
@@ -1412,7 +1285,7 @@ def train(parallel, optimizer, mixture, heldout, state, cfg):
         batch_size = now.batch_size
         first += batch_size
         now = dataclasses.replace(cfg, batch_size=batch_at(first * cfg.seq_len, cfg))
-        ahead = thread.submit(read_batch, mixture, first, now, *place)
+        ahead = thread.submit(read_batch, mix, first, now, *place)
         sum_counts(batches, cfg.dp)
         key = cfg.seed, step, parallel.data_rank, parallel.stage  # the same for all of tp
         torch.manual_seed(stable_hash(*key))  # of dropout
@@ -1439,51 +1312,6 @@ def train(parallel, optimizer, mixture, heldout, state, cfg):
         if n_skipped == 3 or (n_skipped and steps_left == 0):
             raise ValueError(f"no finite gradient in the last {n_skipped} steps to {step + 1}")
 
-def print_plan(mixture, cfg, device):
-    """Print versions, layout, model and batch, and how many epochs of each corpus the run has."""
-    with torch.device("meta"):
-        total, activated = count_parameters(GPT3(cfg))
-    now = dataclasses.replace(cfg, batch_size=batch_at(0, cfg))
-    steps, micro = split_batch(now, cfg.dp)
-    print(f"torch {torch.__version__} | {device.type} {cfg.precision}", end=" | ")
-    print(f"{mixture.n_windows(cfg.seq_len):,} windows | {count_steps(cfg)[1]:,} updates")
-    print(f"parameters {total:,} | activated {activated:,}", end=" | ")
-    print(f"FLOPs per token {flops_per_token(cfg):.3g} | tokens per step", end=" ")
-    print(f"{now.batch_size * cfg.seq_len:,} = {cfg.dp} ranks x {steps} x {micro}", end=" ")
-    print(f"sequences of {cfg.seq_len} | up to {cfg.batch_size * cfg.seq_len:,}", end=" | ")
-    print(f"tp {cfg.tp} x pp {cfg.pp} x dp {cfg.dp}")
-    if len(mixture.names) > 1:
-        for name, corpus, share in zip(mixture.names, mixture.corpora, mixture.shares):
-            part = share / mixture.block
-            epochs = part * cfg.tokens / cfg.seq_len / corpus.n_windows(cfg.seq_len)
-            print(f"  {part:.1%} {name or 'the library'}, {epochs:.2f} epochs")
-
-def show_context_use(parallel, heldout, tokenizer, cfg):
-    """Print the loss by position, what examples in the context are good for (the title), and a
-    sample, of a model that fits one rank; all ranks call."""
-    with torch.device("meta"):
-        fits = count_parameters(GPT3(cfg))[0] < 2e9
-    model = whole_model(parallel, cfg) if fits else None
-    if not model:
-        return
-    n = min(64, heldout.n_windows(cfg.seq_len))
-    nats = loss_by_position(model, heldout, n, cfg)
-    edges = [0]
-    while edges[-1] < cfg.seq_len:
-        edges.append(min(max(4, 2 * edges[-1]), cfg.seq_len))
-    means = [f"{a}-{b - 1} {sum(nats[a:b]) / (b - a):.3f}" for a, b in itertools.pairwise(edges)]
-    print("loss by position |", " | ".join(means))
-    if tokenizer:
-        for n_shots in (0, 1, 8):
-            nats, right = shots(model, tokenizer, n_shots, 64, cfg)
-            line = f"{nats:.3f} nats an answer | {right:.1%} right"
-            print(f"{n_shots} shots |", "they do not fit --seq_len" if math.isnan(nats) else line)
-        ids = get_batch(heldout, 0, 1, cfg)["tokens"][0, :32].tolist()
-        if cfg.prompt:
-            ids = tokenizer.encode_ordinary(cfg.prompt)
-        allowed_ids = torch.from_numpy(heldout.token_bytes > 0)
-        print(tokenizer.decode(sample(model, ids, 256, allowed_ids, cfg)))
-
 @record
 def main(argv=None):
     """Run the command line: read the data, build or resume the run, train, export and sample."""
@@ -1496,27 +1324,32 @@ def main(argv=None):
         cfg = lay_out(cfg, ranks)
         check(cfg, ranks)
         if cfg.init:
-            cfg = dataclasses.replace(cfg, **read_gpt2_config(cfg.init))
-            check(cfg, ranks)  # its shape
-        data = load_mixture(cfg)
+            source, theirs = from_hf(cfg.init)
+            shape = {name: getattr(theirs, name) for name in SHAPE}
+            for name in given & {"band", "banded"}:  # dense models may get banded layers
+                shape[name] = getattr(cfg, name)
+            cfg = dataclasses.replace(cfg, **shape)
+            check(cfg, ranks)
+        data = load_mix(cfg)
         if not data:
             return
-        tokenizer, mixture, heldout = data
-        if cfg.steps:
-            cfg.tokens = count_tokens(cfg, cfg.steps)
+        tokenizer, mix, heldout = data
+        n_windows = mix.n_windows(cfg.seq_len)
+
+        cfg.tokens = run_tokens(cfg)
         fixed = {name: getattr(cfg, name) for name in (*SHAPE, "seed", "tp", "pp")}
-        fixed["data_fingerprint"] = mixture.fingerprint()
+        fixed["data_fingerprint"] = mix.fingerprint()
         checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
         if run and not given & {"steps", "tokens"}:  # as many tokens as its first start planned
             cfg.tokens = run["tokens"]
-        if cfg.warmup_tokens > cfg.tokens / 10:
-            cfg.warmup_tokens = cfg.tokens / 10
-            print(f"the warm-up is cut to {cfg.warmup_tokens:,.0f} tokens, a tenth of the run")
 
         parallel = ModelParallel(cfg, device)
         init_weights(parallel.model, cfg, parallel.tp)
         if cfg.init:
-            read_gpt2_weights(parallel.model, cfg, cfg.init, parallel.tp)
+            values = source.state_dict()
+            for name, p in parallel.model.named_parameters():
+                value = values[name.replace("head.weight", "token_embedding.weight")]
+                fill_part(name, p, value, parallel.tp)
         optimizer = build_optimizer(parallel.model, cfg)
         state = {"step": 0, "sequences": 0, "tokens": 0}
         state |= {"scale": 1.0, "clean": 0, "square": 0.0, "trace": 0.0}
@@ -1527,18 +1360,41 @@ def main(argv=None):
         if cfg.eval:
             if not checkpoint and not cfg.init:
                 raise ValueError(f"--eval: {cfg.out} has no checkpoint")
-            cfg.tokens = 0
+            cfg.tokens = 0.0
             cfg.out = ""  # nothing is written
         if cfg.out:
             lock = claim_directory(cfg.out, dataclasses.asdict(cfg) | fixed)  # while the run lives
-        print_plan(mixture, cfg, device)
-        if not train(parallel, optimizer, mixture, heldout, state, cfg):
+        with torch.device("meta"):
+            n, activated = count_parameters(GPT3(cfg))
+        first = dataclasses.replace(cfg, batch_size=batch_at(0, cfg))
+        steps, micro = split_batch(first, cfg.dp)
+        tokens = first.batch_size * cfg.seq_len
+        print(f"torch {torch.__version__} | {device.type} {cfg.precision} | {n_windows:,} windows")
+        print(f"parameters {n:,} | activated {activated:,}", end=" | ")
+        print(f"FLOPs per token {flops_per_token(cfg):.3g} | tokens per step", end=" ")
+        print(f"{tokens:,} = {cfg.dp} ranks x {steps} x {micro} sequences of {cfg.seq_len}", end="")
+        print(f", later {cfg.batch_size * cfg.seq_len:,} | tp {cfg.tp} x pp {cfg.pp} x dp {cfg.dp}")
+        for name, corpus, weight in zip(mix.names, mix.corpora, mix.weights):
+            epochs = weight * cfg.tokens / cfg.seq_len / corpus.n_windows(cfg.seq_len)
+            print(f"  {weight:.1%} {name or 'the library'}, {epochs:.2f} epochs")
+        if not train(parallel, optimizer, mix, heldout, state, cfg):
             return print(f"stopped after step {state['step']}")
-        if cfg.export and dist.get_rank() == 0:
-            to_hf(parallel, cfg, cfg.export)
-        elif cfg.export:
-            collections.deque(parallel.named_parameters(), maxlen=0)  # with rank 0
-        show_context_use(parallel, heldout, tokenizer, cfg)
+        if dist.get_rank() > 0 or cfg.tp * cfg.pp > 1:  # the rest needs the model on one rank
+            return
+        model = parallel.model
+        if cfg.export:
+            to_hf(model, cfg, cfg.export)
+        nats = loss_by_position(model, heldout, min(64, heldout.n_windows(cfg.seq_len)), cfg)
+        edges = [0, *itertools.takewhile(lambda n: n < cfg.seq_len, (4 * 2**i for i in range(30)))]
+        pairs = itertools.pairwise([*edges, cfg.seq_len])
+        means = [f"{a}-{b - 1} {sum(nats[a:b]) / (b - a):.3f}" for a, b in pairs]
+        print("loss by position |", " | ".join(means))
+        if tokenizer:
+            ids = get_batch(heldout, 0, 1, cfg)["tokens"][0, :32].tolist()
+            if cfg.prompt:
+                ids = tokenizer.encode_ordinary(cfg.prompt)
+            allowed_ids = torch.from_numpy(heldout.token_bytes > 0)
+            print(tokenizer.decode(sample(model, ids, 256, allowed_ids, cfg)))
 
 # ---------------------------------------- Plumbing ----------------------------------------
 

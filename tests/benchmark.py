@@ -225,17 +225,17 @@ def the_model_parallel(module, cfg):
     cfg = module.lay_out(cfg, 1)
     sizes = cfg.vocab_size, cfg.batch_size, cfg.seq_len
     corpora = module.load_corpora([], documents, tokenizer, tokenizer.eot_token, *sizes)
-    mixture, heldout = (module.Mixture({"": 1.0}, [corpus], [0], 0) for corpus in corpora)
+    mixture, heldout = (module.TrainingMix({"": 1.0}, [corpus]) for corpus in corpora)
     parallel = module.ModelParallel(cfg, torch.device("cpu"))
     module.init_weights(parallel.model, cfg)
     optimizer = module.build_optimizer(parallel.model, cfg)
-    state = dict.fromkeys(("sequences", "tokens", "clean"), 0) | {"step": 1, "scale": 1.0}
+    state = dict.fromkeys(("sequences", "tokens", "clean", "square", "trace"), 0) | {"step": 1, "scale": 1.0}
 
     def run():
         now = dataclasses.replace(cfg, tokens=state["tokens"] + STEPS * cfg.batch_size * cfg.seq_len)
         module.validate = lambda *_: None  # at the end, and no part of an update
         with contextlib.redirect_stdout(io.StringIO()):
-            module.train(parallel, optimizer, mixture, heldout, state, now, [])
+            module.train(parallel, optimizer, mixture, heldout, state, now)
 
     return run
 
@@ -260,12 +260,10 @@ def gpt3_main(module, args):
         memory = {kind: peak_memory(f"{kind},{column}", [args.script]) for kind in ("script", "book", "hf")}
         print(f"{column}, peak MiB", ", ".join(f"{kind} {size:.0f}" for kind, size in memory.items()))
     q, k, v = torch.randn(3, 1, 12, 2048, 64, requires_grad=True)
-    masks = {band: module.banded_mask(2048, band, torch.device("cpu")) for band in (128,)}
-
-    def call(mask):
-        return lambda: [module.attend(q, k, v, mask).sum().backward() for _ in range(STEPS)]
-
-    compare("attention at 2,048, dense, against a band of 128", call(None), call(masks[128]), args.pairs)
+    banded = lambda: module.banded_attention(q, k, v, 128, 0.0)  # noqa: E731
+    dense = lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # noqa: E731
+    calls = [lambda attend=attend: [attend().sum().backward() for _ in range(STEPS)] for attend in (banded, dense)]
+    compare("attention at 2,048, a band of 128, against dense", *calls, args.pairs)
 
 
 def one_pass(module, cfg):

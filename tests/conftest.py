@@ -51,7 +51,7 @@ SCRIPTS = {
     "gpt3": Row(
         model="GPT3",
         tiny=dict(vocab_size=257, seq_len=7, dim=24, n_layers=4, n_heads=4, hidden_dim=80, band=3, batch_size=8, first_batch=0,
-                  precision="fp32", lr=1e-3, tokens=280.0, warmup_tokens=56.0),
+                  precision="fp32", lr=1e-3, tokens=280.0, warmup=0.1),
         counts={"gpt2": 124_439_808, "gpt2_medium": 354_823_168, "gpt2_large": 774_030_080, "gpt2_xl": 1_557_611_200,
                 "125m": 125_226_240, "350m": 355_871_744, "760m": 760_300_032, "1.3b": 1_315_723_264, "2.7b": 2_651_553_280,
                 "6.7b": 6_658_404_352, "13b": 12_853_386_240, "175b": 174_604_259_328, "small": 86_039_808, "demo": 446_080},
@@ -66,8 +66,8 @@ SCRIPTS = {
         variants=("--tokenizer bytes", "--tokenizer bytes --precision bf16 --recompute block --dim 32 --hidden_dim 64 --n_layers 2",
                   "--tokenizer bytes --precision fp16 --dim 16 --hidden_dim 32 --n_layers 2"),  # fp16 is slow on a CPU
         small=dict(tokenizer="", batch_size=4, first_batch=0, batch_multiple=1, dim=48, hidden_dim=64, seq_len=16,
-                   warmup_tokens=128, lr=1e-3),
-        prefix="/model/tp0.", warm="--warmup_tokens 30720",
+                   warmup=0.1, lr=1e-3),
+        prefix="/model/tp0.", warm="--warmup 0.1 --batch_size 24",
     ),
     "chinchilla": Row(
         model="Chinchilla",

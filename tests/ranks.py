@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import inspect
 import io
+import math
 import multiprocessing
 import os
 import pathlib
@@ -230,15 +231,16 @@ def split_gradients(module, cfg, corpus, values, device):
     parallel = module.ModelParallel(cfg, device)
     for key, p in parallel.model.named_parameters():
         value = values["token_embedding.weight" if key == "head.weight" else key].detach()
-        rows = module.whole_shape(key, p, parallel.tp)[0]
-        padded = torch.zeros(rows, *value.shape[1:])
-        padded[: len(value)] = value
-        module.fill(key, p, padded, parallel.tp)
+        module.fill_part(key, p, value, parallel.tp)
     batches = global_batch(module, corpus, cfg, device, parallel.data_rank, cfg.dp)
-    loss, _ = parallel.run(batches)
-    norm, loss = module.gradient_norm(parallel.model, loss, parallel.mesh)
-    found = {key: module.whole_tensor(key, p.grad, parallel.tp) for key, p in parallel.model.named_parameters()}
-    for key, g in found.items():
+    loss, square, *_ = parallel.gradients(batches, 1.0)
+    found, norm = {}, math.sqrt(square)
+    for key, p in parallel.model.named_parameters():
+        g, dim = p.grad, module.split_dimension(key)
+        if parallel.tp and dim is not None:
+            parts = [torch.empty_like(g) for _ in range(cfg.tp)]
+            dist.all_gather(parts, g.contiguous(), group=parallel.tp)
+            g = torch.cat(parts, dim)
         if key.startswith(("token_embedding", "head")):
             assert not g[cfg.vocab_size :].any(), "padding has no gradient"
             g = g[: cfg.vocab_size]

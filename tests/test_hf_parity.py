@@ -261,7 +261,7 @@ def test_gpt3_banded_layers_are_gpt2s_with_another_mask(banded, tmp_path):
 EXPORT = {
     "gemma": "--batch_size 2 --dim 32 --hidden_dim 48 --n_layers 3 --seq_len 16 --window 8 --long_tokens 0 --val_batches 1 --lr 0.01",
     "t5": "--tokenizer bytes --batch_size 2 --dim 32 --hidden_dim 48 --inputs 64 --lr 0.03 --ramp_down 0 --val_batches 1",
-    "gpt3": "--batch_size 2 --first_batch 0 --batch_multiple 1 --tokenizer= --dim 32 --hidden_dim 48 --seq_len 16 --val_batches 1 --lr 0.01 --warmup_tokens 32",
+    "gpt3": "--batch_size 2 --first_batch 0 --batch_multiple 1 --tokenizer= --dim 32 --hidden_dim 48 --seq_len 16 --val_batches 1 --lr 0.01 --warmup 0.1",
     "gpt1": "--batch_size 2 --dim 32 --hidden_dim 128 --seq_len 16 --n_heads 2 --val_batches 1 --lr 0.01 --warmup_steps 1",
     "chinchilla": "--sweep= --batch_size 2 --dim 32 --hidden_dim 48 --seq_len 16 --n_heads 4 --val_batches 1 --lr 0.01 --warmup_steps 1",
     "deepseek_v3": "--batch_size 2 --first_batch 2 --dim 32 --hidden_dim 48 --seq_len 16 --n_heads 4 --long= --val_batches 1 --lr 0.01 --warmup_steps 1",
