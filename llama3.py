@@ -128,7 +128,6 @@ class Config:
     pp: int = 1  # ranks among which the layers are split
     pp_chunks: int = 1  # pipeline stages on each rank
     dp: int = 0  # ranks among which data and optimizer are sharded; 0: all that are left
-    dp_replicate: int = 1  # copies of the sharded model, with the gradients summed over them
     # Machine
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     compile: bool = False  # compile each block with torch.compile
@@ -265,7 +264,7 @@ def phases(cfg):
             if extended and cfg.long_rope_theta:
                 now["rope_theta"] = cfg.long_rope_theta
             if cfg.pp > 1 and not cfg.micro_batch:  # two micro-batches for each rank of a pipeline
-                now["micro_batch"] = max(sequences // (data_ranks(cfg) * 2 * cfg.pp), 1)
+                now["micro_batch"] = max(sequences // (cfg.dp * 2 * cfg.pp), 1)
             if steps:
                 changed = dataclasses.replace(cfg, **now)
                 plan.append(Phase(stage, first, first + steps, before, changed))
@@ -280,53 +279,6 @@ def plan_position(plan, state):
     return i, plan[i].first + (position - plan[i].before) / plan[i].cfg.batch_size
 
 # ---------------------------------------- Model ----------------------------------------
-
-class SumGradient(torch.autograd.Function):
-    """Megatron's f, where a tensor enters the ranks of a group: its gradient sums over them."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient, group=ctx.group)
-        return gradient, None
-
-class SumOutput(torch.autograd.Function):
-    """Megatron's g, where partial results leave the ranks of a group: they sum over them."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        x = x.contiguous().clone()
-        dist.all_reduce(x, group=group)
-        return x
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient, None
-
-class GatherSequence(torch.autograd.Function):
-    """§3.3.2, context parallelism: all ranks' positions, in the order of the ranks, of dimension 3
-    of [2, B, K, T, E]; the backward pass sums the gradient of a rank's own positions."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        parts = x.new_empty(group.size() * len(x), *x.shape[1:])
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gather(parts, x, group=group)
-        return torch.cat(parts.chunk(group.size()), 3)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        parts = torch.cat(gradient.chunk(ctx.group.size(), 3)).float()  # summed in fp32
-        own = torch.empty_like(parts[: len(gradient)])
-        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        scatter(own, parts, group=ctx.group)
-        return own.type_as(gradient), None
 
 class Linear(nn.Linear):
     """A linear layer that works in the precision of its input, whatever its weights are kept in."""
@@ -372,14 +324,6 @@ def rotate(x, cos, sin):
     first, second = x.float().chunk(2, -1)  # [B, H, T, E/2]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).type_as(x)
 
-def context_positions(length, ranks, rank):
-    """§3.3.2: the positions of a context-parallel rank. Of 2 x ranks chunks it holds one from the
-    front and its mirror image from the back, so that causal attention costs all ranks the same."""
-    if ranks == 1:
-        return torch.arange(length)
-    chunks = torch.arange(length).chunk(2 * ranks)
-    return torch.cat((chunks[rank], chunks[2 * ranks - 1 - rank]))
-
 @functools.cache
 def flex_kernels():
     """(attention that skips masked blocks, maker of its masks), compiled; they train on GPUs."""
@@ -412,156 +356,150 @@ def attend(q, k, v, mask):
     return flex(q, k, v, block_mask=mask, enable_gqa=True)
 
 class GroupedQueryAttention(nn.Module):
-    """§3.2, [B, T, D] -> [B, T, D]. Under a tensor-parallel group tp each rank has its own heads,
-    under a context-parallel group cp its own positions, and keys and values of all."""
+    """Causal attention in which H / K query heads share a key-value head (§3.2), [B, T, D] ->
+    [B, T, D]. cos and sin [T, E/2] turn queries and keys, mask hides other documents."""
 
-    def __init__(self, dim, n_heads, n_kv_heads, bias=False, tp=None, cp=None):
+    def __init__(self, dim, n_heads, n_kv_heads, bias=False):
         super().__init__()
-        self.tp, self.cp, self.head_dim = tp, cp, dim // n_heads
-        width, kv_width = (n * self.head_dim // group_size(tp) for n in (n_heads, n_kv_heads))
-        self.q = Linear(dim, width, bias=bias)
-        self.k = Linear(dim, kv_width, bias=bias)
-        self.v = Linear(dim, kv_width, bias=bias)
-        self.out = Linear(width, dim, bias=False)
+        self.head_dim = dim // n_heads
+        self.q = Linear(dim, dim, bias=bias)
+        self.k = Linear(dim, n_kv_heads * self.head_dim, bias=bias)
+        self.v = Linear(dim, n_kv_heads * self.head_dim, bias=bias)
+        self.out = Linear(dim, dim, bias=False)
+        self.attend = attend  # context parallelism gathers keys and values first
 
-    def forward(self, x, rope, mask):
-        x = SumGradient.apply(x, self.tp) if self.tp else x
-        q, k, v = (  # [B, H, T, E], [B, K, T, E] twice
-            linear(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for linear in (self.q, self.k, self.v)
-        )
-        q, k = rotate(q, *rope), rotate(k, *rope)
-        if self.cp:
-            k, v = GatherSequence.apply(torch.stack((k, v)), self.cp)
-        x = self.out(attend(q, k, v, mask).transpose(1, 2).flatten(2))  # [B, T, D]
-        return SumOutput.apply(x, self.tp) if self.tp else x
-
-class GatedSiLU(torch.autograd.Function):
-    """silu(gate) * up, which keeps its two inputs for the backward pass and not silu(gate) too."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(gradient, gate).mul_(up), F.silu(gate).mul_(gradient)
+    def forward(self, x, cos, sin, mask=None):
+        heads = (-1, self.head_dim)
+        q = self.q(x).unflatten(-1, heads).transpose(1, 2)  # [B, H, T, E]
+        k = self.k(x).unflatten(-1, heads).transpose(1, 2)  # [B, K, T, E]
+        v = self.v(x).unflatten(-1, heads).transpose(1, 2)  # [B, K, T, E]
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
+        x = self.attend(q, k, v, mask)  # [B, H, T, E]
+        return self.out(x.transpose(1, 2).flatten(2))  # [B, T, D]
 
 class SwiGLU(nn.Module):
-    """(silu(x W_gate) * x W_up) W_down, [B, T, D] -> [B, T, D]; under tp a rank has a part of F."""
+    """(silu(x W_gate) * x W_up) W_down, [B, T, D] -> [B, T, D] (§3.2)."""
 
-    def __init__(self, dim, hidden_dim, tp=None):
+    def __init__(self, dim, hidden_dim):
         super().__init__()
-        self.tp = tp
-        self.gate = Linear(dim, hidden_dim // group_size(tp), bias=False)
-        self.up = Linear(dim, hidden_dim // group_size(tp), bias=False)
-        self.down = Linear(hidden_dim // group_size(tp), dim, bias=False)
+        self.gate = Linear(dim, hidden_dim, bias=False)
+        self.up = Linear(dim, hidden_dim, bias=False)
+        self.down = Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x):
-        x = SumGradient.apply(x, self.tp) if self.tp else x
-        x = self.down(GatedSiLU.apply(self.gate(x), self.up(x)))
-        return SumOutput.apply(x, self.tp) if self.tp else x
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 class Block(nn.Module):
-    """§3.2, [B, T, D] -> [B, T, D]: attention and feed-forward, each behind a norm and added."""
+    """Attention and feed-forward, each behind a norm and added, [B, T, D] -> [B, T, D] (§3.2)."""
 
-    # Undisclosed: whether tensor-parallel ranks share the norms' positions (sequence parallelism is
-    # cited, not said to be used). They do not: each has all, and their activations are not cut.
-
-    def __init__(self, cfg, tp=None, cp=None):
+    def __init__(self, cfg):
         super().__init__()
         heads = cfg.n_heads, cfg.n_kv_heads, cfg.qkv_bias
         self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.attn = GroupedQueryAttention(cfg.dim, *heads, tp, cp)
+        self.attn = GroupedQueryAttention(cfg.dim, *heads)
         self.mlp_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.mlp = SwiGLU(cfg.dim, cfg.hidden_dim, tp)
+        self.mlp = SwiGLU(cfg.dim, cfg.hidden_dim)
 
-    def forward(self, x, rope, mask):
-        x = x + self.attn(self.attn_norm(x), rope, mask)
+    def forward(self, x, cos, sin, mask=None):
+        x = x + self.attn(self.attn_norm(x), cos, sin, mask)
         return x + self.mlp(self.mlp_norm(x))
 
 class Llama3(nn.Module):
-    """§3.2, tokens [B, T] -> logits [B, T, V]; or a pipeline's stage of it, which has some layers,
-    and takes and gives [B, T, D] where it is not the first or the last."""
+    """§3.2, tokens [B, T] -> logits [B, T, V] in fp32 or, with targets, the summed loss. `dtype` is
+    the precision of the residual stream. parallelize cuts it over ranks, from outside."""
 
-    def __init__(self, cfg, layers=None, first=True, last=True, tp=None, cp=None):
+    def __init__(self, cfg):
         super().__init__()
-        self.tp, self.cp, self.recompute = tp, cp, cfg.recompute
-        self.dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-        rows = cfg.vocab_size // group_size(tp)
-        layers = range(cfg.n_layers) if layers is None else layers
-        self.token_embedding = nn.Embedding(rows, cfg.dim) if first else None
-        self.blocks = nn.ModuleDict({str(i): Block(cfg, tp, cp) for i in layers})
-        self.final_norm = RMSNorm(cfg.dim, cfg.norm_eps) if last else None
-        self.head = Linear(cfg.dim, rows, bias=False) if last else None
-        if cfg.tied and first and last:
-            self.head.weight = self.token_embedding.weight
+        self.dtype = torch.float32
+        self.vocab_size = cfg.vocab_size
+        self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.dim)
+        self.blocks = nn.ModuleDict({str(i): Block(cfg) for i in range(cfg.n_layers)})
+        self.final_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.head = None if cfg.tied else Linear(cfg.dim, cfg.vocab_size, bias=False)
         self.extend(cfg)
 
     def extend(self, cfg):
-        """Takes the rotary frequencies of cfg, which the long-context stage changes."""
+        """Take the rotary frequencies of cfg, which the long-context stage changes."""
         shape = cfg.dim // cfg.n_heads, cfg.rope_theta
         self.rope = rope_frequencies(*shape, cfg.rope_scaling, cfg.rope_factor, cfg.rope_original)
 
-    def embed(self, tokens):
-        """[B, T] -> [B, T, D]; under tensor parallelism a rank looks up its rows of the table."""
-        if not self.tp:
-            return self.token_embedding(tokens).to(self.dtype)
-        rows = self.token_embedding.weight.shape[0]
-        tokens = tokens - self.tp.rank() * rows
-        mine = (tokens >= 0) & (tokens < rows)
-        x = self.token_embedding(tokens.clamp(0, rows - 1)) * mine[..., None]
-        return SumOutput.apply(x, self.tp).to(self.dtype)
+    def forward(self, tokens, targets=None, documents=None):
+        """Logits or, with targets, the sum of the cross-entropies in nats. documents [B, T] numbers
+        the document of each token; without it a sequence is one document."""
+        x = self.transform(self.embed(tokens), documents)
+        x = self.final_norm(x)
+        return self.logits(x) if targets is None else self.loss(x, targets)
 
-    def forward(self, x, documents=None):
-        if self.token_embedding is not None:
-            x = self.embed(x)
+    def embed(self, tokens):
+        """[B, T] -> [B, T, D], not scaled."""
+        return self.token_embedding(tokens).to(self.dtype)
+
+    def transform(self, x, documents=None):
+        """The blocks, [B, T, D] -> [B, T, D]."""
         # Undisclosed: whether positions restart with a document. They do not: rotary attention sees
         # differences alone, so that both give the same result.
-        ranks, rank = group_size(self.cp), self.cp.rank() if self.cp else 0
-        shares = [context_positions(x.shape[1] * ranks, ranks, i) for i in range(ranks)]
-        rows, columns = shares[rank].to(x.device), torch.cat(shares).to(x.device)
+        rows, columns = self.positions(x)
         frequencies, scale = self.rope
         angles = rows[:, None] * frequencies.to(x.device)  # [T, E/2]
-        rope, mask = (angles.cos() * scale, angles.sin() * scale), None
-        if self.cp and documents is None:
-            documents = torch.zeros_like(columns).expand(len(x), -1)
-        if documents is not None:  # [B, T], of all ranks
+        cos = angles.cos() * scale
+        sin = angles.sin() * scale
+        mask = None
+        if documents is not None:
             mask = attention_mask(documents, rows, columns)
         for block in self.blocks.values():
-            if self.recompute == "block" and self.training:
-                x = checkpoint(block, x, rope, mask, use_reentrant=False)
-            else:
-                x = block(x, rope, mask)
-        if self.head is None:
-            return x
-        x = self.final_norm(x)
-        x = SumGradient.apply(x, self.tp) if self.tp else x
-        return self.head(x).float()
+            x = block(x, cos, sin, mask)
+        return x
 
-def group_size(group):
-    """Ranks of a process group; None is a group of one."""
-    return group.size() if group else 1
+    def positions(self, x):
+        """Positions [T] of the queries and of the keys."""
+        rows = torch.arange(x.shape[1], device=x.device)
+        return rows, rows
+
+    def logits(self, x):
+        """The head, [..., D] -> [..., V] in fp32."""
+        head = self.head or self.token_embedding
+        return F.linear(x, head.weight.type_as(x)).float()
+
+    def loss(self, x, targets):
+        """Sum of the cross-entropies, in nats, of the targets [B, T] after x [B, T, D]."""
+        return chunked_loss(self.logits, x.flatten(0, 1), targets, self.vocab_size)
+
+def slices(n, vocab_size):
+    """Slices of n positions, each with at most 2**25 logits, which take 128 MiB in fp32."""
+    size = max(2**25 // vocab_size, 1)
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+def chunked_loss(head, x, targets, vocab_size):
+    """Sum of the cross-entropies, in nats, of the logits head(x) of N positions x [N, D], chunk by
+    chunk, each recomputed in the backward pass, so that the logits of all positions never exist.
+    targets: N ids, of which -100 is not scored; or a function from a slice of n positions to their
+    distributions [n, V], zero for a position that is not scored."""
+
+    def chunk_loss(x, rows):
+        chosen = targets.flatten()[rows] if torch.is_tensor(targets) else targets(rows)
+        return F.cross_entropy(head(x), chosen, reduction="sum")
+
+    chunks = slices(len(x), vocab_size)
+    if len(chunks) == 1:  # nothing to save
+        return chunk_loss(x, chunks[0])
+    return sum(checkpoint(chunk_loss, x[rows], rows, use_reentrant=False) for rows in chunks)
 
 def init_weights(model, cfg, tp=None):
     """Gains are 1, biases 0, matrices normal. A parameter is drawn from (seed, its name), so that
-    every layout starts from the same numbers."""
+    every layout starts from the same numbers. Raises ValueError for a parameter without a rule."""
     # Undisclosed: all of it. N(0, 0.02), and for what is added to the residual stream, 2 L times,
     # 0.02 / sqrt(2 L), as GPT-2 has it.
     for name, p in model.named_parameters():
-        whole = whole_shape(name, p, tp)
+        whole = torch.empty(whole_shape(name, p, tp))
         if re.search(r"(token_embedding|head|q|k|v|out|gate|up|down)\.weight$", name):
             depth = 2 * cfg.n_layers if re.search(r"(out|down)\.weight$", name) else 1
-            key = "token_embedding.weight" if cfg.tied and name == "head.weight" else name
-            draw = torch.Generator().manual_seed(stable_hash(cfg.seed, key))
-            drawn = torch.empty(whole).normal_(0.0, 0.02 / math.sqrt(depth), generator=draw)
-            fill(name, p, drawn, tp)
+            generator = torch.Generator().manual_seed(stable_hash(cfg.seed, name))
+            fill(name, p, whole.normal_(0.0, 0.02 / math.sqrt(depth), generator=generator), tp)
         elif re.search(r"(q|k|v)\.bias$", name):
-            fill(name, p, torch.zeros(whole), tp)
+            fill(name, p, whole.zero_(), tp)
         elif re.search(r"_norm\.weight$", name):
-            fill(name, p, torch.ones(whole), tp)
+            fill(name, p, whole.fill_(1.0), tp)
         else:
             raise ValueError(f"no rule initialises {name}")
 
@@ -729,30 +667,11 @@ def get_batch(corpus, first, n, cfg):
 
 # ---------------------------------------- Objective ----------------------------------------
 
-def token_loss(logits, targets, tp=None):
-    """(sum of the nats of targets [N], how many of them had the largest logit, where autograd is
-    off) of logits [N, V]. Under tp each rank has its columns, and no rank ever has them all."""
-    counted, first = targets >= 0, tp.rank() * logits.shape[1] if tp else 0
-    if not tp and torch.is_grad_enabled():
-        return F.cross_entropy(logits, targets, reduction="sum"), 0
-    top = logits.detach().amax(1)  # [N]
-    mine = (targets >= first) & (targets < first + logits.shape[1])
-    local = (targets - first).clamp(0, logits.shape[1] - 1)[:, None]
-    target = logits.gather(1, local)[:, 0] * mine
-    if tp:
-        dist.all_reduce(top, dist.ReduceOp.MAX, group=tp)
-    total = (logits - top[:, None]).exp().sum(1)
-    if tp:
-        target, total = SumOutput.apply(target, tp), SumOutput.apply(total, tp)
-    nats = (total.log() + top - target) * counted
-    return nats.sum(), ((target >= top) & counted).sum()
-
 def objective(model, batch, cfg):
-    """Next-token cross-entropy, with metrics: the sum of the batch's nats, divided by
-    batch["n_targets"], the count of the whole global batch; hits counts targets ranked first."""
-    logits = model(batch["tokens"], batch.get("documents"))
-    nats, hits = token_loss(logits.flatten(0, 1), batch["targets"].flatten(), model.tp)
-    return nats / max(batch["n_targets"], 1), {"hits": hits}
+    """Next-token cross-entropy: the sum of the batch's nats, divided by batch["n_targets"], the
+    count of the whole global batch. There are no metrics."""
+    nats = model(batch["tokens"], batch["targets"], batch.get("documents"))
+    return nats / max(batch["n_targets"], 1), {}
 
 # ---------------------------------------- Optimizer ----------------------------------------
 
@@ -781,31 +700,32 @@ def learning_rate(step, cfg):
     return rate * (last.end - step) / (last.end - last.first) if step > start else rate
 
 def clip_gradients(model, loss, cfg, mesh):
-    """(norm of the whole gradient, loss summed over ranks), after scaling the gradient down to
-    cfg.clip. What several ranks hold counts once."""
-    whole, copied = [], []  # by tensor parallelism: a part on each rank, the same on all
+    """(norm of the complete gradient, loss summed over ranks), after scaling the gradient down to a
+    norm of cfg.clip. What tensor-parallel ranks hold alike counts once."""
+    split = []
+    replicated = []
     for name, p in model.named_parameters():
-        if not (name == "head.weight" and cfg.tied):  # the last stage's copy of the embedding
-            local = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
-            (copied if tensor_dimension(name) is None else whole).append(local)
-    square, more = (nn.utils.get_total_norm(part).double() ** 2 for part in (whole, copied))
-    square = square + more / mesh["tp"].size()
+        local = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
+        (replicated if tensor_dimension(name) is None else split).append(local)
+    square, shared = (nn.utils.get_total_norm(part).double() ** 2 for part in (split, replicated))
+    square = square + shared / mesh["tp"].size()
     # The update waits for the device here alone.
     square, loss = sum_over_ranks(*torch.stack([square, loss]).tolist())
-    norm = math.sqrt(square / mesh["dp_replicate"].size()) if square >= 0 else math.nan
+    norm = math.sqrt(square) if square >= 0 else math.nan
     if cfg.clip and norm > cfg.clip:
         for p in model.parameters():
             p.grad.mul_(cfg.clip / (norm + 1e-6))
     return norm, loss
 
-def update_average(pipeline, done, phase):
-    """§3.4.3, Polyak averaging: after `done` updates of annealing, at each of cfg.average equally
-    spaced ones, the running mean takes in the parameters."""
+def update_average(pipeline, done, n_updates, n_checkpoints):
+    """§3.4.3, Polyak averaging: after `done` of the updates of annealing, at each of n_checkpoints
+    equally spaced ones, the running mean takes in the parameters."""
     # Undisclosed: how many checkpoints and how far apart; here ten, uniformly.
-    n, steps = min(phase.cfg.average, phase.end - phase.first), phase.end - phase.first
-    if (count := done * n // steps) > (done - 1) * n // steps:
-        for name, p in pipeline.model.named_parameters():
-            pipeline.average[name].lerp_(p.data, 1 / count)
+    n_checkpoints = min(n_checkpoints, n_updates)
+    count = done * n_checkpoints // n_updates
+    if count > (done - 1) * n_checkpoints // n_updates:
+        for mean, p in zip(pipeline.average.parameters(), pipeline.model.parameters()):
+            mean.data.lerp_(p.data, 1 / count)
 
 # ---------------------------------------- Precision ----------------------------------------
 
@@ -823,22 +743,135 @@ PEAK_FLOPS = {  # dense bf16, by the device's exact name; a device not listed ge
 
 def make_mesh(cfg, device_type):
     """§3.3.2: [TP, CP, PP, DP] from the innermost, rank = tp + TP (cp + CP (pp + PP dp))."""
-    sizes = dict(dp_replicate=cfg.dp_replicate, dp=cfg.dp, pp=cfg.pp, cp=cfg.cp, tp=cfg.tp)
+    sizes = dict(dp=cfg.dp, pp=cfg.pp, cp=cfg.cp, tp=cfg.tp)
     return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 def fit_ranks(cfg, ranks):
     """cfg with dp, where it is 0, as the ranks that are left, and chunks of a pipeline only."""
-    others = cfg.tp * cfg.cp * cfg.pp * cfg.dp_replicate
-    sizes = (cfg.tp, cfg.cp, cfg.pp, cfg.dp_replicate)
-    if min(sizes) < 1 or ranks % others or (cfg.dp and cfg.dp * others != ranks):
-        sizes = f"tp {cfg.tp} x cp {cfg.cp} x pp {cfg.pp} x dp_replicate {cfg.dp_replicate}"
-        raise ValueError(f"{sizes} x dp {cfg.dp or 'any'} are not {ranks} ranks")
+    others = cfg.tp * cfg.cp * cfg.pp
+    if others < 1 or ranks % others or (cfg.dp and cfg.dp * others != ranks):
+        sizes = f"tp {cfg.tp} x cp {cfg.cp} x pp {cfg.pp} x dp {cfg.dp or 'any'}"
+        raise ValueError(f"{sizes} are not {ranks} ranks")
     chunks = cfg.pp_chunks if cfg.pp > 1 else 1
     return dataclasses.replace(cfg, dp=ranks // others, pp_chunks=chunks)
 
-def data_ranks(cfg):
-    """Data-parallel ranks: those that read sequences of their own."""
-    return max(cfg.dp, 1) * cfg.dp_replicate
+class SumGradient(torch.autograd.Function):
+    """Megatron's f, where a tensor enters the ranks of a group: its gradient sums over them."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+class SumOutput(torch.autograd.Function):
+    """Megatron's g, where partial results leave the ranks of a group: they sum over them."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        x = x.contiguous().clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+def split_branch(forward, tp, x, *inputs):
+    """A branch whose matrices are cut over tensor-parallel ranks, between Megatron's f and g."""
+    return SumOutput.apply(forward(SumGradient.apply(x, tp), *inputs), tp)
+
+def split_embed(model, tp, tokens):
+    """Llama3.embed, of a rank that has a part of the table's rows."""
+    rows = model.token_embedding.weight.shape[0]
+    tokens = tokens - tp.rank() * rows
+    mine = (tokens >= 0) & (tokens < rows)
+    x = model.token_embedding(tokens.clamp(0, rows - 1)) * mine[..., None]
+    return SumOutput.apply(x, tp).to(model.dtype)
+
+def split_loss(model, tp, x, targets):
+    """Llama3.loss, of a rank that has a part of the vocabulary: no rank ever has all logits."""
+
+    def chunk_loss(x, targets):
+        logits = model.logits(SumGradient.apply(x, tp))  # [N, V of this rank]
+        first = tp.rank() * logits.shape[1]
+        local = (targets - first).clamp(0, logits.shape[1] - 1)[:, None]
+        mine = (targets >= first) & (targets < first + logits.shape[1])
+        target = SumOutput.apply(logits.gather(1, local)[:, 0] * mine, tp)
+        top = logits.detach().amax(1)  # [N]
+        dist.all_reduce(top, dist.ReduceOp.MAX, group=tp)
+        total = SumOutput.apply((logits - top[:, None]).exp().sum(1), tp)
+        return ((total.log() + top - target) * (targets >= 0)).sum()
+
+    x = x.flatten(0, 1)  # [B T, D]
+    targets = targets.flatten()
+    nats = 0.0
+    for rows in slices(len(x), model.vocab_size // tp.size()):
+        nats = nats + checkpoint(chunk_loss, x[rows], targets[rows], use_reentrant=False)
+    return nats
+
+def split_matrices(model, tp):
+    """Tensor parallelism: keep this rank's part of the matrices, and sum over the ranks."""
+    for name, p in list(model.named_parameters()):
+        dim = tensor_dimension(name)
+        if dim is not None:
+            owner, _, attribute = name.rpartition(".")
+            part = nn.Parameter(p.chunk(tp.size(), dim)[tp.rank()].contiguous())
+            setattr(model.get_submodule(owner), attribute, part)
+    for block in model.blocks.values():
+        block.attn.forward = functools.partial(split_branch, block.attn.forward, tp)
+        block.mlp.forward = functools.partial(split_branch, block.mlp.forward, tp)
+    model.embed = functools.partial(split_embed, model, tp)
+    model.loss = functools.partial(split_loss, model, tp)
+
+class GatherSequence(torch.autograd.Function):
+    """§3.3.2, context parallelism: all ranks' positions, in the order of the ranks, of dimension 3
+    of [2, B, K, T, E]; the backward pass sums the gradient of a rank's own positions."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        parts = x.new_empty(group.size() * len(x), *x.shape[1:])
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(parts, x, group=group)
+        return torch.cat(parts.chunk(group.size()), 3)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        parts = torch.cat(gradient.chunk(ctx.group.size(), 3)).float()  # summed in fp32
+        own = torch.empty_like(parts[: len(gradient)])
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        scatter(own, parts, group=ctx.group)
+        return own.type_as(gradient), None
+
+def context_positions(length, ranks, rank):
+    """§3.3.2: the positions of a context-parallel rank. Of 2 x ranks chunks it holds one from the
+    front and its mirror image from the back, so that causal attention costs all ranks the same."""
+    if ranks == 1:
+        return torch.arange(length)
+    chunks = torch.arange(length).chunk(2 * ranks)
+    return torch.cat((chunks[rank], chunks[2 * ranks - 1 - rank]))
+
+def split_sequence(model, cp):
+    """Context parallelism: a rank has the positions of two chunks, and attends to those of all."""
+
+    def positions(x):
+        chunks = [context_positions(x.shape[1] * cp.size(), cp.size(), i) for i in range(cp.size())]
+        return chunks[cp.rank()].to(x.device), torch.cat(chunks).to(x.device)
+
+    def attend_to_all(q, k, v, mask):
+        k, v = GatherSequence.apply(torch.stack((k, v)), cp)
+        return attend(q, k, v, mask)
+
+    model.positions = positions
+    for block in model.blocks.values():
+        block.attn.attend = attend_to_all
 
 def stage_layers(cfg, stage):
     """§3.3.2: the layers of a pipeline stage, one less on the first and on the last, which have
@@ -847,11 +880,40 @@ def stage_layers(cfg, stage):
     edges = [round((cfg.n_layers + 2) * i / stages) for i in (stage, stage + 1)]
     return range(max(edges[0] - 1, 0), min(edges[1] - 1, cfg.n_layers))
 
+def keep_stage(model, cfg, stage):
+    """Pipeline parallelism: keep the layers of a stage, the embedding on the first and the head and
+    the loss on the last."""
+    layers = stage_layers(cfg, stage)
+    for name in list(model.blocks):
+        if int(name) not in layers:
+            del model.blocks[name]
+    is_first = stage == 0
+    is_last = stage == cfg.pp * cfg.pp_chunks - 1
+    if not is_first:
+        model.token_embedding = None
+    if not is_last:
+        model.final_norm = None
+        model.head = None
+
+    def forward(x, targets, documents=None):
+        if is_first:
+            x = model.embed(x)
+        x = model.transform(x, documents)
+        if is_last:
+            x = model.loss(model.final_norm(x), targets).view(1)
+        return x
+
+    model.forward = forward
+
 def tensor_dimension(name):
     """The dimension along which tensor parallelism cuts a parameter; None: each rank has it all."""
     if re.search(r"(token_embedding|head|q|k|v|gate|up)\.(weight|bias)$", name):
         return 0
     return 1 if re.search(r"(out|down)\.weight$", name) else None
+
+def group_size(group):
+    """Ranks of a process group; None is a group of one."""
+    return group.size() if group else 1
 
 def whole_shape(name, p, tp):
     """The shape that a parameter has without tensor parallelism."""
@@ -877,195 +939,210 @@ def whole_tensor(name, tensor, tp):
         tensor = torch.cat(parts, tensor_dimension(name))
     return tensor
 
-def parallelize(model, cfg, mesh):
-    """§3.3.2, sharded data parallelism of a model on the meta device, or a stage of it, which gets
-    its memory here, layer by layer: parameters, gradients and optimizer are cut over the data- and
-    context-parallel ranks, gradients reduced in fp32, and parameters not resharded after the
-    forward pass."""
-    shards = mesh["dp", "cp"]._flatten("dp_cp")
-    if cfg.dp_replicate > 1:
-        shards = DeviceMesh._concatenate([mesh["dp_replicate"], shards])
-    dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+def parallelize(model, cfg, mesh, stage=0):
+    """§3.3.2: cut a model on the meta device along [TP, CP, PP, DP], recompute and compile blocks,
+    and allocate this rank's part, whose values are not set. With DP (FSDP), parameters, gradients
+    and optimizer are sharded over the data- and context-parallel ranks, gradients are reduced in
+    fp32, and parameters are not resharded after the forward pass."""
+    # Departure: the residual stream and the norms are not cut by tensor parallelism (sequence
+    # parallelism is cited, not said to be used): each of the TP ranks keeps all of them, so that
+    # 405B at 8,192 positions needs --recompute block to fit 80 GB.
+    model.dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    if cfg.pp > 1:
+        keep_stage(model, cfg, stage)
+    if cfg.tp > 1:
+        split_matrices(model, mesh["tp"].get_group())
+    if cfg.cp > 1:
+        split_sequence(model, mesh["cp"].get_group())
+    ranks = mesh.mesh.permute(1, 3, 0, 2).flatten(2)  # [PP, TP, DP CP]
+    shards = DeviceMesh(mesh.device_type, ranks, mesh_dim_names=("pp", "tp", "shard"))["shard"]
+    policy = MixedPrecisionPolicy(model.dtype, torch.float32, cast_forward_inputs=False)
     settings = dict(mesh=shards, mp_policy=policy, reshard_after_forward=False)
     for block in model.blocks.values():
-        block.to_empty(device=mesh.device_type)
+        if cfg.recompute == "block":
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         if cfg.compile:
             torch.compiler.config.fail_on_recompile_limit_hit = True
             block.compile(dynamic=False)
         if shards.size() > 1:
             fully_shard(block, **settings)
-    for part in (model.token_embedding, model.final_norm, model.head):
-        if part is not None:
-            part.to_empty(device=mesh.device_type)
-    if cfg.tied and model.head is not None and model.token_embedding is not None:
-        model.head.weight = model.token_embedding.weight
-    return fully_shard(model, **settings) if shards.size() > 1 else model
+    if shards.size() > 1:
+        fully_shard(model, **settings)
+    return model.to_empty(device=mesh.device_type)
+
+def build_stages(cfg, mesh):
+    """(pipeline stages of this rank, all their parameters by their names in the model)."""
+    stages = []
+    merged = nn.Module()
+    merged.blocks = nn.ModuleDict()
+    for i in range(mesh["pp"].get_local_rank(), cfg.pp * cfg.pp_chunks, cfg.pp):
+        with torch.device("meta"):
+            model = Llama3(cfg)
+        stages.append(parallelize(model, cfg, mesh, i))
+        for name, child in stages[-1].named_children():
+            if name == "blocks":
+                merged.blocks.update(child)
+            else:
+                merged.add_module(name, child)
+    return stages, merged
 
 class Pipeline:
     """The part of the model that one rank has, run over micro-batches: one after the other where
-    that is all of it, and else by 1F1B, interleaved where a rank has several stages (§3.3.2)."""
+    that is all layers, and else by 1F1B, interleaved where a rank has several stages (§3.3.2)."""
 
     # Departure: consecutive micro-batches of a stage are what the engine's schedule makes of them,
     # about one per pipeline rank, not the paper's free N.
 
-    def __init__(self, cfg, mesh, averages=False):
-        """Builds this rank's part, without values yet, and room for its average."""
-        self.mesh, self.schedule, self.n_targets, self.hits = mesh, None, 0.0, 0.0
-        self.tp, self.cp = (
-            mesh[name].get_group() if mesh[name].size() > 1 else None for name in ("tp", "cp")
-        )
-        copy, shard = mesh["dp_replicate"].get_local_rank(), mesh["dp"].get_local_rank()
-        self.data_rank = copy * cfg.dp + shard
-        # sharding averages gradients over its ranks, and they are to be summed
-        self.scale, self.stages = data_ranks(cfg) * cfg.cp, []
-        for i in range(mesh["pp"].get_local_rank(), cfg.pp * cfg.pp_chunks, cfg.pp):
-            ends = i == 0, i == cfg.pp * cfg.pp_chunks - 1
-            with torch.device("meta"):
-                stage = Llama3(cfg, stage_layers(cfg, i), *ends, self.tp, self.cp)
-            self.stages.append(parallelize(stage, cfg, mesh))
-        self.model = nn.Module()  # all parameters, by their names in the whole model
-        self.model.blocks = nn.ModuleDict()
-        for stage in self.stages:
-            self.model.blocks.update(stage.blocks)
-            for name in ("token_embedding", "final_norm", "head"):
-                if getattr(stage, name) is not None:
-                    setattr(self.model, name, getattr(stage, name))
-        # what a checkpoint holds, under a name of the tensor-parallel rank: all have the same names
-        part, self.saved, self.average = f"tp{mesh['tp'].get_local_rank()}", nn.Module(), {}
-        self.saved.add_module(part, self.model)
-        for name, p in self.model.named_parameters() if averages and cfg.average else ():
-            self.average[name] = torch.zeros_like(p.data)
-            key = f"average/{part}/{name}".replace(".", "/")
-            self.saved.register_buffer(key, self.average[name])
+    def __init__(self, cfg, mesh):
+        self.mesh = mesh
+        self.tp = mesh["tp"].get_group() if cfg.tp > 1 else None
+        self.data_rank = mesh["dp"].get_local_rank()
+        self.n_shards = cfg.dp * cfg.cp  # sharding averages over these ranks, losses are summed
+        self.stages, self.model = build_stages(cfg, mesh)
+        self.average = None
+        # All tensor-parallel ranks have the same names: in a checkpoint, the rank is part of them.
+        self.saved = nn.ModuleDict({f"tp{mesh['tp'].get_local_rank()}": self.model})
+
+    def add_average(self, cfg):
+        """Make room for the average of the parameters, which is saved with them."""
+        _, self.average = build_stages(cfg, self.mesh)
+        for p in self.average.requires_grad_(False).parameters():
+            p.data.zero_()
+        self.saved[f"average_tp{self.mesh['tp'].get_local_rank()}"] = self.average
 
     def enter(self, cfg):
-        """Prepares for a phase: its positions, and a schedule, whose shapes are fixed."""
-        self.cfg, pp = cfg, self.mesh["pp"]
-        if cfg.compile:
-            torch.compiler.reset()  # drops what was compiled for other lengths
+        """Prepare for a phase: its positions, and a schedule, whose shapes are fixed."""
+        self.cfg = cfg
         for stage in self.stages:
             stage.extend(cfg)
-        if pp.size() > 1:
-            device = next(self.stages[0].parameters()).device
-            number, place = cfg.pp * cfg.pp_chunks, dict(device=device, group=pp.get_group())
-            stages = [
-                PipelineStage(stage, pp.get_local_rank() + i * cfg.pp, number, **place)
-                for i, stage in enumerate(self.stages)
-            ]
-            steps, settings = split_batch(cfg, data_ranks(cfg))[0], dict(scale_grads=False)
-            if len(stages) == 1:
-                self.schedule = Schedule1F1B(stages[0], steps, self.loss, **settings)
-            else:
-                self.schedule = ScheduleInterleaved1F1B(stages, steps, self.loss, **settings)
+        if cfg.pp == 1:
+            return
+        group = self.mesh["pp"].get_group()
+        device = next(self.model.parameters()).device
+        steps, _ = split_batch(cfg, cfg.dp)
+        stages = []
+        for i, stage in enumerate(self.stages):
+            index = group.rank() + i * cfg.pp
+            stages.append(PipelineStage(stage, index, cfg.pp * cfg.pp_chunks, device, group=group))
+        settings = dict(n_microbatches=steps, loss_fn=self.share, scale_grads=False)
+        if cfg.pp_chunks == 1:
+            self.schedule = Schedule1F1B(stages[0], **settings)
+        else:
+            self.schedule = ScheduleInterleaved1F1B(stages, **settings)
 
-    def loss(self, logits, targets):
-        """The objective of a micro-batch as the schedule asks for it, on the last stage."""
-        nats, hits = token_loss(logits.flatten(0, 1), targets.flatten(), self.tp)
-        self.hits += hits
-        return nats / max(self.n_targets, 1) * self.scale
+    def share(self, nats, _):
+        """Part of the mean loss over the global batch that a micro-batch's nats are, times the
+        number over which sharding averages gradients."""
+        return nats.sum() / max(self.n_targets, 1) * self.n_shards
 
     def run(self, batches):
         """This rank's part of the mean loss over the global batch, to be summed over all ranks;
-        where autograd is on, gradients of all of it are added to the parameters."""
-        cfg, losses, pp = self.cfg, [], self.mesh["pp"].get_local_rank()
-        own = context_positions(cfg.seq_len, cfg.cp, self.mesh["cp"].get_local_rank())
-        names = ("tokens", "targets")
-        batches = [batch | {name: batch[name][:, own] for name in names} for batch in batches]
-        self.n_targets, self.hits = batches[0]["n_targets"], 0.0
-        if self.schedule:
-            step = self.schedule.step if torch.is_grad_enabled() else self.schedule.eval
-            names = [name for name in batches[0] if not name.startswith("n_")]
-            whole = {name: torch.cat([batch[name] for batch in batches]) for name in names}
-            tokens, last = whole.pop("tokens"), dict(target=whole.pop("targets"), losses=losses)
-            first, last = (tokens,) if pp == 0 else (), last if pp == cfg.pp - 1 else {}
-            step(*first, **whole, **last, return_outputs=False)
-            if cfg.tied and torch.is_grad_enabled():
-                self.sum_tied_gradients()
-        else:
-            for i, batch in enumerate(batches, 1):
-                loss, metrics = objective(self.stages[0], batch, cfg)
-                self.hits += metrics["hits"]
-                losses.append(loss * self.scale)
+        where autograd is on, its gradients are added to the parameters."""
+        cfg = self.cfg
+        self.n_targets = batches[0]["n_targets"]
+        parts = [self.own_part(batch) for batch in batches]
+        losses = []
+        if cfg.pp > 1:
+            self.run_schedule(parts, losses)
+        for i, part in enumerate(parts, 1):
+            if cfg.pp == 1:
+                losses.append(objective(self.stages[0], part, cfg)[0] * self.n_shards)
                 if torch.is_grad_enabled():
-                    if self.scale > 1:  # ranks meet once, in the last micro-batch
-                        self.stages[0].set_requires_gradient_sync(i == len(batches))
-                        self.stages[0].set_reshard_after_backward(i == len(batches))
-                        self.stages[0].set_is_last_backward(i == len(batches))
-                    losses[-1].backward()
+                    self.backward(losses[-1], is_last=i == len(parts))
         if not torch.is_grad_enabled():  # as the backward pass would
             for module in itertools.chain(*(stage.modules() for stage in self.stages)):
-                module.reshard() if isinstance(module, FSDPModule) else None
-        self.hits = self.hits / cfg.tp
-        total = torch.zeros((), dtype=torch.float64, device=batches[0]["tokens"].device)
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+        total = torch.zeros((), dtype=torch.float64, device=parts[0]["tokens"].device)
         for loss in losses:
             total += loss.detach()
-        return total / self.scale / cfg.tp
+        return total / self.n_shards / cfg.tp
+
+    def own_part(self, batch):
+        """A micro-batch with this rank's positions of tokens and targets, and all documents."""
+        own = context_positions(self.cfg.seq_len, self.cfg.cp, self.mesh["cp"].get_local_rank())
+        part = batch | {name: batch[name][:, own] for name in ("tokens", "targets")}
+        if self.cfg.cp > 1:  # whose mask is written out
+            part.setdefault("documents", torch.zeros_like(batch["tokens"]))
+        return part
+
+    def backward(self, loss, is_last):
+        """Add the gradients of a micro-batch; ranks meet once, in the last."""
+        if self.n_shards > 1:
+            self.stages[0].set_requires_gradient_sync(is_last)
+            self.stages[0].set_reshard_after_backward(is_last)
+            self.stages[0].set_is_last_backward(is_last)
+        loss.backward()
+
+    def run_schedule(self, parts, losses):
+        """Forward and, where autograd is on, backward passes of all micro-batches through the
+        pipeline; the last stage has their losses."""
+        names = [name for name in parts[0] if not name.startswith("n_")]
+        inputs = {name: torch.cat([part[name] for part in parts]) for name in names}
+        tokens = inputs.pop("tokens")
+        rank = self.mesh["pp"].get_local_rank()
+        first = [tokens] if rank == 0 else []
+        if rank == self.cfg.pp - 1:
+            inputs |= {"target": inputs["targets"], "losses": losses}
+        step = self.schedule.step if torch.is_grad_enabled() else self.schedule.eval
+        step(*first, **inputs, return_outputs=False)
 
     @torch.no_grad()
     def evaluate(self, batches):
         """run without gradients."""
         return self.run(batches)
 
-    def sum_tied_gradients(self):
-        """First and last stage have a copy each of a tied embedding: both get the sum."""
-        rank, group = self.mesh["pp"].get_local_rank(), self.mesh["pp"].get_group()
-        ends = {0: self.stages[0].token_embedding, self.cfg.pp - 1: self.stages[-1].head}
-        if rank in ends:
-            gradient = ends[rank].weight.grad
-            gradient = gradient.to_local() if self.scale > 1 else gradient
-            other = torch.empty_like(gradient)
-            peer = dist.get_global_rank(group, self.cfg.pp - 1 - rank)
-            operations = [dist.P2POp(dist.isend, gradient, peer, group)]
-            operations.append(dist.P2POp(dist.irecv, other, peer, group))
-            for request in dist.batch_isend_irecv(operations):
-                request.wait()
-            gradient += other
-
 def memory_per_rank(cfg):
-    """Bytes on the rank of cfg.world_size that needs most, by kind, as an eager backward pass
-    begins in the phase cfg."""
-    steps, micro = split_batch(cfg, data_ranks(cfg))
-    stages, shards, found = cfg.pp * cfg.pp_chunks, max(cfg.dp, 1) * cfg.cp, []
-    # Kept per position and block: inputs of both norms (fp32), their outputs before and after the
-    # gain, and, cut by tensor parallelism, q, k, v, the attended values and three of the MLP's.
-    size, kv_dim = 2 if cfg.precision == "bf16" else 4, cfg.dim * cfg.n_kv_heads // cfg.n_heads
-    cut = 2 * cfg.dim + 2 * kv_dim + 3 * cfg.hidden_dim
-    block = 8 * cfg.dim + size * (4 * cfg.dim + cut / cfg.tp)
-    head = 4 * cfg.dim + size * 2 * cfg.dim + 4 * cfg.vocab_size / cfg.tp  # norm, loss's softmax
+    """Bytes on the rank that needs most, by kind, at the peak of an eager update in the phase cfg:
+    blocks x layer + tables."""
+    steps, micro = split_batch(cfg, cfg.dp)
+    size = 2 if cfg.precision == "bf16" else 4
+    kv_dim = cfg.dim * cfg.n_kv_heads // cfg.n_heads
+    matrices = 2 * cfg.dim * (cfg.dim + kv_dim) + 3 * cfg.dim * cfg.hidden_dim
+    biases = cfg.qkv_bias * (cfg.dim + 2 * kv_dim)
+    layer = (matrices + biases) / cfg.tp + 2 * cfg.dim
+    table = cfg.vocab_size * cfg.dim / cfg.tp
+    # Kept for the backward pass, per position and block: inputs of both norms in fp32, their
+    # outputs before and after the gain and, cut by tensor parallelism, q, k, v, the attended
+    # values and four of the MLP. Recomputed blocks keep their input, and one is there in full.
+    split = 2 * cfg.dim + 2 * kv_dim + 4 * cfg.hidden_dim
+    block = 8 * cfg.dim + size * (4 * cfg.dim + split / cfg.tp)
+    kept_block = size * cfg.dim if cfg.recompute == "block" else block
+    positions = micro * cfg.seq_len // cfg.cp
+    # The final norm, and of a chunk the fp32 logits, their softmax and its gradient.
+    head = positions * (4 + 2 * size) * cfg.dim
+    columns = cfg.vocab_size // cfg.tp
+    head += 12 * columns * slices(positions, columns)[0].stop
+    # Or, of the block whose backward pass runs, the gradients of three of the MLP and of its input.
+    gradients = positions * size * (3 * cfg.hidden_dim / cfg.tp + cfg.dim)
+    n_shards = cfg.dp * cfg.cp
+    ranks = []
     for rank in range(cfg.pp):
-        whole = local = blocks = 0
-        for i in range(rank, stages, cfg.pp):
-            with torch.device("meta"):
-                stage = Llama3(cfg, stage_layers(cfg, i), i == 0, i == stages - 1)
-            for name, p in stage.named_parameters():
-                shape = [*p.shape, 1]
-                if (dim := tensor_dimension(name)) is not None:
-                    shape[dim] //= cfg.tp
-                whole += math.prod(shape)
-                local += -(-shape[0] // shards) * math.prod(shape[1:])
-            blocks += len(stage.blocks)
-        # stages that have run forward and not backward, of 1F1B and of its interleaved form
+        is_last = rank == cfg.pp - 1
+        stages = range(rank, cfg.pp * cfg.pp_chunks, cfg.pp)
+        n_blocks = sum(len(stage_layers(cfg, stage)) for stage in stages)
+        n_tables = (rank == 0) + (is_last and not cfg.tied)
+        n = n_blocks * layer + n_tables * table + is_last * cfg.dim
+        # Micro-batches that have run forward and not backward, of 1F1B or its interleaved form.
         flight = min(cfg.pp - rank, steps)
         if cfg.pp_chunks > 1:
             at_once = steps // max(steps // cfg.pp, 1)  # consecutive micro-batches of a stage
             flight = (cfg.pp_chunks - 1) * at_once + 2 * (cfg.pp - rank) - 1
             flight = min(flight, steps * cfg.pp_chunks) / cfg.pp_chunks
-        kept = flight * blocks * block
-        if cfg.recompute == "block":  # every block's input, and one block at a time in full
-            kept = flight * blocks * size * cfg.dim + block * (blocks > 0)
-        kept += head if rank == cfg.pp - 1 else 0
-        memory = dict(parameters=4 * local, gradients=4 * local, optimizer=8 * local)
-        memory["average"] = 4 * local if cfg.anneal_tokens and cfg.average else 0
-        sharded = shards * cfg.dp_replicate > 1  # the whole of the parameters and fp32 gradients
-        memory["gathered"] = whole * ((size + 4) * sharded or size * (size == 2))
-        memory["activations"] = int(micro * cfg.seq_len // cfg.cp * kept)
-        found.append(memory)
-    return max(found, key=lambda memory: sum(memory.values()))
+        activations = flight * n_blocks * kept_block * positions
+        recomputed = block * positions * (cfg.recompute == "block")
+        memory = {"parameters": 4 * n / n_shards, "gradients": 4 * n / n_shards}
+        memory["optimizer"] = 8 * n / n_shards
+        memory["average"] = 4 * n / n_shards * (cfg.anneal_tokens > 0 and cfg.average > 0)
+        # Complete parameters and fp32 gradients of shards, or bf16 copies of the parameters.
+        memory["gathered"] = n * (size + 4) * (n_shards > 1) or n * size * (size == 2)
+        memory["activations"] = activations + max(recomputed + gradients, head * is_last)
+        ranks.append(memory)
+    return max(ranks, key=lambda memory: sum(memory.values()))
 
 def pipeline_bubble(cfg):
     """§3.3.2: idle over working time, (PP - 1) / (V M), of V stages a rank and M micro-batches."""
-    return (cfg.pp - 1) / (cfg.pp_chunks * split_batch(cfg, data_ranks(cfg))[0])
+    return (cfg.pp - 1) / (cfg.pp_chunks * split_batch(cfg, cfg.dp)[0])
 
 # ---------------------------------------- Checkpoint ----------------------------------------
 
@@ -1096,9 +1173,8 @@ HF_ROPE_FIXED = {
 }  # fmt: skip
 SHAPE = (*HF_CONFIG, "qkv_bias")  # fields of Config that a checkpoint fixes
 
-def hf_name(name, tied):
+def hf_name(name):
     """Hugging Face's name of our parameter."""
-    name = "token_embedding.weight" if tied and name == "head.weight" else name
     for ours, theirs in HF_NAMES.items():
         name = name.replace(ours, theirs)
     return name
@@ -1149,7 +1225,7 @@ def read_hf_weights(model, cfg, path, tp=None):
     """Fill the parameters that this rank has from the safetensors of the directory path."""
     from safetensors import safe_open
 
-    wanted = {hf_name(name, cfg.tied): (name, p) for name, p in model.named_parameters()}
+    wanted = {hf_name(name): (name, p) for name, p in model.named_parameters()}
     with explain(f"{path} holds no weights of this model", Exception):
         files = {"model.safetensors"}
         if not (Path(path) / "model.safetensors").exists():
@@ -1200,11 +1276,10 @@ def to_hf(model, cfg, path, mesh=None):
 
     files = {}
     for name, p in model.named_parameters():
-        if not (cfg.tied and name == "head.weight"):
-            key = hf_name(name, cfg.tied)
-            files.setdefault(hf_file(key), []).append((key, name, p))
+        key = hf_name(name)
+        files.setdefault(hf_file(key), []).append((key, name, p))
     tp = mesh["tp"].get_group() if mesh and mesh["tp"].size() > 1 else None
-    inner = ("dp_replicate", "dp", "cp", "tp")  # the first of these writes its stage's part
+    inner = ("dp", "cp", "tp")  # the first of these writes its stage's part
     writes = not mesh or all(mesh[name].get_local_rank() == 0 for name in inner)
     rank = dist.get_rank() if mesh else 0
     other = contextlib.nullcontext(Path(f"{Path(path)}.tmp"))  # which rank 0 makes
@@ -1219,7 +1294,7 @@ def to_hf(model, cfg, path, mesh=None):
         if rank == 0:
             (folder / "config.json").write_text(json.dumps(make_llama_config(cfg), indent=2) + "\n")
             with torch.device("meta"):
-                names = [hf_name(name, cfg.tied) for name, _ in Llama3(cfg).named_parameters()]
+                names = [hf_name(name) for name, _ in Llama3(cfg).named_parameters()]
             index = {"metadata": {}, "weight_map": {name: hf_file(name) for name in names}}
             text = json.dumps(index, indent=2) + "\n"
             (folder / "model.safetensors.index.json").write_text(text)
@@ -1392,20 +1467,6 @@ def find_sources(cfg):
     cfg.vocab_size = vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
     return sources, tokenizer, separator
 
-def gather_model(pipeline, cfg):
-    """The whole model on rank 0 and None on the others, however it is laid out; all ranks call."""
-    if dist.get_world_size() == 1:
-        return pipeline.stages[0]
-    pp, parameters = pipeline.mesh["pp"], pipeline.model.named_parameters()
-    tensors = {name: whole_tensor(name, p.data, pipeline.tp).cpu() for name, p in parameters}
-    stages = [None] * pp.size() if pp.get_local_rank() == 0 else None
-    dist.gather_object(tensors, stages, dist.get_global_rank(pp.get_group(), 0), pp.get_group())
-    if dist.get_rank() > 0:
-        return None
-    model = Llama3(cfg)
-    model.load_state_dict({k: v for stage in stages for k, v in stage.items()}, strict=not cfg.tied)
-    return model.to(pipeline.stages[0].token_embedding.weight.device)
-
 def sample(model, ids, n, allowed_ids, cfg):
     """ids and n more, drawn at temperature 0.8 among allowed_ids [V] (boolean)."""
     device = model.token_embedding.weight.device
@@ -1418,39 +1479,36 @@ def sample(model, ids, n, allowed_ids, cfg):
             ids = ids + torch.multinomial(p, 1).tolist()
     return ids
 
-def needle_rate(pipeline, heldout, tokenizer, cfg, device):
-    """§3.4.2, needle in a haystack: the share of a planted fact's tokens that the model ranks first
-    where T tokens of text end with the question. NaN where that does not fit or no tokenizer is."""
+def needle_loss(pipeline, heldout, tokenizer, cfg, device):
+    """§3.4.2, needle in a haystack: nats per token of a planted fact that T tokens of text end by
+    asking for. NaN where that does not fit."""
     # Undisclosed: the fact. A number of five digits, at depths spread evenly over held-out text.
     tokens = []
     targets = []
-    for i in range(cfg.batch_size if tokenizer else 0):
+    for i in range(cfg.batch_size):
         number = stable_hash(cfg.seed, "needle", i) % 90000 + 10000
-        fact, question, answer = (
-            tokenizer.encode_ordinary(text)
-            for text in (f"\nkey={number}\n", "\nkey=", str(number))
-        )
+        fact = tokenizer.encode_ordinary(f"\nkey={number}\n")
+        question = tokenizer.encode_ordinary("\nkey=")
+        answer = tokenizer.encode_ordinary(str(number))
         window = heldout.window(i, cfg.seq_len, cfg.seed)
         depth = (len(window) - len(fact + question + answer)) * i // cfg.batch_size
         if depth < 0:
             return math.nan
         window[depth : depth + len(fact)] = fact
         window[-len(question + answer) :] = question + answer
-        tokens.append(window[:-1])
         asked = np.arange(cfg.seq_len) >= cfg.seq_len - len(answer)
-        targets.append(np.where(asked, window[1:], -100))
-    if not tokens:
-        return math.nan
-    steps, micro = split_batch(cfg, data_ranks(cfg))
+        tokens.append(torch.from_numpy(window[:-1]))
+        targets.append(torch.from_numpy(np.where(asked, window[1:], -100)))
+    steps, micro = split_batch(cfg, cfg.dp)
+    n_targets = sum(int((row >= 0).sum()) for row in targets)
     batches = []
     for i in range(pipeline.data_rank * steps, (pipeline.data_rank + 1) * steps):
-        part = (np.stack(rows[i * micro : (i + 1) * micro]) for rows in (tokens, targets))
-        batch = dict(zip(("tokens", "targets"), (torch.from_numpy(x).to(device) for x in part)))
-        batch["documents"] = torch.zeros_like(batch["tokens"])
-        batches.append(batch | {"n_targets": sum((row >= 0).sum() for row in targets)})
-    pipeline.evaluate(batches)
-    (hits,) = sum_over_ranks(pipeline.hits)
-    return hits / batches[0]["n_targets"]
+        rows = slice(i * micro, (i + 1) * micro)
+        batch = {"tokens": torch.stack(tokens[rows]).to(device), "n_targets": n_targets}
+        batch["targets"] = torch.stack(targets[rows]).to(device)
+        batches.append(batch | {"documents": torch.zeros_like(batch["tokens"])})
+    (loss,) = sum_over_ranks(pipeline.evaluate(batches))
+    return loss
 
 def is_spike(state, loss, limit):
     """Whether loss is `limit` standard deviations above its running mean, over some 50 updates,
@@ -1483,6 +1541,7 @@ def check(cfg, ranks):
         (cfg.hidden_dim % cfg.tp, f"--tp {cfg.tp} does not divide --hidden_dim {cfg.hidden_dim}"),
         (cfg.rope_factor < 1, f"--rope_factor {cfg.rope_factor} is not 1 or more"),
         (cfg.vocab_size % cfg.tp, f"--tp {cfg.tp} does not divide --vocab_size {cfg.vocab_size}"),
+        (cfg.tied and cfg.pp > 1, "--pp does not work with --tied: the embedding is on one rank"),
         (stages > cfg.n_layers + 2,
          f"{cfg.n_layers} layers, embedding and head are fewer than {stages} stages"),
         (cfg.resume and not cfg.out, "--resume needs --out"),
@@ -1501,11 +1560,11 @@ def check_phase(phase):
     """Raise ValueError for a phase whose batch does not fit the layout."""
     cfg = phase.cfg
     where = f"{phase.stage}, {cfg.batch_size} sequences of {cfg.seq_len}"
-    steps, micro = split_batch(cfg, data_ranks(cfg))
+    steps, micro = split_batch(cfg, cfg.dp)
     rounds = max(1, steps // cfg.pp)
     for wrong, message in (
-        (data_ranks(cfg) * steps * micro != cfg.batch_size or not cfg.batch_size,
-         f"not {data_ranks(cfg)} data-parallel ranks x micro-batches of {micro}"),
+        (cfg.dp * steps * micro != cfg.batch_size or not cfg.batch_size,
+         f"not {cfg.dp} data-parallel ranks x micro-batches of {micro}"),
         (cfg.cp > 1 and cfg.seq_len % (2 * cfg.cp),
          f"--cp {cfg.cp} needs a multiple of {2 * cfg.cp}"),
         (cfg.pp > 1 and cfg.pp_chunks == 1 and steps < cfg.pp,
@@ -1538,7 +1597,7 @@ def dry_run(cfg):
             print(f"{error} | another layout is needed")
             continue
         memory = memory_per_rank(now)
-        steps, _ = split_batch(now, data_ranks(now))
+        steps, _ = split_batch(now, now.dp)
         print(
             f"{line} | {phase.end - phase.first:,} updates | {steps} micro-batches | "
             f"bubble {pipeline_bubble(now):.1%} | "
@@ -1618,7 +1677,7 @@ def train_in_stages(pipeline, optimizer, data, state, cfg, device):
     """Update the model until the phases or cfg.steps are over; False if a signal ends it. data is
     (phases, their mixtures, held-out Mixture, tokenizer)."""
     plan, mixtures, heldout, tokenizer = data
-    place = device, pipeline.data_rank, data_ranks(cfg)
+    place = device, pipeline.data_rank, cfg.dp
     signals = catch_signals()
     reader = BatchReader(plan, mixtures, *place)
     ahead = reader.start(state)
@@ -1659,10 +1718,11 @@ def train_in_stages(pipeline, optimizer, data, state, cfg, device):
         clock = time.perf_counter()
         batches = ahead.result()
         ahead = reader.start(state | {"sequences": state["sequences"] + phase.cfg.batch_size})
-        sum_counts(batches, data_ranks(cfg))
+        sum_counts(batches, cfg.dp)
         row, spike = update_unless_spike(pipeline, optimizer, batches, done, state, cfg)
-        if phase.stage == "annealing" and pipeline.average:
-            update_average(pipeline, done + 1 - phase.first, phase)
+        if phase.stage == "annealing" and pipeline.average is not None:
+            n_updates = phase.end - phase.first
+            update_average(pipeline, done + 1 - phase.first, n_updates, cfg.average)
         if step == 0 or steps_left == 1 or state["step"] % cfg.log_every == 0:
             head = f"step {step + 1}/{step + steps_left} | {phase.stage}"
             tail = progress(state["tokens"], steps_left - 1, pace, phase.cfg, device)
@@ -1675,14 +1735,16 @@ def train_in_stages(pipeline, optimizer, data, state, cfg, device):
             skipped = f"the last {state['n_skipped']} steps to {step + 1}"
             raise ValueError(f"no finite gradient in {skipped}")
         elif phase.stage == "long-context" and done + 1 >= phase.end:
-            rate = needle_rate(pipeline, heldout, tokenizer, phase.cfg, device)
-            print(f"needle {phase.cfg.seq_len} | {rate:.3f} of the answers' tokens found")
+            nats = math.nan
+            if tokenizer:
+                nats = needle_loss(pipeline, heldout, tokenizer, phase.cfg, device)
+            print(f"needle {phase.cfg.seq_len} | loss {nats:.4f}")
 
 def set_phase(pipeline, phase, mixture):
     """Set the pipeline to a phase; print what is about to happen, and how far into each corpus."""
     pipeline.enter(phase.cfg)
     cfg = phase.cfg
-    ranks = data_ranks(cfg)
+    ranks = cfg.dp
     steps, micro = split_batch(cfg, ranks)
     rope = "unscaled"
     if cfg.rope_scaling != "none":
@@ -1702,23 +1764,19 @@ def finish(pipeline, data, state, cfg, device):
     plan, _, heldout, tokenizer = data
     now = pipeline.cfg
     _, done = plan_position(plan, state)
-    if plan[-1].stage == "annealing" and done >= plan[-1].end:
-        parameters = dict(pipeline.model.named_parameters())
-        for name, average in pipeline.average.items():
-            parameters[name].data.copy_(average)
-    place = device, pipeline.data_rank, data_ranks(cfg)
+    if pipeline.average is not None and done >= plan[-1].end:
+        for p, mean in zip(pipeline.model.parameters(), pipeline.average.parameters()):
+            p.data.copy_(mean)
+    place = device, pipeline.data_rank, cfg.dp
     validate(pipeline.evaluate, heldout, state["step"], now, *place)
     if cfg.export:
         to_hf(pipeline.model, now, cfg.export, pipeline.mesh)
-    with torch.device("meta"):
-        small = count_parameters(Llama3(cfg))[0] < 2e9  # fits one rank
-    model = gather_model(pipeline, now) if tokenizer and small else None
-    if model is not None:
+    if tokenizer and cfg.tp * cfg.cp * cfg.pp == 1:  # else: --export, then --init and --eval
         ids = get_batch(heldout, 0, 1, now)["tokens"][0, :32].tolist()
         if cfg.prompt:
             ids = tokenizer.encode_ordinary(cfg.prompt)
         allowed_ids = torch.from_numpy(heldout.token_bytes > 0)
-        print(tokenizer.decode(sample(model, ids, 256, allowed_ids, now)))
+        print(tokenizer.decode(sample(pipeline.stages[0], ids, 256, allowed_ids, now)))
 
 def resume_plan(cfg, given, ranks):
     """(path of the newest checkpoint or None, config.json of its run). A run that is continued has
@@ -1766,7 +1824,9 @@ def main(argv=None):
         plan = [phase for phase in phases(cfg) if phase.first < (cfg.steps or math.inf)]
         data = plan, mixtures, heldout, tokenizer
 
-        pipeline = Pipeline(cfg, make_mesh(cfg, device.type), cfg.anneal_tokens > 0)
+        pipeline = Pipeline(cfg, make_mesh(cfg, device.type))
+        if cfg.anneal_tokens and cfg.average:
+            pipeline.add_average(cfg)
         init_weights(pipeline.model, cfg, pipeline.tp)
         if cfg.init:
             read_hf_weights(pipeline.model, cfg, cfg.init, pipeline.tp)
@@ -1789,7 +1849,7 @@ def main(argv=None):
         with torch.device("meta"):
             total, activated = count_parameters(Llama3(cfg))
         print(f"torch {torch.__version__} | {device.type} {cfg.precision} | tp {cfg.tp} x", end=" ")
-        print(f"cp {cfg.cp} x pp {cfg.pp} x dp {cfg.dp} x dp_replicate {cfg.dp_replicate}")
+        print(f"cp {cfg.cp} x pp {cfg.pp} x dp {cfg.dp}")
         print(f"parameters {total:,} | activated {activated:,} | FLOPs per token", end=" ")
         cfg.steps = min(cfg.steps or math.inf, plan[-1].end)
         print(f"{flops_per_token(plan[-1].cfg):.3g} | {cfg.steps:,} updates")

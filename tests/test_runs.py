@@ -609,7 +609,7 @@ def test_training_is_what_it_says(main, script, text, tmp_path):
     moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in model.parameters()}
 
     def nats(batch):
-        logits = model(*(batch[key] for key in ("tokens", "documents") if key in batch)).flatten(0, 1)
+        logits = model(**{key: batch[key] for key in ("tokens", "documents") if key in batch}).flatten(0, 1)
         return torch.nn.functional.cross_entropy(logits, batch["targets"].flatten())
 
     rates = [json.loads(row).get("lr") for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -709,7 +709,7 @@ def test_llama3_stages_layouts_and_resumes(together, llama3_flags, tmp_path):
     whole = together(1, "llama3", *llama3_flags, "--out", tmp_path / "whole")
     stages = re.findall(r"^step \d+/25 \| (\S+) \|", whole, re.M)
     assert stages == 17 * ["initial"] + 3 * ["long-context"] + 5 * ["annealing"]
-    assert re.search(r"^needle 32 \| [01]\.\d{3} of", whole, re.M) and "rope llama3 x 2" in whole
+    assert re.search(r"^needle 32 \| loss \d\.\d{4}$", whole, re.M) and "rope llama3 x 2" in whole
     out = ["--out", tmp_path / "parts"]
     together(2, "llama3", *llama3_flags, *out, "--steps", 5)
     for steps, ranks, layout in ((22, 4, ["--cp", 2]), (0, 1, [])):
@@ -719,7 +719,7 @@ def test_llama3_stages_layouts_and_resumes(together, llama3_flags, tmp_path):
     assert float(final[0]) == pytest.approx(float(final[1]), rel=1e-4)
 
 
-@pytest.mark.parametrize("layout", [["--pp", 2, "--tp", 2], ["--pp", 2, "--dp", 2, "--tied"]])
+@pytest.mark.parametrize("layout", [["--pp", 2, "--tp", 2], ["--tp", 2, "--dp", 2, "--tied"]])
 def test_llama3_export_and_init_under_layouts(together, llama3_flags, layout, tmp_path):
     """From one layout to a plain directory, from there to one rank and back: the same held-out loss, and a sample."""
     pytest.importorskip("safetensors")
@@ -728,7 +728,8 @@ def test_llama3_export_and_init_under_layouts(together, llama3_flags, layout, tm
     for flags, ranks in (([], 1), (layout, 4)):
         done = together(ranks, "llama3", *llama3_flags, *flags, "--steps", 1, "--init", tmp_path / "hf")
         assert float(re.search(r"val 0 \| loss (\S+)", done)[1]) == pytest.approx(float(loss), rel=2e-5)
-        assert len(re.search(r"^val 1 .*?\n(.*)", done, re.M | re.S)[1]) > 15, "a sample ends the run"
+        sampled = len(re.search(r"^val 1 .*?\n(.*)", done, re.M | re.S)[1]) > 15
+        assert sampled == (ranks == 1), "a sample ends the run of a layout of data-parallel ranks"
 
 
 @pytest.fixture
@@ -773,7 +774,7 @@ def test_llama3_goes_back_and_past_the_data(llama3_main, capsys, text, tmp_path,
 
 def test_llama3_that_keeps_spiking_ends(llama3_main, capsys, text, tmp_path):
     module, objective = llama3_main, llama3_main.objective
-    module.objective = lambda *args: (objective(*args)[0] * (float("nan") if calls.append(1) or len(calls) > 46 else 1), {"hits": 0})
+    module.objective = lambda *args: (objective(*args)[0] * (float("nan") if calls.append(1) or len(calls) > 46 else 1), {})
     calls = []
     try:
         with pytest.raises(SystemExit):

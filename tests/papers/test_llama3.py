@@ -1,0 +1,346 @@
+"""Llama 3 and Qwen2.5: the worked examples of the specification, layouts, stages and resumes."""
+import base64
+import math
+import types
+
+import llama3
+import numpy as np
+import pytest
+import torch
+from conftest import SCRIPTS
+from ranks import make_model
+
+ROW = SCRIPTS["llama3"]
+
+
+def build(**overrides):
+    cfg = llama3.Config(**{**ROW.tiny, **overrides})
+    return make_model(llama3, ROW, cfg).eval(), cfg
+
+
+ROPE = {  # head width, factor: {i: frequency} of the specification's tables
+    (128, 1): {0: 1.0, 28: 3.211446e-03, 29: 2.616099e-03, 32: 1.414214e-03, 34: 9.384738e-04, 35: 7.644970e-04, 63: 2.455141e-06},
+    (128, 8): {0: 1.0, 28: 3.211446e-03, 29: 2.166571e-03, 32: 5.248461e-04, 34: 1.785078e-04, 35: 9.556212e-05, 63: 3.068926e-07},
+    (128, 32): {0: 1.0, 28: 3.211446e-03, 29: 2.118407e-03, 32: 4.295567e-04, 34: 9.708286e-05, 35: 2.389053e-05, 63: 7.672315e-08},
+    (64, 32): {15: 1.290548e-03, 16: 4.295567e-04, 17: 9.708286e-05},
+    (16, 8): {4: 5.248461e-04, 5: 3.428102e-05, 7: 1.289173e-06},
+    (8, 8): {0: 1.0, 1: 3.7606e-02, 2: 5.2485e-04, 3: 6.6479e-06},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("width, factor", ROPE)
+def test_rotary_frequencies(width, factor):
+    scaling = "llama3" if factor > 1 else "none"
+    found, scale = llama3.rope_frequencies(width, 500_000.0, scaling, factor, 8192)
+    assert scale == 1 and len(found) == width // 2
+    for i, value in ROPE[width, factor].items():
+        assert found[i].item() == pytest.approx(value, rel=2e-5 if width == 8 else 1e-6), i
+    plain, _ = llama3.rope_frequencies(width, 500_000.0, "none", 1.0, 8192)
+    if width == 128 and factor == 8:
+        ratio = plain / found
+        assert [(ratio == 1).sum(), (ratio > 1).logical_and(ratio < 7.99).sum(), (ratio > 7.99).sum()] == [29, 6, 29]
+
+
+def test_context_extensions():
+    """Position Interpolation, NTK-aware and YaRN against their formulas in plain Python; Qwen2.5's YaRN has its worked
+    values: s = 4 from 32,768 at base 1e6, E = 128."""
+    for width, theta, original, s in ((128, 1e6, 32768, 4.0), (24, 1e4, 512, 16.0)):
+        plain = [theta ** (-2 * i / width) for i in range(width // 2)]
+        interpolated, _ = llama3.rope_frequencies(width, theta, "pi", s, original)
+        assert interpolated.tolist() == pytest.approx([f / s for f in plain], rel=1e-5)
+        ntk, _ = llama3.rope_frequencies(width, theta, "ntk", s, original)
+        base = theta * s ** (width / (width - 2))
+        assert ntk.tolist() == pytest.approx([base ** (-2 * i / width) for i in range(width // 2)], rel=1e-5)
+        assert ntk[-1].item() == pytest.approx(plain[-1] / s, rel=1e-5) and ntk[0] == 1
+        yarn, scale = llama3.rope_frequencies(width, theta, "yarn", s, original)
+        dim = lambda r: width * math.log(original / (2 * math.pi * r)) / (2 * math.log(theta))  # noqa: E731
+        low, high = math.floor(dim(32)), math.ceil(dim(1))
+        for i, f in enumerate(plain):
+            ramp = min(max((i - low) / (high - low), 0), 1)
+            assert yarn[i].item() == pytest.approx(f * (1 - ramp) + f / s * ramp, rel=1e-5)
+        assert scale == pytest.approx(0.1 * math.log(s) + 1)
+    assert llama3.rope_frequencies(128, 1e6, "yarn", 4.0, 32768)[1] == pytest.approx(1.1386, abs=1e-4)
+    low, high = 23, 40  # floor(dim(32)), ceil(dim(1)) of that, counted by hand: 23.57 and 39.63
+    yarn, plain = (llama3.rope_frequencies(128, 1e6, kind, 4.0, 32768)[0] for kind in ("yarn", "none"))
+    assert torch.equal(yarn[: low + 1], plain[: low + 1]) and yarn[low + 1] < plain[low + 1]
+    assert torch.allclose(yarn[high:], plain[high:] / 4) and yarn[high - 1] > plain[high - 1] / 4
+
+
+def test_document_mask():
+    """The specification's example, documents of 3, 2 and 1 tokens; and perturbation through the model."""
+    documents = torch.tensor([[0, 0, 0, 1, 1, 2]])
+    mask = llama3.attention_mask(documents, torch.arange(6), torch.arange(6))
+    assert mask.shape == (1, 1, 6, 6) and mask.sum() == 10
+    assert mask[0, 0].int().tolist() == [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0],
+                                         [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 1]]  # fmt: skip
+    model, cfg = build()
+    documents = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 1, 1, 1, 1, 1]])
+    tokens = torch.randint(256, (2, 6), generator=torch.Generator().manual_seed(0))
+    logits = model(tokens, documents=documents)
+    for b in range(2):
+        for j in range(6):
+            changed = tokens.clone()
+            changed[b, j] = (changed[b, j] + 1) % 256
+            moved = (model(changed, documents=documents) != logits).any(-1)
+            assert moved[b].tolist() == [i >= j and documents[b, i].item() == documents[b, j].item() for i in range(6)]
+            assert not moved[1 - b].any()
+
+
+def test_block_mask_is_the_dense_one(monkeypatch):
+    """The mask of the kernel that skips blocks, which trains on GPUs only: built and run forward here, uncompiled."""
+    from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+    monkeypatch.setattr(llama3, "flex_kernels", lambda: (flex_attention, create_block_mask))
+    T, generator = 256, torch.Generator().manual_seed(0)
+    documents = torch.randint(3, (2, T), generator=generator).cumsum(1) // 40
+    rows, columns = llama3.context_positions(T, 2, 1), torch.cat([llama3.context_positions(T, 2, i) for i in range(2)])
+    q = torch.randn(2, 4, T // 2, 16, generator=generator)
+    k, v = torch.randn(2, 2, 2, T, 16, generator=generator)
+    dense = llama3.attend(q, k, v, llama3.attention_mask(documents, rows, columns))
+
+    class OnGPU(torch.Tensor):  # documents that say they are on a GPU
+        is_cuda = True
+
+    mask = llama3.attention_mask(documents.as_subclass(OnGPU), rows, columns)
+    assert isinstance(mask, BlockMask)
+    torch.testing.assert_close(llama3.attend(q, k, v, mask), dense, atol=1e-5, rtol=1e-5)
+
+
+def test_context_parallel_chunks():
+    assert llama3.context_positions(16, 2, 0).tolist() == [0, 1, 2, 3, 12, 13, 14, 15]
+    assert llama3.context_positions(16, 2, 1).tolist() == list(range(4, 12))
+    scored = [sum(p + 1 for p in llama3.context_positions(16, 2, i).tolist()) for i in range(2)]
+    assert scored == [68, 68]
+    chunks = [{p // 2 for p in llama3.context_positions(16, 4, i).tolist()} for i in range(4)]
+    assert chunks == [{0, 7}, {1, 6}, {2, 5}, {3, 4}]
+
+
+def test_pipeline_stages():
+    """405B: 126 layers, embedding and head on 16 ranks x 8 stages, one each; and every layer on one stage, always."""
+    cfg = llama3.Config(**llama3.PRESETS["405b"], pp=16)
+    stages = [list(llama3.stage_layers(cfg, i)) for i in range(128)]
+    assert stages[0] == stages[127] == [] and stages[1:127] == [[i] for i in range(126)]
+    cfg = llama3.Config(n_layers=30, pp=4, pp_chunks=2)
+    assert [len(llama3.stage_layers(cfg, i)) for i in range(8)] == [3, 4, 4, 4, 4, 4, 4, 3]
+    for layers, pp, chunks in ((7, 3, 1), (4, 2, 3), (13, 4, 2), (5, 2, 1)):
+        cfg = llama3.Config(n_layers=layers, pp=pp, pp_chunks=chunks)
+        stages = [list(llama3.stage_layers(cfg, i)) for i in range(pp * chunks)]
+        assert sum(stages, []) == list(range(layers))
+    bubble = llama3.Config(**{**llama3.PRESETS["405b"], "pp": 16, "dp": 128})
+    assert llama3.pipeline_bubble(bubble) == 15 / (8 * 16)
+
+
+def test_plan_of_the_405b():
+    """The updates that the specification derives from the paper's tokens."""
+    plan = llama3.phases(llama3.Config(**llama3.PRESETS["405b"]))
+    sizes = [(p.stage, p.cfg.seq_len, p.cfg.batch_size, p.end - p.first) for p in plan]
+    assert sizes[:3] == [("initial", 4096, 1024, 60), ("initial", 8192, 1024, 342_101), ("initial", 8192, 2048, 711_083)]
+    assert [s[1] for s in sizes[3:9]] == [16384, 32768, 49152, 65536, 98304, 131072]
+    assert sizes[-1] == ("annealing", 131072, 128, 2384)
+    assert all(p.cfg.rope_scaling == ("none" if p.stage == "initial" else "llama3") for p in plan)
+    for stage, tokens in (("long-context", 8e11), ("annealing", 4e10)):
+        assert sum(s[1] * s[2] * s[3] for s in sizes if s[0] == stage) == pytest.approx(tokens, rel=1e-3)
+    assert all(a.end == b.first for a, b in zip(plan, plan[1:])) and plan[0].first == 0
+    qwen = llama3.phases(llama3.Config(**llama3.PRESETS["qwen2_5_7b"]))
+    assert [(p.cfg.seq_len, p.cfg.rope_theta) for p in qwen] == [(4096, 1e4), (32768, 1e6)]
+
+
+def test_mix_changes_by_tokens_and_by_stage():
+    cfg = llama3.Config(data="0.9:a,0.1:b;1e6;b,c", anneal_data="c", tokens=2e6, anneal_tokens=1e6, ramp="64x8:5e5",
+                        seq_len=100, batch_size=100)  # fmt: skip
+    plan = [(p.stage, p.first, p.end, p.cfg.data) for p in llama3.phases(cfg)]
+    assert plan == [("initial", 0, 977, "0.9:a,0.1:b"), ("initial", 977, 1027, "0.9:a,0.1:b"),
+                    ("initial", 1027, 1127, "b,c"), ("annealing", 1127, 1227, "c")]  # fmt: skip
+    assert llama3.parse_mix("3:x/web,1:y") == {"x/web": 0.75, "y": 0.25}
+
+
+def test_mixture_has_exact_shares_and_positions():
+    """50/25/17/8 over 10,000 draws; each corpus' own sequences come in order, without a gap; a later phase goes on."""
+    weights = [0.5, 0.25, 0.17, 0.08]
+    corpora = [llama3.Corpus([("", np.zeros(9, np.uint16))], 0, 9, -1, np.ones(10, np.int64), in_order=False)] * 4
+    mixture = llama3.Mixture(dict(zip("abcd", weights)), corpora, [0, 0, 0, 70], 0)
+    draws = [mixture.draw(i, seed=1) for i in range(25_000)]
+    for corpus, weight in enumerate(weights):
+        assert sum(c == corpus for c, _ in draws[:10_000]) == round(10_000 * weight)
+        positions = sorted(p - 70 * (corpus == 3) for c, p in draws if c == corpus)
+        assert positions == list(range(round(25_000 * weight)))
+        assert abs(sum(c == corpus for c, _ in draws[:300]) - 300 * weight) < 4 * math.sqrt(300 * weight)
+        assert mixture.spent(24_001)[corpus] == round(25_000 * weight) + 70 * (corpus == 3)
+    assert [c for c, _ in draws[:50]] != [mixture.draw(i, seed=2)[0] for i in range(50)]
+    later = llama3.Mixture(dict(zip("abcd", weights)), corpora, [0, 0, 0, 70], 777)
+    assert [later.draw(i, 1) for i in range(2000)] == draws[777:2777]
+
+
+def test_phases_do_not_draw_a_window_twice(tmp_path):
+    """Over a change of batch, of mix and of stage, the windows of a corpus at one length are all different."""
+    for name, start in (("a", 0), ("b", 30_000)):
+        np.save(tmp_path / f"{name}.npy", np.arange(start, start + 30_000, dtype=np.uint16))
+    a, b = tmp_path / "a.npy", tmp_path / "b.npy"
+    cfg = llama3.Config(data=f"0.7:{a},0.3:{b};6000;{b},{a}", anneal_data=str(b), vocab_size=60_000, seq_len=10, batch_size=40,
+                        ramp="10x20:3000", tokens=16_000, anneal_tokens=4000, val_batches=1)  # fmt: skip
+    plan = llama3.phases(cfg)
+    mixtures, heldout = llama3.load_mixtures(cfg, *llama3.find_sources(cfg))
+    assert len(plan) == 4
+    seen = []
+    for phase, mixture in zip(plan, mixtures):
+        n = (phase.end - phase.first) * phase.cfg.batch_size
+        seen += [mixture.window(i, 10, 0)[0].item() for i in range(n)]
+    phases = {c.window(0, 10, 0)[0].item() % 10 for c in mixtures[0].corpora}
+    assert len(seen) == len(set(seen)) > 1990 and len(phases) <= 2
+    assert sum(token < 30_000 for token in seen[:600]) == pytest.approx(420, abs=30)
+    held = np.array([heldout.window(i, 10, 0) for i in range(heldout.n_windows(10))])
+    assert not set(seen) & set(held.flatten().tolist()) and 0.6 < (held < 30_000).mean() < 0.8
+    assert [llama3.plan_position(plan, {"sequences": n, "undone": u}) for n, u in ((0, 0), (299, 0), (300, 0), (320, 10), (2100, 0))] == [
+        (0, 0), (0, 14.95), (1, 15), (1, 15.25), (3, 60)]  # fmt: skip
+
+
+def test_packing():
+    """Documents of 5, 4 and 6 tokens, markers included, in windows of 8: the specification's example."""
+    B, E = 256, 257
+    stream = [B, 1, 2, 3, E, B, 4, 5, E, B, 6, 7, 8, 9, E] + [0] * 20
+    token_bytes = (np.arange(264) < 256).astype(np.int64)
+    corpus = llama3.Corpus([("", np.array(stream, np.uint16))], 0, len(stream), E, token_bytes, in_order=True)
+    batch = llama3.get_batch(corpus, 0, 1, llama3.Config(seq_len=8))
+    assert batch["tokens"].tolist() == [[B, 1, 2, 3, E, B, 4, 5]] and batch["documents"].tolist() == [[0, 0, 0, 0, 0, 1, 1, 1]]
+    assert batch["targets"].tolist() == [[1, 2, 3, E, -100, 4, 5, E]]
+    assert batch["n_targets"] == 7 and batch["n_bytes"] == 5, "markers have no bytes"
+    batch = llama3.get_batch(corpus, 1, 1, llama3.Config(seq_len=8))
+    assert batch["tokens"][0, 0] == E and batch["targets"][0, 0] == -100 and batch["documents"][0, :3].tolist() == [0, 1, 1]
+    plain = llama3.get_batch(corpus, 0, 1, llama3.Config(seq_len=8, document_mask=False))
+    assert "documents" not in plain and plain["targets"].tolist() == [stream[1:9]]
+
+
+def test_tokenizer_file(tmp_path):
+    """A rank file in which only the specification's reference tokens are merged: its pieces and special ids."""
+    words = ["Hello", " world", " ", "123", "45", "!", "I", "'LL", " go", "go", "\n\n", " now", "x", " =", "3", ".", "14", "\n"]
+    ranks = {bytes([i]): i for i in range(256)}
+    for word in words:
+        for end in range(2, len(word.encode()) + 1):  # merge order: every prefix is a token
+            ranks.setdefault(word.encode()[:end], len(ranks))
+    path = tmp_path / "tokenizer.model"
+    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()))
+    tokenizer, separator = llama3.load_specials(llama3.Config(tokenizer=str(path)))
+    assert tokenizer.n_vocab == len(ranks) + 256 and separator == len(ranks) + 1
+    pieces = lambda text: [tokenizer.decode([i]) for i in tokenizer.encode_ordinary(text)]  # noqa: E731
+    assert pieces("Hello world 12345!") == ["Hello", " world", " ", "123", "45", "!"]
+    assert pieces("I'LL go\n\n  now") == ["I", "'LL", " go", "\n\n", " ", " now"]
+    assert pieces("  x = 3.14\n") == [" ", " ", "x", " =", " ", "3", ".", "14", "\n"]
+    special = {token: tokenizer.encode_single_token(token) - len(ranks) for token in llama3.SPECIALS}
+    assert [special[f"<|{name}|>"] for name in ("begin_of_text", "end_of_text", "reserved_special_token_0", "finetune_right_pad_id",
+            "start_header_id", "eot_id", "python_tag", "reserved_special_token_2", "reserved_special_token_245")] == [0, 1, 2, 4, 6, 9, 10, 12, 255]  # fmt: skip
+    qwen, end = llama3.load_specials(llama3.Config(tokenizer=str(path), bos=False))
+    assert qwen.encode_single_token(llama3.END) == end == len(ranks)
+    (_, ids), = llama3.tokenize_pieces([("", "Hello<|end_of_text|>")], tokenizer, separator)
+    assert ids[0] == len(ranks) and ids[-1] == len(ranks) + 1 and (ids >= len(ranks)).sum() == 2, "text is never a special token"
+    (_, ids), = llama3.tokenize_pieces([("", "Hello")], qwen, end)
+    assert ids.tolist() == [ranks[b"Hello"], len(ranks)]
+    for text in (" " * 1_000_000, "x" * 60_000, ""):  # tiktoken alone fails on the first
+        found = [ids for _, ids in llama3.tokenize_pieces([("", text)], tokenizer, separator)]
+        assert len(found) == bool(text) and all(tokenizer.decode(ids[1:-1].tolist()) == text for ids in found)
+    with pytest.raises(BaseException, match="(?i)stack|limit"):
+        tokenizer.encode_ordinary("x" + " " * 1_000_000)
+
+
+def test_cuts_text_as_released():
+    """Against the loop of the released tokenizer: blocks of 400,000 characters, runs of 25,000."""
+
+    def released(text):
+        for first in range(0, len(text), 400_000):
+            block = text[first : first + 400_000]
+            length, space, start = 0, block[0].isspace(), 0
+            for i, letter in enumerate(block):
+                if letter.isspace() != space:
+                    length, space = 1, letter.isspace()
+                else:
+                    length += 1
+                    if length > 25_000:
+                        yield block[start:i]
+                        start, length = i, 1
+            yield block[start:]
+
+    for text in ("", "a b", "a" * 25_000, "a" * 25_001, "word " * 90_000 + "\u3000" * 50_001 + "b" * 49_999 + "\n\x85\x1c" * 20_000,
+                 ("x" * 30_000 + "\t" * 25_002) * 9, " " * 1_000_000):  # fmt: skip
+        assert list(llama3.cut_text(text)) == list(released(text))
+
+
+def test_initialisation():
+    cfg = llama3.Config(**{**ROW.tiny, "dim": 192, "hidden_dim": 640, "qkv_bias": True})
+    model = llama3.Llama3(cfg)
+    llama3.init_weights(model, cfg)
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            assert p.unique().tolist() == [float("norm" in name)], name
+        else:
+            std = 0.02 / math.sqrt(6) if name.endswith(("out.weight", "down.weight")) else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.05), name
+    model.blocks.add_module("stranger", torch.nn.Conv1d(1, 1, 1))
+    with pytest.raises(ValueError, match="stranger"):
+        llama3.init_weights(model, cfg)
+    decayed, others = llama3.build_optimizer(llama3.Llama3(cfg), cfg).param_groups
+    assert (decayed["weight_decay"], others["weight_decay"], decayed["betas"], decayed["eps"]) == (0.1, 0.0, (0.9, 0.95), 1e-8)
+
+@pytest.mark.parametrize("overrides", [dict(), dict(precision="bf16"), dict(recompute="block")])
+def test_planned_activations_are_those_of_the_peak(overrides, monkeypatch):
+    """The plan's activations against the bytes that are live at the peak of a forward and backward pass, with a loss of
+    many chunks."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    monkeypatch.setattr(llama3, "slices", lambda n, vocab_size: [slice(i, i + 128) for i in range(0, n, 128)])
+    cfg = llama3.Config(**{**ROW.tiny, "vocab_size": 1000, "dim": 96, "hidden_dim": 320, "seq_len": 64, "dp": 1, "batch_size": 32, **overrides})
+    model = make_model(llama3, ROW, cfg)
+    mesh = types.SimpleNamespace(device_type="cpu", mesh=torch.zeros(1, 1, 1, 1, dtype=torch.int))
+    monkeypatch.setattr(llama3, "DeviceMesh", lambda *_, **__: {"shard": types.SimpleNamespace(size=lambda: 1)})
+    monkeypatch.setattr(model, "to_empty", lambda device: model)
+    model = llama3.parallelize(model, cfg, mesh)
+    tokens = torch.randint(99, (32, 64), generator=torch.Generator().manual_seed(0))
+    tracker = MemTracker()
+    tracker.track_external(model)
+    with tracker:
+        llama3.objective(model, {"tokens": tokens, "targets": tokens, "n_targets": 2048}, cfg)[0].backward()
+    peak = next(iter(tracker.get_tracker_snapshot("peak").values()))
+    live = sum(size for kind, size in peak.items() if "ACT" in str(kind) or "TEMP" in str(kind))
+    planned = llama3.memory_per_rank(cfg)
+    assert live == pytest.approx(planned["activations"] + planned["gathered"], rel=0.1)
+
+
+def test_bfloat16_keeps_the_norms_rope_and_loss_in_float32():
+    """Rotation at position 100,000 would be off by radians in bf16; the norm casts before its gain, as released."""
+    model, _ = build()
+    model.dtype = torch.bfloat16
+    tokens = torch.randint(256, (2, 12))
+    logits = model(tokens)
+    assert logits.dtype == torch.float32 and all(p.dtype == torch.float32 for p in model.parameters())
+    exact = build()[0](tokens)
+    assert 1e-5 < (logits - exact).abs().max() / exact.abs().max() < 0.03
+    x, position = torch.randn(1, 1, 1, 8), torch.tensor([100_000.0])
+    angles = position[:, None] * llama3.rope_frequencies(8, 1e4, "none", 1.0, 1)[0]
+    turned = llama3.rotate(x.bfloat16(), angles.cos(), angles.sin())
+    assert turned.dtype == torch.bfloat16 and (turned.float() - llama3.rotate(x, angles.cos(), angles.sin())).abs().max() < 0.05
+    norm = llama3.RMSNorm(64, 1e-5)
+    norm.weight.data.uniform_(0.5, 1.5)
+    x = (100 * torch.randn(3, 64)).bfloat16()
+    y = (x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()).bfloat16()
+    assert torch.equal(norm(x), y * norm.weight.bfloat16())
+
+
+def test_average_is_the_mean_of_checkpoints():
+    """Seven updates of annealing and three checkpoints of them: after the third, the fifth and the seventh."""
+    pipeline = types.SimpleNamespace(model=torch.nn.Linear(2, 1), average=torch.nn.Linear(2, 1).requires_grad_(False))
+    for done in range(1, 8):
+        torch.nn.init.constant_(pipeline.model.weight, float(done**2))
+        llama3.update_average(pipeline, done, 7, 3)
+    assert pipeline.average.weight.tolist() == [[pytest.approx((9 + 25 + 49) / 3)] * 2]
+
+
+def test_spikes():
+    """Six standard deviations of the last losses, not five; and a trend is none."""
+    state = {"watched": 0, "loss_mean": 0.0, "loss_variance": 0.0}
+    generator = np.random.default_rng(0)
+    assert not any(llama3.is_spike(state, 5 - i / 100 + 0.1 * generator.standard_normal(), 6.0) for i in range(200))
+    assert not any(llama3.is_spike(state, 3 + 0.1 * generator.standard_normal(), 6.0) for i in range(300))
+    deviation, mean = math.sqrt(state["loss_variance"]), state["loss_mean"]
+    assert 0.08 < deviation < 0.12 and abs(mean - 3) < 0.1
+    assert llama3.is_spike(dict(state), mean + 6.1 * deviation, 6.0)
+    assert not llama3.is_spike(dict(state), mean + 5.9 * deviation, 6.0)
+    assert not llama3.is_spike(dict(state), mean + 100, 0.0)
+    assert sum(llama3.is_spike(state, mean + 1, 6.0) for _ in range(100)) < 5, "a level that lasts is no spike"
