@@ -11,7 +11,7 @@ rotary positions, no biases; and what Llama 3 changed:
 - four dimensions of parallelism: tensor, context, pipeline, sharded data (§3.3.2).
 Qwen2.5 (arXiv 2412.15115) is the presets qwen2_5_*: the same model with a bias on q, k and v.
 
-Map: §3.1.2 Mixture | §3.2 Llama3, Block, attention_mask, SPECIALS | §3.3.2 Pipeline, parallelize,
+Map: §3.1.2 DataMix | §3.2 Llama3, Block, attention_mask, SPECIALS | §3.3.2 Pipeline, parallelize,
 SumGradient, SumOutput, GatherSequence, context_positions, stage_layers | §3.4 phases,
 learning_rate, train_in_stages | §3.4.2 needle_rate, rope_frequencies | §3.4.3 update_average.
 "Released" means the code and configurations that Meta published: inference only.
@@ -54,6 +54,7 @@ import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from fractions import Fraction
 from pathlib import Path
 from signal import SIG_DFL, SIGINT, SIGTERM, signal
 from typing import Literal, get_args
@@ -218,65 +219,98 @@ class Phase:
     """A part of a run in which length, batch, mix and positions stay the same."""
 
     stage: str  # initial, long-context or annealing
-    first: int  # the update that it begins with
-    end: int  # the update that the next one begins with
-    before: int  # sequences of the phases before it
+    begin: int  # tokens of the run before it
+    end: int  # tokens of the run at its end
     cfg: Config  # the run's, with this phase's seq_len, batch_size, data and rope_...
+
+def parse_stages(cfg):
+    """(stage, length, sequences per update, tokens of the run at its end) of each part of --ramp,
+    the rest of the initial stage, each of --long_lengths, and annealing."""
+    rows = []
+    for part in filter(None, cfg.ramp.split(",")):
+        with explain(f"--ramp: {part} is not LENGTHxSEQUENCES:TOKENS", ValueError):
+            size, tokens = part.split(":")
+            length, sequences = map(int, size.split("x"))
+            end = float(tokens)
+        if min(length, sequences) < 1 or not (rows[-1][3] if rows else 0) < end:
+            raise ValueError(f"--ramp: {part} is out of order, or has no length or no sequences")
+        rows.append(("initial", length, sequences, end))
+    rows = [(*row[:3], min(row[3], cfg.tokens)) for row in rows]
+    rows.append(("initial", cfg.seq_len, cfg.batch_size, cfg.tokens))
+    lengths = cfg.long_lengths.split(",") if cfg.long_tokens else []
+    with explain(f"--long_lengths {cfg.long_lengths} is not LENGTH,...", ValueError):
+        lengths = [int(length) for length in filter(None, lengths)]
+    later = [("long-context", length, cfg.long_tokens / len(lengths)) for length in lengths]
+    later.append(("annealing", [cfg.seq_len, *lengths][-1], cfg.anneal_tokens))
+    for stage, length, tokens in later:  # the same tokens per update, if ranks can share them
+        if length < 1:
+            raise ValueError(f"--long_lengths {length} is not positive")
+        sequences = max(cfg.seq_len * cfg.batch_size // length, 1)
+        unit = max(cfg.dp, 1) * max(cfg.micro_batch, 1)
+        if sequences > unit * cfg.pp:
+            unit *= cfg.pp
+        sequences = sequences - sequences % unit or sequences
+        rows.append((stage, length, sequences, rows[-1][3] + tokens))
+    return rows
 
 def phases(cfg):
     """§3.4, the run as a list of Phase: the initial stage with its ramp and its mixes, the lengths
     of the long-context stage, annealing. Tokens measure all of them, rounded to updates."""
     # Departure: the paper goes on to the next length once short evaluations are back and needles
-    # are found (§3.4.2); here tokens decide, and needle_rate only reports.
-    rows, number = [], r"\d+\.?\d*(?:e\+?\d+)?"
-    lengths = cfg.long_lengths.split(",") if cfg.long_lengths and cfg.long_tokens else []
-    if not all(re.fullmatch(r"[1-9]\d*", length) for length in lengths):
-        raise ValueError(f"--long_lengths {cfg.long_lengths} is not LENGTH,...")
-    lengths = [int(length) for length in lengths]
-    for part in filter(None, cfg.ramp.split(",")):
-        if not (found := re.fullmatch(rf"([1-9]\d*)x([1-9]\d*):({number})", part)):
-            raise ValueError(f"--ramp: {part} is not LENGTHxSEQUENCES:TOKENS")
-        until = min(float(found[3]), cfg.tokens)
-        rows.append(("initial", int(found[1]), int(found[2]), until))
-    rows.append(("initial", cfg.seq_len, cfg.batch_size, cfg.tokens))
-    later = [("long-context", length, cfg.long_tokens / len(lengths)) for length in lengths]
-    later += [("annealing", (lengths or [cfg.seq_len])[-1], cfg.anneal_tokens)]
-    for stage, length, tokens in later:  # constant tokens per batch, or eights that ranks can share
-        sequences = cfg.seq_len * cfg.batch_size // length
-        if cfg.seq_len * cfg.batch_size % length and sequences > 8:
-            sequences -= sequences % 8
-        rows.append((stage, length, sequences, rows[-1][3] + tokens))
-    mixes, starts = cfg.data.split(";")[::2], ["0", *cfg.data.split(";")[1::2]]
-    starts = [float(start) if re.fullmatch(number, start) else math.nan for start in starts]
-    if len(mixes) != len(starts) or not all(a < b for a, b in itertools.pairwise(starts)):
+    # are found (§3.4.2); here tokens decide, and needle_loss only reports.
+    stages = parse_stages(cfg)
+    mixes = cfg.data.split(";")[::2]
+    starts = [0.0]  # tokens of the run at which each mix begins
+    with explain(f"--data {cfg.data} is not MIX;TOKENS;MIX;TOKENS;MIX...", ValueError):
+        starts += map(float, cfg.data.split(";")[1::2])
+    if len(mixes) != len(starts) or sorted(set(starts)) != starts:
         raise ValueError(f"--data {cfg.data} is not MIX;TOKENS;MIX;TOKENS;MIX..., in order")
-    plan, done, first, before = [], 0.0, 0, 0
-    for stage, length, sequences, until in rows:
-        for cut in [*(start for start in starts if done < start < until), until]:
-            steps = max(round((cut - done) / max(length * sequences, 1)), 0)
-            now = dict(seq_len=length, batch_size=sequences)
+    plan = []
+    begin = 0
+    done = 0.0  # as begin, before rounding
+    for stage, length, sequences, end in stages:
+        for cut in [*(start for start in starts if done < start < end), end]:
+            now = {"seq_len": length, "batch_size": sequences}
             now["data"] = mixes[bisect.bisect_right(starts, done) - 1]
             if stage == "annealing" and cfg.anneal_data:
                 now["data"] = cfg.anneal_data
-            extended = stage != "initial" and lengths
-            if not extended and cfg.rope_from != "initial":
+            is_long = stage != "initial" and length > cfg.seq_len
+            if not is_long and cfg.rope_from != "initial":
                 now["rope_scaling"] = "none"
-            if extended and cfg.long_rope_theta:
+            if is_long and cfg.long_rope_theta:
                 now["rope_theta"] = cfg.long_rope_theta
             if cfg.pp > 1 and not cfg.micro_batch:  # two micro-batches for each rank of a pipeline
-                now["micro_batch"] = max(sequences // (cfg.dp * 2 * cfg.pp), 1)
-            if steps:
-                changed = dataclasses.replace(cfg, **now)
-                plan.append(Phase(stage, first, first + steps, before, changed))
-            first, done, before = first + steps, max(cut, done), before + steps * sequences
+                now["micro_batch"] = max(sequences // (max(cfg.dp, 1) * 2 * cfg.pp), 1)
+            n_updates = max(round((cut - done) / (length * sequences)), 0)
+            if n_updates:
+                size = n_updates * length * sequences
+                plan.append(Phase(stage, begin, begin + size, dataclasses.replace(cfg, **now)))
+                begin += size
+            done = max(cut, done)
+    if not plan:
+        raise ValueError("--tokens, --long_tokens and --anneal_tokens give not a single update")
     return plan
 
-def plan_position(plan, state):
-    """(index of the phase, updates of the plan before it and in it) at a state of the run, by the
-    sequences read; those of updates that go_back undid do not count."""
-    position = state["sequences"] - state["undone"]
-    i = bisect.bisect_right([phase.before for phase in plan], position) - 1
-    return i, plan[i].first + (position - plan[i].before) / plan[i].cfg.batch_size
+def find_phase(plan, tokens):
+    """Index of the phase that the run is in after so many tokens."""
+    return max(bisect.bisect_right([phase.begin for phase in plan], tokens) - 1, 0)
+
+def count_updates(plan, tokens):
+    """Updates that the first `tokens` tokens of the run take, as a float."""
+    n_updates = 0.0
+    for phase in plan:
+        size = phase.cfg.batch_size * phase.cfg.seq_len
+        n_updates += max(min(tokens, phase.end) - phase.begin, 0) / size
+    return n_updates
+
+def tokens_of_updates(plan, n_updates):
+    """Tokens of the run that its first n_updates updates take."""
+    for phase in plan:
+        size = phase.cfg.batch_size * phase.cfg.seq_len
+        if n_updates * size <= phase.end - phase.begin:
+            return phase.begin + n_updates * size
+        n_updates -= (phase.end - phase.begin) // size
+    return plan[-1].end
 
 # ---------------------------------------- Model ----------------------------------------
 
@@ -519,68 +553,54 @@ def flops_per_token(cfg):
 
 # ---------------------------------------- Data ----------------------------------------
 
-class Mixture:
-    """Corpora that are drawn by weight, one sequence at a time.
+class DataMix:
+    """§3.1.2, "data mix": corpora in given proportions, {name: Fraction}, to be read as one Corpus.
 
-    Of each block of 1,000 sequences every corpus has its exact share, in an order that the seed
-    shuffles, so that its own position is arithmetic. starts: windows of each corpus that earlier
-    phases spent; first: sequences that earlier phases drew from this mixture.
+    Of as many sequences as the proportions' common denominator every corpus has its exact share, in
+    an order that the seed shuffles, so that the window of a corpus that a sequence reads follows
+    from the sequence's index alone.
     """
 
-    def __init__(self, mix, corpora, starts, first):
-        self.names = list(mix)
-        self.weights = list(mix.values())
+    def __init__(self, proportions, corpora):
+        self.proportions = proportions
         self.corpora = corpora
-        self.starts = starts
-        self.first = first
-        self.block = 1000 if len(mix) > 1 else 1
-        sums = itertools.accumulate(self.weights, initial=0.0)
-        self.bounds = [round(self.block * part) for part in sums]
-        self.shares = [b - a for a, b in itertools.pairwise(self.bounds)]
+        self.block = math.lcm(*(share.denominator for share in proportions.values()))
+        self.shares = [int(share * self.block) for share in proportions.values()]
+        self.bounds = [0, *itertools.accumulate(self.shares)]
         self.separator = corpora[0].separator
         self.token_bytes = corpora[0].token_bytes
 
-    def draw(self, index, seed):
-        """(corpus, window of it) of sequence `index` of the phase."""
-        block, place = divmod(self.first + index, self.block)
-        place = permutation(self.block, seed, "mixture", block)[place]
-        corpus = bisect.bisect_right(self.bounds, place) - 1
-        position = block * self.shares[corpus] + place - self.bounds[corpus]
-        return corpus, self.starts[corpus] + position
-
-    def spent(self, n):
-        """Windows of each corpus that are spent after n sequences of the phase."""
-        blocks = math.ceil((self.first + n) / self.block)
-        return [start + blocks * share for start, share in zip(self.starts, self.shares)]
-
     def n_windows(self, length):
-        """Sequences of length + 1 ids until one of the corpora begins another epoch."""
-        pairs = zip(self.corpora, self.weights)
-        return round(min(corpus.n_windows(length) / weight for corpus, weight in pairs))
+        """Sequences of length + 1 ids before one of the corpora is read again."""
+        pairs = zip(self.corpora, self.shares)
+        return min(self.block * corpus.n_windows(length) // share for corpus, share in pairs)
 
     def window(self, index, length, seed):
-        """Window `index` of the phase, length + 1 ids."""
-        corpus, position = self.draw(index, seed)
-        return self.corpora[corpus].window(position, length, seed)
+        """The length + 1 ids of sequence `index`."""
+        block, position = divmod(index, self.block)
+        position = permutation(self.block, seed, "data mix", block)[position]
+        i = bisect.bisect_right(self.bounds, position) - 1
+        index = block * self.shares[i] + position - self.bounds[i]
+        return self.corpora[i].window(index, length, seed)
 
     def fingerprint(self):
-        """A number that tells mixtures of other shares or other data apart."""
+        """A hash of the proportions and of the fingerprints of the corpora."""
         return stable_hash(self.shares, [corpus.fingerprint() for corpus in self.corpora])
 
-def parse_mix(text):
-    """{path: weight} of WEIGHT:PATH,...; a path alone has weight 1. The weights are divided by
+def read_mix(text):
+    """{path: Fraction} of WEIGHT:PATH,...; a path alone has weight 1. The weights are divided by
     their sum."""
     mix = {}
     for part in text.split(","):
         weight, path = re.fullmatch(r"(?:([^:/\\]*):)?(.*)", part, re.S).groups()
         with explain(f"{part} is not WEIGHT:PATH", ValueError):
-            number = float(weight or 1)
-        if not 0 < number < math.inf:
+            number = Fraction(weight or 1)
+        if number <= 0:
             raise ValueError(f"the weight of {path or 'the library'} is {weight}, not positive")
-        mix[path] = mix.get(path, 0.0) + number
-    mix = {path: weight / sum(mix.values()) for path, weight in mix.items()}
-    if min(mix.values()) < 2e-3:  # two sequences of a block of Mixture
-        raise ValueError(f"the weight of {min(mix, key=mix.get)} is too small")
+        mix[path] = mix.get(path, 0) + number
+    mix = {path: number / sum(mix.values()) for path, number in mix.items()}
+    if math.lcm(*(number.denominator for number in mix.values())) > 10**6:
+        raise ValueError(f"the weights of {text} have a common denominator above 1,000,000")
     return mix
 
 def cut_text(text):
@@ -606,41 +626,36 @@ def tokenize_pieces(documents, tokenizer, separator):
         if text:
             yield name, np.concatenate([begin, *ids, [separator]]).astype(dtype)
 
-def load_mixtures(cfg, sources, tokenizer, separator):
-    """(Mixture of each phase of the run, Mixture of the held-out documents of its first mix).
-
-    sources: {path: (text files, token shards)}. Each length has an order of its own, in which no
-    phase draws a window that another drew, within an epoch.
-    """
-    # Undisclosed: whether the longer stages see text of the initial stage again. Here they may.
+def load_mixes(cfg):
+    """(tokenizer or None, DataMix of each phase, DataMix of the documents held out of the first);
+    sets cfg.vocab_size. With --write_tokens the data is written as shards, and the result None."""
+    # Undisclosed: whether a stage sees text of an earlier one again. A sequence's index in the run
+    # decides what it reads of its mix, so that phases of the same length and mix go on, and others
+    # may read again.
     plan = phases(cfg)
+    mixes = [read_mix(cfg.data.split(";")[0]), *(read_mix(phase.cfg.data) for phase in plan)]
+    sources = {path: find_files(path) for path in dict.fromkeys(itertools.chain(*mixes))}
+    tokenizer = None
+    separator = -1  # unknown
+    if cfg.tokenizer or any(files for files, _ in sources.values()):
+        tokenizer, separator = load_specials(cfg)
+        cfg.vocab_size = cfg.vocab_size or 8 * math.ceil(tokenizer.n_vocab / 8)
+    else:
+        print("without --tokenizer there are no borders of documents, and no mask")
+    cfg.vocab_size = vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
     length = max(phase.cfg.seq_len for phase in plan)
     batch = math.ceil(max(phase.cfg.seq_len * phase.cfg.batch_size for phase in plan) / length)
-    common = parse_mix(cfg.data.split(";")[0])
     corpora = {}
-    for mix in (common, *(parse_mix(phase.cfg.data) for phase in plan)):
-        for path in (path for path in mix if path not in corpora):
-            files, shards = sources[path]
-            documents = tokenize_pieces(read_documents(path, files), tokenizer, separator)
-            sizes = cfg.vocab_size, math.ceil(batch * mix[path]), length
-            with explain(path or "the standard library", ValueError):
-                corpora[path] = load_corpora(shards, documents, tokenizer, separator, *sizes)
-    mixtures = []
-    spent = {}
-    last = None
-    for phase in plan:
-        mix = parse_mix(phase.cfg.data)
-        length = phase.cfg.seq_len
-        if (phase.cfg.data, length) != last:  # else the mixture of the phase before goes on
-            last = phase.cfg.data, length
-            first = 0
-            starts = [spent.get((path, length), 0) for path in mix]
-        mixtures.append(Mixture(mix, [corpora[path][0] for path in mix], starts, first))
-        n = (phase.end - phase.first) * phase.cfg.batch_size
-        spent.update(((path, length), i) for path, i in zip(mix, mixtures[-1].spent(n)))
-        first += n
-    heldout = Mixture(common, [corpora[path][1] for path in common], [0] * len(common), 0)
-    return mixtures, heldout
+    for path, (files, shards) in sources.items():
+        documents = tokenize_pieces(read_documents(path, files), tokenizer, separator)
+        if cfg.write_tokens:
+            return write_tokens(cfg.write_tokens, documents)
+        share = max(mix.get(path, 0) for mix in mixes)
+        sizes = cfg.vocab_size, math.ceil(batch * share), length
+        with explain(path or "the standard library", ValueError):
+            corpora[path] = load_corpora(shards, documents, tokenizer, separator, *sizes)
+    heldout = DataMix(mixes[0], [corpora[path][1] for path in mixes[0]])
+    return tokenizer, [DataMix(m, [corpora[p][0] for p in m]) for m in mixes[1:]], heldout
 
 def get_batch(corpus, first, n, cfg):
     """Sequences first ... first + n - 1 of the phase: tokens, targets and, with the mask,
@@ -687,17 +702,21 @@ def build_optimizer(model, cfg):
 
 def learning_rate(step, cfg):
     """§3.4.1: linear warm-up, then a cosine; §3.4.3: linear to 0 while annealing. step counts the
-    updates made before."""
+    updates of the plan that are over; those of phases with another batch have other tokens."""
     # Undisclosed: the rate of the long-context stage, where the cosine goes on, and from which
     # annealing begins.
-    last = phases(cfg)[-1]
-    start = min(step, last.first) if last.stage == "annealing" else step
+    plan = phases(cfg)
+    end = count_updates(plan, plan[-1].end)
+    begin = end  # of annealing
+    if plan[-1].stage == "annealing":
+        begin = count_updates(plan, plan[-1].begin)
+    start = min(step, begin)
     if start < cfg.warmup_steps:
         rate = cfg.lr * start / cfg.warmup_steps
     else:
         done = (start - cfg.warmup_steps) / max(cfg.cosine_steps - cfg.warmup_steps, 1)
         rate = cfg.min_lr + (cfg.lr - cfg.min_lr) / 2 * (1 + math.cos(math.pi * min(done, 1)))
-    return rate * (last.end - step) / (last.end - last.first) if step > start else rate
+    return rate * (end - step) / (end - begin) if step > start else rate
 
 def clip_gradients(model, loss, cfg, mesh):
     """(norm of the complete gradient, loss summed over ranks), after scaling the gradient down to a
@@ -1087,6 +1106,11 @@ class Pipeline:
         step = self.schedule.step if torch.is_grad_enabled() else self.schedule.eval
         step(*first, **inputs, return_outputs=False)
 
+    def use_average(self):
+        """Put the average in place of the parameters."""
+        for p, mean in zip(self.model.parameters(), self.average.parameters()):
+            p.data.copy_(mean.data)
+
     @torch.no_grad()
     def evaluate(self, batches):
         """run without gradients."""
@@ -1447,26 +1471,6 @@ def load_specials(cfg):
         return tokenizer, tokenizer.eot_token
     return tokenizer, tokenizer.encode_single_token(END)
 
-def find_sources(cfg):
-    """({path: (text files, token shards)} of all mixes, tokenizer or None, id after each document,
-    -1 if unknown); sets cfg.vocab_size."""
-    mixes = cfg.data.split(";")[::2]
-    if cfg.anneal_data:
-        mixes.append(cfg.anneal_data)
-    paths = dict.fromkeys(path for mix in mixes for path in parse_mix(mix))
-    sources = {path: find_files(path) for path in paths}
-    tokenizer = None
-    separator = -1
-    if cfg.tokenizer or any(files for files, _ in sources.values()):
-        tokenizer, separator = load_specials(cfg)
-        cfg.vocab_size = cfg.vocab_size or 8 * math.ceil(tokenizer.n_vocab / 8)
-        if cfg.vocab_size < tokenizer.n_vocab:
-            raise ValueError(f"--vocab_size {cfg.vocab_size} is below {tokenizer.n_vocab} ids")
-    else:
-        print("without --tokenizer there are no borders of documents, and no mask")
-    cfg.vocab_size = vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
-    return sources, tokenizer, separator
-
 def sample(model, ids, n, allowed_ids, cfg):
     """ids and n more, drawn at temperature 0.8 among allowed_ids [V] (boolean)."""
     device = model.token_embedding.weight.device
@@ -1534,12 +1538,12 @@ def check(cfg, ranks):
         (cfg.dim % (2 * cfg.n_heads) or cfg.dim < 4 * cfg.n_heads,
          f"{cfg.n_heads} heads do not divide the width {cfg.dim} into even parts of 4 or more"),
         (cfg.rope_theta <= 1, f"--rope_theta {cfg.rope_theta} is not above 1"),
+        (cfg.rope_factor < 1, f"--rope_factor {cfg.rope_factor} is not 1 or more"),
         (cfg.n_heads % cfg.n_kv_heads,
          f"{cfg.n_kv_heads} key-value heads do not divide {cfg.n_heads} heads"),
         (cfg.n_kv_heads % cfg.tp,
          f"--tp {cfg.tp} does not divide {cfg.n_kv_heads} key-value heads"),
         (cfg.hidden_dim % cfg.tp, f"--tp {cfg.tp} does not divide --hidden_dim {cfg.hidden_dim}"),
-        (cfg.rope_factor < 1, f"--rope_factor {cfg.rope_factor} is not 1 or more"),
         (cfg.vocab_size % cfg.tp, f"--tp {cfg.tp} does not divide --vocab_size {cfg.vocab_size}"),
         (cfg.tied and cfg.pp > 1, "--pp does not work with --tied: the embedding is on one rank"),
         (stages > cfg.n_layers + 2,
@@ -1547,40 +1551,49 @@ def check(cfg, ranks):
         (cfg.resume and not cfg.out, "--resume needs --out"),
         (cfg.eval and not cfg.out and not cfg.init, "--eval needs --out or --init"),
         (cfg.write_tokens and ranks > 1, "--write_tokens runs in one process, without torchrun"),
+        (cfg.write_tokens and re.search("[,;]", cfg.data + cfg.anneal_data),
+         "--write_tokens takes one corpus, not a mix"),
     ):  # fmt: skip
         if wrong:
             raise ValueError(message)
-    if not phases(cfg):
-        raise ValueError("--tokens, --long_tokens and --anneal_tokens give not a single update")
-    for phase in phases(cfg):
-        if phase.first < cfg.steps or not cfg.steps:
-            check_phase(phase)
+    plan = phases(cfg)
+    wrong = [phase_problem(phase) for phase in plan]
+    if all(wrong):
+        raise ValueError(wrong[0])
 
-def check_phase(phase):
-    """Raise ValueError for a phase whose batch does not fit the layout."""
+def phase_problem(phase):
+    """Why the layout cannot hold a phase; empty if it can."""
     cfg = phase.cfg
-    where = f"{phase.stage}, {cfg.batch_size} sequences of {cfg.seq_len}"
     steps, micro = split_batch(cfg, cfg.dp)
-    rounds = max(1, steps // cfg.pp)
-    for wrong, message in (
-        (cfg.dp * steps * micro != cfg.batch_size or not cfg.batch_size,
-         f"not {cfg.dp} data-parallel ranks x micro-batches of {micro}"),
-        (cfg.cp > 1 and cfg.seq_len % (2 * cfg.cp),
-         f"--cp {cfg.cp} needs a multiple of {2 * cfg.cp}"),
-        (cfg.pp > 1 and cfg.pp_chunks == 1 and steps < cfg.pp,
-         f"{steps} micro-batches are fewer than --pp {cfg.pp}: see --micro_batch, --pp_chunks"),
-        (cfg.pp_chunks > 1 and steps % rounds,
-         f"{steps} micro-batches are not {rounds} equal rounds"),
-    ):  # fmt: skip
-        if wrong:
-            raise ValueError(f"{where}: {message}")
+    where = f"{phase.stage}, {cfg.batch_size:,} sequences of {cfg.seq_len:,}"
+    if cfg.dp * steps * micro != cfg.batch_size:
+        return f"{where}: not {cfg.dp} data-parallel ranks x micro-batches of {micro}"
+    if cfg.cp > 1 and cfg.seq_len % (2 * cfg.cp):
+        return f"{where}: --cp {cfg.cp} needs a multiple of {2 * cfg.cp}"
+    if cfg.pp_chunks == 1 and steps < cfg.pp:
+        return f"{where}: {steps} micro-batches are fewer than --pp {cfg.pp}: see --micro_batch"
+    if cfg.pp_chunks > 1 and steps % max(1, steps // cfg.pp):
+        return f"{where}: {steps} micro-batches are not {steps // cfg.pp} equal rounds"
+    return ""
+
+def limit_to_layout(plan, position, end):
+    """Tokens at which the run ends: `end`, or where a phase begins that the layout cannot hold,
+    which is printed. Raises ValueError if that is the phase of the present position."""
+    for phase in plan:
+        if position < phase.end and phase.begin < end and phase_problem(phase):
+            if phase.begin <= position:
+                raise ValueError(phase_problem(phase))
+            print(f"{phase_problem(phase)}: the run ends before it, after {phase.begin:,} tokens;")
+            print("the same command with --resume and another --dp, --cp or --micro_batch goes on")
+            return phase.begin
+    return end
 
 def dry_run(cfg):
     """Print parameters, FLOPs per token, bytes on the rank that needs most, and for each phase its
-    activations and the pipeline's bubble, or why the layout cannot run it; from shapes alone."""
+    activations and the pipeline's bubble, or why the layout cannot hold it; from shapes alone."""
     cfg = fit_ranks(cfg, cfg.world_size)
     cfg.vocab_size = cfg.vocab_size or 8 * math.ceil(load_specials(cfg)[0].n_vocab / 8)
-    check(dataclasses.replace(cfg, steps=1), cfg.world_size)
+    check(cfg, cfg.world_size)
     plan = phases(cfg)
     with torch.device("meta"):
         total, activated = count_parameters(Llama3(cfg))
@@ -1590,119 +1603,94 @@ def dry_run(cfg):
     print_memory(memory_per_rank(plan[-1].cfg))
     for phase in plan:
         now = phase.cfg
-        line = f"{phase.stage}, {now.batch_size:,} sequences of {now.seq_len:,}"
-        try:
-            check_phase(phase)
-        except ValueError as error:
-            print(f"{error} | another layout is needed")
+        if phase_problem(phase):
+            print(f"{phase_problem(phase)} | another layout is needed")
             continue
+        size = now.batch_size * now.seq_len
         memory = memory_per_rank(now)
-        steps, _ = split_batch(now, now.dp)
-        print(
-            f"{line} | {phase.end - phase.first:,} updates | {steps} micro-batches | "
-            f"bubble {pipeline_bubble(now):.1%} | "
-            f"activations {memory['activations'] / 2**30:.3f} GiB | "
-            f"sum {sum(memory.values()) / 2**30:.3f} GiB"
-        )
-
-def only_text(sources):
-    """(name, text) of each document of the one corpus in --data, which must be text."""
-    texts = [(path, files) for path, (files, _) in sources.items() if files]
-    if len(sources) > 1 or not texts:
-        raise ValueError("--write_tokens takes one corpus, not a mix, and text, not token shards")
-    return read_documents(*texts[0])
-
-class BatchReader:
-    """Reads batches in a thread, each by the mixture and the batch size of its phase."""
-
-    def __init__(self, plan, mixtures, *place):
-        self.plan = plan
-        self.mixtures = mixtures
-        self.place = place
-        self.thread = ThreadPoolExecutor(1)
-        self.key = None
-
-    def start(self, state):
-        """Future of the batch at a state of the run, which is not read again if it is the last."""
-        i, _ = plan_position(self.plan, state)
-        cfg = self.plan[i].cfg
-        key = state["sequences"], cfg.batch_size, i
-        if key != self.key:
-            self.key = key
-            first = state["sequences"] - self.plan[i].before
-            work = read_batch, self.mixtures[i], first, cfg, *self.place
-            self.future = self.thread.submit(*work)
-        return self.future
-
-def update_unless_spike(pipeline, optimizer, batches, done, state, cfg):
-    """One update from this rank's micro-batches, after `done` of the plan; returns the row for
-    log, and whether its loss is a spike. Skips the update if it is, or if loss or gradient
-    are not finite, which is the same on all ranks."""
-    now = pipeline.cfg
-    loss = pipeline.run(batches)
-    norm, loss = clip_gradients(pipeline.model, loss, cfg, pipeline.mesh)
-    lr = learning_rate(done, cfg)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    finite = math.isfinite(norm) and math.isfinite(loss)
-    spike = finite and is_spike(state, loss, cfg.spike)
-    if finite and not spike:
-        optimizer.step()
-        state["tokens"] += now.batch_size * now.seq_len
-    else:
-        why = f"its loss {loss:.4f} is a spike" if spike else "its loss or gradient is not finite"
-        print(f"step {state['step'] + 1} skipped: {why}")
-    optimizer.zero_grad()
-    state["step"] += 1
-    state["sequences"] += now.batch_size
-    state["n_skipped"] = 0 if finite else state["n_skipped"] + 1
-    bpb = bits_per_byte(loss * batches[0]["n_targets"], batches[0]["n_bytes"])
-    row = {"loss": loss, "bpb": bpb, "lr": lr, "grad": norm, "tokens": state["tokens"]}
-    return row, spike
+        print(f"{phase.stage}, {now.batch_size:,} sequences of {now.seq_len:,}", end=" | ")
+        print(f"{(phase.end - phase.begin) // size:,} updates", end=" | ")
+        print(f"{split_batch(now, now.dp)[0]} micro-batches", end=" | ")
+        print(f"bubble {pipeline_bubble(now):.1%}", end=" | ")
+        print(f"activations {memory['activations'] / 2**30:.3f} GiB", end=" | ")
+        print(f"sum {sum(memory.values()) / 2**30:.3f} GiB")
 
 def go_back(pipeline, optimizer, state, path, n_returns):
     """Undo the updates since the checkpoint at path, and go on with the data that follows theirs.
-    Raises ValueError if that was done three times without a new checkpoint."""
-    # Undisclosed: the recovery; there were few spikes, and no manual intervention (§3.4.1). This is
-    # what others describe.
+    Raises ValueError at the third time without a new checkpoint."""
+    # Undisclosed: the recovery; there were few spikes, and no manual intervention (§3.4.1). This
+    # is what others describe.
     if n_returns == 3:
         raise ValueError(f"three times back to {path}, and on to step {state['step']}")
     kept = {"step": state["step"], "sequences": state["sequences"], "watched": 0}
     load_checkpoint(path, pipeline.saved, optimizer, state)
     undone = kept["sequences"] - state["sequences"]
-    state.update(kept, undone=state["undone"] + undone)
+    state.update(kept)
     print(f"back to the weights of {path.name}, and past {undone} sequences")
 
-def train_in_stages(pipeline, optimizer, data, state, cfg, device):
-    """Update the model until the phases or cfg.steps are over; False if a signal ends it. data is
-    (phases, their mixtures, held-out Mixture, tokenizer)."""
-    plan, mixtures, heldout, tokenizer = data
+def training_step(pipeline, optimizer, batches, n_updates, state, cfg):
+    """One update from this rank's micro-batches, after n_updates of the plan; returns the row for
+    log, and why the update was skipped, if it was, which is the same on all ranks."""
+    now = pipeline.cfg
+    lr = learning_rate(n_updates, cfg)
+    loss = pipeline.run(batches)
+    norm, loss = clip_gradients(pipeline.model, loss, cfg, pipeline.mesh)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    state["step"] += 1
+    state["sequences"] += now.batch_size
+    state["position"] += now.batch_size * now.seq_len
+    why = ""
+    if not (math.isfinite(norm) and math.isfinite(loss)):
+        why = "its loss or gradient is not finite"
+    elif is_spike(state, loss, cfg.spike):
+        why = f"its loss {loss:.4f} is a spike"
+    else:
+        optimizer.step()
+        state["tokens"] += now.batch_size * now.seq_len
+    optimizer.zero_grad()
+    if why:
+        print(f"step {state['step']} skipped: {why}")
+    bpb = bits_per_byte(loss * batches[0]["n_targets"], batches[0]["n_bytes"])
+    return {"loss": loss, "bpb": bpb, "lr": lr, "grad": norm, "tokens": state["tokens"]}, why
+
+def train(pipeline, optimizer, plan, mixes, heldout, tokenizer, state, end, cfg, device):
+    """Update the model until `end` tokens of the plan are over; False if a signal ends it."""
     place = device, pipeline.data_rank, cfg.dp
     signals = catch_signals()
-    reader = BatchReader(plan, mixtures, *place)
-    ahead = reader.start(state)
+    thread = ThreadPoolExecutor(1)  # reads the next batch during an update
+
+    def read(position, sequences):  # (phase and first sequence, future) of a batch
+        i = find_phase(plan, position)
+        return (i, sequences), thread.submit(read_batch, mixes[i], sequences, plan[i].cfg, *place)
+
+    key, ahead = read(state["position"], state["sequences"])
     saved = state["step"]
     clock = time.perf_counter()
-    n_returns = 0
     phase = None
+    n_skipped = 0
+    n_returns = 0
     while True:
         step = state["step"]
-        i, done = plan_position(plan, state)
-        steps_left = math.ceil(cfg.steps - done)
+        i = find_phase(plan, state["position"])
         if phase is not plan[i]:
             phase = plan[i]
-            set_phase(pipeline, phase, mixtures[i])
+            now = phase.cfg
+            pipeline.enter(now)
+            print_phase(phase, mixes[i])
             first_step = step
             pace = None  # seconds per update
-            state["watched"] *= done >= phase.first + 1  # another batch has another loss
+        if key != (i, state["sequences"]):
+            key, ahead = read(state["position"], state["sequences"])
+        n_updates = count_updates(plan, state["position"])
+        steps_left = math.ceil(count_updates(plan, end) - n_updates)
         error = ahead.exception()  # waits until that batch is read
         if step > first_step + 1:  # the first update may compile and is left out
             seconds = time.perf_counter() - clock
             pace = 0.9 * (pace or seconds) + 0.1 * seconds
         (stop,) = sum_over_ranks(len(signals) + (error is not None))
-        end = steps_left <= 0 or stop
-        due = end or step % cfg.save_every == 0
-        if cfg.out and step > saved and not state["n_skipped"] and due:
+        is_over = steps_left <= 0 or stop
+        if cfg.out and step > saved and not n_skipped and (is_over or step % cfg.save_every == 0):
             save_checkpoint(cfg.out, pipeline.saved, optimizer, state)
             saved = step
             n_returns = 0
@@ -1710,92 +1698,87 @@ def train_in_stages(pipeline, optimizer, data, state, cfg, device):
             raise error
         if stop:
             return False
-        if not end and step % cfg.val_every == 0:
-            validate(pipeline.evaluate, heldout, step, phase.cfg, *place)
-        if end:
+        if pipeline.average is not None and state["position"] >= plan[-1].end:
+            pipeline.use_average()
+        if is_over or step % cfg.val_every == 0:
+            validate(pipeline.evaluate, heldout, step, now, *place)
+        if is_over:
             return True
 
         clock = time.perf_counter()
         batches = ahead.result()
-        ahead = reader.start(state | {"sequences": state["sequences"] + phase.cfg.batch_size})
+        size = now.batch_size * now.seq_len
+        key, ahead = read(state["position"] + size, state["sequences"] + now.batch_size)
         sum_counts(batches, cfg.dp)
-        row, spike = update_unless_spike(pipeline, optimizer, batches, done, state, cfg)
+        row, why = training_step(pipeline, optimizer, batches, n_updates, state, cfg)
         if phase.stage == "annealing" and pipeline.average is not None:
-            n_updates = phase.end - phase.first
-            update_average(pipeline, done + 1 - phase.first, n_updates, cfg.average)
+            n_annealed = (state["position"] - phase.begin) // size
+            update_average(pipeline, n_annealed, (phase.end - phase.begin) // size, cfg.average)
         if step == 0 or steps_left == 1 or state["step"] % cfg.log_every == 0:
             head = f"step {step + 1}/{step + steps_left} | {phase.stage}"
-            tail = progress(state["tokens"], steps_left - 1, pace, phase.cfg, device)
+            tail = progress(state["tokens"], steps_left - 1, pace, now, device)
             log(cfg.out, step + 1, head, row, tail)
-        if (spike or state["n_skipped"] == 3) and saved:
+        n_skipped = n_skipped + 1 if "finite" in why else 0
+        if saved and (n_skipped == 3 or "spike" in why):
             n_returns += 1
+            n_skipped = 0
             go_back(pipeline, optimizer, state, Path(cfg.out, f"step_{saved:09d}"), n_returns)
-            ahead = reader.start(state)
-        elif state["n_skipped"] == 3 or (state["n_skipped"] and steps_left == 1):
-            skipped = f"the last {state['n_skipped']} steps to {step + 1}"
-            raise ValueError(f"no finite gradient in {skipped}")
-        elif phase.stage == "long-context" and done + 1 >= phase.end:
-            nats = math.nan
-            if tokenizer:
-                nats = needle_loss(pipeline, heldout, tokenizer, phase.cfg, device)
-            print(f"needle {phase.cfg.seq_len} | loss {nats:.4f}")
+        elif n_skipped == 3 or (n_skipped and steps_left == 1):
+            raise ValueError(f"no finite gradient in the last {n_skipped} steps to {step + 1}")
+        elif phase.stage == "long-context" and state["position"] >= phase.end and tokenizer:
+            needle = needle_loss(pipeline, heldout, tokenizer, now, device)
+            print(f"needle {now.seq_len} | loss {needle:.4f}")
 
-def set_phase(pipeline, phase, mixture):
-    """Set the pipeline to a phase; print what is about to happen, and how far into each corpus."""
-    pipeline.enter(phase.cfg)
+def print_phase(phase, mix):
+    """Print what is about to happen, and the shares of the corpora."""
     cfg = phase.cfg
-    ranks = cfg.dp
-    steps, micro = split_batch(cfg, ranks)
+    steps, micro = split_batch(cfg, cfg.dp)
     rope = "unscaled"
     if cfg.rope_scaling != "none":
         rope = f"{cfg.rope_scaling} x {cfg.rope_factor:g}"
-    print(f"{phase.stage} to step {phase.end:,} | rope {rope} | tokens per step", end=" ")
-    print(f"{cfg.batch_size * cfg.seq_len:,} = {ranks} ranks x {steps} x {micro}", end=" ")
+    print(f"{phase.stage} to {phase.end:,} tokens | rope {rope} | tokens per step", end=" ")
+    print(f"{cfg.batch_size * cfg.seq_len:,} = {cfg.dp} ranks x {steps} x {micro}", end=" ")
     print(f"sequences of {cfg.seq_len:,}")
-    if len(mixture.names) > 1:
-        corpora = zip(mixture.names, mixture.corpora, mixture.shares, mixture.spent(0))
-        for name, corpus, share, spent in corpora:
-            epochs = spent / corpus.n_windows(cfg.seq_len)
-            print(f"  {share / mixture.block:.1%} {name}, from epoch {epochs:.3f}")
+    for name, share in mix.proportions.items():
+        if share < 1:
+            print(f"  {float(share):.2%} {name or 'the standard library'}")
 
-def finish(pipeline, data, state, cfg, device):
-    """Put the average in place of the parameters, if annealing is complete (§3.4.3); validate,
-    export and sample."""
-    plan, _, heldout, tokenizer = data
-    now = pipeline.cfg
-    _, done = plan_position(plan, state)
-    if pipeline.average is not None and done >= plan[-1].end:
-        for p, mean in zip(pipeline.model.parameters(), pipeline.average.parameters()):
-            p.data.copy_(mean)
-    place = device, pipeline.data_rank, cfg.dp
-    validate(pipeline.evaluate, heldout, state["step"], now, *place)
-    if cfg.export:
-        to_hf(pipeline.model, now, cfg.export, pipeline.mesh)
-    if tokenizer and cfg.tp * cfg.cp * cfg.pp == 1:  # else: --export, then --init and --eval
-        ids = get_batch(heldout, 0, 1, now)["tokens"][0, :32].tolist()
-        if cfg.prompt:
-            ids = tokenizer.encode_ordinary(cfg.prompt)
-        allowed_ids = torch.from_numpy(heldout.token_bytes > 0)
-        print(tokenizer.decode(sample(pipeline.stages[0], ids, 256, allowed_ids, now)))
+BUDGET = {"tokens", "long_tokens", "anneal_tokens"}  # fields that a run keeps when it is resumed
 
-def resume_plan(cfg, given, ranks):
-    """(path of the newest checkpoint or None, config.json of its run). A run that is continued has
-    the stages of its first start, but for those that are given anew."""
-    fixed = {name: getattr(cfg, name) for name in (*SHAPE, "tp", "pp")}
-    if not cfg.eval:
-        fixed["seed"] = cfg.seed
-    path, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
-    if cfg.eval and not path and not cfg.init:
-        raise ValueError(f"--eval: {cfg.out} has no checkpoint")
-    for name in ("tokens", "long_tokens", "anneal_tokens", "steps"):
-        if run and name not in given:
-            setattr(cfg, name, run[name])
-    check(cfg, ranks)
-    tenth = phases(cfg)[-1].end // 10
+def plan_run(cfg, given, run):
+    """(phases, tokens of the plan after which the run ends); run is config.json of a run that goes
+    on. Cuts the warm-up to a tenth of the stages."""
+    plan = phases(cfg)
+    end = plan[-1].end
+    if cfg.steps:
+        end = tokens_of_updates(plan, cfg.steps)
+    if run and not given & {"steps", *BUDGET}:
+        end = run["end"]
+    tenth = int(count_updates(plan, plan[-1].end)) // 10
     if cfg.warmup_steps > tenth:
         cfg.warmup_steps = tenth
         print(f"the warm-up is cut to {tenth} updates, a tenth of the stages")
-    return path, run
+    return plan, end
+
+def restore(pipeline, optimizer, state, checkpoint, cfg):
+    """Fill the parts of a run from a checkpoint, if there is one; its annealing may be new."""
+    if checkpoint:
+        with explain(f"{checkpoint} is damaged", OSError):
+            keys = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        if any("average" in key for key in keys):
+            pipeline.add_average(cfg)
+        load_checkpoint(checkpoint, pipeline.saved, optimizer, state)
+    if cfg.anneal_tokens and cfg.average and pipeline.average is None:
+        pipeline.add_average(cfg)
+
+def print_run(plan, end, cfg, device):
+    """Print versions, layout, sizes and the number of updates."""
+    with torch.device("meta"):
+        total, activated = count_parameters(Llama3(cfg))
+    print(f"torch {torch.__version__} | {device.type} {cfg.precision} | tp {cfg.tp} x", end=" ")
+    print(f"cp {cfg.cp} x pp {cfg.pp} x dp {cfg.dp}")
+    print(f"parameters {total:,} | activated {activated:,} | FLOPs per token", end=" ")
+    print(f"{flops_per_token(plan[-1].cfg):.3g} | {count_updates(plan, end):,.0f} updates")
 
 @record
 def main(argv=None):
@@ -1815,49 +1798,55 @@ def main(argv=None):
         ranks = dist.get_world_size()
         cfg = fit_ranks(cfg, ranks)
         check(cfg, ranks)
-        sources, tokenizer, separator = find_sources(cfg)
-        if cfg.write_tokens:
-            documents = tokenize_pieces(only_text(sources), tokenizer, separator)
-            return write_tokens(cfg.write_tokens, documents)
-        path, run = resume_plan(cfg, given, ranks)
-        mixtures, heldout = load_mixtures(cfg, sources, tokenizer, separator)
-        plan = [phase for phase in phases(cfg) if phase.first < (cfg.steps or math.inf)]
-        data = plan, mixtures, heldout, tokenizer
 
+        fixed = {"tp": cfg.tp, "pp": cfg.pp} | ({} if cfg.eval else {"seed": cfg.seed})
+        checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
+        for name in BUDGET - given:  # a run that goes on has the stages of its first start
+            setattr(cfg, name, run.get(name, getattr(cfg, name)))
+        data = load_mixes(cfg)
+        if not data:
+            return
+        tokenizer, mixes, heldout = data
+        for name in SHAPE:
+            if run and run[name] != getattr(cfg, name):
+                raise ValueError(f"{checkpoint} has {name} {run[name]}, not {getattr(cfg, name)}")
+        plan, end = plan_run(cfg, given, run)
         pipeline = Pipeline(cfg, make_mesh(cfg, device.type))
-        if cfg.anneal_tokens and cfg.average:
-            pipeline.add_average(cfg)
         init_weights(pipeline.model, cfg, pipeline.tp)
         if cfg.init:
             read_hf_weights(pipeline.model, cfg, cfg.init, pipeline.tp)
         optimizer = build_optimizer(pipeline.model, cfg)
-        state = {"step": 0, "sequences": 0, "undone": 0, "tokens": 0, "n_skipped": 0}
+        state = {"step": 0, "sequences": 0, "position": 0, "tokens": 0}
         state |= {"watched": 0, "loss_mean": 0.0, "loss_variance": 0.0}
-        if path:
-            load_checkpoint(path, pipeline.saved, optimizer, state)
-        fingerprints = [mixture.fingerprint() for mixture in mixtures]
-        i, done = plan_position(plan, state)
-        n_begun = i + (done > plan[i].first)  # phases
+        restore(pipeline, optimizer, state, checkpoint, cfg)
+        i = find_phase(plan, state["position"])
+        fingerprints = [mix.fingerprint() for mix in mixes]
+        n_begun = i + (state["position"] > plan[i].begin)  # phases
         theirs = run.get("data_fingerprint", [])[:n_begun]
         if theirs != fingerprints[: len(theirs)] and not cfg.eval:
-            raise ValueError(f"{path} has another data_fingerprint than --data or --anneal_data")
+            raise ValueError(f"{checkpoint} has another data_fingerprint than --data")
         if cfg.eval:
+            if not checkpoint and not cfg.init:
+                raise ValueError(f"--eval: {cfg.out} has no checkpoint")
+            end = state["position"]
             cfg.out = ""  # nothing is written
         if cfg.out:
-            run = dataclasses.asdict(cfg) | {"data_fingerprint": fingerprints}
+            run = dataclasses.asdict(cfg) | {"end": end, "data_fingerprint": fingerprints}
             lock = claim_directory(cfg.out, run)  # held while the run lives
-        with torch.device("meta"):
-            total, activated = count_parameters(Llama3(cfg))
-        print(f"torch {torch.__version__} | {device.type} {cfg.precision} | tp {cfg.tp} x", end=" ")
-        print(f"cp {cfg.cp} x pp {cfg.pp} x dp {cfg.dp}")
-        print(f"parameters {total:,} | activated {activated:,} | FLOPs per token", end=" ")
-        cfg.steps = min(cfg.steps or math.inf, plan[-1].end)
-        print(f"{flops_per_token(plan[-1].cfg):.3g} | {cfg.steps:,} updates")
-        if cfg.eval:
-            cfg.steps = 0
-        if not train_in_stages(pipeline, optimizer, data, state, cfg, device):
+        print_run(plan, end, cfg, device)
+        end = limit_to_layout(plan, state["position"], end)
+        arguments = plan, mixes, heldout, tokenizer, state, end, cfg, device
+        if not train(pipeline, optimizer, *arguments):
             return print(f"stopped after step {state['step']}")
-        finish(pipeline, data, state, cfg, device)
+        now = pipeline.cfg
+        if cfg.export:
+            to_hf(pipeline.model, now, cfg.export, pipeline.mesh)
+        if tokenizer and cfg.tp * cfg.cp * cfg.pp == 1:  # else: --export, then --init and --eval
+            ids = get_batch(heldout, 0, 1, now)["tokens"][0, :32].tolist()
+            if cfg.prompt:
+                ids = tokenizer.encode_ordinary(cfg.prompt)
+            allowed_ids = torch.from_numpy(heldout.token_bytes > 0)
+            print(tokenizer.decode(sample(pipeline.stages[0], ids, 256, allowed_ids, now)))
 
 # ---------------------------------------- Plumbing ----------------------------------------
 

@@ -132,15 +132,18 @@ def test_pipeline_stages():
 
 def test_plan_of_the_405b():
     """The updates that the specification derives from the paper's tokens."""
-    plan = llama3.phases(llama3.Config(**llama3.PRESETS["405b"]))
-    sizes = [(p.stage, p.cfg.seq_len, p.cfg.batch_size, p.end - p.first) for p in plan]
+    plan = llama3.phases(llama3.Config(**llama3.PRESETS["405b"], dp=128))
+    updates = lambda p: (p.end - p.begin) // (p.cfg.seq_len * p.cfg.batch_size)  # noqa: E731
+    sizes = [(p.stage, p.cfg.seq_len, p.cfg.batch_size, updates(p)) for p in plan]
     assert sizes[:3] == [("initial", 4096, 1024, 60), ("initial", 8192, 1024, 342_101), ("initial", 8192, 2048, 711_083)]
-    assert [s[1] for s in sizes[3:9]] == [16384, 32768, 49152, 65536, 98304, 131072]
+    assert [s[1:3] for s in sizes[3:9]] == [(16384, 1024), (32768, 512), (49152, 256), (65536, 256), (98304, 128), (131072, 128)]
     assert sizes[-1] == ("annealing", 131072, 128, 2384)
     assert all(p.cfg.rope_scaling == ("none" if p.stage == "initial" else "llama3") for p in plan)
     for stage, tokens in (("long-context", 8e11), ("annealing", 4e10)):
         assert sum(s[1] * s[2] * s[3] for s in sizes if s[0] == stage) == pytest.approx(tokens, rel=1e-3)
-    assert all(a.end == b.first for a, b in zip(plan, plan[1:])) and plan[0].first == 0
+    assert all(a.end == b.begin for a, b in zip(plan, plan[1:])) and plan[0].begin == 0
+    assert llama3.count_updates(plan, plan[3].begin) == 60 + 342_101 + 711_083
+    assert llama3.tokens_of_updates(plan, 60) == plan[0].end and llama3.find_phase(plan, plan[0].end) == 1
     qwen = llama3.phases(llama3.Config(**llama3.PRESETS["qwen2_5_7b"]))
     assert [(p.cfg.seq_len, p.cfg.rope_theta) for p in qwen] == [(4096, 1e4), (32768, 1e6)]
 
@@ -148,50 +151,23 @@ def test_plan_of_the_405b():
 def test_mix_changes_by_tokens_and_by_stage():
     cfg = llama3.Config(data="0.9:a,0.1:b;1e6;b,c", anneal_data="c", tokens=2e6, anneal_tokens=1e6, ramp="64x8:5e5",
                         seq_len=100, batch_size=100)  # fmt: skip
-    plan = [(p.stage, p.first, p.end, p.cfg.data) for p in llama3.phases(cfg)]
-    assert plan == [("initial", 0, 977, "0.9:a,0.1:b"), ("initial", 977, 1027, "0.9:a,0.1:b"),
-                    ("initial", 1027, 1127, "b,c"), ("annealing", 1127, 1227, "c")]  # fmt: skip
-    assert llama3.parse_mix("3:x/web,1:y") == {"x/web": 0.75, "y": 0.25}
-
-
-def test_mixture_has_exact_shares_and_positions():
-    """50/25/17/8 over 10,000 draws; each corpus' own sequences come in order, without a gap; a later phase goes on."""
-    weights = [0.5, 0.25, 0.17, 0.08]
-    corpora = [llama3.Corpus([("", np.zeros(9, np.uint16))], 0, 9, -1, np.ones(10, np.int64), in_order=False)] * 4
-    mixture = llama3.Mixture(dict(zip("abcd", weights)), corpora, [0, 0, 0, 70], 0)
-    draws = [mixture.draw(i, seed=1) for i in range(25_000)]
-    for corpus, weight in enumerate(weights):
-        assert sum(c == corpus for c, _ in draws[:10_000]) == round(10_000 * weight)
-        positions = sorted(p - 70 * (corpus == 3) for c, p in draws if c == corpus)
-        assert positions == list(range(round(25_000 * weight)))
-        assert abs(sum(c == corpus for c, _ in draws[:300]) - 300 * weight) < 4 * math.sqrt(300 * weight)
-        assert mixture.spent(24_001)[corpus] == round(25_000 * weight) + 70 * (corpus == 3)
-    assert [c for c, _ in draws[:50]] != [mixture.draw(i, seed=2)[0] for i in range(50)]
-    later = llama3.Mixture(dict(zip("abcd", weights)), corpora, [0, 0, 0, 70], 777)
-    assert [later.draw(i, 1) for i in range(2000)] == draws[777:2777]
-
-
-def test_phases_do_not_draw_a_window_twice(tmp_path):
-    """Over a change of batch, of mix and of stage, the windows of a corpus at one length are all different."""
-    for name, start in (("a", 0), ("b", 30_000)):
-        np.save(tmp_path / f"{name}.npy", np.arange(start, start + 30_000, dtype=np.uint16))
-    a, b = tmp_path / "a.npy", tmp_path / "b.npy"
-    cfg = llama3.Config(data=f"0.7:{a},0.3:{b};6000;{b},{a}", anneal_data=str(b), vocab_size=60_000, seq_len=10, batch_size=40,
-                        ramp="10x20:3000", tokens=16_000, anneal_tokens=4000, val_batches=1)  # fmt: skip
     plan = llama3.phases(cfg)
-    mixtures, heldout = llama3.load_mixtures(cfg, *llama3.find_sources(cfg))
-    assert len(plan) == 4
-    seen = []
-    for phase, mixture in zip(plan, mixtures):
-        n = (phase.end - phase.first) * phase.cfg.batch_size
-        seen += [mixture.window(i, 10, 0)[0].item() for i in range(n)]
-    phases = {c.window(0, 10, 0)[0].item() % 10 for c in mixtures[0].corpora}
-    assert len(seen) == len(set(seen)) > 1990 and len(phases) <= 2
-    assert sum(token < 30_000 for token in seen[:600]) == pytest.approx(420, abs=30)
-    held = np.array([heldout.window(i, 10, 0) for i in range(heldout.n_windows(10))])
-    assert not set(seen) & set(held.flatten().tolist()) and 0.6 < (held < 30_000).mean() < 0.8
-    assert [llama3.plan_position(plan, {"sequences": n, "undone": u}) for n, u in ((0, 0), (299, 0), (300, 0), (320, 10), (2100, 0))] == [
-        (0, 0), (0, 14.95), (1, 15), (1, 15.25), (3, 60)]  # fmt: skip
+    assert [(p.stage, llama3.count_updates(plan, p.end), p.cfg.data) for p in plan] == [
+        ("initial", 977, "0.9:a,0.1:b"), ("initial", 1027, "0.9:a,0.1:b"), ("initial", 1127, "b,c"), ("annealing", 1227, "c")]  # fmt: skip
+    assert llama3.read_mix("3:x/web,1:y") == {"x/web": 0.75, "y": 0.25}
+
+
+def test_mix_has_exact_shares_and_positions():
+    """The paper's 50/25/17/8, and a weight of 0.0025; each corpus' own sequences come in order of its index, without a gap."""
+    for weights in ("0.5:a,0.25:b,0.17:c,0.08:d", "0.9975:a,0.0025:b", "1:a,2:b"):
+        mix = llama3.read_mix(weights)
+        corpora = [types.SimpleNamespace(window=lambda index, *_, i=i: (i, index), separator=0, token_bytes=0, n_windows=lambda _: 1000) for i in range(len(mix))]
+        data = llama3.DataMix(mix, corpora)
+        draws = [data.window(i, 8, 1) for i in range(1200)]
+        for i, share in enumerate(mix.values()):
+            assert sorted(index for corpus, index in draws if corpus == i) == list(range(int(1200 * share)))
+        assert data.n_windows(8) == 1000 / max(mix.values()) // 1
+        assert draws != [data.window(i, 8, 2) for i in range(1200)]
 
 
 def test_packing():
