@@ -11,10 +11,11 @@ rotary positions, no biases; and what Llama 3 changed:
 - four dimensions of parallelism: tensor, context, pipeline, sharded data (§3.3.2).
 Qwen2.5 (arXiv 2412.15115) is the presets qwen2_5_*: the same model with a bias on q, k and v.
 
-Map: §3.1.2 DataMix | §3.2 Llama3, Block, attention_mask, SPECIALS | §3.3.2 Pipeline, parallelize,
-SumGradient, SumOutput, GatherSequence, context_positions, stage_layers | §3.4 phases,
-learning_rate, train_in_stages | §3.4.2 needle_rate, rope_frequencies | §3.4.3 update_average.
-"Released" means the code and configurations that Meta published: inference only.
+Map: §3.1.2 DataMix | §3.2 Llama3, Block, attention_mask, SPECIALS | §3.3.2 parallelize, Pipeline,
+split_matrices, split_sequence, keep_stage, stage_layers | §3.4 phases, learning_rate, train |
+§3.4.2 needle_loss | §3.4.3 update_average. "Released" means the code and configurations that Meta
+published, which are of inference: rope_frequencies (the scaling of RoPE is not in the paper),
+cut_text, RMSNorm.
 Legend: B batch, T positions, D width, H heads, K key-value heads, E head width, F hidden width,
 V vocabulary; under tensor and context parallelism H, K, F, V and T are a rank's own share.
 Conventions: rotary pairs are (i, i + E/2), Hugging Face's order, not the released interleaved one;
@@ -23,9 +24,14 @@ RMSNorm before each branch; T + 1 tokens make T inputs and T targets, and target
 Run: python llama3.py                          # a laptop: the preset demo, all three stages
      torchrun --nproc_per_node=8 llama3.py     # GPUs: the preset small
      torchrun --nnodes=16 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
-         llama3.py --preset 8b --tp 8 --tokenizer tokenizer.model --out /shared/8b \
-         --data "0.5:web/,0.25:maths/,0.17:code/,0.08:languages/"
-Annealing judges a data set (§3.1.3): this, against the same without new/, by the held-out loss:
+         llama3.py --preset 8b --tp 8 --recompute block --tokenizer tokenizer.model \
+         --data "0.5:web/,0.25:maths/,0.17:code/,0.08:languages/" --out /shared/8b --resume
+Plans of the paper's 405B, at 8,192 positions and from 16,384 on (Table 4): 53 GiB per rank each.
+     python llama3.py --dry_run --preset 405b --tp 8 --pp 16 --recompute block --world_size 16384
+     python llama3.py --dry_run --preset 405b --tp 8 --cp 16 --pp 16 --recompute block \
+         --world_size 16384
+The run stops before a phase that its layout cannot hold; the same command with --resume and another
+--dp or --cp goes on. Annealing judges a data set (§3.1.3): this, against the same without new/:
      python llama3.py --preset 8b --init half_trained/ --ramp "" --tokens 0 --long_tokens 0 \
          --anneal_tokens 40e9 --lr 1.5e-4 --warmup_steps 0 --data default/ \
          --anneal_data "0.3:new/,0.7:default/"
@@ -157,7 +163,10 @@ LLAMA = dict(
     long_lengths="16384,32768,49152,65536,98304,131072", anneal_tokens=4e10, rope_scaling="llama3",
     precision="bf16", micro_batch=1, compile=True,
 )  # fmt: skip
-# Undisclosed: how Qwen2.5 was optimized. The batch, the rates and the stages are Llama's.
+# Qwen2.5 §3: 18T tokens at 4,096 positions, 32,768 at the end with another rotary base.
+# Undisclosed: how it was optimized: rates and tokens per batch are Llama's, without its ramp and
+# its annealing. Undisclosed: the tokens of the second phase, here Llama's 800B. Undisclosed: a mask
+# between documents, here none (document_mask), and a token before each, here none (bos).
 QWEN = dict(
     qkv_bias=True, rope_theta=1e4, long_rope_theta=1e6, rope_original=32768, bos=False,
     document_mask=False, seq_len=4096, batch_size=4096, tokens=17.2e12, long_lengths="32768",
@@ -190,6 +199,7 @@ PRESETS = {
     # Table 3; the recipes of the smaller ones are "similar" (§3.4).
     "8b": LLAMA | dict(zip(SIZES, (4096, 32, 32, 8, 14336)), lr=3e-4, min_lr=3e-6),
     "70b": LLAMA | dict(zip(SIZES, (8192, 80, 64, 8, 28672)), lr=1.5e-4, min_lr=1.5e-6),
+    # Undisclosed: stages per pipeline rank. 126 layers, embedding and head make 16 x 8 (§3.3.2).
     "405b": LLAMA
     | dict(zip(SIZES, (16384, 126, 128, 8, 53248)), lr=8e-5, min_lr=8e-7, pp_chunks=8),
     # Qwen2.5, Table 1, and the published widths.
@@ -1195,6 +1205,9 @@ HF_ROPE_FIXED = {
     "low_freq_factor": 1.0, "high_freq_factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0,
     "truncate": True, "partial_rotary_factor": 1.0,
 }  # fmt: skip
+HF_ENDS = {  # entries of a published vocabulary: ids before and after a document
+    128256: (128000, 128001), 151936: (151643, 151643), 152064: (151643, 151643),
+}  # fmt: skip
 SHAPE = (*HF_CONFIG, "qkv_bias")  # fields of Config that a checkpoint fixes
 
 def hf_name(name):
@@ -1203,10 +1216,22 @@ def hf_name(name):
         name = name.replace(ours, theirs)
     return name
 
-def hf_file(name):
-    """The file of a checkpoint that has a tensor: one for each layer, and for what is in none."""
-    layer = re.match(r"model\.layers\.(\d+)\.", name)
-    return f"model-{layer[1].zfill(5) if layer else name.split('.')[-2]}.safetensors"
+def hf_files(cfg):
+    """{name of our parameter: its file}: one file, or as many as 5 GB each (or one tensor) need."""
+    with torch.device("meta"):
+        model = Llama3(cfg)
+    numbers = {}
+    number = 1
+    n_bytes = 0
+    for name, p in model.named_parameters():
+        if n_bytes and n_bytes + 4 * p.numel() > 5e9:
+            number += 1
+            n_bytes = 0
+        numbers[name] = number
+        n_bytes += 4 * p.numel()
+    if number == 1:
+        return dict.fromkeys(numbers, "model.safetensors")
+    return {name: f"model-{i:05d}-of-{number:05d}.safetensors" for name, i in numbers.items()}
 
 def read_llama_config(path):
     """Config of the LlamaForCausalLM or Qwen2ForCausalLM in the directory path."""
@@ -1245,32 +1270,31 @@ def read_hf_config(path, fields, fixed):
             raise ValueError(f"{path}: config.json has {key} {theirs[key]!r}, not {value!r}")
     return {field: theirs.get(key, default) for field, (key, default) in fields.items()}
 
-def read_hf_weights(model, cfg, path, tp=None):
-    """Fill the parameters that this rank has from the safetensors of the directory path."""
-    from safetensors import safe_open
+def read_hf_tensors(path):
+    """{name: tensor} of model.safetensors or, without it, of the files that the index names."""
+    from safetensors.torch import load_file
 
-    wanted = {hf_name(name): (name, p) for name, p in model.named_parameters()}
-    with explain(f"{path} holds no weights of this model", Exception):
-        files = {"model.safetensors"}
-        if not (Path(path) / "model.safetensors").exists():
-            index = json.loads((Path(path) / "model.safetensors.index.json").read_text())
-            files = {index["weight_map"][key] for key in wanted}
-        for file in sorted(files):
-            with safe_open(Path(path) / file, "pt") as tensors:
-                for key in wanted.keys() & set(tensors.keys()):
-                    name, p = wanted.pop(key)
-                    tensor = tensors.get_tensor(key)
-                    if list(tensor.shape) != whole_shape(name, p, tp):
-                        raise ValueError(f"{key} in {file} is {list(tensor.shape)}")
-                    fill(name, p, tensor, tp)
-        if wanted:
-            raise ValueError(f"there is no {next(iter(wanted))}")
+    files = {"model.safetensors"}
+    if not (Path(path) / "model.safetensors").exists():
+        index = json.loads((Path(path) / "model.safetensors.index.json").read_text())
+        files = set(index["weight_map"].values())
+    return {name: tensor for file in files for name, tensor in load_file(Path(path) / file).items()}
+
+def fill_weights(model, path, tp=None):
+    """Fill the parameters that this rank has from a Hugging Face checkpoint directory."""
+    with explain(f"{path} holds no Llama or Qwen2 model of this shape", Exception):
+        tensors = read_hf_tensors(path)
+        for name, p in model.named_parameters():
+            tensor = tensors[hf_name(name)]
+            if list(tensor.shape) != whole_shape(name, p, tp):
+                raise ValueError(f"{hf_name(name)} is {list(tensor.shape)}")
+            fill(name, p, tensor, tp)
 
 def from_hf(path):
     """(model, cfg) from the checkpoint directory of a LlamaForCausalLM or Qwen2ForCausalLM."""
     cfg = read_llama_config(path)
     model = Llama3(cfg)
-    read_hf_weights(model, cfg, path)
+    fill_weights(model, path)
     return model, cfg
 
 def make_llama_config(cfg):
@@ -1282,48 +1306,57 @@ def make_llama_config(cfg):
     elif cfg.rope_scaling != "none":
         rope["factor"] = cfg.rope_factor
         rope["original_max_position_embeddings"] = cfg.rope_original
-        if cfg.rope_scaling == "llama3":
-            rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    if cfg.rope_scaling == "llama3":
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     config = {key: getattr(cfg, field) for field, (key, _) in HF_CONFIG.items()}
     config["architectures"] = ["Qwen2ForCausalLM" if cfg.qkv_bias else "LlamaForCausalLM"]
     config |= {"model_type": "qwen2" if cfg.qkv_bias else "llama", "hidden_act": "silu"}
     config |= {"rope_theta": theta, "rope_parameters": rope | {"rope_theta": theta}}
     config |= {"max_position_embeddings": cfg.seq_len, "torch_dtype": "float32"}
-    if cfg.vocab_size == 128256:
-        config |= {"bos_token_id": 128000, "eos_token_id": 128001}
-    return config
+    begin, end = HF_ENDS.get(cfg.vocab_size, (None, None))
+    return config | {"bos_token_id": begin, "eos_token_id": end}
+
+def gather_tensors(model, cfg, mesh):
+    """(name, complete tensor) of each parameter of the whole model, one after the other, on the
+    first rank; all ranks, of which each has a part of the model, call this and get every name."""
+    own = dict(model.named_parameters())
+    tp = mesh["tp"].get_group() if cfg.tp > 1 else None
+    pp = mesh["pp"].get_group()
+    holders = [None] * pp.size()  # names that each rank of a pipeline has
+    dist.all_gather_object(holders, list(own), group=pp)
+    with torch.device("meta"):
+        whole = Llama3(cfg)
+    for name, p in whole.named_parameters():
+        holder = [name in names for names in holders].index(True)
+        tensor = torch.empty(p.shape, device="cpu")
+        if holder == pp.rank():
+            tensor = whole_tensor(name, own[name].data, tp).cpu()
+        if holder > 0 and holder == pp.rank():
+            dist.send(tensor.contiguous(), group=pp, group_dst=0)
+        elif holder > 0 and pp.rank() == 0:
+            dist.recv(tensor, group=pp, group_src=holder)
+        yield name, tensor
 
 def to_hf(model, cfg, path, mesh=None):
     """Write model, or on every rank its part of one, to the directory path as a LlamaForCausalLM
-    or Qwen2ForCausalLM: a file for each layer, from the pipeline stage that has it."""
+    or Qwen2ForCausalLM. The first rank writes; it holds the tensors of one file at a time."""
     from safetensors.torch import save_file
 
-    files = {}
-    for name, p in model.named_parameters():
-        key = hf_name(name)
-        files.setdefault(hf_file(key), []).append((key, name, p))
-    tp = mesh["tp"].get_group() if mesh and mesh["tp"].size() > 1 else None
-    inner = ("dp", "cp", "tp")  # the first of these writes its stage's part
-    writes = not mesh or all(mesh[name].get_local_rank() == 0 for name in inner)
-    rank = dist.get_rank() if mesh else 0
-    other = contextlib.nullcontext(Path(f"{Path(path)}.tmp"))  # which rank 0 makes
-    with other if rank else written_beside(path) as folder:
-        if mesh:
-            dist.barrier()
-        for file, group in files.items():
-            tensors = {key: whole_tensor(name, p.data, tp) for key, name, p in group}
-            if writes:
-                tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-                save_file(tensors, folder / file, metadata={"format": "pt"})
-        if rank == 0:
-            (folder / "config.json").write_text(json.dumps(make_llama_config(cfg), indent=2) + "\n")
-            with torch.device("meta"):
-                names = [hf_name(name) for name, _ in Llama3(cfg).named_parameters()]
-            index = {"metadata": {}, "weight_map": {name: hf_file(name) for name in names}}
+    files = hf_files(cfg)
+    tensors = model.named_parameters() if mesh is None else gather_tensors(model, cfg, mesh)
+    if mesh is not None and dist.get_rank() > 0:
+        for _ in tensors:
+            pass  # this rank's part in gathering
+        return
+    with written_beside(path) as folder:
+        for file, group in itertools.groupby(tensors, lambda item: files[item[0]]):
+            content = {hf_name(name): tensor.data.cpu().contiguous() for name, tensor in group}
+            save_file(content, folder / file, metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(make_llama_config(cfg), indent=2) + "\n")
+        if len(set(files.values())) > 1:
+            index = {"metadata": {}, "weight_map": {hf_name(k): v for k, v in files.items()}}
             text = json.dumps(index, indent=2) + "\n"
             (folder / "model.safetensors.index.json").write_text(text)
-        if mesh:
-            dist.barrier()
 
 @contextlib.contextmanager
 def written_beside(path):
@@ -1460,14 +1493,21 @@ def validate(loss_of, corpus, step, cfg, device, rank, ranks):
     log(cfg.out, step, f"val {step}", row, [])
 
 def load_specials(cfg):
-    """(tokenizer, id after each document): Llama 3's special tokens for a BPE rank file, and the
-    first eight of them for another tokenizer; without --bos they begin with END."""
-    # Departure: Qwen2.5's rank file is used with Llama's pattern, which takes digits by three.
-    specials = SPECIALS if cfg.bos else SPECIALS[1:]
-    if not os.path.isfile(cfg.tokenizer):
-        specials = specials[:8]
+    """(tokenizer, id after each document): Llama 3's special tokens for a BPE rank file, the first
+    eight of them for another tokenizer; without --bos one token after each document alone."""
+    is_file = os.path.isfile(cfg.tokenizer)
+    specials = SPECIALS if is_file else SPECIALS[:8]
+    if not cfg.bos:
+        specials = ["<|endoftext|>"]
     tokenizer = load_tokenizer(cfg.tokenizer or "bytes", specials)
-    if "<|endoftext|>" in tokenizer.special_tokens_set:  # of tiktoken's own encodings
+    if is_file and cfg.qkv_bias:  # Qwen2.5's pattern takes digits one by one
+        id_of = tokenizer.encode_single_token
+        tokenizer = tiktoken.Encoding(
+            cfg.tokenizer, pat_str=PATTERN.replace("{1,3}", ""),
+            mergeable_ranks={text: id_of(text) for text in tokenizer.token_byte_values()},
+            special_tokens={token: id_of(token) for token in tokenizer.special_tokens_set},
+        )  # fmt: skip
+    if "<|endoftext|>" in tokenizer.special_tokens_set:
         return tokenizer, tokenizer.eot_token
     return tokenizer, tokenizer.encode_single_token(END)
 
@@ -1660,8 +1700,11 @@ def train(pipeline, optimizer, plan, mixes, heldout, tokenizer, state, end, cfg,
     signals = catch_signals()
     thread = ThreadPoolExecutor(1)  # reads the next batch during an update
 
+    def index(position):  # of the phase; the last that is carried out stays at the end
+        return find_phase(plan, min(position, end - 1))
+
     def read(position, sequences):  # (phase and first sequence, future) of a batch
-        i = find_phase(plan, position)
+        i = index(position)
         return (i, sequences), thread.submit(read_batch, mixes[i], sequences, plan[i].cfg, *place)
 
     key, ahead = read(state["position"], state["sequences"])
@@ -1672,7 +1715,7 @@ def train(pipeline, optimizer, plan, mixes, heldout, tokenizer, state, end, cfg,
     n_returns = 0
     while True:
         step = state["step"]
-        i = find_phase(plan, state["position"])
+        i = index(state["position"])
         if phase is not plan[i]:
             phase = plan[i]
             now = phase.cfg
@@ -1814,7 +1857,7 @@ def main(argv=None):
         pipeline = Pipeline(cfg, make_mesh(cfg, device.type))
         init_weights(pipeline.model, cfg, pipeline.tp)
         if cfg.init:
-            read_hf_weights(pipeline.model, cfg, cfg.init, pipeline.tp)
+            fill_weights(pipeline.model, cfg.init, pipeline.tp)
         optimizer = build_optimizer(pipeline.model, cfg)
         state = {"step": 0, "sequences": 0, "position": 0, "tokens": 0}
         state |= {"watched": 0, "loss_mean": 0.0, "loss_variance": 0.0}

@@ -1,6 +1,11 @@
 """Llama 3 and Qwen2.5: the worked examples of the specification, layouts, stages and resumes."""
 import base64
+import collections
+import json
 import math
+import os
+import re
+import signal
 import types
 
 import llama3
@@ -8,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SCRIPTS
-from ranks import make_model
+from ranks import make_model, run_main
 
 ROW = SCRIPTS["llama3"]
 
@@ -204,8 +209,9 @@ def test_tokenizer_file(tmp_path):
     special = {token: tokenizer.encode_single_token(token) - len(ranks) for token in llama3.SPECIALS}
     assert [special[f"<|{name}|>"] for name in ("begin_of_text", "end_of_text", "reserved_special_token_0", "finetune_right_pad_id",
             "start_header_id", "eot_id", "python_tag", "reserved_special_token_2", "reserved_special_token_245")] == [0, 1, 2, 4, 6, 9, 10, 12, 255]  # fmt: skip
-    qwen, end = llama3.load_specials(llama3.Config(tokenizer=str(path), bos=False))
-    assert qwen.encode_single_token(llama3.END) == end == len(ranks)
+    qwen, end = llama3.load_specials(llama3.Config(tokenizer=str(path), bos=False, qkv_bias=True))
+    assert qwen.encode_single_token("<|endoftext|>") == end == len(ranks)
+    assert [qwen.decode([i]) for i in qwen.encode_ordinary("a 2024")] == ["a", " ", "2", "0", "2", "4"]
     (_, ids), = llama3.tokenize_pieces([("", "Hello<|end_of_text|>")], tokenizer, separator)
     assert ids[0] == len(ranks) and ids[-1] == len(ranks) + 1 and (ids >= len(ranks)).sum() == 2, "text is never a special token"
     (_, ids), = llama3.tokenize_pieces([("", "Hello")], qwen, end)
@@ -320,3 +326,162 @@ def test_spikes():
     assert not llama3.is_spike(dict(state), mean + 5.9 * deviation, 6.0)
     assert not llama3.is_spike(dict(state), mean + 100, 0.0)
     assert sum(llama3.is_spike(state, mean + 1, 6.0) for _ in range(100)) < 5, "a level that lasts is no spike"
+
+
+STAGES = ["--ramp=8x4:320", "--tokens=1216", "--long_lengths=32", "--long_tokens=384", "--anneal_tokens=640", "--average=4", "--batch_size=8"]
+
+
+@pytest.fixture
+def run(ranks, tmp_path):
+    """run(n, *flags): stdout, or stderr of another status, of a small run on n ranks; runs in one process are in this one."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {i} says {i * i}\n" + "\n" * (i % 20 == 19) for i in range(2000)))
+
+    def call(n, *flags, status=0):
+        own = {"preset": "demo", "val_batches": 1, "log_every": 1, "timeout": 30, "val_every": 1000, "data": text, **ROW.small}
+        flags = [*(f"--{flag}={value}" for flag, value in own.items()), *map(str, flags)]
+        found = ranks.run(n, run_main, "llama3", flags, timeout=120) if n > 1 else [run_main("llama3", flags)]
+        assert [code for code, _, _ in found] == [status] * n, found
+        return found[0][2 if status else 1]
+
+    return call
+
+
+def column(folder, name):
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row[name] for row in rows if "loss" in row]
+
+
+def test_stages_layouts_and_resumes(run, tmp_path):
+    """All three stages on one rank; then 2 data-parallel ranks into the initial stage, 4 of two kinds through the
+    long-context stage into annealing, and 1 to the end."""
+    whole = run(1, *STAGES, "--out", tmp_path / "whole")
+    stages = re.findall(r"^step \d+/25 \| (\S+) \|", whole, re.M)
+    assert stages == 17 * ["initial"] + 3 * ["long-context"] + 5 * ["annealing"]
+    assert re.search(r"^needle 32 \| loss \d\.\d{4}$", whole, re.M) and "rope llama3 x 2" in whole
+    parts = [*STAGES, "--save_every", 7, "--out", tmp_path / "parts"]
+    run(2, *parts, "--steps", 5)
+    run(4, *parts, "--cp", 2, "--steps", 22, "--resume")
+    done = run(1, *parts, "--steps", 0, "--resume")
+    assert column(tmp_path / "parts", "loss") == pytest.approx(column(tmp_path / "whole", "loss"), rel=1e-4)
+    final = [float(re.search(r"val 25 \| loss (\S+)", output)[1]) for output in (whole, done)]
+    assert final[0] == pytest.approx(final[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("batch", [8, 2])
+def test_resumes_with_another_batch_to_the_same_budget(run, tmp_path, batch, monkeypatch):
+    """10 updates of 4 sequences, stopped after 5: the data go on where they were, and end at 40 sequences."""
+    flags = ["--tokens", 640, "--long_tokens", 0, "--anneal_tokens", 0, "--out", tmp_path / "out"]
+    kill = lambda *args: (args[0] >= 4 and os.kill(os.getpid(), signal.SIGTERM)) or rate(*args)  # noqa: E731
+    rate = llama3.learning_rate
+    monkeypatch.setattr(llama3, "learning_rate", kill)
+    assert "stopped after step 5" in run(1, *flags)
+    monkeypatch.undo()
+    firsts, get_batch = [], llama3.get_batch
+    monkeypatch.setattr(llama3, "get_batch", lambda corpus, first, n, cfg: firsts.append((corpus.corpora[0].in_order, first)) or get_batch(corpus, first, n, cfg))
+    run(1, *flags, "--resume", "--batch_size", batch)
+    read = [first for held, first in firsts if not held]
+    assert read == list(range(20, 40 + batch, batch)), "one batch is read ahead"
+    assert column(tmp_path / "out", "tokens")[-1] == pytest.approx(640, abs=16 * batch - 16)
+
+
+def test_annealing_and_layouts_that_come_later(run, tmp_path):
+    """A run without annealing goes on into it, and is averaged; a phase that the ranks cannot share ends the run before it."""
+    flags = [*STAGES, "--out", tmp_path / "out", "--batch_size", 4, "--long_lengths", 64]
+    out = run(2, *flags, "--anneal_tokens", 0, "--steps", 0)
+    assert "the run ends before it, after 1,216 tokens" in out and column(tmp_path / "out", "tokens")[-1] == 1216
+    out = run(2, *flags, "--cp", 2, "--resume")
+    assert column(tmp_path / "out", "tokens")[-1] == 1216 + 384 + 640 and "annealing" in out
+    last = [float(re.findall(r"^val \d+ \| loss (\S+)", text, re.M)[-1]) for text in (out, run(1, *flags, "--resume", "--eval"))]
+    assert last[0] == pytest.approx(last[1], rel=1e-4), "the average is in the checkpoint"
+
+
+@pytest.mark.parametrize("layout", [["--pp", 2, "--tp", 2], ["--tp", 2, "--dp", 2, "--tied"]])
+def test_export_and_init_under_layouts(run, layout, tmp_path):
+    """From one layout to a plain directory, from there to one rank and back: the same held-out loss."""
+    pytest.importorskip("safetensors")
+    first = run(4, *layout, "--batch_size", 8, "--steps", 3, "--export", tmp_path / "hf")
+    loss = float(re.search(r"val 3 \| loss (\S+)", first)[1])
+    for flags, n in (([], 1), (layout, 4)):
+        done = run(n, *flags, "--batch_size", 8, "--steps", 1, "--init", tmp_path / "hf")
+        assert float(re.search(r"val 0 \| loss (\S+)", done)[1]) == pytest.approx(loss, rel=2e-5)
+        sampled = len(re.search(r"^val 1 .*?\n(.*)", done, re.M | re.S)[1]) > 15
+        assert sampled == (n == 1), "a layout of data-parallel ranks alone ends with a sample"
+
+
+def test_files_of_a_published_size():
+    files = llama3.hf_files(llama3.Config(**llama3.PRESETS["8b"]))
+    sizes = collections.Counter()
+    with torch.device("meta"):
+        for name, p in llama3.Llama3(llama3.Config(**llama3.PRESETS["8b"])).named_parameters():
+            sizes[files[name]] += 4 * p.numel()
+    assert sum(sizes.values()) == 4 * 8_030_261_248 and max(sizes.values()) <= 5e9
+    assert sorted(sizes) == [f"model-{i:05d}-of-00007.safetensors" for i in range(1, 8)]
+
+
+@pytest.mark.parametrize("kind, last", [("spike", 146), ("nan", 46), ("always nan", 46)])
+def test_goes_back_and_past_the_data(run, tmp_path, monkeypatch, capsys, kind, last):
+    """A window of noise among easy text, or losses of nan: back to the checkpoint six updates before, and no sequence since
+    then comes again. Steps go on counting, and the plan is carried out nevertheless; three returns are too many."""
+    drawn, inner, objective, calls = [], llama3.get_batch, llama3.objective, []
+
+    def get_batch(corpus, first, n, cfg):
+        batch = inner(corpus, first, n, cfg)
+        if not corpus.corpora[0].in_order:
+            drawn.append(first)
+            if kind == "spike" and first == (last - 1) * 4:
+                batch["tokens"] = torch.randint(256, batch["tokens"].shape)
+                batch["targets"] = torch.randint(256, batch["targets"].shape)
+        return batch
+
+    def losses(model, batch, cfg):
+        loss, metrics = objective(model, batch, cfg)
+        calls.extend([1] * torch.is_grad_enabled())
+        bad = "nan" in kind and last - 3 < len(calls) and (len(calls) <= last or kind == "always nan")
+        return loss * (math.nan if bad and torch.is_grad_enabled() else 1), metrics
+
+    monkeypatch.setattr(llama3, "get_batch", get_batch)
+    monkeypatch.setattr(llama3, "objective", losses)
+    flags = ["--lr", 6e-3, "--steps", last + 14, "--save_every", 20, "--out", tmp_path / "out"]
+    if kind == "always nan":
+        err = run(1, *flags, status=2)
+        assert re.search("three times back to .*step_000000040, and on to step 52", err) and len(err.splitlines()) == 1
+        return
+    out = run(1, *flags)
+    assert out.count(f"back to the weights of step_{last - 6:09}, and past 24 sequences") == 1 and f"step {last} skipped" in out
+    assert drawn == [4 * i for i in range(last + 21)], "one batch is read ahead"
+    assert column(tmp_path / "out", "step") == list(range(1, last + 21)) and column(tmp_path / "out", "tokens")[-1] == (last + 14) * 64
+
+
+def test_mixes_of_directories_and_shards(run, tmp_path):
+    """A mix of a directory, a file and shards, another for annealing. It resumes with other data for stages to come, not with
+    other data for one that has begun."""
+    (tmp_path / "web").mkdir()
+    for i in range(3):
+        (tmp_path / "web" / f"part{i}.jsonl").write_text("".join(json.dumps({"text": f"document {j} " * 30}) + "\n" for j in range(60)))
+    (tmp_path / "a.py").write_text("print('hello')\n" * 2000)
+    np.save(tmp_path / "ids.npy", np.resize(np.arange(65, 91, dtype=np.uint16), 20_000))
+    text, ids = tmp_path / "text.txt", tmp_path / "ids.npy"
+    mix = f"0.5:{tmp_path}/web,0.3:{tmp_path}/a.py,0.2:{ids}"
+    out = run(1, *STAGES, "--data", f"{mix};800;{text},{tmp_path}/a.py", "--anneal_data", ids)
+    for line in (r"  50.00% .*web", r"  30.00% .*a.py", r"  20.00% .*ids.npy", r"  50.00% .*text.txt", "annealing to 2,240 tokens"):
+        assert re.search(f"^{line}", out, re.M), (line, out)
+    flags = [*STAGES, "--data", f"{mix};800;{text}", "--out", tmp_path / "out"]
+    run(1, *flags, "--steps", 8, "--anneal_data", text)
+    run(1, *flags, "--steps", 9, "--anneal_data", ids, "--resume")
+    np.save(ids, np.resize(np.arange(66, 92, dtype=np.uint16), 20_000))
+    err = run(1, *flags, "--steps", 10, "--anneal_data", text, "--resume", status=2)
+    assert "another data_fingerprint than" in err and len(err.splitlines()) == 1
+
+
+def test_plans_of_the_docstring_fit(capsys):
+    """The documented multi-node layouts pass the check of the run; 405B takes 53 GiB of 80 GB, with and without CP."""
+    lines = llama3.__doc__.replace("\\\n", "")
+    plans = re.findall(r"--dry_run --preset 405b (--tp 8 .*)", lines)
+    assert len(plans) == 2 and "--nnodes=16 --nproc_per_node=8" in lines and re.search("--preset 8b --tp 8 --recompute block", lines)
+    for flags, phase in zip(plans, ("2,048 sequences of 8,192 | 711,083 updates | 16 micro-batches | bubble 11.7%", "128 sequences of 131,072 | 7,947 updates | 16")):
+        llama3.main(["--dry_run", "--preset", "405b", *flags.split()])
+        line = next(line for line in capsys.readouterr().out.splitlines() if phase in line)
+        assert line.endswith("sum 53.305 GiB")
+    llama3.main("--dry_run --preset 8b --tp 8 --recompute block --world_size 128".split())
+    assert "another layout" not in capsys.readouterr().out
