@@ -216,10 +216,9 @@ def pipeline_gradients(module, cfg, corpus, values, device):
     (phase,) = module.phases(cfg)
     pipeline = module.Pipeline(cfg, module.make_mesh(cfg, device.type))
     for key, p in pipeline.model.named_parameters():
-        value = values["token_embedding.weight" if key == "head.weight" and cfg.tied else key]
-        module.fill(key, p, value.detach(), pipeline.tp)
+        module.fill(key, p, values[key].detach(), pipeline.tp)
     pipeline.enter(phase.cfg)
-    batches = global_batch(module, corpus, phase.cfg, device, pipeline.data_rank, module.data_ranks(cfg))
+    batches = global_batch(module, corpus, phase.cfg, device, pipeline.data_rank, cfg.dp)
     norm, loss = module.clip_gradients(pipeline.model, pipeline.run(batches), phase.cfg, pipeline.mesh)
     found = {key: module.whole_tensor(key, p.grad, pipeline.tp).numpy() for key, p in pipeline.model.named_parameters()}
     return loss, found, norm

@@ -29,8 +29,8 @@ def reference(name, overrides):
             assert router.load.sum() == cfg.top_k * positions
             found[key + ".bias"] = (router.bias + 0.01 * torch.sign(router.load.mean() - router.load)).numpy()
         return (metrics["main"] + cfg.mtp_weight * metrics["mtp"]).item(), found
-    inputs = [batch[key] for key in ("tokens", "documents") if key in batch]
-    loss = F.cross_entropy(model(*inputs).flatten(0, 1), batch["targets"].flatten())
+    inputs = {key: batch[key] for key in ("tokens", "documents") if key in batch}
+    loss = F.cross_entropy(model(**inputs).flatten(0, 1), batch["targets"].flatten())
     loss.backward()
     return loss.item(), {name: p.grad.numpy() for name, p in model.named_parameters()}
 
@@ -86,7 +86,7 @@ def test_gradient_of_the_logits_is_p_minus_y(script):
     logits = torch.randn(*batch["tokens"].shape, cfg.vocab_size, requires_grad=True)
     model = lambda *inputs: logits  # noqa: E731
     if hasattr(module, "chunked_loss"):
-        model = lambda _, targets: module.chunked_loss(lambda x: x, logits.flatten(0, 1), targets, cfg.vocab_size)  # noqa: E731
+        model = lambda _, targets, documents=None: module.chunked_loss(lambda x: x, logits.flatten(0, 1), targets, cfg.vocab_size)  # noqa: E731
         if module.__name__ == "deepseek_v3":  # whose model returns two more sums
             nats = model
             model = lambda *inputs: F.pad(nats(*inputs)[None], (0, 2))  # noqa: E731
@@ -106,13 +106,14 @@ def held_bytes(name, row, overrides):
     device = module.init_distributed(30)
     cfg = module.fit_ranks(module.Config(**{**row.tiny, **overrides}), module.dist.get_world_size())
     phase = module.phases(cfg)[0]
-    pipeline = module.Pipeline(cfg, module.make_mesh(cfg, device.type), averages=True)
+    pipeline = module.Pipeline(cfg, module.make_mesh(cfg, device.type))
+    pipeline.add_average(cfg)
     module.init_weights(pipeline.model, cfg, pipeline.tp)
     optimizer = module.build_optimizer(pipeline.model, cfg)
     pipeline.enter(phase.cfg)
-    place = pipeline.data_rank, module.data_ranks(cfg)
+    place = pipeline.data_rank, cfg.dp
     batches = module.read_batch(make_corpora(module, cfg)[0], 0, phase.cfg, device, *place)
-    module.sum_counts(batches, module.data_ranks(cfg))
+    module.sum_counts(batches, cfg.dp)
     module.clip_gradients(pipeline.model, pipeline.run(batches), cfg, pipeline.mesh)
     optimizer.step()
     local = lambda tensor: 4 * (tensor.to_local() if hasattr(tensor, "to_local") else tensor).numel()  # noqa: E731
@@ -120,16 +121,16 @@ def held_bytes(name, row, overrides):
     held = dict(
         parameters=sum(map(local, parameters)), gradients=sum(local(p.grad) for p in parameters),
         optimizer=sum(local(optimizer.state[p][key]) for p in parameters for key in ("exp_avg", "exp_avg_sq")),
-        average=sum(map(local, pipeline.average.values())),
+        average=sum(map(local, pipeline.average.parameters())),
     )  # fmt: skip
     return held, module.memory_per_rank(phase.cfg)
 
 
-@pytest.mark.parametrize("overrides", [dict(tp=2, pp=2), dict(dp=4), dict(pp=2, dp=2, tied=True), dict(tp=2, cp=2)])
+@pytest.mark.parametrize("overrides", [dict(tp=2, pp=2), dict(dp=4), dict(pp=2, dp=2), dict(tp=2, cp=2, tied=True)])
 def test_llama3_planned_bytes_are_those_of_a_real_layout(ranks, overrides):
     found = ranks.run(4, held_bytes, "llama3", SCRIPTS["llama3"], {"anneal_tokens": 96.0, **overrides})
     for kind in ("parameters", "gradients", "optimizer", "average"):
-        assert max(held[kind] for held, _ in found) == found[0][1][kind], kind
+        assert max(held[kind] for held, _ in found) == pytest.approx(found[0][1][kind], rel=0.02), kind
 
 
 def in_place_of_each_other(name):
