@@ -1668,24 +1668,31 @@ def go_back(pipeline, optimizer, state, path, n_returns):
     state.update(kept)
     print(f"back to the weights of {path.name}, and past {undone} sequences")
 
-def training_step(model, optimizer, batches, lr, cfg):
-    """One update from this rank's micro-batches; returns loss and gradient norm of the global
-    batch. Skips the update if either is not finite, which is the same on all ranks."""
-    loss = torch.zeros((), device=batches[0]["tokens"].device)
-    for i, batch in enumerate(batches):
-        model.require_backward_grad_sync = i == len(batches) - 1  # DDP: one all-reduce an update
-        part, _ = objective(model, batch, cfg)
-        (part * dist.get_world_size()).backward()  # DDP averages over the ranks
-        loss += part.detach()
-    dist.all_reduce(loss)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
-    loss, norm = torch.stack([loss, norm]).tolist()  # the only wait for the device in an update
+def training_step(pipeline, optimizer, batches, n_updates, state, cfg):
+    """One update from this rank's micro-batches, after n_updates of the plan; returns the row for
+    log, and why the update was skipped, if it was, which is the same on all ranks."""
+    now = pipeline.cfg
+    lr = learning_rate(n_updates, cfg)
+    loss = pipeline.run(batches)
+    norm, loss = clip_gradients(pipeline.model, loss, cfg, pipeline.mesh)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    if math.isfinite(loss) and math.isfinite(norm):
+    state["step"] += 1
+    state["sequences"] += now.batch_size
+    state["position"] += now.batch_size * now.seq_len
+    why = ""
+    if not (math.isfinite(norm) and math.isfinite(loss)):
+        why = "its loss or gradient is not finite"
+    elif is_spike(state, loss, cfg.spike):
+        why = f"its loss {loss:.4f} is a spike"
+    else:
         optimizer.step()
+        state["tokens"] += now.batch_size * now.seq_len
     optimizer.zero_grad()
-    return loss, norm
+    if why:
+        print(f"step {state['step']} skipped: {why}")
+    bpb = bits_per_byte(loss * batches[0]["n_targets"], batches[0]["n_bytes"])
+    return {"loss": loss, "bpb": bpb, "lr": lr, "grad": norm, "tokens": state["tokens"]}, why
 
 def train(pipeline, optimizer, plan, mixes, heldout, tokenizer, state, end, cfg, device):
     """Update the model until `end` tokens of the plan are over; False if a signal ends it."""
