@@ -309,7 +309,13 @@ OWN_MISTAKES = {  # of one script: flags, and what the line must say
         ("--data DIR/empty.txt", "empty.txt: ValueError: 0 tokens are too few"),
         ("--data DIR/many --tokenizer bytes --batch_size 400 --long_tokens 0", "6,000 tokens are too few"),
     ],
-    "bert": [],  # tests/papers/test_bert.py
+    "bert": [
+        ("--data DIR/one.txt", "1 documents are too few"), ("--data DIR/single.txt", "one of them of 2 sentences"), ("--seq_len 4", "sequences of 4 tokens do not hold"),
+        ("--tokenizer DIR/vocab.txt", "vocab.txt: [PAD] is not the first entry, or [MASK] is none"), ("--seq_len 17", "17 tokens exceed --context 16"), ("--n_heads 5", "5 heads"),
+        ("--long_seq_len 3 --long_share 0.5", "sequences of 3 tokens"), ("--long_micro_batch 3 --long_share 0.5 --long_seq_len 8", "micro-batches of 3"), ("--dropout 1.5", "1.5"),
+        ("--objective rtd --dim 50", "quarter of 50"), ("--objective rtd --export DIR/hf", "--objective mlm"), ("--tokenizer wordpiece:9999", "wordpiece:9999: the text to train on has"),
+        ("--vocab_size 99", "--vocab_size 99 is less than the tokenizer's 100 entries"), ("--data DIR/many", "many must be text"), ("--prompt none", "--prompt has no [MASK]"),
+    ],
     "deepseek_v3": [
         ("--pp 2", "are not 1 ranks"), ("--ep 3", "are not 1 ranks"), ("--dp 2", "are not 1 ranks"), ("--pp 0", "pp 0"),
         ("--dry_run --world_size 3 --ep 3", "--ep 3 does not divide 16 experts"), ("--top_k 9", "--top_k 9 is more than 2 groups of 4"),
@@ -343,6 +349,9 @@ def mistakes(folder, text):
     np.save(folder / "both" / "b.npy", np.zeros(5000, np.uint16))
     (folder / "no_text.jsonl").write_text('{"text": "good"}\n{"txt": "bad"}\n')
     (folder / "short.txt").write_text("too short")
+    for name, end in (("one", "\n"), ("single", "\n\n")):
+        (folder / f"{name}.txt").write_text("".join(f"line {i} says{end}" for i in range(2000)))
+    (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\nline\nsays")
     (folder / "ranks.txt").write_text("IQ== 0\n")
     every = [base64.b64encode(bytes([i])).decode() for i in range(256)]
     (folder / "twice.txt").write_text("".join(f"{token} {min(i, 254)}\n" for i, token in enumerate(every)))

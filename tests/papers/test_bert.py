@@ -36,28 +36,29 @@ def text(tmp_path):
     return tmp_path / "text.txt"
 
 
+def hf_order(n_layers):
+    """Names of BertForPreTraining's parameters, in their order."""
+    both = lambda *names: [f"{name}.{kind}" for name in names for kind in ("weight", "bias")]  # noqa: E731
+    order = [f"bert.embeddings.{key}_embeddings.weight" for key in ("word", "position", "token_type")] + both("bert.embeddings.LayerNorm")
+    kinds = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense", "attention.output.LayerNorm", "intermediate.dense",
+             "output.dense", "output.LayerNorm")  # fmt: skip
+    order += both(*(f"bert.encoder.layer.{i}.{kind}" for i in range(n_layers) for kind in kinds), "bert.pooler.dense") + ["cls.predictions.bias"]
+    return order + both("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.seq_relationship")
+
+
 def test_golden_value():
     """The specification's, of Hugging Face's BertForPreTraining in float64; the tanh form of GELU differs by 8e-6."""
     cfg = bert.Config(vocab_size=96, context=32, dim=64, n_layers=2, n_heads=4, hidden_dim=256, dropout=0.0, precision="fp32")
-    both = lambda *names: [f"{name}.{kind}" for name in names for kind in ("weight", "bias")]  # noqa: E731
-    order = ["bert.embeddings." + key for key in ("word_embeddings.weight", "position_embeddings.weight", "token_type_embeddings.weight",
-                                                  "LayerNorm.weight", "LayerNorm.bias")]  # fmt: skip
-    for i in range(2):
-        order += [f"bert.encoder.layer.{i}.{key}" for key in both(
-            "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense", "attention.output.LayerNorm",
-            "intermediate.dense", "output.dense", "output.LayerNorm")]  # fmt: skip
-    order += both("bert.pooler.dense") + ["cls.predictions.bias"]
-    order += both("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.seq_relationship")
     tokens = ((torch.arange(32) * 7 + 3) % 96).view(2, 16)
     segments, mask = torch.zeros(2, 16, dtype=torch.long), torch.ones(2, 16, dtype=torch.bool)
     segments[:, 8:], mask[1, 12:] = 1, False
     batch = dict(tokens=tokens, segments=segments, attention_mask=mask, positions=torch.tensor([[3, 9], [5, 0]]), n_targets=3, n_sequences=2,
                  labels=torch.tensor([[11, 22], [33, -100]]), is_random=torch.tensor([0, 1]))  # fmt: skip
-    for gelu, total in (("none", 5.3420651), ("tanh", 5.3420574)):
+    for gelu, total in (("tanh", 5.3420574), ("none", 5.3420651)):
         model = bert.BERT(dataclasses.replace(cfg, gelu=gelu)).double().eval()
         tensors = dict(bert.bert_tensors(model))
-        assert bert.count_parameters(model)[0] == 117_090 and sorted(order) == sorted(tensors) and len(order) == 46
-        for k, name in enumerate(order):
+        assert bert.count_parameters(model)[0] == 117_090 and sorted(hf_order(2)) == sorted(tensors)
+        for k, name in enumerate(hf_order(2)):
             values = 0.1 * torch.sin(0.37 * torch.arange(tensors[name].numel(), dtype=torch.float64) + k)
             tensors[name].copy_((values + (tensors[name].ndim == 1 and name.endswith("weight"))).view_as(tensors[name]))
         logits, next_logits = model(tokens, segments, mask)
@@ -66,11 +67,8 @@ def test_golden_value():
         assert nats + nsp == pytest.approx(total, abs=6e-8)
         loss, metrics = bert.objective(model, batch, cfg)  # in fp32, and with 1e-5 in the denominator
         assert loss.item() == pytest.approx(nats * 3 / 3.00001 + nsp, abs=2e-6) and metrics["nsp"].item() == pytest.approx(nsp, abs=1e-6)
-        if gelu == "none":
-            close = lambda found, expected: torch.testing.assert_close(found, torch.tensor(expected).double(), atol=6e-8, rtol=0)  # noqa: E731
-            close(logits[0, 0, :3], [0.1407120, 0.2865326, 0.0888782])
-            close(next_logits, [[0.1661157, 0.1692225], [0.0815836, 0.1573107]])
-            assert (nats, nsp) == pytest.approx((4.6667141, 0.6753510), abs=6e-8)
+    assert [*logits[0, 0, :3].tolist(), nats, nsp] == pytest.approx([0.1407120, 0.2865326, 0.0888782, 4.6667141, 0.6753510], abs=6e-8)
+    assert next_logits.flatten().tolist() == pytest.approx([0.1661157, 0.1692225, 0.0815836, 0.1573107], abs=6e-8)
 
 
 def test_presets_are_the_papers():
@@ -90,10 +88,9 @@ def test_presets_are_the_papers():
         lengths = (c.lr, c.batch_size, c.seq_len, c.long_seq_len, c.long_share, c.max_predictions, c.long_max_predictions, c.short_seq_prob, c.dupe_factor)
         assert preset == "electra_small" or lengths == (1e-4, 256, 128, 512, 0.1, 20, 77, 0.1, 10)
     assert (c.lr, c.batch_size, c.seq_len, c.long_share) == (5e-4, 128, 128, 0.0)
-    cfg = bert.Config(micro_batch=64, long_micro_batch=16)
-    for step, *expected in ((0, 128, 20, 64), (899_999, 128, 20, 64), (900_000, 512, 77, 16), (10**6, 512, 77, 16)):
-        phase = bert.phase_at(step, cfg)
-        assert [phase.seq_len, phase.max_predictions, phase.micro_batch] == expected
+    for step, *expected in ((0, 128, 20), (899_999, 128, 20), (900_000, 512, 77), (10**6, 512, 77)):
+        phase = bert.phase_at(step, bert.Config())
+        assert [phase.seq_len, phase.max_predictions] == expected
 
 
 def test_every_token_is_seen_and_padding_is_not():
@@ -104,9 +101,8 @@ def test_every_token_is_seen_and_padding_is_not():
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[0, 6:] = False
     logits, next_logits = model(tokens, segments, mask)
-    alone = model(tokens[:1, :6], segments[:1, :6], mask[1:, :6])
-    torch.testing.assert_close(logits[:1, :6], alone[0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(next_logits[:1], alone[1], atol=1e-5, rtol=1e-5)
+    for found, alone in zip((logits[:1, :6], next_logits[:1]), model(tokens[:1, :6], segments[:1, :6], mask[1:, :6])):
+        torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
     for j in range(9):
         changed = tokens.clone()
         changed[0, j] = (changed[0, j] + 1) % 256
@@ -141,19 +137,6 @@ def test_initialisation_and_dropout(monkeypatch):
     assert seen == [(0.3, True)] + [0.3, (0.3, True), (0.3, True)] * cfg.n_layers
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_flops_are_those_of_the_matrix_products(way):
-    from torch.utils.flop_counter import FlopCounterMode
-
-    cfg = bert.Config(**{**TINY, **way, "seq_len": 11, "max_predictions": 4})
-    with torch.device("meta"):
-        model, tokens, slots = bert.build_model(cfg), torch.zeros(2, 11, dtype=torch.long), torch.zeros(2, 4, dtype=torch.long)
-        more = (slots, torch.zeros(2, 4)) if cfg.objective == "rtd" else ()
-        with FlopCounterMode(display=False) as counter:
-            sum(x.sum() for x in model(tokens, tokens, tokens == 0, slots, *more) if x is not None).backward()
-    assert counter.get_total_flops() / tokens.numel() == pytest.approx(bert.flops_per_token(cfg))
-
-
 def test_sentences_of_python_text_and_lines():
     code = '"""Summary of it.\n\nLonger e.g. this one. Second Sentence! 3 more\nlines."""\nimport os  # not this\nx = """not\n"""\ny = "# nor this"\n'
     code += "# A comment of\n# two lines. And more.\ndef f():\n    r\'\'\'It's \"quoted\".\'\'\'\n    #: Kept.\n    return '\"\"\"'\n"
@@ -163,8 +146,7 @@ def test_sentences_of_python_text_and_lines():
     assert dict(bert.split_sentences([("t.txt", "Ça va.  Bien\u0301!\n\n---\n\nEnd")], bert.Config()))["t.txt"] == ["ca va.", "bien!", "end"]
     lines = dict(bert.split_sentences([("t.txt", "One sentence. Still one\nanother\n\n\nThird\n")], bert.Config(sentences="lines")))
     assert list(lines.values()) == [["one sentence. still one", "another"], ["third"]]
-    started, whole = time.perf_counter(), "a line\n\n" * 20_000  # of .jsonl, where the text is the name
-    assert len(list(bert.split_sentences([(whole, whole)], bert.Config(sentences="lines")))) == 20_000 and time.perf_counter() - started < 30
+    assert len(list(bert.split_sentences([(whole := "a line\n\n" * 99, whole)], bert.Config(sentences="lines")))) == 99
 
 
 def test_word_piece(tmp_path):
@@ -204,25 +186,16 @@ CLS c1 c2 c3 c4 M M SEP b6 b7 SEP | 8 | True | 5 c5 6 c6
 CLS c7 M SEP c4 b4 b5 b6 b7 SEP | 4 | True | 2 c8 4 b3"""
 
 
-def test_worked_example_token_for_token_and_statistics():
+def test_worked_example_token_for_token():
     found = []
     for seen, n_a, is_random, masked in with_masks(DOCUMENTS, bert.Config(seq_len=16, max_predictions=3), random.Random(12345)):
         words = " ".join(word.strip("[]").replace("MASK", "M") for word in seen)
         found.append(f"{words} | {n_a} | {is_random} | " + " ".join(f"{p} {word}" for p, word in masked))
     assert "\n".join(found) == EXPECTED
-    cfg, rng, kinds = bert.Config(seq_len=16), random.Random(3), collections.Counter()
-    for _ in range(1500):
-        for seen, n_a, is_random, masked in with_masks(DOCUMENTS, cfg, rng):
-            kinds.update(n=1, random_pair=is_random, predicted=len(masked), masked=sum(seen[p] == "[MASK]" for p, _ in masked), kept=sum(seen[p] == w for p, w in masked))
-            assert len(masked) == max(1, round(0.15 * len(seen))) and not {"[CLS]", "[SEP]"} & {w for _, w in masked}
-    assert kinds["random_pair"] / kinds["n"] == pytest.approx(0.64, abs=0.015), "one sentence alone has no next one"
-    assert kinds["masked"] / kinds["predicted"] == pytest.approx(0.8 + 0.1 / 30, abs=0.01)  # a random token may be [MASK], or the same
-    assert kinds["kept"] / kinds["predicted"] == pytest.approx(0.1 + 0.1 / 30, abs=0.01)
 
 
 def released(documents, length, most_predictions, vocab, rng):
     """The specification's pseudo-code once more, with lists of words and none of the script's code."""
-    found = []
     for d, document in enumerate(documents):
         max_num = target = length - 3
         if rng.random() < 0.1:
@@ -233,35 +206,30 @@ def released(documents, length, most_predictions, vocab, rng):
             size += len(document[i])
             if i == len(document) - 1 or size >= target:
                 a_end = rng.randint(1, len(chunk) - 1) if len(chunk) >= 2 else 1
-                a, b, random_next = sum(chunk[:a_end], []), sum(chunk[a_end:], []), False
-                if len(chunk) == 1 or rng.random() < 0.5:
-                    random_next, b = True, []
-                    for _ in range(10):
-                        other = rng.randint(0, len(documents) - 1)
-                        if other != d:
-                            break
+                a, b, random_next = sum(chunk[:a_end], []), sum(chunk[a_end:], []), len(chunk) == 1 or rng.random() < 0.5
+                if random_next:
+                    others = (rng.randint(0, len(documents) - 1) for _ in range(10))
+                    other = next((o for o in others if (last := o) != d), None)
+                    other, b = last if other is None else other, []
                     for j in range(rng.randint(0, len(documents[other]) - 1), len(documents[other])):
                         b.extend(documents[other][j])
                         if len(b) >= target - len(a):
                             break
                     i -= len(chunk) - a_end
                 while len(a) + len(b) > max_num:
-                    trunc = a if len(a) > len(b) else b
-                    trunc.pop(0 if rng.random() < 0.5 else -1)
+                    (a if len(a) > len(b) else b).pop(0 if rng.random() < 0.5 else -1)
                 output = ["[CLS]"] + a + ["[SEP]"] + b + ["[SEP]"]
                 cand = [k for k, token in enumerate(output) if token not in ("[CLS]", "[SEP]")]
                 rng.shuffle(cand)
-                masked = []
-                for k in cand[: min(most_predictions, max(1, int(round(len(output) * 0.15))))]:
-                    masked.append((k, output[k]))
+                masked = [(k, output[k]) for k in cand[: min(most_predictions, max(1, int(round(len(output) * 0.15))))]]
+                for k, _ in masked:
                     if rng.random() < 0.8:
                         output[k] = "[MASK]"
                     elif rng.random() >= 0.5:
                         output[k] = vocab[rng.randint(0, len(vocab) - 1)]
-                found.append((output, len(a) + 2, random_next, sorted(masked)))
+                yield output, len(a) + 2, random_next, sorted(masked)
                 chunk, size = [], 0
             i += 1
-    return found
 
 
 def test_builder_is_the_released_one():
@@ -269,7 +237,7 @@ def test_builder_is_the_released_one():
     for seed in range(200):
         documents = [[rng.choices(WORDS[5:], k=rng.randint(1, 12)) for _ in range(rng.randint(1, 8))] for _ in range(rng.randint(2, 6))]
         cfg = bert.Config(seq_len=rng.choice([5, 6, 16, 33, 64]), max_predictions=rng.choice([2, 20]))
-        assert list(with_masks(documents, cfg, random.Random(seed))) == released(documents, cfg.seq_len, cfg.max_predictions, WORDS, random.Random(seed))
+        assert list(with_masks(documents, cfg, random.Random(seed))) == list(released(documents, cfg.seq_len, cfg.max_predictions, WORDS, random.Random(seed)))
     started = time.perf_counter()
     a, b = bert.truncate_pair(range(300_000), [1] * 9, 125, random.Random(0))
     assert (len(a), len(b)) == (116, 9) and list(a) == list(range(a[0], a[0] + 116)) and time.perf_counter() - started < 2, "no quadratic time"
@@ -438,8 +406,6 @@ def test_hugging_face_reads_and_writes_the_same_model(gelu, nsp, tmp_path):
         (tmp_path / "ours" / "config.json").write_text(json.dumps(config | {key: value}))
         with pytest.raises(ValueError, match="holds no BertForPreTraining or BertForMaskedLM"):
             bert.from_hf(tmp_path / "ours")
-    defaults = transformers.BertConfig()
-    assert all(getattr(defaults, key) == value for key, value in bert.HF_CONFIG.values())
 
 
 def main(ranks, *flags):
@@ -488,29 +454,3 @@ def test_two_phases_on_two_ranks_resumed_and_from_instances(ranks, way, text, tm
             assert f"stopped after step {stop}" in run_main("bert", [*map(str, flags), f"--data={text}", f"--out={tmp_path}/{stop}"])[1]
         main(ranks, *flags, "--data", text, "--out", tmp_path / f"{stop}", "--resume")
         assert logged(f"{stop}") == logged("whole") and logged(f"{stop}", "val_loss") == logged("whole", "val_loss")
-
-
-def test_training_raises_accuracy_and_fills_in(ranks, tmp_path):
-    """A text whose every document is the same tells what is hidden in it; without next sentences one document is enough."""
-    (tmp_path / "text.txt").write_text("the cat sat on the mat.\nthe dog ran to the door.\n" * 900)
-    flags = small(lr=0.003, seq_len=64, context=64, max_predictions=12, tokenizer="wordpiece:30", batch_size=16, warmup_steps=20, log_every=50)
-    status, out, err = main(ranks, *flags, "--no-nsp", "--data", tmp_path / "text.txt", "--steps", 120, "--prompt", "The cat [MASK] on the mat.")
-    first, last = (float(re.search(rf"val {step} \| loss \S+ .*?mlm_acc (\S+)", out)[1]) for step in (0, 120))
-    assert not status and first < 0.2 < 0.6 < last and re.search(r"filled: \[CLS\] the cat s\S* on the mat \. \[SEP\]", out), (out, err)
-
-
-def test_mistakes(ranks, text, tmp_path):
-    for name, end in (("one", "\n"), ("single", "\n\n")):
-        (tmp_path / f"{name}.txt").write_text("".join(f"line {i} says{end}" for i in range(2000)))
-    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\nline\nsays")
-    np.save(tmp_path / "ids.npy", np.zeros(5000, np.uint16))
-    for line, phrase in (
-        ("--data DIR/one.txt", "1 documents are too few"), ("--data DIR/single.txt", "one of them of 2 sentences"), ("--seq_len 4", "sequences of 4 tokens do not hold"),
-        ("--tokenizer DIR/vocab.txt", "vocab.txt: [PAD] is not the first entry, or [MASK] is none"), ("--seq_len 17", "17 tokens exceed --context 16"),
-        ("--long_seq_len 3 --long_share 0.5", "sequences of 3 tokens"), ("--long_micro_batch 3 --long_share 0.5 --long_seq_len 8", "micro-batches of 3"), ("--n_heads 5", "5 heads"),
-        ("--objective rtd --dim 50", "quarter of 50"), ("--objective rtd --export DIR/hf", "--objective mlm"), ("--tokenizer wordpiece:9999", "wordpiece:9999: the text to train on has"),
-        ("--vocab_size 99", "--vocab_size 99 is less than the tokenizer's 100 entries"), ("--data DIR/ids.npy", "ids.npy must be text"), ("--prompt none", "--prompt has no [MASK]"),
-        ("--dropout 1.5", "1.5"),
-    ):  # fmt: skip
-        status, out, err = main(ranks, *small(), "--data", text, *line.replace("DIR", str(tmp_path)).split())
-        assert status == 2 and phrase in err and len(err.splitlines()) == 1 and "step 1/" not in out, (line, status, err)
