@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from fractions import Fraction
 
 import torch
 import torch.nn as nn
@@ -178,17 +179,20 @@ def the_pipeline(module, cfg):
     cfg = module.fit_ranks(dataclasses.replace(cfg, tokens=1e12), 1)
     corpora = module.load_corpora([], documents, tokenizer, separator, cfg.vocab_size, cfg.batch_size, cfg.seq_len)
     plan = module.phases(cfg)
-    mixture, heldout = (module.Mixture({"": 1.0}, [corpus], [0], 0) for corpus in corpora)
+    mix, heldout = (module.DataMix({"": Fraction(1)}, [corpus]) for corpus in corpora)
     pipeline = module.Pipeline(cfg, module.make_mesh(cfg, "cpu"))
     module.init_weights(pipeline.model, cfg)
     optimizer = module.build_optimizer(pipeline.model, cfg)
-    state = dict.fromkeys(("tokens", "undone", "n_skipped", "watched", "loss_mean", "loss_variance"), 0)
-    state |= {"step": 1, "sequences": cfg.batch_size}
+    size = cfg.batch_size * cfg.seq_len
+    state = dict.fromkeys(("tokens", "watched", "loss_mean", "loss_variance"), 0)
+    state |= {"step": 1, "sequences": cfg.batch_size, "position": size}
 
     def run():
-        now = dataclasses.replace(cfg, steps=state["step"] + STEPS, spike=0.0)
+        now = dataclasses.replace(cfg, spike=0.0)
+        end = state["position"] + STEPS * size
+        module.validate = lambda *_: None  # at the end, and no part of an update
         with contextlib.redirect_stdout(io.StringIO()):
-            module.train_in_stages(pipeline, optimizer, (plan, [mixture], heldout, tokenizer), state, now, torch.device("cpu"))
+            module.train(pipeline, optimizer, plan, [mix], heldout, tokenizer, state, end, now, torch.device("cpu"))
 
     return run
 

@@ -299,7 +299,7 @@ OWN_MISTAKES = {  # of one script: flags, and what the line must say
         ("--anneal_data DIR/none.txt", "DIR/none.txt"), ("--data TEXT;soon;TEXT", "is not MIX;TOKENS;MIX"), ("--data TEXT;9;TEXT;8;TEXT", "in order"), ("--data TEXT;9", "in order"),
         ("--data TEXT,DIR/latin.txt --write_tokens DIR/w", "one corpus, not a mix"),
         ("--tp 0", "tp 0"), ("--dry_run --pp 0", "pp 0"), ("--dry_run --tokens inf", "--tokens inf"), ("--vocab_size 256 --no-bos", "--vocab_size 256"),
-        ("--dim 8", "even parts of 4"), ("--rope_theta 1", "--rope_theta 1.0"), ("--rope_factor 0.5", "--rope_factor 0.5"),
+        ("--dim 8", "even parts of 4"),
         ("--tokenizer DIR/twice.txt", "a rank twice"), ("--ramp 16x4:1.2.3", "--ramp: 16x4:1.2.3"), ("--ramp 0x4:1e5", "--ramp: 0x4"),
         ("--long_lengths 0", "--long_lengths 0"), ("--ramp 16x4:9e3,16x4:8e3", "out of order"),
         ("--ramp 64*24:1e5", "--ramp: 64*24:1e5 is not LENGTHxSEQUENCES:TOKENS"), ("--long_lengths long", "--long_lengths"),
