@@ -201,17 +201,17 @@ class RMSNorm(nn.Module):
         y = F.rms_norm(x.float(), self.weight.shape, None, self.eps).type_as(x)
         return y * self.weight.type_as(x)
 
-def yarn_frequencies(dim, theta, factor, original, beta_fast):
-    """Rotary frequencies [R/2] in radians per position, of which YaRN (K2 §2.5) divides by `factor`
-    those that turn less than once in `original` positions, and none that turns beta_fast times."""
+def yarn_beta_frequencies(dim, theta, factor, original, beta_fast):
+    """Rotary frequencies [R/2], in radians per position, of a context of `original` positions that
+    YaRN (K2 §2.5) extends `factor` times; a factor of 1 changes nothing."""
     i = torch.arange(0, dim, 2, dtype=torch.float32)
     frequencies = theta ** -(i / dim)
-
-    def index(turns):
-        return dim * math.log(original / (2 * math.pi * turns)) / (2 * math.log(theta))
-
-    low = max(math.floor(index(beta_fast)), 0)
-    high = min(math.ceil(index(1.0)), dim - 1)
+    # Pairs of at least beta_fast rotations within the original context keep their frequency, those
+    # of at most 1 are interpolated, and between them a ramp blends the two. K2 has 1 for both.
+    low = dim * math.log(original / (2 * math.pi * beta_fast)) / (2 * math.log(theta))
+    high = dim * math.log(original / (2 * math.pi)) / (2 * math.log(theta))
+    low = max(math.floor(low), 0)
+    high = min(math.ceil(high), dim - 1)
     ramp = ((i / 2 - low) / max(high - low, 1e-3)).clamp(0, 1)
     return frequencies * (1 - ramp) + frequencies / factor * ramp
 
@@ -233,40 +233,50 @@ def largest_logits(q, k, scale):
         largest.append(scores.masked_fill_(future, -math.inf).amax((0, 2, 3)))
     return torch.stack(largest).amax(0).float() * scale
 
-class MultiHeadLatentAttention(nn.Module):
-    """DeepSeek-V2's attention, [B, T, D] -> [B, T, D]. placeholder"""
+class MaxLogitLatentAttention(nn.Module):
+    """DeepSeek-V3's causal attention, [B, T, D] -> [B, T, D], which records the largest logits of
+    its heads, `largest` [H]. Queries are expanded from a latent of q_rank channels (0: from the
+    input), keys and values from a latent of kv_rank channels. A head has head_dim channels without
+    position and rope_dim rotary ones; the rotary key is one for all heads. `scale` multiplies the
+    scores."""
 
-    def __init__(self, dim, n_heads, q_rank, kv_rank, head_dim, rope_dim, scale):
+    def __init__(self, dim, n_heads, q_rank, kv_rank, head_dim, rope_dim):
         super().__init__()
         self.n_heads = n_heads
         self.kv_rank = kv_rank
         self.head_dim = head_dim
         self.rope_dim = rope_dim
-        self.scale = scale
+        self.scale = (head_dim + rope_dim) ** -0.5
         self.q_down = Linear(dim, q_rank, bias=False) if q_rank else nn.Identity()
         self.q_norm = RMSNorm(q_rank, 1e-6) if q_rank else nn.Identity()
-        self.q_up = Linear(q_rank or dim, n_heads * (head_dim + rope_dim), bias=False)
-        self.kv_down = Linear(dim, kv_rank + rope_dim, bias=False)
+        self.q_up = Linear(q_rank or dim, n_heads * (head_dim + rope_dim), bias=False)  # by head: W^QC, W^QR
+        self.kv_down = Linear(dim, kv_rank + rope_dim, bias=False)  # W^C, W^KR
         self.kv_norm = RMSNorm(kv_rank, 1e-6)
-        self.kv_up = Linear(kv_rank, n_heads * 2 * head_dim, bias=False)
+        self.kv_up = Linear(kv_rank, n_heads * 2 * head_dim, bias=False)  # by head: W^KC, W^V
         self.out = Linear(n_heads * head_dim, dim, bias=False)
         self.register_buffer("largest", torch.zeros(n_heads), persistent=False)
 
     def forward(self, x, cos, sin):
-        q = self.q_up(self.q_norm(self.q_down(x)))
-        q = q.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
-        q_content, q_rotary = q.split([self.head_dim, self.rope_dim], dim=-1)
-        latent, k_rotary = self.kv_down(x).split([self.kv_rank, self.rope_dim], dim=-1)
-        kv = self.kv_up(self.kv_norm(latent))
-        k_content, v = kv.unflatten(-1, (self.n_heads, -1)).transpose(1, 2).chunk(2, dim=-1)
-        k_rotary = rotate(k_rotary[:, None], cos, sin).expand(-1, self.n_heads, -1, -1)
-        q = torch.cat([q_content, rotate(q_rotary, cos, sin)], dim=-1)
-        k = torch.cat([k_content, k_rotary], dim=-1)
+        # Queries: compressed, then expanded; a head has a content part and a rotary part.
+        q = self.q_up(self.q_norm(self.q_down(x)))  # [B, T, H (E + R)]
+        q = q.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # [B, H, T, E + R]
+        q_content, q_rotary = q.split([self.head_dim, self.rope_dim], -1)
+
+        # Keys and values: one latent for both, and one rotary key that all heads share.
+        latent, k_rotary = self.kv_down(x).split([self.kv_rank, self.rope_dim], -1)
+        kv = self.kv_up(self.kv_norm(latent))  # [B, T, H 2E]
+        kv = kv.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+        k_content, v = kv.chunk(2, -1)  # [B, H, T, E] each
+        k_rotary = rotate(k_rotary[:, None], cos, sin)  # [B, 1, T, R]
+        k_rotary = k_rotary.expand(-1, self.n_heads, -1, -1)
+
+        q = torch.cat((q_content, rotate(q_rotary, cos, sin)), -1)
+        k = torch.cat((k_content, k_rotary), -1)
         if self.training:
             self.largest = torch.maximum(self.largest, largest_logits(q, k, self.scale))
-        v = F.pad(v, (0, self.rope_dim))
+        v = F.pad(v, (0, self.rope_dim))  # fused kernels want equal widths
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
-        o = o[..., : self.head_dim].transpose(1, 2).flatten(2)
+        o = o[..., : self.head_dim].transpose(1, 2).flatten(2)  # [B, T, H E]
         return self.out(o)
 
 class MultiHeadAttention(nn.Module):
@@ -293,19 +303,6 @@ class MultiHeadAttention(nn.Module):
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
         return self.out(o.transpose(1, 2).flatten(2))
 
-class GatedSiLU(torch.autograd.Function):
-    """silu(gate) * up, which keeps its two inputs for the backward pass and not silu(gate) too."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(gradient, gate).mul_(up), F.silu(gate).mul_(gradient)
-
 class GatedMLP(nn.Module):
     """SwiGLU, (silu(x W_gate) * x W_up) W_down: [B, T, D] -> [B, T, D]."""
 
@@ -315,11 +312,13 @@ class GatedMLP(nn.Module):
         self.down = Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x):
-        return self.down(GatedSiLU.apply(*self.gate_up(x).chunk(2, -1)))
+        gate, up = self.gate_up(x).chunk(2, -1)  # [B, T, F] each
+        return self.down(F.silu(gate) * up)
 
 class SigmoidRouter(nn.Module):
-    """M appendix C, [N, D] -> the K experts of each token and the weights of these, [N, K] each,
-    in fp32. The balancing bias only chooses; `load` counts the tokens of each expert."""
+    """M appendix C, [N, D] -> the K experts of each token and their gates, [N, K] each, in fp32,
+    and the number of tokens of each expert [X], which `load` sums over an update. The balancing
+    bias only selects."""
 
     def __init__(self, dim, n_experts, top_k, scale):
         super().__init__()
@@ -331,12 +330,14 @@ class SigmoidRouter(nn.Module):
 
     def forward(self, x):
         scores = torch.sigmoid(F.linear(x.float(), self.weight))  # [N, X]
-        experts = (scores + self.bias).topk(self.top_k, dim=-1).indices  # [N, K]
-        chosen = scores.gather(-1, experts)
+        experts = (scores + self.bias).topk(self.top_k).indices  # [N, K]
+        selected = scores.gather(-1, experts)
+        gates = self.scale * selected / (selected.sum(-1, keepdim=True) + 1e-20)
+        counts = torch.zeros_like(self.bias, dtype=torch.int64)
+        counts.index_add_(0, experts.flatten(), torch.ones_like(experts.flatten()))  # [X]
         if self.training:
-            rows = experts.flatten()
-            self.load.index_add_(0, rows, torch.ones_like(rows, dtype=torch.float32))
-        return experts, self.scale * chosen / (chosen.sum(-1, keepdim=True) + 1e-20)
+            self.load += counts
+        return experts, gates, counts
 
 class Permute(torch.autograd.Function):
     """Row order[i] // k of x [N, D] to place i; `inverse` undoes order. Two gathers, no sums."""
@@ -350,97 +351,60 @@ class Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         (inverse,) = ctx.saved_tensors
-        rows = gradient.index_select(0, inverse)
-        return rows.unflatten(0, (-1, ctx.k)).sum(1) if ctx.k > 1 else rows, None, None, None
-
-class Exchange(torch.autograd.Function):
-    """All-to-all of rows [M, D]: send[i] of them go to rank i of the group, receive[i] come back."""
-
-    @staticmethod
-    def forward(ctx, x, send, receive, group):
-        ctx.sizes = receive, send
-        ctx.group = group
-        return all_to_all(x, send, receive, group)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return all_to_all(gradient, *ctx.sizes, ctx.group), None, None, None
-
-def all_to_all(x, send, receive, group):
-    """The rows of x [M, D] where Exchange sends them."""
-    rows = x.new_empty(sum(receive), *x.shape[1:])
-    dist.all_to_all_single(rows, x.contiguous(), receive, send, group=group)
-    return rows
+        rows = gradient.index_select(0, inverse)  # [N k, D]
+        return rows.unflatten(0, (-1, ctx.k)).sum(1), None, None, None
 
 class Experts(nn.Module):
-    """X SwiGLUs at once, [M, D] -> [M, D]: rows ends[i - 1] ... ends[i] - 1 go to expert i, whose
-    hidden layer is multiplied by weights [M]."""
+    """X SwiGLUs, each for its own rows: x [M, D] and gates [M], sorted by expert, and the numbers
+    of rows [X] -> [M, D]. The gate of Eq. 12 multiplies the hidden layer instead of the output,
+    which comes to the same, and which spares the backward pass the outputs."""
 
     def __init__(self, n_experts, dim, hidden_dim):
         super().__init__()
         self.gate_up = nn.Parameter(torch.empty(n_experts, 2 * hidden_dim, dim))
         self.down = nn.Parameter(torch.empty(n_experts, dim, hidden_dim))
 
-    def forward(self, x, weights, ends):
-        gate, up = F.grouped_mm(x, self.gate_up.type_as(x).mT, offs=ends).chunk(2, -1)  # [M, F]
-        hidden = GatedSiLU.apply(gate, up) * weights[:, None].type_as(x)
-        return F.grouped_mm(hidden, self.down.type_as(x).mT, offs=ends)
+    def forward(self, x, gates, counts):
+        ends = counts.cumsum(0).int()  # [X]
+        hidden = F.grouped_mm(x, self.gate_up.type_as(x).mT, offs=ends)  # [M, 2F]
+        return self.project(hidden, gates, ends)
+
+    def project(self, hidden, gates, ends):
+        """The hidden layer [M, 2F] -> [M, D]."""
+        gate, up = hidden.chunk(2, -1)  # [M, F] each
+        h = F.silu(gate) * up * gates[:, None].type_as(up)
+        return F.grouped_mm(h, self.down.type_as(h).mT, offs=ends)
 
 class MixtureOfExperts(nn.Module):
-    """[B, T, D] -> [B, T, D]: shared experts, and for each token K routed ones, of which each rank
-    of the group `ep` has a part; no token is dropped."""
+    """[B, T, D] -> [B, T, D]: shared experts, and K routed ones per token; no token is dropped."""
 
-    def __init__(self, dim, expert_dim, n_experts, n_shared, top_k, scale, ep=None):
+    def __init__(self, dim, expert_dim, n_experts, n_shared, top_k, scale):
         super().__init__()
-        self.ep = ep
         self.router = SigmoidRouter(dim, n_experts, top_k, scale)
         self.shared = GatedMLP(dim, n_shared * expert_dim)
-        self.experts = Experts(n_experts // group_size(ep), dim, expert_dim)
+        self.experts = Experts(n_experts, dim, expert_dim)
 
     def forward(self, x):
-        experts, weights = self.router(x.flatten(0, 1))  # [N, K] each
-        k = experts.shape[1]
+        experts, gates, counts = self.router(x.flatten(0, 1))  # [N, K] twice, [X]
+        k = experts.shape[-1]
         order = experts.flatten().argsort(stable=True)  # [N K], by expert
         inverse = order.argsort()
-        counts = torch.zeros_like(self.router.bias, dtype=torch.int64)
-        counts.index_add_(0, experts.flatten(), torch.ones_like(order))  # [X]
-        y = Permute.apply(x.flatten(0, 1), order, inverse, k)  # [N K, D]
-        weights = weights.flatten()[order]  # [N K]
-        if self.ep:
-            y = self.exchange(y, weights, counts)
-        else:
-            y = self.experts(y, weights, counts.cumsum(0).int())
-        y = Permute.apply(y, inverse, order, 1).unflatten(0, (-1, k)).sum(1)  # [N, D]
-        return self.shared(x) + y.view_as(x)
-
-    def exchange(self, x, weights, counts):
-        """Dispatch and combine: rows x [N K, D] and their weights [N K], counts [X] of them for each
-        expert, go to the ranks that have these experts, through them, and back."""
-        n = self.ep.size()
-        send = counts.view(n, -1)  # [ranks, X / ranks]
-        receive = all_to_all(send, [1] * n, [1] * n, self.ep)
-        sizes = torch.stack((send.sum(1), receive.sum(1))).tolist()
-        x = Exchange.apply(x, *sizes, self.ep)  # [M, D], by rank, then by expert
-        weights = Exchange.apply(weights[:, None], *sizes, self.ep)[:, 0]
-        local = torch.arange(receive.shape[1], device=x.device).repeat(n)
-        order = local.repeat_interleave(receive.flatten()).argsort(stable=True)  # by expert
-        inverse = order.argsort()
-        ends = receive.sum(0).cumsum(0).int()
-        y = self.experts(Permute.apply(x, order, inverse, 1), weights[order], ends)
-        return Exchange.apply(Permute.apply(y, inverse, order, 1), *sizes[::-1], self.ep)
+        rows = Permute.apply(x.flatten(0, 1), order, inverse, k)  # [N K, D]
+        y = self.experts(rows, gates.flatten().gather(0, order), counts)
+        y = Permute.apply(y, inverse, order, 1).unflatten(0, (-1, k))  # [N, K, D]
+        return y.sum(1).view_as(x) + self.shared(x)
 
 class Block(nn.Module):
     """[B, T, D] -> [B, T, D]: attention, and a SwiGLU or experts, each behind a norm and added to
     the residual stream. Without kv_rank, attention has no latents."""
 
-    def __init__(self, cfg, dense, ep):
+    def __init__(self, cfg, dense):
         super().__init__()
         self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         if cfg.kv_rank:
-            mscale = 0.1 * math.log(cfg.rope_factor) + 1  # YaRN, K2 §2.5
-            scale = mscale**2 * (cfg.head_dim + cfg.rope_dim) ** -0.5
-            latents = cfg.q_rank, cfg.kv_rank, cfg.head_dim, cfg.rope_dim
-            self.attn = MultiHeadLatentAttention(cfg.dim, cfg.n_heads, *latents, scale)
+            heads = cfg.n_heads, cfg.q_rank, cfg.kv_rank, cfg.head_dim, cfg.rope_dim
+            self.attn = MaxLogitLatentAttention(cfg.dim, *heads)
+            self.attn.scale *= (0.1 * math.log(cfg.rope_factor) + 1) ** 2  # YaRN, K2 §2.5
         else:
             self.attn = MultiHeadAttention(cfg.dim, cfg.n_heads, cfg.head_dim)
         self.mlp_norm = RMSNorm(cfg.dim, cfg.norm_eps)
@@ -448,34 +412,33 @@ class Block(nn.Module):
             self.mlp = GatedMLP(cfg.dim, cfg.hidden_dim)
         else:
             experts = cfg.expert_dim, cfg.n_experts, cfg.n_shared, cfg.top_k, cfg.route_scale
-            self.mlp = MixtureOfExperts(cfg.dim, *experts, ep)
+            self.mlp = MixtureOfExperts(cfg.dim, *experts)
 
     def forward(self, x, cos, sin):
         x = x + self.attn(self.attn_norm(x), cos, sin)
         return x + self.mlp(self.mlp_norm(x))
 
 class Kimi(nn.Module):
-    """Tokens [B, T] -> logits [B, T, V] in fp32 or, with targets, the summed loss. `ep`: ranks that
-    share out the experts; `dtype`: the precision of the residual stream."""
+    """Tokens [B, T] -> logits [B, T, V] in fp32 or, with targets, the summed loss. `dtype` is the
+    precision of the residual stream; parameters may be kept in another."""
 
-    def __init__(self, cfg, ep=None):
+    def __init__(self, cfg):
         super().__init__()
-        self.dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-        self.ep = ep
-        self.ep_rank = ep.rank() if ep else 0
-        self.top_k = cfg.top_k
+        self.dtype = torch.float32
+        self.ep = None  # ranks that share out the experts
+        self.first_expert = 0  # of this rank
         rope_dim = cfg.rope_dim if cfg.kv_rank else cfg.head_dim
         yarn = cfg.rope_factor, cfg.rope_original, cfg.rope_beta_fast
         self.rope = rope_dim, cfg.rope_theta, *yarn
         self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.dim)
-        self.blocks = nn.ModuleList(Block(cfg, i < cfg.n_dense, ep) for i in range(cfg.n_layers))
+        self.blocks = nn.ModuleList(Block(cfg, i < cfg.n_dense) for i in range(cfg.n_layers))
         self.final_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.head = Linear(cfg.dim, cfg.vocab_size, bias=False)
 
     def forward(self, tokens, targets=None):
         x = self.token_embedding(tokens).to(self.dtype)  # [B, T, D]
         positions = torch.arange(tokens.shape[1], device=tokens.device)
-        angles = positions[:, None] * yarn_frequencies(*self.rope).to(tokens.device)  # [T, R/2]
+        angles = positions[:, None] * yarn_beta_frequencies(*self.rope).to(tokens.device)  # [T, R/2]
         for block in self.blocks:
             x = block(x, angles.cos(), angles.sin())
         x = self.final_norm(x)
@@ -486,10 +449,6 @@ class Kimi(nn.Module):
     def logits(self, x):
         """The head, [..., D] -> [..., V], fp32."""
         return self.head(x).float()
-
-def group_size(group):
-    """Ranks of a process group; None is a group of one."""
-    return group.size() if group else 1
 
 def slices(n, vocab_size):
     """Slices of n positions, each with at most 2**25 logits, which take 128 MiB in fp32."""
@@ -530,7 +489,7 @@ def init_weights(model, cfg):
         first = 0
         if is_expert(name):
             matrices = p.data
-            first = len(p) * model.ep_rank
+            first = model.first_expert
         elif not re.search(r"(token_embedding|head|q|k|v|out|router|_?up|_?down)\.weight$", name):
             raise ValueError(f"no rule initialises {name}")
         for i, matrix in enumerate(matrices, first):
@@ -551,7 +510,8 @@ def count_parameters(model):
         total += p.numel()
         activated += p.numel()
         if is_expert(name):
-            activated -= p.numel() // len(p) * (len(p) - model.top_k)
+            top_k = routers(model)[0].top_k
+            activated -= p.numel() * (len(p) - top_k) // len(p)
     return total, activated
 
 def flops_per_token(cfg):
@@ -789,28 +749,76 @@ def fit_layout(cfg, ranks):
     dp = cfg.dp or ranks // max(ep, 1)
     return dataclasses.replace(cfg, ep=ep, dp=dp)
 
-def keeps_bf16(name, cfg):
-    """Whether a parameter is kept in bf16, and its master in fp32."""
-    return cfg.precision == "bf16" and not re.search(r"(norm|router)\.weight$", name)
+def weight_dtype(name, cfg):
+    """The dtype in which a parameter is kept; its master is fp32."""
+    is_bf16 = cfg.precision == "bf16" and not re.search(r"(norm|router)\.weight$", name)
+    return torch.bfloat16 if is_bf16 else torch.float32
+
+def all_to_all(x, send, receive, group):
+    """send[i] rows of x [M, D] to rank i of the group, receive[i] rows from it."""
+    rows = x.new_empty(sum(receive), *x.shape[1:])
+    dist.all_to_all_single(rows, x.contiguous(), receive, send, group=group)
+    return rows
+
+class Exchange(torch.autograd.Function):
+    """all_to_all, whose gradients go the opposite way."""
+
+    @staticmethod
+    def forward(ctx, x, send, receive, group):
+        ctx.back = receive, send, group
+        return all_to_all(x, send, receive, group)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return all_to_all(gradient, *ctx.back), None, None, None
+
+class DistributedExperts(Experts):
+    """Experts, of which each rank of a group has an equal part (K2 §2.4): rows and gates go to the
+    ranks that have their experts, and come back."""
+
+    def __init__(self, n_experts, dim, hidden_dim, group):
+        super().__init__(n_experts // group.size(), dim, hidden_dim)
+        self.group = group
+
+    def forward(self, x, gates, counts):
+        n = self.group.size()
+        send = counts.view(n, -1)  # [ranks, X / ranks]
+        receive = all_to_all(send, [1] * n, [1] * n, self.group)  # the same of the rows to come
+        sizes = torch.stack((send.sum(1), receive.sum(1))).tolist()
+        x = Exchange.apply(x, *sizes, self.group)  # [M, D], by rank, then by expert
+        gates = Exchange.apply(gates, *sizes, self.group)
+        local = torch.arange(receive.shape[1], device=x.device).repeat(n)
+        order = local.repeat_interleave(receive.flatten()).argsort(stable=True)  # by expert
+        inverse = order.argsort()
+        x = Permute.apply(x, order, inverse, 1)
+        y = super().forward(x, gates[order], receive.sum(0))
+        return Exchange.apply(Permute.apply(y, inverse, order, 1), *sizes[::-1], self.group)
 
 def parallelize(model, cfg, mesh):
-    """Give a model on the meta device its memory, in the precision of cfg, with gradients in fp32;
-    recompute and compile."""
+    """Give the model on the meta device its memory: a rank's part of the experts, in the precision
+    of cfg, with gradients in fp32. Compile and recompute."""
+    if cfg.ep > 1:
+        model.ep = mesh["ep"].get_group()
+        model.first_expert = model.ep.rank() * cfg.n_experts // cfg.ep
+        for block in model.blocks[cfg.n_dense :]:
+            with torch.device("meta"):
+                experts = DistributedExperts(cfg.n_experts, cfg.dim, cfg.expert_dim, model.ep)
+            block.mlp.experts = experts
+    if cfg.precision == "bf16":
+        model.dtype = torch.bfloat16
     for name, p in model.named_parameters():
-        if keeps_bf16(name, cfg):
-            p.data = p.data.bfloat16()
+        p.data = p.data.to(weight_dtype(name, cfg))
     model.to_empty(device=mesh.device_type)
     for p in model.parameters():
         p.grad_dtype = torch.float32
-    if cfg.compile:
-        torch.compiler.config.fail_on_recompile_limit_hit = True
-        torch.compiler.config.recompile_limit = 64  # a graph for each length and width
-        for module in model.modules():
-            if isinstance(module, (MultiHeadLatentAttention, MultiHeadAttention, GatedMLP)):
-                module.compile(dynamic=False)
     for block in model.blocks:
-        if cfg.recompute == "block":  # routers count twice, which changes no balance
+        if cfg.recompute == "block":  # routers then count all tokens twice
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if cfg.compile:
+            torch.compiler.config.fail_on_recompile_limit_hit = True
+            torch.compiler.config.recompile_limit = 64  # a graph for each length and width
+            for module in (block.attn, getattr(block.mlp, "shared", block.mlp)):
+                module.compile(dynamic=False)
     return model
 
 class FlatParameters:
@@ -939,38 +947,27 @@ def checkpoint_content(model, flats):
     for flat in flats:
         name = next(iter(flat.spans)).replace(".", "/")
         if "/experts/" in name:  # each rank of ep has others
-            name = f"ep{model.ep_rank}/{name}"
+            name = f"from{model.first_expert}/{name}"
         content.register_parameter(name, flat.master)
     for name, bias in model.named_buffers():
         if name.endswith("router.bias"):
             content.register_buffer(name.replace(".", "/"), bias)
     return content
 
-def build_model(cfg, mesh):
-    """The model of a rank, with its part of the experts, initialised or read from --init."""
-    ep = mesh["ep"].get_group() if cfg.ep > 1 else None
-    with torch.device("meta"):
-        model = Kimi(cfg, ep)
-    parallelize(model, cfg, mesh)
-    init_weights(model, cfg)
-    if cfg.init:
-        fill_weights(model, cfg, cfg.init)
-    return model
-
 def memory_per_rank(cfg):
     """Bytes on each of cfg.dp x cfg.ep ranks, by kind."""
     with torch.device("meta"):
         model = Kimi(cfg)
-    size = 2 if cfg.precision == "bf16" else 4
     memory = dict.fromkeys(("weights", "gradients", "masters", "optimizer"), 0)
     for name, p in model.named_parameters():
         n = p.numel() // (cfg.ep if is_expert(name) else 1)
         copies = cfg.dp if is_expert(name) else cfg.dp * cfg.ep
-        states = 1 if cfg.optimizer == optimizer_of(name) == "muon" else 2
-        memory["weights"] += n * (2 if keeps_bf16(name, cfg) else 4)
+        n_states = 1 if cfg.optimizer == optimizer_of(name) else 2
+        size = weight_dtype(name, cfg).itemsize
+        memory["weights"] += size * n
         memory["gradients"] += 4 * n
-        memory["masters"] += 4 * n / copies * keeps_bf16(name, cfg)
-        memory["optimizer"] += 4 * states * n / copies
+        memory["masters"] += (4 * n / copies) * (size < 4)
+        memory["optimizer"] += 4 * n_states * n / copies
     # TODO activations
     return memory
 
@@ -1005,7 +1002,6 @@ SHAPE = (*HF_CONFIG, "rope_theta", *YARN)  # fields of Config that must agree wi
 def hf_views(model, cfg):
     """(Hugging Face's name, view of one of our tensors, its rows' places in theirs or None) for all
     tensors of a rank's model."""
-    first = model.ep_rank * (cfg.n_experts // group_size(model.ep))
     pairs = torch.arange(cfg.rope_dim).view(-1, 2).T.flatten()  # interleaved pairs, there
     content = torch.arange(cfg.head_dim)
     head = torch.cat((content, cfg.head_dim + pairs))
@@ -1021,7 +1017,7 @@ def hf_views(model, cfg):
         pieces = [(theirs, tensor.data)]
         if is_expert(name):
             stem, part = theirs.rsplit(".", 1)
-            pieces = [(f"{stem}.{first + i}.{part}.weight", w) for i, w in enumerate(tensor.data)]
+            pieces = [(f"{stem}.{model.first_expert + i}.{part}.weight", w) for i, w in enumerate(tensor.data)]
         for theirs, piece in pieces:
             if "gate_up" not in theirs:
                 yield theirs, piece, rows.get(kind)
@@ -1110,7 +1106,7 @@ def to_hf(model, cfg, path):
 
         for name, ours, rows in hf_views(model, cfg):
             parts = [ours]
-            n = group_size(model.ep)
+            n = model.ep.size() if model.ep else 1
             if n > 1 and ".experts." in name:
                 parts = [torch.empty_like(ours) for _ in range(n)]
                 dist.all_gather(parts, ours.contiguous(), group=model.ep)
@@ -1530,7 +1526,12 @@ def main(argv=None):
         plan_run(cfg, run, given)
 
         mesh = init_device_mesh(device.type, (cfg.dp, cfg.ep), mesh_dim_names=("dp", "ep"))
-        model = build_model(cfg, mesh)
+        with torch.device("meta"):
+            model = Kimi(cfg)
+        parallelize(model, cfg, mesh)
+        init_weights(model, cfg)
+        if cfg.init:
+            fill_weights(model, cfg, cfg.init)
         flats = flatten_parameters(model, cfg, mesh)
         optimizers = build_optimizer(flats, cfg)
         content = checkpoint_content(model, flats)
