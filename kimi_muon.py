@@ -559,13 +559,13 @@ def phases_left(sequences, cfg):
         (cfg.tokens, dict(batch_size=long_batch, seq_len=cfg.long_seq_len)),
     ):
         phase = dataclasses.replace(cfg, **changes)
-        n_sequences = max(math.ceil((end - tokens) / phase.seq_len), 0)
-        tokens += n_sequences * phase.seq_len
-        n_updates = math.ceil((start + n_sequences - sequences) / max(phase.batch_size, 1))
+        n_tokens = phase.batch_size * phase.seq_len  # of an update
+        stop = start + phase.batch_size * max(math.ceil((end - tokens) / max(n_tokens, 1)), 0)
+        n_updates = math.ceil((stop - max(sequences, start)) / max(phase.batch_size, 1))
         if n_updates > 0:
             phases.append((start, n_updates, phase))
-            sequences += n_updates * phase.batch_size
-        start += n_sequences
+        tokens += (stop - start) * phase.seq_len
+        start = stop
     return phases
 
 # ---------------------------------------- Objective ----------------------------------------
@@ -1377,7 +1377,9 @@ def muon_clip_step(model, flats, optimizers, batches, lr, bias_rate, cfg):
         flat.master.grad = None
     for block in model.blocks:
         block.attn.largest.zero_()
-    loads = update_centred_biases(routers(model), bias_rate * finite)
+    loads = largest.new_zeros(0)
+    if routers(model):
+        loads = update_centred_biases(routers(model), bias_rate * finite)
     return loss, norm, largest, loads
 
 @torch.no_grad()
