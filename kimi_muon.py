@@ -1494,6 +1494,8 @@ def load_data(cfg):
         separator = tokenizer.eot_token
     cfg.vocab_size = vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
     documents = tokenize(read_documents(cfg.data, files), tokenizer, separator)
+    if cfg.write_tokens and shards:
+        raise ValueError("--write_tokens reads text, and --data has token shards")
     if cfg.write_tokens:
         return write_tokens(cfg.write_tokens, documents)
     sizes = cfg.vocab_size, cfg.batch_size, cfg.seq_len
@@ -1593,8 +1595,6 @@ def explain(what, *errors):
     try:
         yield
     except errors as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
         cause = str(error).strip().rpartition("\n")[2]  # without the tracebacks of other ranks
         raise ValueError(f"{what}: {type(error).__name__}: {cause}") from error
 
@@ -1898,8 +1898,7 @@ def tokenize(documents, tokenizer, separator):
     """(name, ids) of each document that is not empty; the last id is the separator."""
     dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
     for name, text in documents:
-        # tiktoken's PanicException, of the longest words, is a BaseException.
-        with explain(f"the tokenizer cannot take document {name[:80]!r}", BaseException):
+        with explain(f"the tokenizer cannot take document {name[:80]!r}", ValueError):
             ids = tokenizer.encode_to_numpy(text, disallowed_special=())
         if text:
             yield name, np.append(ids, separator).astype(dtype)
