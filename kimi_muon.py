@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------- Config ----------------------------------------
@@ -88,7 +88,6 @@ class Config:
     weight_decay: float = 0.1  # decoupled weight decay of all parameters
     split_fused: bool = True  # orthogonalize the parts of a fused matrix that differ in function
     tau: float = 100.0  # largest attention logit of a head that QK-Clip allows
-    clip: float = 0.0  # maximum norm of the gradient; 0: no clipping
     seed: int = 0  # seed of the weights and the order of the data
     # Parallelism: K2 §2.4
     micro_batch: int = 0  # sequences per forward pass on one rank; 0: as many as the batch allows
@@ -828,71 +827,48 @@ class FlatParameters:
 
     def __init__(self, named, mesh, optimizer):
         self.mesh = mesh
-        self.optimizer = optimizer  # that updates them: muon or adamw
-        self.rms = {}  # name: root mean square of the last update, where this rank knows it
+        self.optimizer = optimizer  # that updates them, muon or adamw
+        self.rms = {}  # name: root mean square of the last update, of what this rank knows
         self.spans = {}  # name: (start, stop, shape) in the flat tensor
-        size = 0
+        self.weights = torch.cat([p.data.flatten() for _, p in named])
+        self.gradients = torch.zeros_like(self.weights, dtype=torch.float32)
+        start = 0
         for name, p in named:
-            self.spans[name] = (size, size + p.numel(), p.shape)
-            size += p.numel()
-        n = mesh.size()
-        self.share = math.ceil(size / n)
-        p = named[0][1]
-        self.weights = torch.zeros(n * self.share, dtype=p.dtype, device=p.device)
-        self.gradients = torch.zeros(n * self.share, device=p.device)
-        for name, p in named:
-            start, stop, shape = self.spans[name]
-            self.weights[start:stop] = p.data.flatten()
-            p.data = self.weights[start:stop].view(shape)
-            p.grad = self.gradients[start:stop].view(shape)
-        start = min(mesh.get_local_rank() * self.share, size)
-        self.own = slice(start, min(start + self.share, size))  # of this rank
-        self.size = size
+            stop = start + p.numel()
+            self.spans[name] = (start, stop, p.shape)
+            p.data = self.weights[start:stop].view(p.shape)
+            p.grad = self.gradients[start:stop].view(p.shape)
+            start = stop
+        share = math.ceil(stop / mesh.size())
+        first = min(mesh.get_local_rank() * share, stop)
+        self.own = slice(first, min(first + share, stop))  # of this rank
         self.master = nn.Parameter(self.shard(self.weights[self.own].float()))
 
     def shard(self, own):
-        """A rank's part as a DTensor, so that a checkpoint fits another number of ranks."""
-        if self.mesh.size() == 1:
-            return own
-        where = dict(shape=torch.Size([self.size]), stride=(1,), run_check=False)
-        return DTensor.from_local(own, self.mesh, [Shard(0)], **where)
-
-    def gather(self, own):
-        """The flat tensor of which each rank has a part."""
-        if self.mesh.size() == 1:
-            return own
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        own = F.pad(own, (0, self.share - len(own)))
-        flat = own.new_empty(len(self.weights))
-        gather(flat, own, group=self.mesh.get_group())
-        return flat
+        """The flat tensor, distributed, of which this rank has the part `own`."""
+        size = dict(shape=self.weights.shape, stride=(1,))
+        return DTensor.from_local(own, self.mesh, [Shard(0)], run_check=False, **size)
 
     def reduce(self):
         """Sum the gradients over the ranks, into the gradient of the master."""
-        own = self.gradients[self.own]
-        if self.mesh.size() > 1:
-            scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-            own = self.gradients.new_empty(self.share)
-            scatter(own, self.gradients, group=self.mesh.get_group())
-            own = own[: self.own.stop - self.own.start]
-        self.master.grad = self.shard(own)
+        sums = DTensor.from_local(self.gradients, self.mesh, [Partial()], run_check=False)
+        self.master.grad = sums.redistribute(placements=[Shard(0)])
 
     @torch.no_grad()
     def scale_rows(self, name, factors):
         """Multiply row i of a parameter [A, B] by factors[i], in the master."""
-        start, stop, shape = self.spans[name]
+        start, stop, (_, columns) = self.spans[name]
         first = max(start, self.own.start)
         last = min(stop, self.own.stop)
         if first < last:
-            factors = factors.repeat_interleave(shape[1])[first - start : last - start]
-            local(self.master)[first - self.own.start : last - self.own.start] *= factors
+            own = self.master.to_local()[first - self.own.start : last - self.own.start]
+            own *= factors.repeat_interleave(columns)[first - start : last - start]
 
     @torch.no_grad()
-    def publish(self):
+    def gather(self):
         """Write the masters of all ranks to the weights."""
-        own = self.weights[self.own]
-        own.copy_(local(self.master))
-        self.weights.copy_(self.gather(own))
+        own = self.master.to_local().to(self.weights.dtype)
+        self.weights.copy_(self.shard(own).full_tensor())
 
 def clip_heads(model, flats, largest, tau):
     """QK-Clip of all layers in the masters, from their largest logits [layers, H]."""
@@ -901,10 +877,6 @@ def clip_heads(model, flats, largest, tau):
         for part, factors in clip_factors(block.attn, largest[i], tau).items():
             name = f"blocks.{i}.attn.{part}.weight"
             where[name].scale_rows(name, factors)
-
-def local(tensor):
-    """This rank's part of a DTensor; a tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 def flatten_parameters(model, cfg, mesh):
     """[FlatParameters] of a model: those of one optimizer, one precision and the same ranks, in
@@ -922,36 +894,35 @@ def flatten_parameters(model, cfg, mesh):
 
 @torch.no_grad()
 def orthogonalize_parts(flats, cfg, momenta):
-    """M Algorithm 1: from this rank's parts of flat momenta those of the updates."""
+    """M Algorithm 1: the updates of flat parameters from their momenta, both distributed."""
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     updates = []
-    for flat, own in zip(flats, momenta):
-        whole = flat.gather(local(own).to(dtype))  # line 3
-        spans = {  # of the matrices that this rank has a part of
-            name: span for name, span in flat.spans.items()
-            if span[0] < flat.own.stop and span[1] > flat.own.start
-        }
+    for flat, momentum in zip(flats, momenta):
+        whole = momentum.to(dtype).full_tensor()  # line 3
+        own_spans = {
+            name: (whole[start:stop].view(shape))
+            for name, (start, stop, shape) in flat.spans.items()
+            if start < flat.own.stop and stop > flat.own.start
+        }  # the matrices that this rank has a part of
         views = []
-        for name, (start, stop, shape) in spans.items():
-            views += split_by_function(name, whole[start:stop].view(shape), cfg)
+        for name, matrix in own_spans.items():
+            views += split_by_function(name, matrix, cfg)
         matrices = [view.flatten(1, 2) for view in views]
         for view, update in zip(views, orthogonalize(matrices, dtype)):  # line 4
             view.copy_(update.view(view.shape))
-        flat.rms = {name: whole[start:stop].float().square().mean().sqrt() for name, (start, stop, _) in spans.items()} # line 7
+        flat.rms = {k: v.float().square().mean().sqrt() for k, v in own_spans.items()}  # line 7
         updates.append(flat.shard(whole[flat.own].float()))  # line 5
     return updates
 
 def checkpoint_content(model, flats):
-    """A module of what a checkpoint holds: the masters and the balancing biases."""
-    content = nn.Module()
+    """What a checkpoint holds: masters, those of experts by rank of ep, and balancing biases."""
+    content = nn.ParameterDict()
     for flat in flats:
         name = next(iter(flat.spans)).replace(".", "/")
-        if "/experts/" in name:  # each rank of ep has others
-            name = f"from{model.first_expert}/{name}"
-        content.register_parameter(name, flat.master)
-    for name, bias in model.named_buffers():
-        if name.endswith("router.bias"):
-            content.register_buffer(name.replace(".", "/"), bias)
+        part = f"@{model.first_expert}" if is_expert(name.replace("/", ".")) else ""
+        content[name + part] = flat.master
+    for i, router in enumerate(routers(model)):
+        content[f"bias{i}"] = nn.Parameter(router.bias, requires_grad=False)
     return content
 
 def memory_per_rank(cfg):
@@ -1353,14 +1324,11 @@ def muon_clip_step(model, flats, optimizers, batches, lr, bias_rate, cfg):
         loss += part.detach()
     for flat in flats:
         flat.reduce()
-    parts = [local(flat.master.grad) for flat in flats]
-    square = nn.utils.get_total_norm(parts).square()
+    square = sum(flat.master.grad.to_local().square().sum() for flat in flats)
     sums = torch.stack([loss, square]).double()
     dist.all_reduce(sums)
     loss, square = sums.tolist()
     norm = square**0.5
-    if cfg.clip and norm > cfg.clip:
-        torch._foreach_mul_(parts, cfg.clip / (norm + 1e-6))
     largest = torch.stack([block.attn.largest for block in model.blocks])  # [layers, H]
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     finite = math.isfinite(loss) and math.isfinite(norm)
@@ -1371,7 +1339,7 @@ def muon_clip_step(model, flats, optimizers, batches, lr, bias_rate, cfg):
             optimizer.step()
         clip_heads(model, flats, largest, cfg.tau)
         for flat in flats:
-            flat.publish()
+            flat.gather()
     for flat in flats:
         flat.gradients.zero_()
         flat.master.grad = None
@@ -1543,7 +1511,7 @@ def main(argv=None):
         if checkpoint:
             load_checkpoint(checkpoint, content, optimizers, state)
             for flat in flats:
-                flat.publish()
+                flat.gather()
         if cfg.eval:
             if not checkpoint and not cfg.init:
                 raise ValueError(f"--eval: {cfg.out} has no checkpoint")
