@@ -81,7 +81,7 @@ class Config:
     first_batch: int = 0  # sequences per update at the start
     long_tokens: float = 60e9  # tokens at the end in sequences of --long_seq_len; 0: none
     long_seq_len: int = 32768  # tokens of a sequence at the end; a batch keeps its tokens
-    schedule: Literal["moonlight", "k2", "cosine"] = "k2"  # curve of the learning rate, see SCHEDULES
+    schedule: Literal["moonlight", "k2", "cosine"] = "k2"  # curve of the learning rate
     lr: float = 2e-4  # peak learning rate
     # Optimization: M §2, K2 §2.1
     optimizer: Literal["muon", "adamw"] = "muon"  # optimizer of the matrices; adamw of all else
@@ -113,7 +113,7 @@ class Config:
     export: str = ""  # directory to write a Hugging Face checkpoint to after training
     write_tokens: str = ""  # directory to write the data to as token shards, then exit
 
-DENSE = dict(  # M Table 2, Llama-like: no experts, and attention without latents
+DENSE = dict(  # M Table 2: Llama-like, without experts and latents
     vocab_size=163840, q_rank=0, kv_rank=0, norm_eps=1e-5, seq_len=8192, tau=1e9,
     schedule="cosine", long_tokens=0.0, micro_batch=1, compile=True,
 )  # fmt: skip
@@ -122,25 +122,25 @@ PRESETS = {
     # A CPU, a minute.
     "demo": dict(
         dim=96, n_layers=3, hidden_dim=256, n_heads=4, q_rank=48, kv_rank=32, head_dim=16,
-        rope_dim=16, n_experts=16, expert_dim=64, top_k=3, route_scale=1.7, bias_rate=0.01, seq_len=64,
-        batch_size=48, tokens=1.2e6, lr=4e-3, bias_tokens=9e5,
-        long_tokens=1e5, long_seq_len=128, log_every=50,
+        rope_dim=16, n_experts=16, expert_dim=64, top_k=3, route_scale=1.7, bias_rate=0.01,
+        bias_tokens=1e6, seq_len=64, batch_size=48, tokens=1.2e6, long_tokens=1e5,
+        long_seq_len=128, lr=4e-3, log_every=50,
     ),
-    # A GPU of 24 GB or a node of them, minutes.
+    # A GPU of 24 GB or a node of them, minutes: 243M parameters over bytes, 61M of them active.
     "small": dict(
         dim=768, n_layers=12, hidden_dim=2048, n_heads=12, q_rank=384, kv_rank=256, head_dim=64,
-        rope_dim=32, n_experts=32, expert_dim=256, top_k=4, route_scale=2.0, seq_len=1024, batch_size=96,
-        tokens=1.6e8, lr=1e-3, bias_tokens=1.5e8,
-        long_tokens=1e7, long_seq_len=2048, val_every=500, micro_batch=12, compile=True,
+        rope_dim=32, n_experts=32, expert_dim=256, top_k=4, route_scale=2.0, bias_tokens=1.4e8,
+        seq_len=1024, batch_size=96, tokens=1.6e8, long_tokens=1e7, long_seq_len=2048, lr=1e-3,
+        val_every=500, micro_batch=12, compile=True,
     ),
     # M §3.3, appendix C and the released configuration: 15.29B parameters without embedding and
     # head, 2.24B of them active. M has no QK-Clip.
     "moonlight_16b_a3b": dict(
         vocab_size=163840, dim=2048, n_layers=27, hidden_dim=11264, n_heads=16, q_rank=0,
         norm_eps=1e-5, n_experts=64, n_shared=2, expert_dim=1408, top_k=6, route_scale=2.446,
-        bias_tokens=5.2e12, seq_len=8192, batch_size=4096, schedule="moonlight", lr=4.2e-4,
-        tokens=5.7e12, ramp_tokens=200e9,
-        first_batch=2048, long_tokens=0.0, tau=1e9, micro_batch=1, compile=True,
+        bias_tokens=5.2e12, seq_len=8192, batch_size=4096, schedule="moonlight", tokens=5.7e12,
+        ramp_tokens=200e9, first_batch=2048, long_tokens=0.0, lr=4.2e-4, tau=1e9, micro_batch=1,
+        compile=True,
     ),
     # K2 §2.3 to §2.5. Table 2 prints 1.04T parameters, 32.6B active; the released configuration,
     # which this is, has 1,026.4B and 32.9B (61 layers of experts would have 1,043.0B).
@@ -173,7 +173,7 @@ SCHEDULES = {  # (share of the tokens at its end, curve, part of the peak rate a
     ),
     "cosine": ((0.02, "linear", 1.0), (1.0, "cosine", 0.1)),
 }  # fmt: skip
-SPECIALS = ["<|endoftext|>"]  # follows each document
+MATRICES = r"\.(q|k|v|out|router|gate_up|q_up|kv_up|down|q_down|kv_down)(\.weight)?$"  # of blocks
 PATTERN = (  # how GPT-4 and Llama 3 split text into words, for BPE rank files
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -221,8 +221,8 @@ def rotate(x, cos, sin):
 
 @torch.no_grad()
 def largest_logits(q, k, scale):
-    """S_max of each head (K2 §2.1), [H]: the largest q_i k_jᵀ scale with j <= i over the batch, of
-    queries and keys [B, H, T, E], in blocks of 256 queries, so that no T x T scores exist."""
+    """S_max of each head (K2 §2.1), [H]: the largest scale q_i k_jᵀ with j <= i, over the batch,
+    of queries and keys [B, H, T, E], in blocks of 256 queries, so that no T x T scores exist."""
     largest = []
     for start in range(0, q.shape[2], 256):
         rows = q[:, :, start : start + 256]  # [B, H, S, E]
@@ -248,10 +248,10 @@ class MaxLogitLatentAttention(nn.Module):
         self.scale = (head_dim + rope_dim) ** -0.5
         self.q_down = Linear(dim, q_rank, bias=False) if q_rank else nn.Identity()
         self.q_norm = RMSNorm(q_rank, 1e-6) if q_rank else nn.Identity()
-        self.q_up = Linear(q_rank or dim, n_heads * (head_dim + rope_dim), bias=False)  # by head: W^QC, W^QR
-        self.kv_down = Linear(dim, kv_rank + rope_dim, bias=False)  # W^C, W^KR
+        self.q_up = Linear(q_rank or dim, n_heads * (head_dim + rope_dim), bias=False)
+        self.kv_down = Linear(dim, kv_rank + rope_dim, bias=False)
         self.kv_norm = RMSNorm(kv_rank, 1e-6)
-        self.kv_up = Linear(kv_rank, n_heads * 2 * head_dim, bias=False)  # by head: W^KC, W^V
+        self.kv_up = Linear(kv_rank, n_heads * 2 * head_dim, bias=False)
         self.out = Linear(n_heads * head_dim, dim, bias=False)
         self.register_buffer("largest", torch.zeros(n_heads), persistent=False)
 
@@ -285,6 +285,7 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, dim, n_heads, head_dim):
         super().__init__()
         self.n_heads = n_heads
+        self.head_dim = head_dim
         self.scale = head_dim**-0.5
         self.q = Linear(dim, n_heads * head_dim, bias=False)
         self.k = Linear(dim, n_heads * head_dim, bias=False)
@@ -437,13 +438,18 @@ class Kimi(nn.Module):
     def forward(self, tokens, targets=None):
         x = self.token_embedding(tokens).to(self.dtype)  # [B, T, D]
         positions = torch.arange(tokens.shape[1], device=tokens.device)
-        angles = positions[:, None] * yarn_beta_frequencies(*self.rope).to(tokens.device)  # [T, R/2]
+        frequencies = yarn_beta_frequencies(*self.rope).to(tokens.device)
+        angles = positions[:, None] * frequencies  # [T, R/2]
         for block in self.blocks:
             x = block(x, angles.cos(), angles.sin())
         x = self.final_norm(x)
         if targets is None:
             return self.logits(x)
         return chunked_loss(self.logits, x.flatten(0, 1), targets, self.head.out_features)
+
+    def routers(self):
+        """The routers, in order."""
+        return [module for module in self.modules() if isinstance(module, SigmoidRouter)]
 
     def logits(self, x):
         """The head, [..., D] -> [..., V], fp32."""
@@ -469,10 +475,6 @@ def chunked_loss(head, x, targets, vocab_size):
         return chunk_loss(x, chunks[0])
     return sum(checkpoint(chunk_loss, x[rows], rows, use_reentrant=False) for rows in chunks)
 
-def routers(model):
-    """The routers of a model, in order."""
-    return [module for module in model.modules() if isinstance(module, SigmoidRouter)]
-
 def init_weights(model, cfg):
     """Draw all matrices from N(0, 0.02) (released); the gains of norms are 1.
 
@@ -489,16 +491,16 @@ def init_weights(model, cfg):
         if is_expert(name):
             matrices = p.data
             first = model.first_expert
-        elif not re.search(r"(token_embedding|head|q|k|v|out|router|_?up|_?down)\.weight$", name):
+        elif not re.search(rf"{MATRICES}|^(token_embedding|head)\.weight$", name):
             raise ValueError(f"no rule initialises {name}")
         for i, matrix in enumerate(matrices, first):
             generator = torch.Generator().manual_seed(stable_hash(cfg.seed, name, i))
             matrix.copy_(torch.empty(matrix.shape).normal_(0.0, 0.02, generator=generator))
-    for name, buffer in model.named_buffers():
+    for buffer in model.buffers():
         buffer.zero_()
 
 def is_expert(name):
-    """Whether a parameter is of routed experts, of which a rank has a part."""
+    """Whether a parameter belongs to the routed experts, of which a rank has a part."""
     return ".experts." in name
 
 def count_parameters(model):
@@ -509,7 +511,7 @@ def count_parameters(model):
         total += p.numel()
         activated += p.numel()
         if is_expert(name):
-            top_k = routers(model)[0].top_k
+            top_k = model.routers()[0].top_k
             activated -= p.numel() * (len(p) - top_k) // len(p)
     return total, activated
 
@@ -644,46 +646,33 @@ def qk_clip(largest, tau, head_dim, rope_dim):
     values = torch.ones_like(content)
     return torch.cat((content, rotary), 1).flatten(), torch.cat((content, values), 1).flatten()
 
-def clip_factors(attn, largest, tau):
-    """{parameter of attention: factors of its rows} of qk_clip."""
-    if isinstance(attn, MultiHeadAttention):
-        rows, _ = qk_clip(largest, tau, attn.q.out_features // attn.n_heads, 0)
-        return {"q": rows, "k": rows}
-    q_rows, kv_rows = qk_clip(largest, tau, attn.head_dim, attn.rope_dim)
-    return {"q_up": q_rows, "kv_up": kv_rows}
-
 def optimizer_of(name):
     """M §2.2: Muon for matrices, AdamW for the embedding, the head and the gains of norms."""
-    if re.search(r"(token_embedding|head|norm)\.weight$", name):
+    if re.search(r"(^token_embedding|^head|norm)\.weight$", name):
         return "adamw"
-    if re.search(r"(\.(q|k|v|out|router|(q_|kv_|gate_)?up|(q_|kv_)?down)\.weight|\.experts\.\w+)$", name):
+    if re.search(MATRICES, name):
         return "muon"
     raise ValueError(f"no optimizer updates {name}")
 
 def split_by_function(name, w, cfg):
     """Views [X, groups, rows, columns] of a matrix [A, B] or of X of them, each the part of one
-    function; its matrix has groups x rows."""
-    # Undisclosed: what is one matrix. M's Figure 9 has W^C and W^KR, W^QC and W^QR, and W^KC and
-    # W^V apart, each of all heads, since one for each head would be too large an update (§2.2).
+    function, which is one matrix of groups x rows."""
+    # Undisclosed: what is one matrix. M's Figure 9 has W^C and W^KR, W^QC and W^QR, W^KC and W^V
+    # apart, each of all heads; one for each head would make updates too large (§2.2).
     *_, rows, columns = w.shape
-    groups = 1
-    sizes = [rows]
-    if cfg.split_fused and ".gate_up" in name:
-        sizes = [rows // 2, rows // 2]
-    elif cfg.split_fused and ".kv_down." in name:
-        sizes = [cfg.kv_rank, cfg.rope_dim]
-    elif cfg.split_fused and ".q_up." in name:
-        groups = cfg.n_heads
-        sizes = [cfg.head_dim, cfg.rope_dim]
-    elif cfg.split_fused and ".kv_up." in name:
-        groups = cfg.n_heads
-        sizes = [cfg.head_dim, cfg.head_dim]
+    functions = {  # part of a name: (groups, sizes of the parts of a group)
+        "gate_up": (1, [rows // 2, rows // 2]), "kv_down": (1, [cfg.kv_rank, cfg.rope_dim]),
+        "q_up": (cfg.n_heads, [cfg.head_dim, cfg.rope_dim]),
+        "kv_up": (cfg.n_heads, [cfg.head_dim, cfg.head_dim]), "": (1, [rows]),
+    }  # fmt: skip
+    fused = re.search(r"gate_up|kv_down|q_up|kv_up|$", name)[0]
+    groups, sizes = functions[fused if cfg.split_fused else ""]
     return w.view(-1, groups, sum(sizes), columns).split(sizes, dim=2)
 
 @torch.no_grad()
 def update_centred_biases(routers, rate):
-    """M appendix C: b += u (sign(e) - mean of sign(e)) of each router, where e is the mean load less
-    the load, in the global batch, of each expert; returns loads over their mean, [layers, X]."""
+    """M appendix C: b += u (sign(e) - mean sign(e)) of each router, where e is the mean load less
+    that of an expert, in the global batch; returns the loads over their mean, [layers, X]."""
     loads = torch.stack([router.load for router in routers])
     dist.all_reduce(loads)
     mean = loads.mean(1, keepdim=True)
@@ -699,16 +688,18 @@ def svd_entropy(w):
     p = p / p.sum()
     return -torch.special.xlogy(p, p).sum() / math.log(len(p))
 
-def build_optimizer(flats, cfg):
-    """[Muon, AdamW] or, with --optimizer adamw, [AdamW], over the masters of FlatParameters."""
+def build_optimizer(shards, cfg):
+    """[AdamW, Muon] of the masters of ShardedParameters, or AdamW of all with --optimizer adamw;
+    both decay all that they update, gains of norms included (M appendix D)."""
     # Undisclosed: AdamW's betas and eps; these are of M's released toy code.
-    muon = [flat for flat in flats if flat.optimizer == "muon"]
-    adamw = [flat.master for flat in flats if flat.optimizer == "adamw"]
-    settings = dict(lr=0.0, weight_decay=cfg.weight_decay)  # decays norms, too (M appendix D)
+    settings = dict(lr=0.0, weight_decay=cfg.weight_decay)
+    muon = [shard for shard in shards if shard.optimizer == "muon"]
+    adamw = [shard.master for shard in shards if shard.optimizer == "adamw"]
     optimizers = [torch.optim.AdamW(adamw, betas=(0.9, 0.95), eps=1e-8, fused=True, **settings)]
     if muon:
-        orthogonalize = functools.partial(orthogonalize_parts, muon, cfg)
-        optimizers.append(Muon([flat.master for flat in muon], **settings, orthogonalize=orthogonalize))
+        orthogonalize_all = functools.partial(orthogonalize_shards, muon, cfg)
+        masters = [shard.master for shard in muon]
+        optimizers.append(Muon(masters, orthogonalize=orthogonalize_all, **settings))
     return optimizers
 
 def learning_rate(tokens, cfg):
@@ -739,9 +730,10 @@ PEAK_FLOPS = {  # dense bf16, by the device's exact name; a device not listed ge
 
 # ---------------------------------------- Parallelism ----------------------------------------
 
-# Departure: no pipeline (K2 §2.4: 16 stages, interleaved 1F1B): all layers are on each rank...
+# Departure: no pipeline, where K2 has 16 stages (§2.4, interleaved 1F1B); a rank has all layers.
+# --dry_run --preset kimi_k2 --world_size 2048 --ep 384 needs TODO GiB per rank.
 
-def fit_layout(cfg, ranks):
+def choose_layout(cfg, ranks):
     """cfg with ep and dp, where they are 0, chosen: experts on as many ranks as divide them and the
     ranks, 8 at most; copies on all ranks that are left."""
     ep = cfg.ep or (ranks // cfg.dp if cfg.dp else math.gcd(ranks, cfg.n_experts, 8))
@@ -754,12 +746,12 @@ def weight_dtype(name, cfg):
     return torch.bfloat16 if is_bf16 else torch.float32
 
 def all_to_all(x, send, receive, group):
-    """send[i] rows of x [M, D] to rank i of the group, receive[i] rows from it."""
+    """Rows of x [M, ...], send[i] of which go to rank i of the group; receive[i] come from it."""
     rows = x.new_empty(sum(receive), *x.shape[1:])
     dist.all_to_all_single(rows, x.contiguous(), receive, send, group=group)
     return rows
 
-class Exchange(torch.autograd.Function):
+class AllToAll(torch.autograd.Function):
     """all_to_all, whose gradients go the opposite way."""
 
     @staticmethod
@@ -784,25 +776,25 @@ class DistributedExperts(Experts):
         send = counts.view(n, -1)  # [ranks, X / ranks]
         receive = all_to_all(send, [1] * n, [1] * n, self.group)  # the same of the rows to come
         sizes = torch.stack((send.sum(1), receive.sum(1))).tolist()
-        x = Exchange.apply(x, *sizes, self.group)  # [M, D], by rank, then by expert
-        gates = Exchange.apply(gates, *sizes, self.group)
+        x = AllToAll.apply(x, *sizes, self.group)  # [M, D], by rank, then by expert
+        gates = AllToAll.apply(gates, *sizes, self.group)
         local = torch.arange(receive.shape[1], device=x.device).repeat(n)
         order = local.repeat_interleave(receive.flatten()).argsort(stable=True)  # by expert
         inverse = order.argsort()
         x = Permute.apply(x, order, inverse, 1)
         y = super().forward(x, gates[order], receive.sum(0))
-        return Exchange.apply(Permute.apply(y, inverse, order, 1), *sizes[::-1], self.group)
+        return AllToAll.apply(Permute.apply(y, inverse, order, 1), *sizes[::-1], self.group)
 
 def parallelize(model, cfg, mesh):
-    """Give the model on the meta device its memory: a rank's part of the experts, in the precision
-    of cfg, with gradients in fp32. Compile and recompute."""
+    """Give a model on the meta device its memory: this rank's part of the experts, weights in the
+    precision of cfg, gradients in fp32. Sets recomputation and compilation."""
     if cfg.ep > 1:
         model.ep = mesh["ep"].get_group()
         model.first_expert = model.ep.rank() * cfg.n_experts // cfg.ep
         for block in model.blocks[cfg.n_dense :]:
             with torch.device("meta"):
-                experts = DistributedExperts(cfg.n_experts, cfg.dim, cfg.expert_dim, model.ep)
-            block.mlp.experts = experts
+                sizes = cfg.n_experts, cfg.dim, cfg.expert_dim
+                block.mlp.experts = DistributedExperts(*sizes, model.ep)
     if cfg.precision == "bf16":
         model.dtype = torch.bfloat16
     for name, p in model.named_parameters():
@@ -810,17 +802,17 @@ def parallelize(model, cfg, mesh):
     model.to_empty(device=mesh.device_type)
     for p in model.parameters():
         p.grad_dtype = torch.float32
-    for block in model.blocks:
-        if cfg.recompute == "block":  # routers then count all tokens twice
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        if cfg.compile:
-            torch.compiler.config.fail_on_recompile_limit_hit = True
-            torch.compiler.config.recompile_limit = 64  # a graph for each length and width
-            for module in (block.attn, getattr(block.mlp, "shared", block.mlp)):
-                module.compile(dynamic=False)
-    return model
+    if cfg.compile:
+        torch.compiler.config.fail_on_recompile_limit_hit = True
+        torch.compiler.config.recompile_limit = 64  # a graph for each length and width
+    for module in model.modules():
+        if cfg.recompute == "block" and isinstance(module, Block):  # routers count tokens twice
+            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+        kinds = MaxLogitLatentAttention, MultiHeadAttention, GatedMLP
+        if cfg.compile and isinstance(module, kinds):
+            module.compile(dynamic=False)
 
-class FlatParameters:
+class ShardedParameters:
     """ZeRO-1 (M §2.3): parameters of one kind as views of one flat tensor, of which each rank of a
     mesh keeps the fp32 master of an equal part, for an optimizer to update. All ranks have the
     weights and sum their gradients in fp32."""
@@ -842,9 +834,9 @@ class FlatParameters:
         share = math.ceil(stop / mesh.size())
         first = min(mesh.get_local_rank() * share, stop)
         self.own = slice(first, min(first + share, stop))  # of this rank
-        self.master = nn.Parameter(self.shard(self.weights[self.own].float()))
+        self.master = nn.Parameter(self.spread(self.weights[self.own].float()))
 
-    def shard(self, own):
+    def spread(self, own):
         """The flat tensor, distributed, of which this rank has the part `own`."""
         size = dict(shape=self.weights.shape, stride=(1,))
         return DTensor.from_local(own, self.mesh, [Shard(0)], run_check=False, **size)
@@ -868,21 +860,25 @@ class FlatParameters:
     def gather(self):
         """Write the masters of all ranks to the weights."""
         own = self.master.to_local().to(self.weights.dtype)
-        self.weights.copy_(self.shard(own).full_tensor())
+        self.weights.copy_(self.spread(own).full_tensor())
 
-def clip_heads(model, flats, largest, tau):
-    """QK-Clip of all layers in the masters, from their largest logits [layers, H]."""
-    where = {name: flat for flat in flats for name in flat.spans}
+def clip_heads(model, shards, largest, tau):
+    """QK-Clip of all layers, in the masters, from their largest logits [layers, H]."""
     for i, block in enumerate(model.blocks):
-        for part, factors in clip_factors(block.attn, largest[i], tau).items():
+        if isinstance(block.attn, MultiHeadAttention):
+            rows, _ = qk_clip(largest[i], tau, block.attn.head_dim, 0)
+            factors = {"q": rows, "k": rows}
+        else:
+            rows, kv_rows = qk_clip(largest[i], tau, block.attn.head_dim, block.attn.rope_dim)
+            factors = {"q_up": rows, "kv_up": kv_rows}
+        for part, rows in factors.items():
             name = f"blocks.{i}.attn.{part}.weight"
-            where[name].scale_rows(name, factors)
+            next(shard for shard in shards if name in shard.spans).scale_rows(name, rows)
 
-def flatten_parameters(model, cfg, mesh):
-    """[FlatParameters] of a model: those of one optimizer, one precision and the same ranks, in
-    tensors of about 2**28 numbers."""
-    # The ranks that have the same experts, and all ranks, which have the same other parameters.
-    meshes = {True: mesh["dp"], False: init_device_mesh(mesh.device_type, (mesh.size(),))}
+def shard_parameters(model, cfg, mesh):
+    """The ShardedParameters of a model: those of one optimizer, one precision and the same ranks,
+    in tensors of about 2**28 numbers."""
+    everyone = init_device_mesh(mesh.device_type, (mesh.size(),))
     kinds = {}
     sizes = collections.Counter()
     for name, p in model.named_parameters():
@@ -890,56 +886,75 @@ def flatten_parameters(model, cfg, mesh):
         kind = optimizer, is_expert(name), p.dtype
         kinds.setdefault((*kind, sizes[kind] // 2**28), []).append((name, p))
         sizes[kind] += p.numel()
-    return [FlatParameters(named, meshes[kind[1]], kind[0]) for kind, named in kinds.items()]
+    return [
+        ShardedParameters(named, mesh["dp"] if of_experts else everyone, optimizer)
+        for (optimizer, of_experts, *_), named in kinds.items()
+    ]
 
 @torch.no_grad()
-def orthogonalize_parts(flats, cfg, momenta):
-    """M Algorithm 1: the updates of flat parameters from their momenta, both distributed."""
+def orthogonalize_shards(shards, cfg, momenta):
+    """M Algorithm 1: the updates of ShardedParameters from their momenta, both distributed."""
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     updates = []
-    for flat, momentum in zip(flats, momenta):
+    for shard, momentum in zip(shards, momenta):
         whole = momentum.to(dtype).full_tensor()  # line 3
-        own_spans = {
-            name: (whole[start:stop].view(shape))
-            for name, (start, stop, shape) in flat.spans.items()
-            if start < flat.own.stop and stop > flat.own.start
-        }  # the matrices that this rank has a part of
-        views = []
-        for name, matrix in own_spans.items():
-            views += split_by_function(name, matrix, cfg)
-        matrices = [view.flatten(1, 2) for view in views]
-        for view, update in zip(views, orthogonalize(matrices, dtype)):  # line 4
-            view.copy_(update.view(view.shape))
-        flat.rms = {k: v.float().square().mean().sqrt() for k, v in own_spans.items()}  # line 7
-        updates.append(flat.shard(whole[flat.own].float()))  # line 5
+        matrices = {  # those that this rank has a part of
+            name: whole[start:stop].view(shape)
+            for name, (start, stop, shape) in shard.spans.items()
+            if start < shard.own.stop and stop > shard.own.start
+        }
+        views = [view for k, w in matrices.items() for view in split_by_function(k, w, cfg)]
+        results = orthogonalize([view.flatten(1, 2) for view in views], dtype)  # line 4
+        for view, result in zip(views, results):
+            view.copy_(result.view(view.shape))
+        shard.rms = {k: w.float().square().mean().sqrt() for k, w in matrices.items()}  # line 7
+        updates.append(shard.spread(whole[shard.own].float()))  # line 5
     return updates
 
-def checkpoint_content(model, flats):
+def checkpoint_content(model, shards):
     """What a checkpoint holds: masters, those of experts by rank of ep, and balancing biases."""
     content = nn.ParameterDict()
-    for flat in flats:
-        name = next(iter(flat.spans)).replace(".", "/")
-        part = f"@{model.first_expert}" if is_expert(name.replace("/", ".")) else ""
-        content[name + part] = flat.master
-    for i, router in enumerate(routers(model)):
+    for shard in shards:
+        name = next(iter(shard.spans))
+        first = f"@{model.first_expert}" if is_expert(name) else ""
+        content[name.replace(".", "/") + first] = shard.master
+    for i, router in enumerate(model.routers()):
         content[f"bias{i}"] = nn.Parameter(router.bias, requires_grad=False)
     return content
 
 def memory_per_rank(cfg):
-    """Bytes on each of cfg.dp x cfg.ep ranks, by kind."""
+    """Bytes on each of cfg.dp x cfg.ep ranks, by kind, as a backward pass begins, with tokens
+    spread evenly over experts."""
     with torch.device("meta"):
         model = Kimi(cfg)
     memory = dict.fromkeys(("weights", "gradients", "masters", "optimizer"), 0)
     for name, p in model.named_parameters():
         n = p.numel() // (cfg.ep if is_expert(name) else 1)
-        copies = cfg.dp if is_expert(name) else cfg.dp * cfg.ep
-        n_states = 1 if cfg.optimizer == optimizer_of(name) else 2
-        size = weight_dtype(name, cfg).itemsize
-        memory["weights"] += size * n
+        own = n / (cfg.dp if is_expert(name) else cfg.dp * cfg.ep)
+        itemsize = weight_dtype(name, cfg).itemsize
+        memory["weights"] += itemsize * n
         memory["gradients"] += 4 * n
-        memory["masters"] += (4 * n / copies) * (size < 4)
-        memory["optimizer"] += 4 * n_states * n / copies
-    # TODO activations
+        memory["masters"] += 4 * own * (itemsize < 4)
+        memory["optimizer"] += 4 * own * (1 if cfg.optimizer == optimizer_of(name) else 2)
+
+    # Kept for the backward pass, per position: by a norm its input in fp32 and the normalised one,
+    # by a linear layer its input; by attention q, k, v, its output, and rotary parts in fp32; by a
+    # SwiGLU both branches, silu(gate) and the product; by the router its input in fp32.
+    size = 2 if cfg.precision == "bf16" else 4
+    query = cfg.n_heads * (cfg.head_dim + cfg.rope_dim)
+    branch = (4 + 2 * size) * cfg.dim  # norm and linear layer
+    attention = branch + (4 + 2 * size) * (cfg.q_rank + cfg.kv_rank) + 4 * size * query
+    attention += size * cfg.n_heads * cfg.head_dim + 4 * cfg.rope_dim * (cfg.n_heads + 1)
+    dense = branch + 4 * size * cfg.hidden_dim
+    moe = branch + 4 * cfg.dim + 4 * size * cfg.n_shared * cfg.expert_dim
+    moe += cfg.top_k * size * (cfg.dim + 5 * cfg.expert_dim)
+    blocks = [attention + (dense if i < cfg.n_dense else moe) for i in range(cfg.n_layers)]
+    kept = sum(blocks)
+    if cfg.recompute == "block":
+        kept = cfg.n_layers * size * cfg.dim + max(blocks)
+    positions = split_batch(cfg, cfg.dp * cfg.ep)[1] * cfg.seq_len
+    logits = 12 * min(positions * cfg.vocab_size, 2**25)  # of a chunk, softmax and gradient
+    memory["activations"] = positions * (kept + branch) + logits
     return memory
 
 # ---------------------------------------- Checkpoint ----------------------------------------
@@ -965,87 +980,84 @@ HF_NAMES = {  # part of a parameter's name: Hugging Face's
     "mlp_norm": "post_attention_layernorm", "q_down": "q_a_proj", "q_norm": "q_a_layernorm",
     "q_up": "q_b_proj", "kv_down": "kv_a_proj_with_mqa", "kv_norm": "kv_a_layernorm",
     "kv_up": "kv_b_proj", "out": "o_proj", "router": "gate", "bias": "e_score_correction_bias",
-    "shared": "shared_experts", "down": "down_proj",
+    "shared": "shared_experts", "gate": "gate_proj", "up": "up_proj", "down": "down_proj",
 }  # fmt: skip
 YARN = ("rope_factor", "rope_original", "rope_beta_fast")
 SHAPE = (*HF_CONFIG, "rope_theta", *YARN)  # fields of Config that must agree with a checkpoint
 
 def hf_views(model, cfg):
-    """(Hugging Face's name, view of one of our tensors, its rows' places in theirs or None) for all
-    tensors of a rank's model."""
-    pairs = torch.arange(cfg.rope_dim).view(-1, 2).T.flatten()  # interleaved pairs, there
-    content = torch.arange(cfg.head_dim)
-    head = torch.cat((content, cfg.head_dim + pairs))
-    heads = (torch.arange(cfg.n_heads)[:, None] * len(head) + head).flatten()
-    latent = torch.arange(cfg.kv_rank)
-    rows = {"q_up": heads, "kv_down": torch.cat((latent, cfg.kv_rank + pairs))}
+    """(Hugging Face's name, view of our tensor, places of its rows in theirs) of all tensors of a
+    rank's model, each expert's apart. Their rotary pairs are (2i, 2i + 1), ours (i, i + R/2)."""
+    pairs = torch.arange(cfg.rope_dim).view(-1, 2).T.flatten()
+    head = torch.cat((torch.arange(cfg.head_dim), cfg.head_dim + pairs))
+    places = {
+        "kv_down": torch.cat((torch.arange(cfg.kv_rank), cfg.kv_rank + pairs)),
+        "q_up": (torch.arange(cfg.n_heads)[:, None] * len(head) + head).flatten(),
+    }
     biases = [(k, b) for k, b in model.named_buffers() if k.endswith("router.bias")]
     for name, tensor in [*model.named_parameters(), *biases]:
-        *_, kind, last = name.split(".")
-        theirs = ".".join(HF_NAMES.get(part, part) for part in name.split("."))
-        if not cfg.q_rank:
-            theirs = theirs.replace("q_b_proj", "q_proj")
-        pieces = [(theirs, tensor.data)]
+        matrices = {name: tensor.data}
         if is_expert(name):
-            stem, part = theirs.rsplit(".", 1)
-            pieces = [(f"{stem}.{model.first_expert + i}.{part}.weight", w) for i, w in enumerate(tensor.data)]
-        for theirs, piece in pieces:
-            if "gate_up" not in theirs:
-                yield theirs, piece, rows.get(kind)
-                continue
-            gate, up = piece.chunk(2)
-            yield theirs.replace("gate_up", "gate_proj"), gate, None
-            yield theirs.replace("gate_up", "up_proj"), up, None
+            experts = enumerate(tensor.data, model.first_expert)
+            matrices = {name.replace("experts", f"experts.{i}") + ".weight": w for i, w in experts}
+        for key, matrix in matrices.items():
+            halves = {key: matrix}
+            if "gate_up" in key:
+                gate, up = matrix.chunk(2)
+                halves = {key.replace("gate_up", "gate"): gate, key.replace("gate_up", "up"): up}
+            for part, half in halves.items():
+                theirs = ".".join(HF_NAMES.get(word, word) for word in part.split("."))
+                if not cfg.q_rank:
+                    theirs = theirs.replace("q_b_proj", "q_proj")
+                yield theirs, half, places.get(name.split(".")[-2], slice(None))
 
-def read_config(path):
+def read_kimi_config(path):
     """Config from the config.json of a DeepseekV3ForCausalLM such as Moonlight's or K2's."""
     with explain(f"{path} holds no model of Kimi", Exception):
         theirs = json.loads((Path(path) / "config.json").read_text())
         cfg = Config(**read_hf_config(path, HF_CONFIG, HF_FIXED))
         cfg.q_rank = cfg.q_rank or 0  # null
-        # Older directories have rope_theta and rope_scaling.
+        cfg.seq_len = theirs.get("max_position_embeddings", 4096)
         rope = {"rope_type": "default", "rope_theta": theirs.get("rope_theta", 1e4)}
         rope |= theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-        rope["rope_type"] = rope.pop("type", rope["rope_type"])
+        rope["rope_type"] = rope.get("type", rope["rope_type"])
         cfg.rope_theta = rope["rope_theta"]
-        yarn = rope["rope_type"] == "yarn"
-        if yarn:
+        if rope["rope_type"] == "yarn":
             cfg.rope_factor = rope["factor"]
-            cfg.rope_original = rope["original_max_position_embeddings"]
+            cfg.rope_original = rope.get("original_max_position_embeddings", cfg.seq_len)
             cfg.rope_beta_fast = rope.get("beta_fast", 32.0)
-        for key, value, supported in (
-            ("model_type", theirs.get("model_type"), ("deepseek_v3", "kimi_k2")),
-            ("n_group", theirs.get("n_group", 8), (1,)),
-            ("topk_group", theirs.get("topk_group", 4), (1,)),
-            ("v_head_dim", theirs.get("v_head_dim", 128), (cfg.head_dim,)),
-            ("num_key_value_heads", theirs.get("num_key_value_heads", 128), (cfg.n_heads, None)),
-            ("rope_type", rope["rope_type"], ("default", "yarn")),
-            ("beta_slow", rope.get("beta_slow", 1), (1,)),
-            ("mscale", rope.get("mscale") if yarn else 1, (1,)),
-            ("mscale_all_dim", rope.get("mscale_all_dim") if yarn else 1, (1,)),
-        ):
+            rope = {"mscale": None, "mscale_all_dim": None} | rope
+        wanted = {  # key: (value or the class's default, what is supported)
+            "model_type": (theirs.get("model_type"), ("deepseek_v3", "kimi_k2")),
+            "n_group": (theirs.get("n_group", 8), (1,)),
+            "topk_group": (theirs.get("topk_group", 4), (1,)),
+            "v_head_dim": (theirs.get("v_head_dim", 128), (cfg.head_dim,)),
+            "num_key_value_heads": (theirs.get("num_key_value_heads", 128), (cfg.n_heads, None)),
+            "rope_type": (rope["rope_type"], ("default", "yarn")),
+        }
+        wanted |= {k: (rope.get(k, 1), (1,)) for k in ("beta_slow", "mscale", "mscale_all_dim")}
+        for key, (value, supported) in wanted.items():
             if value not in supported:
                 raise ValueError(f"config.json has {key} {value!r}, not {supported[0]!r}")
     return cfg
 
-def fill_weights(model, cfg, path):
+def fill_kimi(model, cfg, path):
     """Fill a rank's model from a Hugging Face directory."""
     with explain(f"{path} holds no model of Kimi of this shape", Exception):
         tensors = read_hf_tensors(path)
-        for name, ours, rows in hf_views(model, cfg):
-            theirs = tensors[name]
-            if theirs.shape != ours.shape:
-                raise ValueError(f"{name} is {list(theirs.shape)}, not {list(ours.shape)}")
-            ours.copy_(theirs if rows is None else theirs[rows])
+        for name, ours, places in hf_views(model, cfg):
+            if tensors[name].shape != ours.shape:
+                raise ValueError(f"{name} is {list(tensors[name].shape)}, not {list(ours.shape)}")
+            ours.copy_(tensors[name][places])
 
 def from_hf(path):
     """(model, cfg) from the directory of a DeepseekV3ForCausalLM."""
-    cfg = read_config(path)
+    cfg = read_kimi_config(path)
     model = Kimi(cfg)
-    fill_weights(model, cfg, path)
+    fill_kimi(model, cfg, path)
     return model, cfg
 
-def hf_config(cfg):
+def kimi_hf_config(cfg):
     """config.json of the model."""
     config = {key: getattr(cfg, field) for field, (key, _) in HF_CONFIG.items()} | HF_FIXED
     rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
@@ -1062,41 +1074,37 @@ def hf_config(cfg):
 
 def to_hf(model, cfg, path):
     """Write model to the directory path as a DeepseekV3ForCausalLM. All ranks call this: those that
-    share out the experts gather one expert after the other, and rank 0 writes files of about 5 GB."""
+    share out the experts gather one after the other, and rank 0 writes files of about 5 GB."""
     from safetensors.torch import save_file
 
     is_writer = not dist.is_initialized() or dist.get_rank() == 0
     tensors = {}
     index = {}
     with written_beside(path) if is_writer else contextlib.nullcontext() as folder:
-
-        def write(file):
-            index.update(dict.fromkeys(tensors, file))
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-            tensors.clear()
-
-        for name, ours, rows in hf_views(model, cfg):
+        for name, ours, places in itertools.chain(hf_views(model, cfg), [("", None, None)]):
+            is_end = not name
+            n_bytes = sum(tensor.nbytes for tensor in tensors.values())
+            if is_writer and (is_end or n_bytes > 5e9):
+                file = f"model-{len(set(index.values())) + 1:05d}.safetensors"
+                save_file(tensors, folder / file, metadata={"format": "pt"})
+                index |= dict.fromkeys(tensors, file)
+                tensors = {}
+            if is_end:
+                break
             parts = [ours]
-            n = model.ep.size() if model.ep else 1
-            if n > 1 and ".experts." in name:
-                parts = [torch.empty_like(ours) for _ in range(n)]
+            if model.ep and ".experts." in name:
+                parts = [torch.empty_like(ours) for _ in range(cfg.ep)]
                 dist.all_gather(parts, ours.contiguous(), group=model.ep)
+            stem, number, kind = re.fullmatch(r"(.*\.experts\.)?(\d*)(.*)", name).groups()
             for i, part in enumerate(parts if is_writer else ()):
-                first = i * cfg.n_experts // n
-                key = re.sub(r"experts\.(\d+)", lambda m: f"experts.{first + int(m[1])}", name)  # noqa: B023
-                tensors[key] = part.cpu().clone()
-                if rows is not None:
-                    tensors[key][rows] = part.cpu()
-            if sum(tensor.nbytes for tensor in tensors.values()) > 5e9:
-                write(f"model-{len(set(index.values())):05d}.safetensors")
+                if number:
+                    name = f"{stem}{int(number) + i * cfg.n_experts // len(parts)}{kind}"
+                tensors[name] = torch.empty_like(part, device="cpu")
+                tensors[name][places] = part.cpu()
         if is_writer:
-            if index:
-                write("model-99999.safetensors")
-                text = json.dumps({"metadata": {}, "weight_map": index}, indent=2)
-                (folder / "model.safetensors.index.json").write_text(text + "\n")
-            else:
-                write("model.safetensors")
-            (folder / "config.json").write_text(json.dumps(hf_config(cfg), indent=2) + "\n")
+            (folder / "config.json").write_text(json.dumps(kimi_hf_config(cfg), indent=2) + "\n")
+            text = json.dumps({"metadata": {}, "weight_map": index}, indent=2)
+            (folder / "model.safetensors.index.json").write_text(text + "\n")
 
 def read_hf_config(path, fields, fixed):
     """Fields of Config from the config.json of a Hugging Face checkpoint directory.
@@ -1273,7 +1281,6 @@ def check(cfg, ranks):
         least = int(field.type is int and field.default > 0 and field.name not in may_be_0)
         if field.type in (int, float) and not least <= getattr(cfg, field.name) < math.inf:
             raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
-    moe = cfg.n_dense < cfg.n_layers
     for wrong, message in (
         (cfg.tau == 0, "--tau 0 is not above 0"),
         (cfg.rope_dim % 2 or cfg.head_dim % 2, "--rope_dim or --head_dim is odd"),
@@ -1283,7 +1290,7 @@ def check(cfg, ranks):
         (cfg.top_k > cfg.n_experts, f"--top_k {cfg.top_k} is above {cfg.n_experts} experts"),
         (cfg.ep * cfg.dp != ranks, f"ep {cfg.ep} x dp {cfg.dp} are not {ranks} ranks"),
         (cfg.n_experts % cfg.ep, f"--ep {cfg.ep} does not divide {cfg.n_experts} experts"),
-        (moe and (cfg.dim % 8 or cfg.expert_dim % 8), "--dim or --expert_dim is not a multiple of 8"),
+        (cfg.dim % 8 or cfg.expert_dim % 8, "--dim or --expert_dim is not a multiple of 8"),
         (cfg.ramp_tokens and not cfg.first_batch, "--ramp_tokens needs --first_batch"),
         (cfg.resume and not cfg.out, "--resume needs --out"),
         (cfg.eval and not cfg.out and not cfg.init, "--eval needs --out or --init"),
@@ -1301,9 +1308,9 @@ def check(cfg, ranks):
 
 def dry_run(cfg):
     """Print parameters, FLOPs per token and memory per rank, computed from shapes alone."""
-    cfg = fit_layout(cfg, cfg.world_size)
+    cfg = choose_layout(cfg, cfg.world_size)
     if not cfg.vocab_size:
-        cfg.vocab_size = load_tokenizer(cfg.tokenizer or "bytes", SPECIALS).n_vocab
+        cfg.vocab_size = load_tokenizer(cfg.tokenizer or "bytes", ["<|endoftext|>"]).n_vocab
     check(cfg, cfg.world_size)
     with torch.device("meta"):
         total, activated = count_parameters(Kimi(cfg))
@@ -1313,7 +1320,7 @@ def dry_run(cfg):
         print(f"token {flops_per_token(phase):.4g} | 6 N of the activated {6 * activated:.4g}")
         print_memory(memory_per_rank(phase))
 
-def muon_clip_step(model, flats, optimizers, batches, lr, bias_rate, cfg):
+def muon_clip_step(model, shards, optimizers, batches, lr, bias_rate, cfg):
     """K2 Algorithm 1, one update from this rank's micro-batches. Returns loss and gradient norm of
     the global batch, the largest logits [layers, H] in it, and loads of experts over their mean
     [layers, X]. Nothing changes if loss or norm is not finite, which is the same on all ranks."""
@@ -1322,9 +1329,9 @@ def muon_clip_step(model, flats, optimizers, batches, lr, bias_rate, cfg):
         part, _ = objective(model, batch, cfg)
         part.backward()
         loss += part.detach()
-    for flat in flats:
-        flat.reduce()
-    square = sum(flat.master.grad.to_local().square().sum() for flat in flats)
+    for shard in shards:
+        shard.reduce()
+    square = sum(shard.master.grad.to_local().square().sum() for shard in shards)
     sums = torch.stack([loss, square]).double()
     dist.all_reduce(sums)
     loss, square = sums.tolist()
@@ -1337,34 +1344,35 @@ def muon_clip_step(model, flats, optimizers, batches, lr, bias_rate, cfg):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
-        clip_heads(model, flats, largest, cfg.tau)
-        for flat in flats:
-            flat.gather()
-    for flat in flats:
-        flat.gradients.zero_()
-        flat.master.grad = None
+        clip_heads(model, shards, largest, cfg.tau)
+        for shard in shards:
+            shard.gather()
+    for shard in shards:
+        shard.gradients.zero_()
+        shard.master.grad = None
     for block in model.blocks:
         block.attn.largest.zero_()
     loads = largest.new_zeros(0)
-    if routers(model):
-        loads = update_centred_biases(routers(model), bias_rate * finite)
+    if model.routers():
+        loads = update_centred_biases(model.routers(), bias_rate * finite)
     return loss, norm, largest, loads
 
 @torch.no_grad()
-def write_diagnostics(out, step, model, flats, largest):
+def write_diagnostics(out, step, model, shards, largest):
     """Write to metrics.jsonl what the papers plot: the update RMS of each matrix, or of the experts
     of a rank (M Algorithm 1, line 7), SVD entropy of routers, the largest logit of each head."""
-    names = [(flat, name) for flat in flats for name in flat.spans]
-    rms = torch.stack([flat.rms.get(name, largest.new_zeros(())) for flat, name in names])
+    unknown = largest.new_zeros(())  # on this rank
+    known = {name: shard.rms.get(name, unknown) for shard in shards for name in shard.spans}
+    rms = torch.stack([*known.values()])
     dist.all_reduce(rms, dist.ReduceOp.MAX)
-    entropies = [svd_entropy(router.weight).item() for router in routers(model)]
+    entropies = [svd_entropy(router.weight).item() for router in model.routers()]
     row = {"step": step, "router_entropy": entropies, "largest_logits": largest.tolist()}
-    row["update_rms"] = {name: value for (_, name), value in zip(names, rms.tolist()) if value}
+    row["update_rms"] = {name: value for name, value in zip(known, rms.tolist()) if value}
     if dist.get_rank() == 0:
         with open(Path(out) / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
 
-def train(model, flats, optimizers, content, corpus, heldout, state, cfg, device):
+def train(model, shards, optimizers, content, corpus, heldout, state, cfg, device):
     """Update the model until the phases of the run are over; False if a signal ends it."""
     place = device, dist.get_rank(), dist.get_world_size()
     signals = catch_signals()
@@ -1397,7 +1405,8 @@ def train(model, flats, optimizers, content, corpus, heldout, state, cfg, device
             first_step = step
             pace = None
             steps, micro = split_batch(phase, dist.get_world_size())
-            print(f"{n_updates:,} updates of {phase.batch_size * phase.seq_len:,} tokens", end=" = ")
+            tokens = phase.batch_size * phase.seq_len
+            print(f"{n_updates:,} updates of {tokens:,} tokens", end=" = ")
             print(f"{dist.get_world_size()} ranks x {steps} x {micro} sequences of {phase.seq_len}")
         (stop,) = sum_over_ranks(len(signals) + (error is not None))
         end = steps_left <= 0 or stop
@@ -1420,7 +1429,7 @@ def train(model, flats, optimizers, content, corpus, heldout, state, cfg, device
         sum_counts(batches, dist.get_world_size())
         lr = learning_rate(state["tokens"], cfg)
         u = cfg.bias_rate * (state["tokens"] < cfg.bias_tokens)
-        result = muon_clip_step(model, flats, optimizers, batches, lr, u, cfg)
+        result = muon_clip_step(model, shards, optimizers, batches, lr, u, cfg)
         loss, norm, largest, loads = result
         finite = math.isfinite(loss) and math.isfinite(norm)
         state["step"] += 1
@@ -1436,20 +1445,12 @@ def train(model, flats, optimizers, content, corpus, heldout, state, cfg, device
             tail = progress(state["tokens"], steps_left - 1, pace, phase, device)
             log(cfg.out, step + 1, head, row, tail)
             if cfg.out:
-                write_diagnostics(cfg.out, step + 1, model, flats, largest)
+                write_diagnostics(cfg.out, step + 1, model, shards, largest)
         n_skipped = 0 if finite else n_skipped + 1
         if n_skipped:
             print(f"step {step + 1} skipped: its loss or gradient is not finite")
         if n_skipped == 3 or (n_skipped and steps_left == 1):
             raise ValueError(f"no finite gradient in the last {n_skipped} steps to {step + 1}")
-
-def plan_run(cfg, run, given):
-    """Set cfg.tokens, the length of the run: as --steps says or, for a run that is continued, as at
-    its first start."""
-    if run and not given & {"steps", "tokens"}:
-        cfg.tokens = run["tokens"]
-    elif cfg.steps:
-        cfg.tokens = float(cfg.steps * cfg.batch_size * cfg.seq_len)
 
 def load_data(cfg):
     """(tokenizer or None, training Corpus, held-out Corpus) of --data; sets cfg.vocab_size. With
@@ -1475,14 +1476,13 @@ def main(argv=None):
     with report_user_errors():
         cfg, given = parse(argv)
         if cfg.init:
-            theirs = read_config(cfg.init)
+            theirs = read_kimi_config(cfg.init)
             cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in SHAPE})
         if cfg.dry_run:
             return dry_run(cfg)
         device = init_distributed(cfg.timeout)
         ranks = dist.get_world_size()
-        cfg = fit_layout(cfg, ranks)
-        plan_run(cfg, {}, given)
+        cfg = choose_layout(cfg, ranks)
         check(cfg, ranks)
         data = load_data(cfg)
         if not data:
@@ -1495,7 +1495,10 @@ def main(argv=None):
         if not cfg.eval:
             fixed |= {"seed": cfg.seed, "data_fingerprint": corpus.fingerprint()}
         checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
-        plan_run(cfg, run, given)
+        if run and not given & {"steps", "tokens"}:  # the length that its first start planned
+            cfg.tokens = run["tokens"]
+        elif cfg.steps:
+            cfg.tokens = float(cfg.steps * cfg.batch_size * cfg.seq_len)
 
         mesh = init_device_mesh(device.type, (cfg.dp, cfg.ep), mesh_dim_names=("dp", "ep"))
         with torch.device("meta"):
@@ -1503,15 +1506,15 @@ def main(argv=None):
         parallelize(model, cfg, mesh)
         init_weights(model, cfg)
         if cfg.init:
-            fill_weights(model, cfg, cfg.init)
-        flats = flatten_parameters(model, cfg, mesh)
-        optimizers = build_optimizer(flats, cfg)
-        content = checkpoint_content(model, flats)
+            fill_kimi(model, cfg, cfg.init)
+        shards = shard_parameters(model, cfg, mesh)
+        optimizers = build_optimizer(shards, cfg)
+        content = checkpoint_content(model, shards)
         state = {"step": 0, "sequences": 0, "tokens": 0}
         if checkpoint:
             load_checkpoint(checkpoint, content, optimizers, state)
-            for flat in flats:
-                flat.gather()
+            for shard in shards:
+                shard.gather()
         if cfg.eval:
             if not checkpoint and not cfg.init:
                 raise ValueError(f"--eval: {cfg.out} has no checkpoint")
@@ -1523,7 +1526,7 @@ def main(argv=None):
         print(f"torch {torch.__version__} | {device.type} {cfg.precision} | dp {cfg.dp} x", end=" ")
         print(f"ep {cfg.ep} | parameters {total:,} | activated {activated:,}", end=" | ")
         print(f"FLOPs per token {flops_per_token(cfg):.3g}")
-        run = model, flats, optimizers, content, corpus, heldout, state, cfg, device
+        run = model, shards, optimizers, content, corpus, heldout, state, cfg, device
         if not train(*run):
             return print(f"stopped after step {state['step']}")
         last = (phases_left(0, cfg) or [(0, 0, cfg)])[-1][2]

@@ -187,7 +187,7 @@ def gradients(name, row, overrides):
         return pipeline_gradients(module, cfg, corpus, dict(model.named_parameters()), device)
     if hasattr(module, "ModelParallel"):
         return split_gradients(module, cfg, corpus, dict(model.named_parameters()), device)
-    if hasattr(module, "FlatParameters"):
+    if hasattr(module, "ShardedParameters"):
         return flat_gradients(module, cfg, corpus, model.state_dict(), device)
     if hasattr(module, "build_sharded"):
         return sharded_gradients(module, cfg, corpus, dict(model.named_parameters()), device)
@@ -267,7 +267,7 @@ def flat_gradients(module, cfg, corpus, values, device):
     for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if key in values:
             tensor.data.copy_(values[key].chunk(cfg.ep)[mesh["ep"].get_local_rank()] if module.is_expert(key) else values[key])
-    flats = module.flatten_parameters(model, cfg, mesh)
+    flats = module.shard_parameters(model, cfg, mesh)
     found = {}
 
     def collect():

@@ -200,7 +200,7 @@ def test_fused_matrices_are_split_by_function(split):
 def test_every_parameter_has_one_optimizer(alone):
     cfg = config()
     model = make_model(kimi, ROW, cfg)
-    flats = kimi.flatten_parameters(model, cfg, alone)
+    flats = kimi.shard_parameters(model, cfg, alone)
     names = [name for flat in flats for name in flat.spans]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
     for flat in flats:
@@ -211,7 +211,7 @@ def test_every_parameter_has_one_optimizer(alone):
     assert {g["weight_decay"] for o in (adamw, muon) for g in o.param_groups} == {0.1}, "norms decay, too"
     model.extra = torch.nn.Linear(3, 3)
     with pytest.raises(ValueError, match="no optimizer updates extra.weight"):
-        kimi.flatten_parameters(model, cfg, alone)
+        kimi.shard_parameters(model, cfg, alone)
 
 
 def test_qk_clip_is_the_specifications_example():
@@ -234,7 +234,7 @@ def test_after_the_clip_no_head_is_above_tau(alone, overrides, precision):
     for block in model.blocks:
         for p in block.attn.parameters():
             p.data *= 6.0 if p.ndim > 1 else 1.0
-    flats = kimi.flatten_parameters(model, cfg, alone)
+    flats = kimi.shard_parameters(model, cfg, alone)
     kept = {name: p.detach().clone() for name, p in model.named_parameters()}
     inputs = []
     handles = [block.attn.register_forward_pre_hook(lambda m, args: inputs.append((m, args))) for block in model.blocks]
@@ -299,7 +299,7 @@ def three_steps(layout, precision):
         model = kimi.Kimi(cfg)
     kimi.parallelize(model, cfg, mesh)
     kimi.init_weights(model, cfg)
-    flats = kimi.flatten_parameters(model, cfg, mesh)
+    flats = kimi.shard_parameters(model, cfg, mesh)
     optimizers = kimi.build_optimizer(flats, cfg)
     for step in range(3):
         for i, (name, p) in enumerate(model.named_parameters()):
