@@ -1,4 +1,39 @@
-r"""Muon is Scalable for LLM Training (Liu et al., 2025, arXiv 2502.16982) in one file.
+r"""Muon is Scalable for LLM Training (Liu et al., 2025, arXiv 2502.16982: "M", Moonlight), Kimi K2:
+Open Agentic Intelligence (2025, arXiv 2507.20534) and the language model of Kimi K2.5 (2026, arXiv
+2602.02276) in one file.
+
+New against its parent, deepseek_v3.py:
+- Muon for matrices and AdamW for the rest, with one learning rate and one weight decay, which norms
+  have, too: an update is scaled to the size of AdamW's (M §2.2, Eq. 4, appendix D);
+- ZeRO-1 with one gather more, of the momenta, for whole matrices (M §2.3, Algorithm 1);
+- QK-Clip, after each update: heads whose largest attention logit exceeded tau are scaled down (K2
+  §2.1, Algorithm 1); with it Muon is MuonClip;
+- no multi-token prediction and no groups of experts; the update of the balancing biases is centred
+  (M appendix C); more and sparser experts, half the heads (K2 §2.3);
+- two schedules by tokens: cosine and cooldown (M §3.3); constant, cosine, anneal and long
+  sequences (K2 §2.5).
+Left out: K2.5's vision tower and its joint stages, rephrased data (K2 §2.2), FP8 storage and the
+offloading of activations (K2 §2.4.3), masks between documents.
+
+Map: M Eq. 2 newton_schulz | Eq. 4 orthogonalize, Muon | §2.2 optimizer_of, split_by_function |
+Algorithm 1 ShardedParameters, orthogonalize_shards | §3.3 SCHEDULES, phases_left | §3.4
+svd_entropy | Table 2 MultiHeadAttention, PRESETS | appendix C SigmoidRouter,
+update_centred_biases. K2 §2.1 largest_logits, qk_clip, muon_clip_step | §2.3 Kimi | §2.4
+DistributedExperts | §2.5 SCHEDULES, yarn_beta_frequencies. "Released" means the configurations and the weights at Hugging Face.
+Legend: B batch, T positions, N = B T tokens, D width, H heads, E head width, R its rotary part, C
+latent width, F hidden width, V vocabulary, X experts, K experts per token, M rows at the experts of
+a rank; A, B rows and columns of a matrix.
+Conventions: rotary pairs are (i, i + R/2), not the released interleaved ones; RMSNorm before each
+branch; T + 1 tokens give T inputs and T targets; losses and gradients are sums over ranks, divided
+by the targets of the whole global batch.
+
+Run: python kimi_muon.py                          # a laptop: the preset demo
+     python kimi_muon.py --tau 3                  # the same, with heads to clip
+     python kimi_muon.py --optimizer adamw        # the same, by AdamW alone
+     torchrun --nproc_per_node=8 kimi_muon.py     # GPUs: the preset small, experts on 8 ranks
+     torchrun --nnodes=4 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
+         kimi_muon.py --preset moonlight_16b_a3b --ep 8 --data shards/ --out /shared/16b --resume
+Expect: EXPECT
 """
 
 import argparse
@@ -123,7 +158,7 @@ PRESETS = {
     "demo": dict(
         dim=96, n_layers=3, hidden_dim=256, n_heads=4, q_rank=48, kv_rank=32, head_dim=16,
         rope_dim=16, n_experts=16, expert_dim=64, top_k=3, route_scale=1.7, bias_rate=0.01,
-        bias_tokens=1e6, seq_len=64, batch_size=48, tokens=1.2e6, long_tokens=1e5,
+        bias_tokens=5e5, seq_len=64, batch_size=48, tokens=8e5, long_tokens=2.5e5,
         long_seq_len=128, lr=4e-3, log_every=50,
     ),
     # A GPU of 24 GB or a node of them, minutes: 243M parameters over bytes, 61M of them active.
@@ -731,7 +766,9 @@ PEAK_FLOPS = {  # dense bf16, by the device's exact name; a device not listed ge
 # ---------------------------------------- Parallelism ----------------------------------------
 
 # Departure: no pipeline, where K2 has 16 stages (§2.4, interleaved 1F1B); a rank has all layers.
-# --dry_run --preset kimi_k2 --world_size 2048 --ep 384 needs TODO GiB per rank.
+# --dry_run --preset kimi_k2 --world_size 2048 --ep 128 --precision bf16 plans 120 GiB per rank, of
+# which 66 are weights and gradients of the 11.7B parameters that are not of experts, and 161 GiB
+# for the long sequences.
 
 def choose_layout(cfg, ranks):
     """cfg with ep and dp, where they are 0, chosen: experts on as many ranks as divide them and the
