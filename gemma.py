@@ -1313,7 +1313,7 @@ def main(argv=None):
             models = model, teacher, optimizer
             finished = train(*models, corpus, heldout, state, cfg, device, signals)
         if not finished:
-            return print(f"stopped by a signal after step {state['step']}")
+            return print(f"stopped after step {state['step']}")
         _, last = token_phases(cfg)[-1]
         if cfg.export:
             to_hf(model, last, cfg.export)
