@@ -307,7 +307,7 @@ class MaxLogitLatentAttention(nn.Module):
         q = torch.cat((q_content, rotate(q_rotary, cos, sin)), -1)
         k = torch.cat((k_content, k_rotary), -1)
         if self.training:
-            self.largest = torch.maximum(self.largest, largest_logits(q, k, self.scale))
+            torch.maximum(self.largest, largest_logits(q, k, self.scale), out=self.largest)
         v = F.pad(v, (0, self.rope_dim))  # fused kernels want equal widths
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
         o = o[..., : self.head_dim].transpose(1, 2).flatten(2)  # [B, T, H E]
@@ -334,7 +334,7 @@ class MultiHeadAttention(nn.Module):
         k = rotate(self.k(x).unflatten(-1, heads).transpose(1, 2), cos, sin)  # [B, H, T, E]
         v = self.v(x).unflatten(-1, heads).transpose(1, 2)  # [B, H, T, E]
         if self.training:
-            self.largest = torch.maximum(self.largest, largest_logits(q, k, self.scale))
+            torch.maximum(self.largest, largest_logits(q, k, self.scale), out=self.largest)
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
         return self.out(o.transpose(1, 2).flatten(2))
 
@@ -1587,7 +1587,8 @@ def report_user_errors():
         with contextlib.redirect_stdout(open(os.devnull, "w") if rank else sys.stdout):
             yield
     except BrokenPipeError:  # the program that reads our output, such as head, has ended
-        os._exit(1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (OSError, ValueError) as error:
         time.sleep(5 * (rank > 0))  # so that rank 0, if it fails too, reports first
         print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
@@ -1736,7 +1737,7 @@ def stable_hash(*key):
     """64 bits that depend on the key alone: the seed of all that is drawn."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
-@functools.lru_cache(4)
+@functools.lru_cache(64)  # one for each corpus of a mix, and some for the next epoch
 def permutation(n, *key):
     """A random permutation of range(n), int64 [n], seeded by key."""
     return np.random.default_rng(stable_hash(*key)).permutation(n)
@@ -1814,8 +1815,9 @@ def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size
         batch = f"a batch of {batch_size} x {length}"
         raise ValueError(f"{total:,} tokens are too few for {batch} and another to hold out")
     token_bytes = np.zeros(vocab_size, np.int64)
-    for text in tokenizer.token_byte_values() if tokenizer else []:
-        token_bytes[tokenizer.encode_single_token(text)] = len(text)
+    if tokenizer:
+        for text in tokenizer.token_byte_values():
+            token_bytes[tokenizer.encode_single_token(text)] = len(text)
     parts = train + heldout
     corpus = Corpus(parts, 0, n_train, separator, token_bytes, in_order=False)
     return corpus, Corpus(parts, n_train, total, separator, token_bytes, in_order=True)
