@@ -1651,12 +1651,12 @@ def shared_store(rank):
             time.sleep(0.1)
 
 def log(out, step, head, row, tail):
-    """Print head, the numbers of row and tail, which has the tokens; append step and row to
-    metrics.jsonl in the directory out, if any, with null for numbers that are not finite."""
+    """Print head, the numbers of row and tail, which has the tokens; append step and row, which
+    may have lists, to metrics.jsonl in the directory out, if any, NaN and infinity as null."""
     formats = {"bpb": ".3f", "val_bpb": ".3f", "lr": ".2e", "grad": ".2f"}
     fields = [head]
     for name, value in row.items():
-        if name != "tokens":
+        if name != "tokens" and not isinstance(value, list):
             fields.append(f"{name.removeprefix('val_')} {value:{formats.get(name, '.4f')}}")
     print(" | ".join(fields + tail).replace("nan", "n/a"))
     if out and dist.get_rank() == 0:
@@ -1701,7 +1701,7 @@ def stable_hash(*key):
     """64 bits that depend on the key alone: the seed of all that is drawn."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
-@functools.lru_cache(4)
+@functools.lru_cache(64)  # one for each corpus of a mix, and some for the next epoch
 def permutation(n, *key):
     """A random permutation of range(n), int64 [n], seeded by key."""
     return np.random.default_rng(stable_hash(*key)).permutation(n)
