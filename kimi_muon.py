@@ -19,7 +19,8 @@ Map: M Eq. 2 newton_schulz | Eq. 4 orthogonalize, Muon | §2.2 optimizer_of, spl
 Algorithm 1 ShardedParameters, orthogonalize_shards | §3.3 SCHEDULES, phases_left | §3.4
 svd_entropy | Table 2 MultiHeadAttention, PRESETS | appendix C SigmoidRouter,
 update_centred_biases. K2 §2.1 largest_logits, qk_clip, muon_clip_step | §2.3 Kimi | §2.4
-DistributedExperts | §2.5 SCHEDULES, yarn_beta_frequencies. "Released" means the configurations and the weights at Hugging Face.
+DistributedExperts | §2.5 SCHEDULES, yarn_beta_frequencies. "Released" means the configurations
+and the weights at Hugging Face.
 Legend: B batch, T positions, N = B T tokens, D width, H heads, E head width, R its rotary part, C
 latent width, F hidden width, V vocabulary, X experts, K experts per token, M rows at the experts of
 a rank; A, B rows and columns of a matrix.
@@ -111,7 +112,7 @@ class Config:
     seq_len: int = 4096  # T, tokens of a sequence
     batch_size: int = 16384  # sequences per update, over all ranks
     tokens: float = 15.96e12  # tokens of the run
-    steps: int = 0  # updates of the run; 0: as many as --tokens needs
+    steps: int = 0  # updates of the run, to which all its tokens are scaled; 0: as --tokens says
     ramp_tokens: float = 0.0  # tokens at the start with batches of --first_batch; 0: none
     first_batch: int = 0  # sequences per update at the start
     long_tokens: float = 60e9  # tokens at the end in sequences of --long_seq_len; 0: none
@@ -208,6 +209,7 @@ SCHEDULES = {  # (share of the tokens at its end, curve, part of the peak rate a
     ),
     "cosine": ((0.02, "linear", 1.0), (1.0, "cosine", 0.1)),
 }  # fmt: skip
+SPANS = ("tokens", "ramp_tokens", "long_tokens", "bias_tokens")  # fields that --steps scales
 MATRICES = r"\.(q|k|v|out|router|gate_up|q_up|kv_up|down|q_down|kv_down)(\.weight)?$"  # of blocks
 PATTERN = (  # how GPT-4 and Llama 3 split text into words, for BPE rank files
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -596,11 +598,12 @@ def phases_left(sequences, cfg):
     ):
         phase = dataclasses.replace(cfg, **changes)
         n_tokens = phase.batch_size * phase.seq_len  # of an update
-        stop = start + phase.batch_size * max(math.ceil((end - tokens) / max(n_tokens, 1)), 0)
-        n_updates = math.ceil((stop - max(sequences, start)) / max(phase.batch_size, 1))
-        if n_updates > 0:
-            phases.append((start, n_updates, phase))
-        tokens += (stop - start) * phase.seq_len
+        n_updates = max(math.ceil((end - tokens) / max(n_tokens, 1) - 1e-6), 0)
+        tokens += n_updates * n_tokens
+        stop = start + n_updates * phase.batch_size
+        position = max(sequences, start)
+        if position < stop:
+            phases.append((start, math.ceil((stop - position) / phase.batch_size), phase))
         start = stop
     return phases
 
@@ -633,10 +636,11 @@ def orthogonalize(matrices, dtype):
     """M Eq. 4: 0.2 sqrt(max(A, B)) newton_schulz(M) for each of a list of matrices or stacks of
     matrices [..., A, B], in one batch for each shape. The factor gives each entry the root mean
     square of AdamW's updates, about 0.2, whatever the shape."""
+    matrices = list(matrices)
     batches = {}
     for i, matrix in enumerate(matrices):
         batches.setdefault(matrix.shape[-2:], []).append(i)
-    updates = list(matrices)
+    updates = matrices.copy()
     for (rows, columns), batch in batches.items():
         stacks = [matrices[i].reshape(-1, rows, columns) for i in batch]
         o = newton_schulz(torch.cat(stacks), dtype) * (0.2 * math.sqrt(max(rows, columns)))
@@ -647,9 +651,9 @@ def orthogonalize(matrices, dtype):
 class Muon(torch.optim.Optimizer):
     """M Eq. 1 and 4: momentum, orthogonalized, and decoupled weight decay, with AdamW's rates.
 
-    Parameters are matrices [A, B] or stacks of them [X, A, B]; `orthogonalize` turns the list of
-    their momenta into that of their updates. Distributed, parameters are a rank's parts of flat
-    tensors, and orthogonalize gathers them (see ZeRO1).
+    Parameters are matrices [A, B] or stacks of them [X, A, B], and `orthogonalize` is a function
+    from all their momenta to their updates: lambda momenta: orthogonalize(momenta, torch.bfloat16).
+    Distributed, they are flat DTensors of many matrices (orthogonalize_shards).
     """
 
     def __init__(self, params, lr, weight_decay, orthogonalize, momentum=0.95):
@@ -659,17 +663,18 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            momenta = []
-            for p in group["params"]:
-                if not self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-                m = self.state[p]["momentum"]
-                m.mul_(group["momentum"]).add_(p.grad)  # Eq. 1
-                # K2's Algorithm 1 writes M_t; the footnote of M's Eq. 1 says that Nesterov's
-                # look-ahead is used.
-                momenta.append(p.grad.add(m, alpha=group["momentum"]))
+            momenta = (self.look_ahead(p, group["momentum"]) for p in group["params"])
             for p, o in zip(group["params"], self.orthogonalize(momenta)):
                 p.mul_(1 - group["lr"] * group["weight_decay"]).add_(o, alpha=-group["lr"])
+
+    def look_ahead(self, p, momentum):
+        """M_t = μ M_{t-1} + G_t (Eq. 1), and of it G_t + μ M_t, Nesterov's."""
+        # K2's Algorithm 1 writes M_t. A footnote of M says that Nesterov's form is used.
+        if not self.state[p]:
+            self.state[p]["momentum"] = torch.zeros_like(p)
+        m = self.state[p]["momentum"]
+        m.mul_(momentum).add_(p.grad)
+        return p.grad.add(m, alpha=momentum)
 
 def qk_clip(largest, tau, head_dim, rope_dim):
     """K2 Algorithm 1, after an update: factors of the rows of [W^QC W^QR], [H (E + R)], and of
@@ -915,7 +920,7 @@ def clip_heads(model, shards, largest, tau):
 def shard_parameters(model, cfg, mesh):
     """The ShardedParameters of a model: those of one optimizer, one precision and the same ranks,
     in tensors of about 2**28 numbers."""
-    everyone = init_device_mesh(mesh.device_type, (mesh.size(),))
+    world = init_device_mesh(mesh.device_type, (mesh.size(),))
     kinds = {}
     sizes = collections.Counter()
     for name, p in model.named_parameters():
@@ -924,15 +929,14 @@ def shard_parameters(model, cfg, mesh):
         kinds.setdefault((*kind, sizes[kind] // 2**28), []).append((name, p))
         sizes[kind] += p.numel()
     return [
-        ShardedParameters(named, mesh["dp"] if of_experts else everyone, optimizer)
+        ShardedParameters(named, mesh["dp"] if of_experts else world, optimizer)
         for (optimizer, of_experts, *_), named in kinds.items()
     ]
 
 @torch.no_grad()
 def orthogonalize_shards(shards, cfg, momenta):
-    """M Algorithm 1: the updates of ShardedParameters from their momenta, both distributed."""
+    """M Algorithm 1: from distributed momenta of ShardedParameters their updates, one at a time."""
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-    updates = []
     for shard, momentum in zip(shards, momenta):
         whole = momentum.to(dtype).full_tensor()  # line 3
         matrices = {  # those that this rank has a part of
@@ -945,8 +949,7 @@ def orthogonalize_shards(shards, cfg, momenta):
         for view, result in zip(views, results):
             view.copy_(result.view(view.shape))
         shard.rms = {k: w.float().square().mean().sqrt() for k, w in matrices.items()}  # line 7
-        updates.append(shard.spread(whole[shard.own].float()))  # line 5
-    return updates
+        yield shard.spread(whole[shard.own].float())  # line 5
 
 def checkpoint_content(model, shards):
     """What a checkpoint holds: masters, those of experts by rank of ep, and balancing biases."""
@@ -1313,7 +1316,7 @@ def sample(model, ids, n, allowed_ids, cfg):
 
 def check(cfg, ranks):
     """Raise ValueError for a configuration that cannot run on that many ranks."""
-    may_be_0 = "n_dense", "n_shared", "q_rank", "kv_rank"
+    may_be_0 = "n_dense", "q_rank", "kv_rank"
     for field in dataclasses.fields(cfg):
         least = int(field.type is int and field.default > 0 and field.name not in may_be_0)
         if field.type in (int, float) and not least <= getattr(cfg, field.name) < math.inf:
@@ -1328,7 +1331,10 @@ def check(cfg, ranks):
         (cfg.ep * cfg.dp != ranks, f"ep {cfg.ep} x dp {cfg.dp} are not {ranks} ranks"),
         (cfg.n_experts % cfg.ep, f"--ep {cfg.ep} does not divide {cfg.n_experts} experts"),
         (cfg.dim % 8 or cfg.expert_dim % 8, "--dim or --expert_dim is not a multiple of 8"),
+        (not cfg.tokens, "--tokens 0 gives not a single update"),
         (cfg.ramp_tokens and not cfg.first_batch, "--ramp_tokens needs --first_batch"),
+        (cfg.long_tokens and cfg.batch_size * cfg.seq_len % cfg.long_seq_len,
+         f"--long_seq_len {cfg.long_seq_len} does not divide the tokens of a batch"),
         (cfg.resume and not cfg.out, "--resume needs --out"),
         (cfg.eval and not cfg.out and not cfg.init, "--eval needs --out or --init"),
         ((cfg.init or cfg.export) and not cfg.kv_rank, "--init and --export need --kv_rank"),
@@ -1395,19 +1401,18 @@ def muon_clip_step(model, shards, optimizers, batches, lr, bias_rate, cfg):
     return loss, norm, largest, loads
 
 @torch.no_grad()
-def write_diagnostics(out, step, model, shards, largest):
-    """Write to metrics.jsonl what the papers plot: the update RMS of each matrix, or of the experts
-    of a rank (M Algorithm 1, line 7), SVD entropy of routers, the largest logit of each head."""
+def diagnostics(model, shards, largest):
+    """Lists for metrics.jsonl: [name, update RMS] of each matrix, or of the experts of a rank (M
+    Algorithm 1, line 7), SVD entropy of each router, largest logits of the heads by layer."""
     unknown = largest.new_zeros(())  # on this rank
     known = {name: shard.rms.get(name, unknown) for shard in shards for name in shard.spans}
     rms = torch.stack([*known.values()])
     dist.all_reduce(rms, dist.ReduceOp.MAX)
-    entropies = [svd_entropy(router.weight).item() for router in model.routers()]
-    row = {"step": step, "router_entropy": entropies, "largest_logits": largest.tolist()}
-    row["update_rms"] = {name: value for name, value in zip(known, rms.tolist()) if value}
-    if dist.get_rank() == 0:
-        with open(Path(out) / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+    return {
+        "update_rms": [[name, value] for name, value in zip(known, rms.tolist()) if value],
+        "router_entropy": [svd_entropy(router.weight).item() for router in model.routers()],
+        "largest_logits": largest.tolist(),
+    }
 
 def train(model, shards, optimizers, content, corpus, heldout, state, cfg, device):
     """Update the model until the phases of the run are over; False if a signal ends it."""
@@ -1478,11 +1483,10 @@ def train(model, shards, optimizers, content, corpus, heldout, state, cfg, devic
             row["clipped"] = (largest > cfg.tau).float().mean().item()
             if len(loads):
                 row["max_load"] = loads.max().item()
+            row |= diagnostics(model, shards, largest)
             head = f"step {step + 1}/{step + steps_left}"
             tail = progress(state["tokens"], steps_left - 1, pace, phase, device)
             log(cfg.out, step + 1, head, row, tail)
-            if cfg.out:
-                write_diagnostics(cfg.out, step + 1, model, shards, largest)
         n_skipped = 0 if finite else n_skipped + 1
         if n_skipped:
             print(f"step {step + 1} skipped: its loss or gradient is not finite")
@@ -1532,10 +1536,11 @@ def main(argv=None):
         if not cfg.eval:
             fixed |= {"seed": cfg.seed, "data_fingerprint": corpus.fingerprint()}
         checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
-        if run and not given & {"steps", "tokens"}:  # the length that its first start planned
-            cfg.tokens = run["tokens"]
-        elif cfg.steps:
-            cfg.tokens = float(cfg.steps * cfg.batch_size * cfg.seq_len)
+        scale = cfg.steps * cfg.batch_size * cfg.seq_len / cfg.tokens if cfg.steps else 1.0
+        planned = {name: scale * getattr(cfg, name) for name in SPANS}
+        if run and not given & {"steps", *SPANS}:  # as its first start planned
+            planned = {name: run[name] for name in SPANS}
+        cfg = dataclasses.replace(cfg, **planned)
 
         mesh = init_device_mesh(device.type, (cfg.dp, cfg.ep), mesh_dim_names=("dp", "ep"))
         with torch.device("meta"):
@@ -1687,12 +1692,12 @@ def shared_store(rank):
             time.sleep(0.1)
 
 def log(out, step, head, row, tail):
-    """Print head, the numbers of row and tail, which has the tokens; append step and row to
-    metrics.jsonl in the directory out, if any, with null for numbers that are not finite."""
+    """Print head, the numbers of row and tail, which has the tokens; append step and row, which
+    may have lists, to metrics.jsonl in the directory out, if any, NaN and infinity as null."""
     formats = {"bpb": ".3f", "val_bpb": ".3f", "lr": ".2e", "grad": ".2f"}
     fields = [head]
     for name, value in row.items():
-        if name != "tokens":
+        if name != "tokens" and not isinstance(value, list):
             fields.append(f"{name.removeprefix('val_')} {value:{formats.get(name, '.4f')}}")
     print(" | ".join(fields + tail).replace("nan", "n/a"))
     if out and dist.get_rank() == 0:

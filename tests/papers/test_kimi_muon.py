@@ -281,7 +281,7 @@ def test_runs_clip_log_and_go_on(ranks, tmp_path):
     assert status == 0 and "x 8 sequences of 16" in out and "x 4 sequences of 32" in out, err
     one, clipped = rows(tmp_path / "one"), rows(tmp_path / "one", "clipped")
     assert len(one) == 6 and max(clipped) > 0 and min(rows(tmp_path / "one", "max_logit")) > 0
-    rms, entropies = rows(tmp_path / "one", "update_rms")[-1], rows(tmp_path / "one", "router_entropy")[-1]
+    rms, entropies = dict(rows(tmp_path / "one", "update_rms")[-1]), rows(tmp_path / "one", "router_entropy")[-1]
     assert {"blocks.0.attn.q_up.weight", "blocks.1.mlp.experts.down", "blocks.2.mlp.router.weight"} <= rms.keys() and "head.weight" not in rms
     assert all(0.1 < value < 0.25 for value in rms.values()) and len(entropies) == 2 and all(0 < x <= 1 for x in entropies)
     for n, layout in ((2, ["--ep=2"]), (2, ["--dp=2", "--micro_batch=1"]), (4, ["--ep=2"])):
