@@ -1,4 +1,4 @@
-"""Speed and memory, side by side: python tests/benchmark.py gpt1|gpt3|llama3|deepseek_v3|bert|t5|gemma [--pairs 10]
+"""Speed and memory, side by side: python tests/benchmark.py gpt1|gpt3|llama3|deepseek_v3|bert|t5|gemma|kimi_muon [--pairs 10]
 
 Each line compares the script (A) with something else (B) in interleaved pairs A B A B ... of one run
 and prints the medians. CPU time is the process's, over all its threads. Nothing here is asserted.
@@ -584,6 +584,85 @@ def gemma_main(module, args):
         print(f"local attention, T {T}: {1000 * statistics.median(measure(run)[0] for _ in range(args.pairs)):.1f} ms of CPU time")
 
 
+def the_muon(module, cfg):
+    """run(): STEPS updates through kimi_muon.py's own loop, on made-up text."""
+    tokenizer = module.load_tokenizer("bytes", ["<|endoftext|>"])
+    text = "".join(map(chr, torch.randint(32, 127, (400_000,)).tolist()))
+    documents = module.tokenize([("text", text)], tokenizer, tokenizer.eot_token)
+    sizes = cfg.vocab_size, cfg.batch_size, cfg.seq_len
+    corpora = module.load_corpora([], documents, tokenizer, tokenizer.eot_token, *sizes)
+    mesh = module.init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "ep"))
+    with torch.device("meta"):
+        model = module.Kimi(cfg)
+    module.parallelize(model, cfg, mesh)
+    module.init_weights(model, cfg)
+    shards = module.shard_parameters(model, cfg, mesh)
+    parts = model, shards, module.build_optimizer(shards, cfg), None
+    state = {"step": 1, "sequences": 0, "tokens": 0}  # step 0 would validate
+
+    def run():
+        end = (state["sequences"] + STEPS * cfg.batch_size) * cfg.seq_len
+        now = dataclasses.replace(cfg, tokens=float(end))
+        module.validate = lambda *_: None  # at the end, and no part of an update
+        with contextlib.redirect_stdout(io.StringIO()):
+            module.train(*parts, *corpora, state, now, torch.device("cpu"))
+
+    return run
+
+
+def muon_share(module, cfg):
+    """CPU time of Muon's step, and of the update that it is part of, at the shape cfg."""
+    clocks = {"muon": 0.0, "update": 0.0}
+
+    def clocked(function, kind):
+        def call(*args, **more):
+            start = time.process_time()
+            result = function(*args, **more)
+            clocks[kind] += time.process_time() - start
+            return result
+
+        return call
+
+    step, update = module.Muon.step, module.muon_clip_step
+    module.Muon.step, module.muon_clip_step = clocked(step, "muon"), clocked(update, "update")
+    run = the_muon(module, cfg)
+    run()
+    clocks.update(muon=0.0, update=0.0)
+    run(), run()
+    module.Muon.step, module.muon_clip_step = step, update
+    print(f"Muon {500 * clocks['muon'] / STEPS:.1f} of {500 * clocks['update'] / STEPS:.1f} ms of CPU time an update, "
+          f"{clocks['muon'] / clocks['update']:.1%}", flush=True)  # fmt: skip
+
+
+def kimi_muon_main(module, args):
+    """The benchmark shape of deepseek_v3 against Hugging Face's class with AdamW; Muon's share of an update; batched Newton-Schulz."""
+    from test_hf_parity import kimi_config
+    from transformers import DeepseekV3ForCausalLM
+
+    cfg = module.Config(vocab_size=4096, dim=256, n_layers=4, hidden_dim=704, n_heads=4, q_rank=128, kv_rank=64, head_dim=64, rope_dim=32,
+                        n_experts=32, expert_dim=128, top_k=4, seq_len=256, batch_size=8, long_tokens=0.0, lr=1e-4, precision="fp32",
+                        ep=1, dp=1, val_every=10**9)  # fmt: skip
+    peer = lambda: DeepseekV3ForCausalLM(kimi_config(cfg)).train()  # noqa: E731
+    if args.measure_memory:
+        run = the_muon(module, cfg) if args.measure_memory == "script" else plain_loop(module, cfg, peer)
+        run(), run()
+        return print(peak_of_this_process())
+    demo = module.Config(**module.PRESETS["demo"], vocab_size=257, precision="fp32", ep=1, dp=1, val_every=10**9)
+    muon_share(module, dataclasses.replace(demo, long_tokens=0.0))
+    muon_share(module, cfg)
+    for shape in ((64, 64, 96), (64, 96, 64), (64, 128, 128), (64, 128, 256)):
+        g, clocks = torch.randn(shape), []
+        for orthogonalize in (lambda: [module.newton_schulz(x, torch.float32) for x in g], lambda: module.newton_schulz(g, torch.float32)):  # noqa: B023
+            orthogonalize()
+            clocks.append(statistics.median(measure(orthogonalize)[0] for _ in range(args.pairs)))
+        print(f"Newton-Schulz of {shape}: {1000 * clocks[0]:.1f} ms one by one, {1000 * clocks[1]:.1f} in a batch, {clocks[0] / clocks[1]:.2f} times")
+    for optimizer in ("muon", "adamw"):
+        title = f"Hugging Face's, {optimizer}"
+        compare(title, the_muon(module, dataclasses.replace(cfg, optimizer=optimizer)), plain_loop(module, cfg, peer), args.pairs)
+    memory = {kind: peak_memory(kind, [args.script]) for kind in ("script", "hf")}
+    print("peak MiB", ", ".join(f"{kind} {size:.0f}" for kind, size in memory.items()))
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("script")
@@ -592,7 +671,7 @@ def main():
     args = parser.parse_args()
     module = importlib.import_module(args.script)
     module.init_distributed(60)
-    own = {"gpt3": gpt3_main, "llama3": llama3_main, "deepseek_v3": deepseek_v3_main, "bert": bert_main, "t5": t5_main, "gemma": gemma_main}
+    own = {"gpt3": gpt3_main, "llama3": llama3_main, "deepseek_v3": deepseek_v3_main, "bert": bert_main, "t5": t5_main, "gemma": gemma_main, "kimi_muon": kimi_muon_main}
     if args.script in own:
         return own[args.script](module, args)
     cfg = module.Config(vocab_size=257, dim=256, n_layers=4, n_heads=4, hidden_dim=1024, dropout=0.0,

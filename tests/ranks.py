@@ -192,6 +192,8 @@ def gradients(name, row, overrides):
         return pipeline_gradients(module, cfg, corpus, dict(model.named_parameters()), device)
     if hasattr(module, "ModelParallel"):
         return split_gradients(module, cfg, corpus, dict(model.named_parameters()), device)
+    if hasattr(module, "ShardedParameters"):
+        return flat_gradients(module, cfg, corpus, model.state_dict(), device)
     if hasattr(module, "build_sharded"):
         return sharded_gradients(module, cfg, corpus, dict(model.named_parameters()), device)
     mesh = module.init_device_mesh(device.type, (module.dist.get_world_size(),), mesh_dim_names=("dp",))
@@ -258,6 +260,37 @@ def sharded_gradients(module, cfg, corpus, values, device):
     loss, norm = module.sharded_step(model, None, optimizer, batches, 0.0, cfg)
     whole = lambda g: g.full_tensor() if hasattr(g, "full_tensor") else g  # noqa: E731
     return loss, {key: whole(p.grad).numpy() for key, p in model.named_parameters()}, norm
+
+
+def flat_gradients(module, cfg, corpus, values, device):
+    """The same for a script with flat masters, from an update that changes nothing but the balancing biases."""
+    mesh = module.init_device_mesh(device.type, (cfg.dp, cfg.ep), mesh_dim_names=("dp", "ep"))
+    with torch.device("meta"):
+        model = module.Kimi(cfg)
+    module.parallelize(model, cfg, mesh)
+    module.init_weights(model, cfg)
+    for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if key in values:
+            tensor.data.copy_(values[key].chunk(cfg.ep)[mesh["ep"].get_local_rank()] if module.is_expert(key) else values[key])
+    flats = module.shard_parameters(model, cfg, mesh)
+    found = {}
+
+    def collect():
+        for flat in flats:
+            g = flat.master.grad
+            g = g.full_tensor() if hasattr(g, "full_tensor") else g
+            for key, (start, stop, shape) in flat.spans.items():
+                parts = [g[start:stop].view(shape)]
+                if module.is_expert(key) and cfg.ep > 1:
+                    parts = [torch.empty(shape) for _ in range(cfg.ep)]
+                    dist.all_gather(parts, g[start:stop].view(shape).contiguous(), group=model.ep)
+                found[key] = torch.cat(parts).numpy()
+
+    batches = global_batch(module, corpus, cfg, device, dist.get_rank(), dist.get_world_size())
+    optimizer = types.SimpleNamespace(param_groups=[], step=collect)
+    loss, _, *_ = module.muon_clip_step(model, flats, [optimizer], batches, 0.0, 0.01, cfg)
+    found |= {key: value.numpy() for key, value in model.named_buffers() if key.endswith("router.bias")}
+    return loss, found, None
 
 
 def expert_gradients(module, cfg, corpus, values, device):

@@ -29,6 +29,15 @@ def reference(name, overrides):
             assert router.load.sum() == cfg.top_k * positions
             found[key + ".bias"] = (router.bias + 0.01 * torch.sign(router.load.mean() - router.load)).numpy()
         return (metrics["main"] + cfg.mtp_weight * metrics["mtp"]).item(), found
+    if name == "kimi_muon":
+        loss, _ = module.objective(model, batch, cfg)
+        loss.backward()
+        found = {key: p.grad.numpy() for key, p in model.named_parameters()}
+        for key, router in ((key, m) for key, m in model.named_modules() if isinstance(m, module.SigmoidRouter)):
+            assert router.load.sum() == cfg.top_k * batch["tokens"].numel()
+            signs = torch.sign(router.load.mean() - router.load)
+            found[key + ".bias"] = (router.bias + 0.01 * (signs - signs.mean())).numpy()
+        return loss.item(), found
     inputs = {key: batch[key] for key in ("tokens", "documents") if key in batch}
     loss = F.cross_entropy(model(**inputs).flatten(0, 1), batch["targets"].flatten())
     loss.backward()

@@ -83,6 +83,32 @@ for case, overrides in DEEPSEEKS.items():
     CASES[case] = ("deepseek_v3", shape | overrides, lambda cfg: transformers.DeepseekV3ForCausalLM(deepseek_config(cfg)))
 
 
+def kimi_config(cfg):
+    rope = dict(rope_type="default", rope_theta=cfg.rope_theta)
+    if cfg.rope_factor > 1:
+        rope |= dict(rope_type="yarn", factor=cfg.rope_factor, beta_fast=cfg.rope_beta_fast, beta_slow=1, mscale=1.0, mscale_all_dim=1.0,
+                     original_max_position_embeddings=cfg.rope_original)  # fmt: skip
+    return transformers.DeepseekV3Config(
+        vocab_size=cfg.vocab_size, hidden_size=cfg.dim, intermediate_size=cfg.hidden_dim, moe_intermediate_size=cfg.expert_dim,
+        num_hidden_layers=cfg.n_layers, num_attention_heads=cfg.n_heads, num_key_value_heads=cfg.n_heads,
+        n_shared_experts=cfg.n_shared, n_routed_experts=cfg.n_experts, num_experts_per_tok=cfg.top_k, n_group=1, topk_group=1,
+        routed_scaling_factor=cfg.route_scale, norm_topk_prob=True, first_k_dense_replace=cfg.n_dense,
+        q_lora_rank=cfg.q_rank or None, kv_lora_rank=cfg.kv_rank, qk_nope_head_dim=cfg.head_dim, qk_rope_head_dim=cfg.rope_dim,
+        v_head_dim=cfg.head_dim, max_position_embeddings=cfg.seq_len, rms_norm_eps=cfg.norm_eps, num_mtp_layers=0,
+        rope_parameters=rope, attn_implementation="eager",
+    )  # fmt: skip
+
+
+KIMIS = {  # K2 as released, with YaRN of beta 1; K2.5's YaRN; Moonlight, without a latent for queries
+    "kimi_k2": dict(rope_factor=32.0, rope_original=16), "kimi_k25": dict(rope_factor=64.0, rope_original=400, rope_beta_fast=32.0),
+    "moonlight": dict(q_rank=0, n_shared=2, norm_eps=1e-5, route_scale=2.446),
+}  # fmt: skip
+for case, overrides in KIMIS.items():
+    shape = dict(vocab_size=512, dim=64, hidden_dim=96, expert_dim=32, n_layers=4, n_heads=4, n_shared=1, n_experts=8, top_k=2, q_rank=32,
+                 kv_rank=16, head_dim=16, rope_dim=8, rope_theta=50000.0, seq_len=48)  # fmt: skip
+    CASES[case] = ("kimi_muon", shape | overrides, lambda cfg: transformers.DeepseekV3ForCausalLM(kimi_config(cfg)))
+
+
 @pytest.fixture(params=CASES)
 def case(request):
     """(module, its row, tiny Config, Hugging Face's model of that)."""
@@ -259,6 +285,7 @@ def test_gpt3_banded_layers_are_gpt2s_with_another_mask(banded, tmp_path):
 
 
 EXPORT = {
+    "kimi_muon": "--batch_size 2 --dim 32 --hidden_dim 48 --n_layers 2 --seq_len 16 --long_tokens 0 --val_batches 1 --lr 0.01",
     "gemma": "--batch_size 2 --dim 32 --hidden_dim 48 --n_layers 3 --seq_len 16 --window 8 --long_tokens 0 --val_batches 1 --lr 0.01",
     "t5": "--tokenizer bytes --batch_size 2 --dim 32 --hidden_dim 48 --inputs 64 --lr 0.03 --ramp_down 0 --val_batches 1",
     "gpt3": "--batch_size 2 --first_batch 0 --batch_multiple 1 --tokenizer= --dim 32 --hidden_dim 48 --seq_len 16 --val_batches 1 --lr 0.01 --warmup 0.1",
