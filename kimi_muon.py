@@ -499,9 +499,9 @@ def slices(n, vocab_size):
 
 def chunked_loss(head, x, targets, vocab_size):
     """Sum of the cross-entropies, in nats, of the logits head(x) of N positions x [N, D], chunk by
-    chunk, each recomputed in the backward pass, so that the logits of all never exist. targets are
-    ids, N in all, of which -100 is not scored, or a function of a slice of the positions that
-    returns their distributions [n, V], zero where nothing is scored."""
+    chunk, each recomputed in the backward pass, so that the logits of all positions never exist.
+    targets: N ids, of which -100 is not scored; or a function from a slice of n positions to their
+    distributions [n, V], zero for a position that is not scored."""
 
     def chunk_loss(x, rows):
         chosen = targets.flatten()[rows] if torch.is_tensor(targets) else targets(rows)
@@ -1431,8 +1431,7 @@ def train(model, shards, optimizers, content, corpus, heldout, state, cfg, devic
     ahead = read_ahead(state["sequences"])
     first_step = saved = state["step"]
     clock = time.perf_counter()
-    pace = None  # seconds per update
-    phase = None
+    phase = pace = None  # pace: seconds per update
     n_skipped = 0
     while True:
         step = state["step"]
@@ -1447,8 +1446,7 @@ def train(model, shards, optimizers, content, corpus, heldout, state, cfg, devic
             first_step = step
             pace = None
             steps, micro = split_batch(phase, dist.get_world_size())
-            tokens = phase.batch_size * phase.seq_len
-            print(f"{n_updates:,} updates of {tokens:,} tokens", end=" = ")
+            print(f"{n_updates:,} updates of {phase.batch_size * phase.seq_len:,} tokens", end=" = ")
             print(f"{dist.get_world_size()} ranks x {steps} x {micro} sequences of {phase.seq_len}")
         (stop,) = sum_over_ranks(len(signals) + (error is not None))
         end = steps_left <= 0 or stop
@@ -1471,8 +1469,7 @@ def train(model, shards, optimizers, content, corpus, heldout, state, cfg, devic
         sum_counts(batches, dist.get_world_size())
         lr = learning_rate(state["tokens"], cfg)
         u = cfg.bias_rate * (state["tokens"] < cfg.bias_tokens)
-        result = muon_clip_step(model, shards, optimizers, batches, lr, u, cfg)
-        loss, norm, largest, loads = result
+        loss, norm, largest, loads = muon_clip_step(model, shards, optimizers, batches, lr, u, cfg)
         finite = math.isfinite(loss) and math.isfinite(norm)
         state["step"] += 1
         state["tokens"] += finite * phase.batch_size * phase.seq_len
