@@ -486,18 +486,22 @@ def position_ids(segments):
         start = parts.max() + 1
     return np.concatenate(ids, 1), np.concatenate(kinds)
 
-def rotary_axes(n, n_rows, n_columns):
-    """Which id, 0 time, 1 row or 2 column, turns each of n rotary pairs: interleaved (O3 §2.3)."""
-    axes = np.zeros(n, int)
+def rotary_section(n):
+    """How many of n rotary pairs are turned by time, row and column."""
+    # Undisclosed: the shares in Qwen3.5-Omni. A third each, as in Qwen3.5.
+    return (n + 2) // 3, (n + 1) // 3, n // 3
+
+def rotary_axes(n_time, n_rows, n_columns):
+    """Which id, 0 time, 1 row or 2 column, turns each rotary pair: interleaved (O3 §2.3)."""
+    axes = np.zeros(n_time + n_rows + n_columns, int)
     axes[1 : 3 * n_rows : 3] = 1
     axes[2 : 3 * n_columns : 3] = 2
     return axes
 
 def rotary_angles(positions, dim, theta):
     """(cos, sin) [B, 1, T, R/2] of the angles of ids [3, B, T] for R = dim rotary dimensions."""
-    # Undisclosed: the shares of the axes in Qwen3.5-Omni; a third each, as in Qwen3.5.
     n = dim // 2
-    axes = rotary_axes(n, (n + 1) // 3, n // 3)
+    axes = rotary_axes(*rotary_section(n))
     frequencies = theta ** (-torch.arange(n, device=positions.device) / n)
     angles = positions.float()[axes].permute(1, 2, 0) * frequencies  # [B, T, R/2]
     return angles.cos()[:, None], angles.sin()[:, None]
@@ -555,7 +559,7 @@ class GatedDeltaNet(nn.Module):
         self.A_log = nn.Parameter(torch.empty(value_heads))
         self.dt_bias = nn.Parameter(torch.empty(value_heads))
         self.gated_norm = nn.Parameter(torch.empty(head_dim))
-        self.out = Linear(value_dim, dim, bias=False)
+        self.o = Linear(value_dim, dim, bias=False)
 
     def forward(self, x, cos, sin):
         qkv = self.qkv(x).mT  # [B, C, T]
@@ -570,7 +574,7 @@ class GatedDeltaNet(nn.Module):
         y, _ = gated_delta_rule(q, k, v, g.mT, beta)  # in fp32
         y = F.rms_norm(y, (self.head_dim,), self.gated_norm.float(), 1e-6)
         y = y.transpose(1, 2).flatten(2) * F.silu(self.z(x).float())  # the norm before the gate
-        return self.out(y.type_as(x))
+        return self.o(y.type_as(x))
 
 class GatedAttention(nn.Module):
     """Grouped-query attention whose output passes a sigmoid gate, [B, T, D] -> [B, T, D]. The first
@@ -600,6 +604,18 @@ class GatedAttention(nn.Module):
         R = 2 * cos.shape[-1]
         return torch.cat((rotate(x[..., :R], cos, sin), x[..., R:]), -1)
 
+class GatedMLP(nn.Module):
+    """SwiGLU, (silu(x W_gate) * x W_up) W_down: [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, dim, hidden_dim):
+        super().__init__()
+        self.gate_up = Linear(dim, 2 * hidden_dim, bias=False)
+        self.down = Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, -1)  # [B, T, F] each
+        return self.down(F.silu(gate) * up)
+
 class Permute(torch.autograd.Function):
     """Row order[i] // k of x [N, D] to place i; `inverse` undoes order. Two gathers, no sums."""
 
@@ -612,121 +628,72 @@ class Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         (inverse,) = ctx.saved_tensors
-        rows = gradient.index_select(0, inverse)
-        return rows.unflatten(0, (-1, ctx.k)).sum(1) if ctx.k > 1 else rows, None, None, None
-
-class Exchange(torch.autograd.Function):
-    """All-to-all of rows [M, D]: send[i] of them go to rank i of the group, receive[i] come from
-    it."""
-
-    @staticmethod
-    def forward(ctx, x, send, receive, group):
-        ctx.send = send
-        ctx.receive = receive
-        ctx.group = group
-        return all_to_all(x, send, receive, group)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return all_to_all(gradient, ctx.receive, ctx.send, ctx.group), None, None, None
-
-def all_to_all(x, send, receive, group):
-    """The rows of x [M, D] where Exchange sends them."""
-    rows = x.new_empty(sum(receive), *x.shape[1:])
-    dist.all_to_all_single(rows, x.contiguous(), receive, send, group=group)
-    return rows
+        rows = gradient.index_select(0, inverse)  # [N k, D]
+        return rows.unflatten(0, (-1, ctx.k)).sum(1), None, None, None
 
 class Experts(nn.Module):
-    """X SwiGLUs at once, [M, D] -> [M, D]: rows ends[i - 1] ... ends[i] go to expert i."""
+    """X SwiGLUs, each for its own rows: x [M, D] and gates [M], sorted by expert, and the numbers
+    of rows [X] -> [M, D]. The gate of Eq. 12 multiplies the hidden layer instead of the output,
+    which comes to the same, and which spares the backward pass the outputs."""
 
     def __init__(self, n_experts, dim, hidden_dim):
         super().__init__()
         self.gate_up = nn.Parameter(torch.empty(n_experts, 2 * hidden_dim, dim))
         self.down = nn.Parameter(torch.empty(n_experts, dim, hidden_dim))
 
-    def forward(self, x, ends):
-        gate, up = F.grouped_mm(x, self.gate_up.type_as(x).mT, offs=ends).chunk(2, -1)
-        return F.grouped_mm(F.silu(gate) * up, self.down.type_as(x).mT, offs=ends)
+    def forward(self, x, gates, counts):
+        ends = counts.cumsum(0).int()  # [X]
+        hidden = F.grouped_mm(x, self.gate_up.type_as(x).mT, offs=ends)  # [M, 2F]
+        return self.project(hidden, gates, ends)
 
-class SwiGLU(nn.Module):
-    """(silu(x W_gate) * x W_up) W_down, [B, T, D] -> [B, T, D]."""
-
-    def __init__(self, dim, hidden_dim):
-        super().__init__()
-        self.gate = Linear(dim, hidden_dim, bias=False)
-        self.up = Linear(dim, hidden_dim, bias=False)
-        self.down = Linear(hidden_dim, dim, bias=False)
-
-    def forward(self, x):
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+    def project(self, hidden, gates, ends):
+        """The hidden layer [M, 2F] -> [M, D]."""
+        gate, up = hidden.chunk(2, -1)  # [M, F] each
+        h = F.silu(gate) * up * gates[:, None].type_as(up)
+        return F.grouped_mm(h, self.down.type_as(h).mT, offs=ends)
 
 class SharedExpertMoE(nn.Module):
-    """K of X routed experts and a shared one behind a sigmoid gate, x [B, T, D] -> [B, T, D]; of
-    the routed experts each rank of the group `ep` has a part. No token is dropped.
+    """K of X routed experts per token, and a shared one behind a sigmoid gate: x [B, T, D] ->
+    [B, T, D], and the balance loss, summed over the tokens that exist [B, T]; none is dropped."""
 
-    Also returns the balance loss, summed over the tokens [B, T] that exist: X Σ_i f_i p_i, with p
-    the router's softmax and f the assignments to an expert per token, here of the update before.
-    """
+    # Departure: the loss X Σ_i f_i p_i, of the shares f of tokens and the mean probabilities p of
+    # the whole batch, has the f of the update before, so that its parts can be added.
 
-    def __init__(self, dim, expert_dim, shared_dim, n_experts, top_k, ep):
+    def __init__(self, dim, expert_dim, shared_dim, n_experts, top_k):
         super().__init__()
         self.top_k = top_k
-        self.ep = ep
         self.router = nn.Parameter(torch.empty(n_experts, dim))
-        # The name says which experts these are, for checkpoints.
-        rank, ranks = (ep.rank(), ep.size()) if ep else (0, 1)
-        self.experts = nn.ModuleDict({f"ep{rank}": Experts(n_experts // ranks, dim, expert_dim)})
-        self.shared = SwiGLU(dim, shared_dim)
+        self.experts = Experts(n_experts, dim, expert_dim)
+        self.shared = GatedMLP(dim, shared_dim)
         self.shared_gate = Linear(dim, 1, bias=False)
         self.register_buffer("share", torch.full((n_experts,), top_k / n_experts))  # f
-        self.register_buffer("counts", torch.zeros(n_experts), persistent=False)
+        self.register_buffer("load", torch.zeros(n_experts), persistent=False)
 
     def forward(self, x, exists):
         p = F.linear(x.flatten(0, 1).float(), self.router.float()).softmax(-1)  # [N, X]
-        weights, chosen = p.topk(self.top_k, -1)
-        weights = weights / weights.sum(-1, keepdim=True)
+        gates, experts = p.topk(self.top_k, -1)  # [N, K] each
+        gates = gates / gates.sum(-1, keepdim=True)
         exists = exists.flatten()[:, None]
-        if self.training:  # recomputation counts twice, which does not change the shares
-            counts = torch.zeros_like(p).scatter(1, chosen, 1.0) * exists
-            self.counts += counts.sum(0)
         balance = len(self.share) * (p * self.share * exists).sum()
-        y = self.route(x.flatten(0, 1), chosen, weights.type_as(x)).view_as(x)
-        return y + self.shared_gate(x).sigmoid() * self.shared(x), balance
+        if self.training:  # recomputation adds the same once more, which leaves the shares
+            self.load += (torch.zeros_like(p).scatter(1, experts, 1.0) * exists).sum(0)
 
-    def route(self, x, chosen, weights):
-        """Σ_k weight_k FFN_k(x) for x [N, D] and its chosen experts and their weights [N, K]."""
-        (experts,) = self.experts.values()
-        rows = chosen.flatten()
+        rows = experts.flatten()
+        counts = torch.zeros_like(self.share, dtype=torch.int64)
+        counts = counts.index_add(0, rows, torch.ones_like(rows))  # [X]
         order = rows.argsort(stable=True)  # [N K], by expert
         inverse = order.argsort()
-        counts = rows.bincount(minlength=len(self.share))  # [X]
-        y = Permute.apply(x, order, inverse, self.top_k)  # [N K, D]
-        if self.ep:
-            y = self.visit(experts, y, counts)
-        else:
-            y = experts(y, counts.cumsum(0).int())
+        rows = Permute.apply(x.flatten(0, 1), order, inverse, self.top_k)  # [N K, D]
+        y = self.experts(rows, gates.flatten().gather(0, order), counts)
         y = Permute.apply(y, inverse, order, 1).unflatten(0, (-1, self.top_k))  # [N, K, D]
-        return (weights[:, None] @ y)[:, 0]
-
-    def visit(self, experts, x, counts):
-        """Rows x [N K, D], counts [X] of them for each expert, to the ranks that have those
-        experts, through them, and back: dispatch and combine."""
-        ranks = self.ep.size()
-        send = counts.view(ranks, -1)
-        receive = all_to_all(send, [1] * ranks, [1] * ranks, self.ep)  # [ranks, X / ranks]
-        n_send, n_receive = torch.stack((send.sum(1), receive.sum(1))).tolist()
-        x = Exchange.apply(x, n_send, n_receive, self.ep)
-        local = torch.arange(receive.shape[1], device=x.device).repeat(ranks)
-        order = local.repeat_interleave(receive.flatten()).argsort(stable=True)
-        inverse = order.argsort()
-        y = experts(Permute.apply(x, order, inverse, 1), receive.sum(0).cumsum(0).int())
-        return Exchange.apply(Permute.apply(y, inverse, order, 1), n_receive, n_send, self.ep)
+        y = y.sum(1).view_as(x)
+        return y + self.shared_gate(x).sigmoid() * self.shared(x), balance
 
 class Block(nn.Module):
     """A mixer and experts, each behind a norm: x [B, T, D] and rotary angles -> x and the balance
     loss. Every fourth mixer is attention, the others are Gated DeltaNets."""
 
-    def __init__(self, cfg, dim, index, ep):
+    def __init__(self, cfg, dim, index):
         super().__init__()
         self.mixer_norm = UnitOffsetRMSNorm(dim)
         if (index + 1) % 4 == 0:
@@ -735,7 +702,7 @@ class Block(nn.Module):
             self.mixer = GatedDeltaNet(dim, cfg.key_heads, cfg.value_heads, cfg.delta_head_dim)
         self.moe_norm = UnitOffsetRMSNorm(dim)
         experts = cfg.expert_dim, cfg.shared_dim, cfg.n_experts, cfg.top_k
-        self.moe = SharedExpertMoE(dim, *experts, ep)
+        self.moe = SharedExpertMoE(dim, *experts)
 
     def forward(self, x, cos, sin, exists):
         x = x + self.mixer(self.mixer_norm(x), cos, sin)
@@ -746,12 +713,12 @@ class Thinker(nn.Module):
     """The text model (O35 §2): embeddings x [B, T, D] at ids [3, B, T] -> what the head reads, the
     states in the middle of the stack, both [B, T, D], and the balance loss of all layers."""
 
-    def __init__(self, cfg, ep):
+    def __init__(self, cfg):
         super().__init__()
         self.rotary_dim = cfg.rotary_dim
         self.rope_theta = cfg.rope_theta
         self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.dim)
-        self.blocks = nn.ModuleList(Block(cfg, cfg.dim, i, ep) for i in range(cfg.n_layers))
+        self.blocks = nn.ModuleList(Block(cfg, cfg.dim, i) for i in range(cfg.n_layers))
         self.final_norm = UnitOffsetRMSNorm(cfg.dim)
         self.head = Linear(cfg.dim, cfg.vocab_size, bias=False)
 
@@ -821,7 +788,7 @@ class DenseBlock(nn.Module):
         self.attn_norm = UnitOffsetRMSNorm(dim)
         self.attn = GatedAttention(dim, n_heads, n_kv_heads, head_dim)
         self.mlp_norm = UnitOffsetRMSNorm(dim)
-        self.mlp = SwiGLU(dim, hidden_dim)
+        self.mlp = GatedMLP(dim, hidden_dim)
 
     def forward(self, x, cos, sin):
         x = x + self.attn(self.attn_norm(x), cos, sin)
@@ -844,7 +811,7 @@ class Talker(nn.Module):
 
     # Undisclosed: the sizes. Heads and experts are those of the Thinker.
 
-    def __init__(self, cfg, ep):
+    def __init__(self, cfg):
         super().__init__()
         dim = cfg.talker_dim
         self.rotary_dim = cfg.rotary_dim
@@ -853,7 +820,7 @@ class Talker(nn.Module):
         self.text_projection = Projection(cfg.dim, dim)
         self.media_projection = Projection(cfg.dim, dim)
         self.code_embedding = nn.Embedding(cfg.n_codebooks * cfg.codebook_size, dim)
-        self.blocks = nn.ModuleList(Block(cfg, dim, i, ep) for i in range(cfg.talker_layers))
+        self.blocks = nn.ModuleList(Block(cfg, dim, i) for i in range(cfg.talker_layers))
         self.final_norm = UnitOffsetRMSNorm(dim)
         self.head = Linear(dim, cfg.codebook_size + 1, bias=False)  # the last id ends the speech
         heads = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
@@ -927,7 +894,7 @@ class Omni(nn.Module):
     """Qwen3.5-Omni, tokens [B, T] -> logits [B, T, V]. A batch (see get_batch) adds media to the
     tokens, and a task says what is returned; `dtype` is the precision of the residual streams."""
 
-    def __init__(self, cfg, ep=None):
+    def __init__(self, cfg):
         super().__init__()
         self.dtype = torch.float32
         audio = cfg.audio_dim, cfg.audio_layers, cfg.audio_heads, cfg.audio_hidden
@@ -935,13 +902,13 @@ class Omni(nn.Module):
         self.audio_adapter = Adapter(cfg.audio_dim, cfg.audio_dim, cfg.dim)
         vision = cfg.vision_dim, cfg.vision_layers, cfg.vision_heads, cfg.vision_hidden
         self.vision = VisionTransformer(cfg.patch, cfg.position_side, *vision, cfg.dim)
-        self.thinker = Thinker(cfg, ep)
+        self.thinker = Thinker(cfg)
         self.decoder = self.talker = None
         if cfg.decoder_layers:
             sizes = cfg.audio_dim, cfg.decoder_layers, cfg.audio_heads, cfg.audio_hidden
             self.decoder = AudioDecoder(cfg.vocab_size, *sizes)
         if cfg.talker_layers:
-            self.talker = Talker(cfg, ep)
+            self.talker = Talker(cfg)
 
     def forward(self, tokens, batch=None, task="logits"):
         """task "logits": logits [B, T, V]; "predict": the likeliest ids [N] at the N targets;
@@ -1028,13 +995,14 @@ def init_weights(model, cfg):
     # Undisclosed: all of it but 0.02. Encoders keep the variance of their inputs; decay as in the
     # paper of Gated DeltaNet; rows of routers have one norm, so that no expert is ahead.
     for name, p in model.named_parameters():
-        prefix, *rank = re.split(r"\.ep(\d+)", name)
         generator = torch.Generator().manual_seed(stable_hash(cfg.seed, name))
         value = torch.empty(p.shape)
         if is_expert(name):
-            for i, matrix in enumerate(value):
-                key = cfg.seed, prefix, rank[1], int(rank[0]) * len(p) + i
-                matrix.normal_(0.0, 0.02, generator=generator.manual_seed(stable_hash(*key)))
+            rank = int(re.search(r"experts(\d*)", name)[1] or 0)
+            whole = re.sub(r"experts\d*", "experts", name)
+            for i, matrix in enumerate(value, rank * len(p)):
+                generator.manual_seed(stable_hash(cfg.seed, whole, i))
+                matrix.normal_(0.0, 0.02, generator=generator)
         elif re.search(UNIT_OFFSET, name) or name.endswith(".bias"):
             value.zero_()
         elif re.search(r"norm\d?(\.weight)?$", name):
@@ -1050,14 +1018,14 @@ def init_weights(model, cfg):
             value.normal_(0.0, p[0].numel() ** -0.5, generator=generator)
         elif name.endswith("conv"):
             value.normal_(0.0, 0.5, generator=generator)
-        elif re.search(r"(embedding|head|q|k|v|qkv|z|a|b|out|gate|up|down|shared_gate)", name):
+        elif re.search(r"(embedding|head|q|k|v|qkv|z|a|b|o|out|gate|up|down|gate_up|shared_gate)", name):
             value.normal_(0.0, 0.02, generator=generator)
         else:
             raise ValueError(f"no rule initialises {name}")
         fill_parameter(p, value)
     for moe in moe_layers(model):
         moe.share.fill_(cfg.top_k / cfg.n_experts)
-        moe.counts.zero_()
+        moe.load.zero_()
 
 def moe_layers(model):
     """The layers of experts, in order."""
@@ -1660,12 +1628,11 @@ def learning_rate(step, cfg):
 def update_shares(model):
     """Set each router's shares f to those of the update that has ended, over all ranks."""
     layers = moe_layers(model)
-    counts = torch.stack([layer.counts for layer in layers])
-    dist.all_reduce(counts)
-    for layer, count in zip(layers, counts):
-        if count.any():
-            layer.share.copy_(count * layer.top_k / count.sum())
-        layer.counts.zero_()
+    loads = torch.stack([layer.load for layer in layers])
+    dist.all_reduce(loads)
+    for layer, load in zip(layers, loads):
+        layer.share.copy_(torch.where(load.sum() > 0, load * layer.top_k / load.sum(), layer.share))
+        layer.load.zero_()
 
 # ---------------------------------------- Precision ----------------------------------------
 
@@ -1683,7 +1650,58 @@ PEAK_FLOPS = {  # dense bf16, by the device's exact name; a device not listed ge
 
 def is_expert(name):
     """Whether a parameter belongs to the routed experts, of which a rank has a part."""
-    return ".experts." in name
+    return re.search(r"\.experts\d*\.", name) is not None
+
+def all_to_all(x, send, receive, group):
+    """Rows of x [M, ...], send[i] of which go to rank i of the group; receive[i] come from it."""
+    rows = x.new_empty(sum(receive), *x.shape[1:])
+    dist.all_to_all_single(rows, x.contiguous(), receive, send, group=group)
+    return rows
+
+class Exchange(torch.autograd.Function):
+    """§3.2.2, all-to-all of rows by the function `there`, and of their gradients by `back`."""
+
+    @staticmethod
+    def forward(ctx, x, send, receive, group, there, back):
+        ctx.settings = receive, send, group
+        ctx.back = back
+        return there(x, send, receive, group)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.back(gradient, *ctx.settings), None, None, None, None, None
+
+def exchanged(experts, group, dispatch, x, gates, counts):
+    """experts(x, gates, counts), where each rank of the group has a part of the experts: dispatch
+    of the rows and their gates to the ranks of their experts, and combine of the outputs. The rows,
+    and the gradients of the outputs, travel by the function `dispatch`."""
+    ranks = group.size()
+    send = counts.view(ranks, -1)  # [ranks, X / ranks]
+    receive = all_to_all(send, [1] * ranks, [1] * ranks, group)
+    n_send, n_receive = torch.stack((send.sum(1), receive.sum(1))).tolist()
+    x = Exchange.apply(x, n_send, n_receive, group, dispatch, all_to_all)
+    gates = Exchange.apply(gates, n_send, n_receive, group, all_to_all, all_to_all)
+    # Rows come sorted by rank, and the experts take them sorted by expert.
+    local = torch.arange(send.shape[1], device=x.device).repeat(ranks)
+    order = local.repeat_interleave(receive.flatten()).argsort(stable=True)
+    inverse = order.argsort()
+    rows = Permute.apply(x, order, inverse, 1)
+    y = experts(rows, gates.gather(0, order), receive.sum(0))
+    y = Permute.apply(y, inverse, order, 1)
+    return Exchange.apply(y, n_receive, n_send, group, all_to_all, dispatch)
+
+def divide_experts(moe, group):
+    """Give a layer of experts this rank's part of them, one of as many as the group has ranks,
+    under a name that says which, for checkpoints. Returns that part."""
+    rank = group.rank()
+    X, width, dim = moe.experts.gate_up.shape
+    with torch.device(moe.experts.gate_up.device):
+        part = Experts(X // group.size(), dim, width // 2)
+    part.requires_grad_(moe.experts.gate_up.requires_grad)
+    del moe.experts
+    moe.add_module(f"experts{rank}", part)
+    moe.experts = functools.partial(exchanged, part, group, all_to_all)
+    return part
 
 def parallelize(model, cfg, mesh):
     """Shard parameters, gradients and optimizer over all ranks, and experts over those ranks that
@@ -1696,9 +1714,11 @@ def parallelize(model, cfg, mesh):
     if cfg.recompute == "block":
         for block, _ in shards:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    experts = [(m, mesh["dp"]) for m in model.modules() if isinstance(m, Experts)]
+    if cfg.ep > 1:
+        experts = [divide_experts(moe, mesh["ep"].get_group()) for moe in moe_layers(model)]
+        shards = [(module, mesh["dp"]) for module in experts] + shards
     if mesh.size() > 1:
-        for module, ranks in [*experts * (cfg.ep > 1), *shards]:
+        for module, ranks in shards:
             fully_shard(module, mesh=ranks, mp_policy=policy)
         fully_shard(model, mesh=everyone, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
@@ -1718,30 +1738,208 @@ def build_sharded(cfg, mesh, path=""):
     """The parallelized model of this rank, initialised or with the weights of a Hugging Face
     checkpoint directory; what the stage does not train has no gradient."""
     with torch.device("meta"):
-        model = Omni(cfg, mesh["ep"].get_group() if cfg.ep > 1 else None)
+        model = Omni(cfg)
     for name, p in model.named_parameters():
         p.requires_grad_(re.match(STAGES[cfg.stage].trained, name) is not None)
     parallelize(model, cfg, mesh)
     model.to_empty(device=mesh.device_type)
     init_weights(model, cfg)
     if path:
-        fill_weights(model, cfg, path)
+        fill_weights(model, path)
     return model
 
 # ---------------------------------------- Checkpoint ----------------------------------------
 
-SHAPE = ("vocab_size", "dim", "n_layers")
-def read_hf_config(path, fields, fixed):
-    """Fields of Config from the config.json of a Hugging Face checkpoint directory.
+# The Thinker and the vision encoder are those of a Qwen3_5MoeForConditionalGeneration; AuT and its
+# adapter, in the folder audio_tower beside it, are a Qwen3OmniMoeAudioEncoder.
+HF_CONFIG = {  # part of config.json: {field of Config, whose default is theirs: key}
+    "text_config": {
+        "vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers",
+        "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads",
+        "head_dim": "head_dim", "key_heads": "linear_num_key_heads",
+        "value_heads": "linear_num_value_heads", "delta_head_dim": "linear_key_head_dim",
+        "n_experts": "num_experts", "top_k": "num_experts_per_tok",
+        "expert_dim": "moe_intermediate_size", "shared_dim": "shared_expert_intermediate_size",
+    },
+    "vision_config": {
+        "vision_dim": "hidden_size", "vision_layers": "depth", "vision_heads": "num_heads",
+        "vision_hidden": "intermediate_size", "patch": "patch_size",
+    },
+}  # fmt: skip
+HF_AUDIO = {
+    "audio_dim": "d_model", "audio_layers": "encoder_layers", "audio_hidden": "encoder_ffn_dim",
+    "audio_heads": "encoder_attention_heads", "audio_channels": "downsample_hidden_size",
+}  # fmt: skip
+HF_FIXED = {  # the only values that are supported
+    "text_config": {
+        "hidden_act": "silu", "rms_norm_eps": 1e-6, "attention_bias": False,
+        "linear_conv_kernel_dim": 4, "tie_word_embeddings": False,
+        "model_type": "qwen3_5_moe_text",
+    },
+    "vision_config": {
+        "hidden_act": "gelu_pytorch_tanh", "spatial_merge_size": 2, "temporal_patch_size": 2,
+        "in_channels": 3, "model_type": "qwen3_5_moe_vision",
+    },
+}  # fmt: skip
+HF_NAMES = {  # part of the model: patterns of our names and theirs, applied one after the other
+    "thinker": (
+        (r"^", "model.language_model."), (r".*head", "lm_head"), (r"\.blocks", ".layers"),
+        (r"token_embedding", "embed_tokens"), (r"final_norm", "norm"),
+        (r"mixer_norm", "input_layernorm"), (r"moe_norm", "post_attention_layernorm"),
+        (r"mixer\.([qkv])\.", r"self_attn.\1_proj."), (r"mixer\.([qk])_norm", r"self_attn.\1_norm"),
+        (r"mixer\.out", "self_attn.o_proj"), (r"mixer\.(qkv|z|b|a)\.", r"linear_attn.in_proj_\1."),
+        (r"mixer\.conv", "linear_attn.conv1d.weight"), (r"mixer\.gated_norm", "mixer.norm.weight"),
+        (r"mixer\.o\.", "linear_attn.out_proj."), (r"mixer", "linear_attn"),
+        (r"moe\.router", "mlp.gate.weight"), (r"moe\.experts\d*\.(\w+)", r"mlp.experts.\1_proj"),
+        (r"moe\.shared\.(\w+)", r"mlp.shared_expert.\1_proj"), (r"moe\.", "mlp."),
+        (r"shared_gate", "shared_expert_gate"),
+    ),
+    "vision": (
+        (r"^", "model.visual."), (r"patch_embedding", "patch_embed.proj"),
+        (r"position_embedding", "pos_embed"), (r"qkv", "attn.qkv"), (r"out", "attn.proj"),
+        (r"merger_norm", "merger.norm"), (r"(\d)\.(up|down)", r"\1.mlp.\2"),
+        (r"\.up", ".linear_fc1"), (r"\.down", ".linear_fc2"),
+    ),
+    "audio": (
+        (r"convs\.0", "conv2d1"), (r"convs\.1", "conv2d2"), (r"convs\.2", "conv2d3"),
+        (r"convs\.3", "conv2d4"), (r"blocks", "layers"), (r"final_norm", "ln_post"),
+        (r"norm1", "self_attn_layer_norm"), (r"norm2", "final_layer_norm"), (r"up", "fc1"),
+        (r"down", "fc2"), (r"\.out", ".self_attn.out_proj"), (r"qkv", "self_attn.qkv_proj"),
+    ),
+    "audio_adapter": ((r"up", "proj1"), (r"down", "proj2")),
+}  # fmt: skip
+SHAPE = (  # fields of Config that must agree with a checkpoint
+    *HF_CONFIG["text_config"], *HF_CONFIG["vision_config"], *HF_AUDIO, "rotary_dim", "rope_theta",
+    "position_side", "audio_convs", "audio_chunk", "decoder_layers", "talker_layers", "talker_dim",
+    "mtp_layers", "n_codebooks", "codebook_size",
+)  # fmt: skip
 
-    fields: {field: (key, default of Hugging Face's class)}; fixed: {key: the only value that is
-    supported}. Raises ValueError, with the key's name, for another value.
-    """
-    theirs = json.loads((Path(path) / "config.json").read_text())
-    for key, value in fixed.items():
-        if theirs.get(key) not in (None, value):
-            raise ValueError(f"{path}: config.json has {key} {theirs[key]!r}, not {value!r}")
-    return {field: theirs.get(key, default) for field, (key, default) in fields.items()}
+def hf_names(name):
+    """Hugging Face's names of the tensors that, one below the other, are a parameter; none for a
+    parameter that their classes do not have."""
+    part, name = name.split(".", 1)
+    if part not in HF_NAMES:
+        return []
+    for pattern, theirs in HF_NAMES[part]:
+        name = re.sub(pattern, theirs, name)
+    if "qkv_proj" in name:
+        return [name.replace("qkv", kind) for kind in "qkv"]
+    if "shared_expert.gate_up" in name:
+        return [name.replace("gate_up", kind) for kind in ("gate", "up")]
+    return [name]
+
+def read_omni_config(path):
+    """Config from the config.json of a Qwen3_5MoeForConditionalGeneration and, if there is one, of
+    the audio tower beside it."""
+    with explain(f"{path} holds no Qwen3_5MoeForConditionalGeneration", Exception):
+        cfg = Config()
+        theirs = json.loads((Path(path) / "config.json").read_text())
+        for part, fields in HF_CONFIG.items():
+            for key, value in HF_FIXED[part].items():
+                if theirs[part].get(key, value) != value:
+                    raise ValueError(f"{part} has {key} {theirs[part][key]!r}, not {value!r}")
+            for field, key in fields.items():
+                setattr(cfg, field, theirs[part].get(key, getattr(cfg, field)))
+        text = theirs["text_config"]
+        rope = text.get("rope_parameters") or {}
+        cfg.rope_theta = rope.get("rope_theta", cfg.rope_theta)
+        cfg.rotary_dim = int(cfg.head_dim * rope.get("partial_rotary_factor", 0.25))
+        cfg.position_side = math.isqrt(theirs["vision_config"].get("num_position_embeddings", 2304))
+        ours = list(rotary_section(cfg.rotary_dim // 2))
+        section = rope.get("mrope_section", ours)
+        value_dim = text.get("linear_value_head_dim", 128)
+        if section != ours or value_dim != cfg.delta_head_dim:
+            raise ValueError(f"mrope_section {section} or linear_value_head_dim {value_dim}")
+        if (Path(path) / "audio_tower").exists():
+            theirs = json.loads((Path(path) / "audio_tower" / "config.json").read_text())
+            for field, key in HF_AUDIO.items():
+                setattr(cfg, field, theirs[key])
+            cfg.audio_chunk = 2 * theirs["n_window"]
+            cfg.audio_window = theirs["n_window_infer"]
+            cfg.audio_convs = theirs.get("downsample_times", 3)
+    return cfg
+
+def fill_weights(model, path):
+    """Fill the parameters of model, which may be sharded, from a Hugging Face directory; parts that
+    it does not have stay as they are."""
+    with explain(f"{path} holds no Qwen3_5MoeForConditionalGeneration of this shape", Exception):
+        tensors = read_hf_tensors(path)
+        has_audio = (Path(path) / "audio_tower").exists()
+        if has_audio:
+            tensors |= read_hf_tensors(Path(path) / "audio_tower")
+        for name, p in model.named_parameters():
+            names = hf_names(name)
+            if not names or (name.startswith("audio") and not has_audio):
+                continue
+            if is_expert(name) and names[0] not in tensors:  # they are one by one
+                prefix, kind = names[0].rsplit(".", 1)
+                kinds = ["down"] if kind == "down_proj" else ["gate", "up"]
+                keys = [f"{prefix}.{{}}.{kind}_proj.weight" for kind in kinds]
+                matrices = []
+                while keys[0].format(len(matrices)) in tensors:
+                    matrices.append(torch.cat([tensors[k.format(len(matrices))] for k in keys]))
+                tensors[names[0]] = torch.stack(matrices)
+            value = torch.cat([tensors[key] for key in names])
+            rank = re.search(r"experts(\d+)", name)
+            if rank:
+                value = value[int(rank[1]) * len(p) :][: len(p)]
+            fill_parameter(p, value.view(p.shape))
+
+def from_hf(path):
+    """(model, cfg) from the directory of a Qwen3_5MoeForConditionalGeneration."""
+    cfg = read_omni_config(path)
+    model = Omni(cfg)
+    init_weights(model, cfg)
+    fill_weights(model, path)
+    return model, cfg
+
+def omni_configs(cfg):
+    """config.json of the Thinker with the vision encoder, and of the audio tower."""
+    config = {"architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe"}
+    for part, fields in HF_CONFIG.items():
+        config[part] = {key: getattr(cfg, field) for field, key in fields.items()} | HF_FIXED[part]
+    section = list(rotary_section(cfg.rotary_dim // 2))
+    rope = {"rope_type": "default", "rope_theta": cfg.rope_theta, "mrope_section": section}
+    rope |= {"partial_rotary_factor": cfg.rotary_dim / cfg.head_dim, "mrope_interleaved": True}
+    text = {"rope_parameters": rope, "linear_value_head_dim": cfg.delta_head_dim}
+    config["text_config"] |= text | {"max_position_embeddings": 262144}
+    vision = {"out_hidden_size": cfg.dim, "num_position_embeddings": cfg.position_side**2}
+    config["vision_config"] |= vision
+    audio = {key: getattr(cfg, field) for field, key in HF_AUDIO.items()}
+    audio |= {"n_window": cfg.audio_chunk // 2, "n_window_infer": cfg.audio_window}
+    audio |= {"output_dim": cfg.dim, "model_type": "qwen3_omni_moe_audio_encoder"}
+    audio |= {"architectures": ["Qwen3OmniMoeAudioEncoder"], "downsample_times": cfg.audio_convs}
+    return config, audio
+
+def to_hf(model, cfg, path, mesh=None):
+    """Write the Thinker and the vision encoder to the directory path, and AuT to audio_tower in it.
+    All ranks call this: they gather one parameter after the other, and rank 0 writes."""
+    from safetensors.torch import save_file
+
+    is_writer = not dist.is_initialized() or dist.get_rank() == 0
+    tensors = {}
+    audio = {}
+    for name, p in model.named_parameters():
+        value = p.full_tensor() if isinstance(p, DTensor) else p
+        if is_expert(name) and cfg.ep > 1:
+            parts = [torch.empty_like(value) for _ in range(cfg.ep)]
+            dist.all_gather(parts, value.detach(), group=mesh["ep"].get_group())
+            value = torch.cat(parts)
+        if name.endswith("conv"):
+            value = value[:, None]
+        if "patch_embedding.weight" in name:
+            value = value.view(-1, 3, 2, cfg.patch, cfg.patch)
+        names = hf_names(name)
+        for key, part in zip(names, value.chunk(max(len(names), 1))):
+            if is_writer:
+                (audio if name.startswith("audio") else tensors)[key] = part.detach().cpu().contiguous()
+    if not is_writer:
+        return
+    with written_beside(path) as folder:
+        (folder / "audio_tower").mkdir()
+        for place, weights, config in zip((folder, folder / "audio_tower"), (tensors, audio), omni_configs(cfg)):
+            save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
+            (place / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 def read_hf_tensors(path):
     """{name: tensor} of model.safetensors or, without it, of the files that the index names."""
@@ -2192,7 +2390,7 @@ def main(argv=None):
             if not ended:
                 return print(f"stopped in stage {name}")
         if cfg.export:
-            to_hf(model, cfg, cfg.export)
+            to_hf(model, cfg, cfg.export, mesh)
         show(model, Source(stage, data[0], *data[2], held_out=1), stage, device)
 
 # ---------------------------------------- Plumbing ----------------------------------------
