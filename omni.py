@@ -922,7 +922,7 @@ class Omni(nn.Module):
             return self.transcribe(tokens, batch)
         x = self.thinker.token_embedding(tokens).to(self.dtype)
         if "mel" in batch:
-            audio = self.audio(batch["mel"], batch["n_frames"], self.dtype)
+            audio = self.audio(batch["mel"], batch["mel_frames"], self.dtype)
             x = replace_rows(x, batch["kinds"] == AUDIO, self.audio_adapter(audio))
             vision = self.vision(batch["patches"], batch["grid"], self.dtype)
             x = replace_rows(x, batch["kinds"] == VISION, vision)
@@ -951,7 +951,7 @@ class Omni(nn.Module):
 
     def transcribe(self, tokens, batch):
         """The pre-training task of AuT: text from audio by the decoder alone."""
-        rows = self.audio(batch["mel"], batch["n_frames"], self.dtype)
+        rows = self.audio(batch["mel"], batch["mel_frames"], self.dtype)
         is_audio = batch["kinds"] == AUDIO
         memory = replace_rows(rows.new_zeros(*tokens.shape, rows.shape[-1]), is_audio, rows)
         x = self.decoder(tokens, memory, is_audio)
@@ -1397,7 +1397,7 @@ def collate(items, tokenizer, window, cfg):
     batch["patches"] = stack(patches or [torch.zeros(4, 6 * cfg.patch**2)], 0.0)
     batch["grid"] = torch.tensor(grid or [(2, 2)])
     mel, n_frames = cut_into_windows(mels or [torch.zeros(128, 1)], cfg.audio_chunk, window)
-    batch |= {"mel": mel, "n_frames": n_frames, **counts}
+    batch |= {"mel": mel, "mel_frames": n_frames, **counts}
     batch["n_targets"] = sum(counts.values())
     batch["n_tokens"] = int((batch["kinds"] >= 0).sum())
     batch["n_bytes"] = sum(item.n_bytes for item in items)
