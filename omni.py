@@ -1179,15 +1179,15 @@ def draw_item(modality, rng, cfg):
     if modality == "av":  # the shape hits a wall; with the beep, or the beep comes at another time
         wall = str(rng.choice(("right", "left")))
         pitch = str(rng.choice(("high", "low")))
-        match = str(rng.choice(("yes", "no")))
+        match = str(rng.choice(("in time", "late")))
         hit, other = rng.permutation(np.arange(1, cfg.n_frames))[:2]
         edge = size - radius if wall == "right" else radius
         away = np.abs(i - hit) * size * 0.12
         x = edge - away if wall == "right" else edge + away
         path = np.stack((x, np.full_like(x, start[1])), 1)
-        caption = [("the ", ""), (wall, "av wall"), (" wall, a ", ""), (pitch, "av pitch")]
-        caption += [(" beep, in time: ", ""), (match, "av match")]
-        beat = (hit if match == "yes" else other) / cfg.fps
+        caption = [(wall, "av wall"), (" wall, ", ""), (pitch, "av pitch"), (" beep, ", "")]
+        caption.append((match, "av match"))
+        beat = (hit if match == "in time" else other) / cfg.fps
         seconds = cfg.n_frames / cfg.fps
         hertz = 1800 if pitch == "high" else 500
         make = functools.partial(draw_beep, hertz, beat, seconds)
@@ -1708,8 +1708,8 @@ def parallelize(model, cfg, mesh):
     have the same ones. Gradients are summed. Sets the precision; recomputes blocks."""
     model.dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     policy = MixedPrecisionPolicy(model.dtype, torch.float32, cast_forward_inputs=False)
-    everyone = init_device_mesh(mesh.device_type, (mesh.size(),))
-    blocks = (EncoderBlock, DecoderBlock, Block, DenseBlock)
+    everyone = init_device_mesh(mesh.device_type, (mesh.size(),), mesh_dim_names=("all",))
+    blocks = (EncoderBlock, Block, DenseBlock)
     shards = [(m, everyone) for m in model.modules() if isinstance(m, blocks)]
     if cfg.recompute == "block":
         for block, _ in shards:
@@ -2420,8 +2420,6 @@ def explain(what, *errors):
     try:
         yield
     except errors as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
         cause = str(error).strip().rpartition("\n")[2]  # without the tracebacks of other ranks
         raise ValueError(f"{what}: {type(error).__name__}: {cause}") from error
 
