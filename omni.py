@@ -132,18 +132,34 @@ class Config:
     init: str = ""  # Hugging Face checkpoint directory of the Thinker and vision encoder to start from
     export: str = ""  # directory to write a Hugging Face checkpoint to after training
 
-SMALL_ENCODERS = dict(
-    audio_heads=4, audio_convs=4, vision_heads=4, patch=8, position_side=16, min_pixels=1,
-)
+TINY = dict(  # for bytes, and images of 32 x 32 pixels
+    dim=128, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=32, rotary_dim=16, key_heads=2,
+    value_heads=4, delta_head_dim=32, n_experts=8, top_k=2, expert_dim=64, shared_dim=64,
+    audio_dim=96, audio_layers=2, audio_heads=4, audio_hidden=192, audio_channels=16,
+    vision_dim=96, vision_layers=2, vision_heads=4, vision_hidden=192, patch=8, position_side=16,
+    min_pixels=1, image_size=32, n_frames=4, seq_len=64, batch_size=24, lr=1.2e-3,
+    encoder_scale=1.0, log_every=25, mix="text:.1,audio:.3,image:.25,video:.25,av:.1",
+)  # fmt: skip
 PRESETS = {
-    # A CPU, two minutes: stage S2 alone, from nothing.
-    "demo": SMALL_ENCODERS | dict(
-        dim=128, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=32, rotary_dim=16, key_heads=2,
-        value_heads=4, delta_head_dim=32, n_experts=8, top_k=2, expert_dim=64, shared_dim=64,
-        audio_dim=96, audio_layers=2, audio_hidden=192, audio_channels=16, vision_dim=96,
-        vision_layers=2, vision_hidden=192, image_size=32, n_frames=4, seq_len=64,
-        mix="text:.1,audio:.3,image:.25,video:.25,av:.1", batch_size=24, steps=400, lr=3e-3,
-        encoder_scale=1.0, log_every=25,
+    # A CPU, minutes: stage S2 alone, from nothing.
+    "demo": TINY | dict(steps=400),
+    # The same through all stages, with a Talker; 200 updates each.
+    "demo_walk": TINY | dict(
+        stage="all", steps=200, decoder_layers=1, talker_layers=4, talker_dim=96, mtp_layers=1,
+    ),
+    # One GPU of 24 GB or a node of them, minutes: the specification's demo, for 64 x 64 pixels.
+    "small": TINY | dict(
+        dim=256, n_layers=8, head_dim=64, rotary_dim=32, key_heads=4, value_heads=8, n_experts=16,
+        top_k=4, expert_dim=128, shared_dim=128, audio_dim=192, audio_layers=4, audio_hidden=768,
+        audio_channels=64, vision_dim=192, vision_layers=4, vision_hidden=768, image_size=64,
+        n_frames=8, seq_len=256, batch_size=96, steps=2000, val_every=500, lr=1e-3,
+    ),
+    # Undisclosed: the sizes of Qwen3.5-Omni. The backbones and the vision encoder of Qwen3.5, and
+    # the AuT of Qwen3-Omni with four convolutions, which has as many dimensions.
+    "35b_a3b": dict(micro_batch=1, recompute="block"),
+    "397b_a17b": dict(
+        dim=4096, n_layers=60, n_heads=32, value_heads=64, n_experts=512, top_k=10,
+        expert_dim=1024, shared_dim=1024, micro_batch=1, recompute="block",
     ),
 }  # fmt: skip
 SPECIALS = [
@@ -1748,6 +1764,31 @@ def build_sharded(cfg, mesh, path=""):
         fill_weights(model, path)
     return model
 
+def memory_per_rank(model, cfg):
+    """Bytes on each rank, by kind, of a model on the meta device, for batches of text alone."""
+    n = sum(p.numel() for p in model.parameters())
+    n_trained = sum(
+        p.numel() for name, p in model.named_parameters() if re.match(STAGES["s2"].trained, name)
+    )
+    block = max(sum(p.numel() for p in block.parameters()) for block in model.thinker.blocks)
+    experts = sum(p.numel() for p in model.thinker.blocks[0].moe.experts.parameters())
+    size = 2 if cfg.precision == "bf16" else 4
+    ranks = cfg.dp * cfg.ep
+    memory = {"parameters": 4 * n / ranks, "gradients": 4 * n_trained / ranks}
+    memory["optimizer"] = 8 * n_trained / ranks
+    # Gathered parameters of two blocks, of whose experts a rank has a part, and of embedding and
+    # head, and the gradients of these.
+    root = 2 * cfg.vocab_size * cfg.dim
+    memory["gathered"] = size * (2 * root + 3 * (block - experts + experts // cfg.ep))
+    # Kept for the backward pass, per token and block: about 40 numbers of width D and 6 per hidden
+    # channel of the chosen experts; with recomputation, the input alone and one block's.
+    kept = size * (40 * cfg.dim + 6 * (cfg.top_k * cfg.expert_dim + cfg.shared_dim))
+    tokens = split_batch(cfg, ranks)[1] * cfg.seq_len
+    memory["activations"] = tokens * cfg.n_layers * kept
+    if cfg.recompute == "block":
+        memory["activations"] = tokens * (cfg.n_layers * size * cfg.dim + kept)
+    return memory
+
 # ---------------------------------------- Checkpoint ----------------------------------------
 
 # The Thinker and the vision encoder are those of a Qwen3_5MoeForConditionalGeneration; AuT and its
@@ -2244,21 +2285,22 @@ def train(model, optimizer, source, heldout, state, cfg, device, signals):
             raise ValueError(f"no finite gradient in the last {n_skipped} steps to {step + 1}")
 
 def load_data(cfg):
-    """(tokenizer, (documents, rows) to train on, (documents, rows) held out) of --data or, without
-    it, of the standard library, whose text made-up items use; sets cfg.vocab_size."""
-    tokenizer = load_tokenizer(cfg.tokenizer or "bytes", SPECIALS)
+    """(tokenizer or None, training Corpus, held-out Corpus) of --data; sets cfg.vocab_size. With
+    --write_tokens the data is written as shards instead, and the result is None."""
+    files, shards = find_files(cfg.data)
+    tokenizer = None
+    separator = -1  # unknown
+    if cfg.tokenizer or files:
+        tokenizer = load_tokenizer(cfg.tokenizer or "bytes", ["<|endoftext|>"])
+        separator = tokenizer.eot_token
     cfg.vocab_size = vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
-    if cfg.data:
-        rows = read_manifest(cfg.data, cfg)
-        held_out = [row for row in rows if is_held_out(row[0])] or rows[-1:]
-        train = [row for row in rows if row not in held_out]
-        if not train:
-            raise ValueError(f"{cfg.data} has {len(rows)} lines, and 2 are the least")
-        return tokenizer, ([], train), ([], held_out)
-    files, _ = find_files("")
-    documents = list(read_documents("", files))
-    held_out = [text for name, text in documents if is_held_out(name)]
-    return tokenizer, ([text for name, text in documents if not is_held_out(name)], []), (held_out, [])
+    documents = tokenize(read_documents(cfg.data, files), tokenizer, separator)
+    if cfg.write_tokens and shards:
+        raise ValueError("--write_tokens reads text, and --data has token shards")
+    if cfg.write_tokens:
+        return write_tokens(cfg.write_tokens, documents)
+    sizes = cfg.vocab_size, cfg.batch_size, cfg.seq_len
+    return tokenizer, *load_corpora(shards, documents, tokenizer, separator, *sizes)
 
 def stage_names(cfg):
     """The stages of the run, in order."""
@@ -2404,7 +2446,8 @@ def report_user_errors():
         with contextlib.redirect_stdout(open(os.devnull, "w") if rank else sys.stdout):
             yield
     except BrokenPipeError:  # the program that reads our output, such as head, has ended
-        os._exit(1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (OSError, ValueError) as error:
         time.sleep(5 * (rank > 0))  # so that rank 0, if it fails too, reports first
         print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
@@ -2553,7 +2596,7 @@ def stable_hash(*key):
     """64 bits that depend on the key alone: the seed of all that is drawn."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
-@functools.lru_cache(4)
+@functools.lru_cache(64)  # one for each corpus of a mix, and some for the next epoch
 def permutation(n, *key):
     """A random permutation of range(n), int64 [n], seeded by key."""
     return np.random.default_rng(stable_hash(*key)).permutation(n)
