@@ -625,16 +625,16 @@ def find_instance(corpus, index, cfg):
     epoch, index = divmod(index, n_blocks * quota)
     group, index = divmod(index, LANES * quota)
     lanes = min(LANES, n_blocks - group * LANES)
-    lane, slot = divmod(shuffled(index, lanes * quota, (cfg.seed, epoch, group)), quota)
-    block = shuffled(group * LANES + lane, n_blocks, (cfg.seed, epoch))
+    lane, slot = divmod(permutation(lanes * quota, cfg.seed, epoch, group)[index], quota)
+    block = permutation(n_blocks, cfg.seed, epoch)[group * LANES + lane]
     key = cfg.seed, epoch % cfg.dupe_factor if cfg.dupe_factor else epoch, cfg.seq_len
     settings = n_blocks, cfg.seq_len, cfg.short_seq_prob, key
     found = block_instances(corpus, block, *settings)
     if not found:
         n = corpus.size // n_blocks
         raise ValueError(f"block {block} of the data, of {n:,} tokens, has no text")
-    which = shuffled(slot, max(quota, len(found)), (key, block)) % len(found)
-    return *found[which], (*key, block, slot)
+    which = permutation(max(quota, len(found)), key, block)[slot] % len(found)
+    return *found[which], (*key, int(block), int(slot))
 
 def create_masked_lm_predictions(tokens, cfg, specials, n_vocab, rng):
     """A.1 on the list tokens: (tokens as seen, sorted positions, their labels)."""
@@ -958,18 +958,12 @@ def read_hf_tensors(path):
 
 @contextlib.contextmanager
 def written_beside(path):
-    """A temporary directory; when the block ends, its files move to the directory path."""
-    path = Path(path)
-    folder = path.with_name(path.name + ".tmp")
+    """A temporary directory, which becomes the new or empty directory path when the block ends."""
+    folder = Path(f"{Path(path)}.tmp")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     yield folder
-    try:
-        folder.rename(path)  # at once, if path is new or empty
-    except OSError:
-        for file in folder.iterdir():
-            file.replace(path / file.name)
-        folder.rmdir()
+    folder.rename(path)
 
 def newest_checkpoint(out, resume, fixed):
     """(path of the newest checkpoint in out, config.json of its run), or (None, {}).
@@ -989,15 +983,13 @@ def newest_checkpoint(out, resume, fixed):
     for name in fixed:
         if path and run.get(name) != fixed[name]:
             raise ValueError(f"{path} has {name} {run.get(name)}, and this run {fixed[name]}")
-    if path:
-        print(f"continuing from {path}")
-    elif resume:
-        print(f"no checkpoint in {out or '--out'}: starting a run")
+    if resume or restarts:
+        print(f"continuing from {path}" if path else f"no checkpoint in {out}: starting a run")
     return path, run
 
-def claim_directory(out, step, config):
-    """Write config.json, and remove the rows of later steps from metrics.jsonl. Returns a lock,
-    which the process holds while it lives; ValueError if another process holds it."""
+def claim_directory(out, config):
+    """Write config.json to the directory out. Returns a lock, which the process holds while it
+    lives; ValueError if another process holds it."""
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / "lock", "w")
@@ -1009,11 +1001,6 @@ def claim_directory(out, step, config):
         raise ValueError(f"another run is writing to {out}") from error
     except OSError as error:
         print(f"{out} cannot be locked against other runs: {error}")
-    log = folder / "metrics.jsonl"
-    log.touch()
-    rows = [json.loads(line) for line in log.open() if line.endswith("}\n")]
-    kept = [row for row in rows if row["step"] < step or (row["step"] == step and "loss" in row)]
-    log.write_text("".join(json.dumps(row) + "\n" for row in kept))
     (folder / "config.tmp").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "config.tmp").replace(folder / "config.json")
     return lock
@@ -1140,10 +1127,9 @@ def validate_objective(model, heldout, step, cfg, device, rank, ranks):
     if cfg.objective == "mlm":
         share = counts["n_random"] / counts["n_sequences"]
         means["majority"] = max(share, 1 - share)
-    line = " | ".join(f"{k} {v:.4f}" for k, v in means.items())
-    print(f"val {step} | loss {loss:.4f} | bpb n/a | {line} | length {cfg.seq_len}")
-    row = {"step": step, "val_loss": loss, "val_bpb": math.nan}
-    write_row(cfg.out, row | {f"val_{name}": mean for name, mean in means.items()})
+    row = {"val_loss": loss, "val_bpb": math.nan}
+    row |= {f"val_{name}": mean for name, mean in means.items()}
+    log(cfg.out, step, f"val {step}", row, [f"length {cfg.seq_len}"])
 
 def sample(model, ids, segments, mask, allowed_ids, cfg):
     """ids, with each that is mask replaced by the most likely of allowed_ids (boolean, of the first
@@ -1222,9 +1208,7 @@ def check(cfg, ranks):
     ):
         if wrong:
             raise ValueError(message)
-    if cfg.init or cfg.export:
-        with explain("--init and --export need: pip install safetensors", ImportError):
-            import safetensors  # noqa: F401
+    check_directories(cfg.init, cfg.export, cfg.write_tokens)
 
 def dry_run(cfg):
     """Print parameters, FLOPs per token and bytes per rank in each phase, from shapes alone."""
@@ -1239,15 +1223,14 @@ def dry_run(cfg):
     for phase in phases_of(cfg):
         print(f"FLOPs per token {flops_per_token(phase):.4g} at length {phase.seq_len}", end=" ")
         print(f"| 6 N gives {6 * activated:.4g}")
-        memory = memory_per_rank(phase)
-        for kind, n_bytes in (memory | {"sum": sum(memory.values())}).items():
-            print(f"{kind:12} {n_bytes / 2**30:8.3f} GiB on each of {cfg.world_size} ranks")
+        print_memory(memory_per_rank(phase))
 
-def train(model, optimizer, corpus, heldout, state, run, device, signals):
-    """Update the model until the sequences of the run are used up, or a signal was received."""
+def train(model, optimizer, corpus, heldout, state, run, device):
+    """Update the model until the sequences of the run are used up; False if a signal ends it."""
     place = device, dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp",))
     replicas = parallelize(model, run, mesh)
+    signals = catch_signals()
     thread = ThreadPoolExecutor(1)  # reads the next batch during an update
 
     def read_ahead(first):
@@ -1256,29 +1239,31 @@ def train(model, optimizer, corpus, heldout, state, run, device, signals):
 
     ahead = read_ahead(state["sequences"])
     first_step = saved = state["step"]
+    clock = time.perf_counter()
+    pace = None  # seconds per update
     n_skipped = 0
-    pace = None
     while True:
         step = state["step"]
         first = state["sequences"]  # of the batch to come
         cfg = phase_at(first / run.batch_size, run)
-        steps_left = 0 if cfg.eval else math.ceil(cfg.steps - first / cfg.batch_size)
-        n_signals = n_errors = 0
-        if steps_left > 0:
-            clock = time.perf_counter()
-            error = ahead.exception()
-            waited = time.perf_counter() - clock
-            n_signals, n_errors = sum_over_ranks(len(signals), error is not None)
-        end = steps_left <= 0 or n_signals or n_errors
+        steps_left = math.ceil(cfg.steps - first / cfg.batch_size)
+        error = ahead.exception()  # waits until that batch is read
+        if step > first_step + 1:  # the first update may compile and is left out
+            seconds = time.perf_counter() - clock
+            pace = 0.9 * (pace or seconds) + 0.1 * seconds
+        (stop,) = sum_over_ranks(len(signals) + (error is not None))
+        end = steps_left <= 0 or stop
         if cfg.out and step > saved and not n_skipped and (end or step % cfg.save_every == 0):
             save_checkpoint(cfg.out, model, optimizer, state)
             saved = step
-        if n_errors:
-            raise_first(error)
-        if steps_left <= 0 or (step % cfg.val_every == 0 and not end):
+        if error:
+            raise error
+        if stop:
+            return False
+        if end or step % cfg.val_every == 0:
             validate_objective(model, heldout, step, cfg, *place)
         if end:
-            return steps_left <= 0
+            return True
 
         clock = time.perf_counter()
         batches = ahead.result()
@@ -1291,17 +1276,12 @@ def train(model, optimizer, corpus, heldout, state, run, device, signals):
         state["step"] += 1
         state["sequences"] += cfg.batch_size
         state["tokens"] += finite * cfg.batch_size * cfg.seq_len
-        seconds = waited + time.perf_counter() - clock
-        if step > first_step:  # the first update, which may compile, tells nothing of the next
-            pace = 0.9 * (pace or seconds) + 0.1 * seconds
         if step == 0 or steps_left == 1 or state["step"] % cfg.log_every == 0:
-            row = {"step": step + 1, "loss": found["loss"], "bpb": math.nan, "lr": lr}
-            row |= {"grad": found["grad"], "tokens": state["tokens"]}
-            row |= {k: round(v, 4) for k, v in found.items() if k.endswith("_acc")}
-            n_signals = batches[0]["n_tokens" if cfg.objective == "rtd" else "n_targets"]
-            row["signals"] = round(n_signals / cfg.batch_size, 1)  # per sequence
-            row["positions"] = round(batches[0]["n_tokens"] / cfg.batch_size, 1)
-            log_step(row, steps_left - 1, pace, cfg, device)
+            row = {"loss": found["loss"], "bpb": math.nan, "lr": lr, "grad": found["grad"]}
+            row |= found | {"tokens": state["tokens"]}
+            head = f"step {step + 1}/{step + steps_left}"
+            tail = progress(state["tokens"], steps_left - 1, pace, cfg, device)
+            log(cfg.out, step + 1, head, row, tail)
         n_skipped = 0 if finite else n_skipped + 1
         if n_skipped:
             print(f"step {step + 1} skipped: its loss or gradient is not finite")
@@ -1357,19 +1337,15 @@ def main(argv=None):
         tokenizer, corpus, heldout = data
         n_windows = corpus.ids.n_windows(cfg.seq_len)
 
-        fixed = {name: getattr(cfg, name) for name in (*SHAPE, "seed")}
-        fixed["data_fingerprint"] = corpus.ids.fingerprint()
+        fixed = {name: getattr(cfg, name) for name in SHAPE}
+        if not cfg.eval:
+            fixed |= {"seed": cfg.seed, "data_fingerprint": corpus.ids.fingerprint()}
         checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
-        if cfg.eval and not checkpoint and not cfg.init:
-            raise ValueError(f"--eval: {cfg.out} has no checkpoint")
         if run and "steps" not in given:  # as many sequences as its first start planned
             cfg.steps = math.ceil(run["steps"] * run["batch_size"] / cfg.batch_size)
         if cfg.warmup_steps > cfg.steps // 10:
             cfg.warmup_steps = cfg.steps // 10
             print(f"the warm-up is cut to {cfg.warmup_steps} updates, a tenth of the run")
-        weights = list(Path(cfg.export).glob("*.safetensors*")) if cfg.export else []
-        if weights and run.get("export") != cfg.export:
-            raise ValueError(f"--export {cfg.export} has weights that this run did not write")
 
         model = build_model(cfg)
         init_weights(model, cfg)
@@ -1380,10 +1356,12 @@ def main(argv=None):
         if checkpoint:
             load_checkpoint(checkpoint, model, optimizer, state)
         if cfg.eval:
+            if not checkpoint and not cfg.init:
+                raise ValueError(f"--eval: {cfg.out} has no checkpoint")
+            cfg.steps = 0
             cfg.out = ""  # nothing is written
         if cfg.out:
-            run = dataclasses.asdict(cfg) | fixed
-            lock = claim_directory(cfg.out, state["step"], run)  # held until this run ends
+            lock = claim_directory(cfg.out, dataclasses.asdict(cfg) | fixed)  # while the run lives
             if dist.get_rank() == 0:
                 save_vocabulary(tokenizer, Path(cfg.out) / "vocab.txt")
         print(f"torch {torch.__version__} | {device.type} {cfg.precision} | {n_windows:,} windows")
@@ -1392,10 +1370,8 @@ def main(argv=None):
         print("{:,} = {} ranks x {} x {} sequences of {}".format(
             cfg.batch_size * cfg.seq_len, ranks, *split_batch(cfg, ranks), cfg.seq_len
         ))  # fmt: skip
-        with stop_signals() as signals:
-            finished = train(model, optimizer, corpus, heldout, state, cfg, device, signals)
-        if not finished:
-            return print(f"stopped by a signal after step {state['step']}")
+        if not train(model, optimizer, corpus, heldout, state, cfg, device):
+            return print(f"stopped after step {state['step']}")
         if cfg.export and dist.get_rank() == 0:
             to_hf(model, cfg, cfg.export)
             save_vocabulary(tokenizer, Path(cfg.export) / "vocab.txt")
@@ -1430,28 +1406,20 @@ def explain(what, *errors):
     try:
         yield
     except errors as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        cause = error
-        if isinstance(error, dcp.CheckpointException):  # its text is the traceback of each rank
-            cause = next(iter(error.failures.values()))[0]
-        raise ValueError(f"{what}: {type(cause).__name__}: {cause}") from error
+        cause = str(error).strip().rpartition("\n")[2]  # without the tracebacks of other ranks
+        raise ValueError(f"{what}: {type(error).__name__}: {cause}") from error
 
-@contextlib.contextmanager
-def stop_signals():
-    """A list that SIGTERM and SIGINT append to; a second one of a kind ends the process at once."""
+def catch_signals():
+    """A list to which SIGTERM and SIGINT are appended; a second one ends the process at once."""
     received = []
 
     def receive(signum, frame):
         received.append(signum)
         signal(signum, SIG_DFL)
 
-    handlers = {signum: signal(signum, receive) for signum in (SIGTERM, SIGINT)}
-    try:
-        yield received
-    finally:
-        for signum, handler in handlers.items():
-            signal(signum, handler)
+    signal(SIGTERM, receive)
+    signal(SIGINT, receive)
+    return received
 
 def parse(argv):
     """(Config, names of the flags given): a preset's values, overridden by the flags."""
@@ -1487,9 +1455,7 @@ def init_distributed(timeout):
     """Join torchrun's process group, or one of a single rank; returns the device of this rank."""
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    store = dist.HashStore()
-    if world_size > 1:
-        store = shared_store(rank)
+    store = shared_store(rank) if world_size > 1 else dist.HashStore()
     device = torch.device("cpu")
     backend = "gloo"
     if torch.cuda.is_available():
@@ -1522,62 +1488,60 @@ def shared_store(rank):
         except (dist.DistNetworkError, dist.DistStoreError):  # the address of an earlier start
             time.sleep(0.1)
 
-def raise_first(error):
-    """Raise, on all ranks, the error of the first rank that has one."""
-    errors = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    raise error or next(filter(None, errors))
-
-def log_step(row, steps_left, pace, cfg, device):
-    """Print row, which has step and tokens among its numbers, and write it to metrics.jsonl;
-    pace is the number of seconds that an update takes, None if unknown."""
-    formats = {"loss": ".4f", "bpb": ".3f", "lr": ".2e", "grad": ".2f"}
-    fields = [f"step {row['step']}/{row['step'] + steps_left}"]
+def log(out, step, head, row, tail):
+    """Print head, the numbers of row and tail, which has the tokens; append step and row to
+    metrics.jsonl in the directory out, if any, with null for numbers that are not finite."""
+    formats = {"bpb": ".3f", "val_bpb": ".3f", "lr": ".2e", "grad": ".2f"}
+    fields = [head]
     for name, value in row.items():
-        if name not in ("step", "tokens"):
-            fields.append(f"{name} {value:{formats.get(name, '')}}".replace("nan", "n/a"))
-    fields.append(f"tokens {row['tokens'] / 1e6:.1f}M")
-    on_gpu = device.type == "cuda"
-    peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if on_gpu else None
-    if pace:
-        speed = cfg.batch_size * cfg.seq_len / pace
-        fields.append(f"{speed / 1e3:.1f}k tok/s")
-        if peak and cfg.precision == "bf16":
-            fields.append(f"mfu {speed * flops_per_token(cfg) / peak / dist.get_world_size():.1%}")
-        if on_gpu:
-            fields.append(f"mem {torch.cuda.max_memory_allocated(device) / 2**30:.1f}G")
-        fields.append(f"eta {timedelta(seconds=round(steps_left * pace))}")
-    print(" | ".join(fields))
-    write_row(cfg.out, row)
-
-def write_row(out, row):
-    """Append row to metrics.jsonl in the directory out, if it is not empty, with null for numbers
-    that are not finite."""
+        if name != "tokens":
+            fields.append(f"{name.removeprefix('val_')} {value:{formats.get(name, '.4f')}}")
+    print(" | ".join(fields + tail).replace("nan", "n/a"))
     if out and dist.get_rank() == 0:
         row = {k: None if str(v) in ("nan", "inf", "-inf") else v for k, v in row.items()}
         with open(Path(out) / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({"step": step} | row) + "\n")
+
+def progress(tokens, steps_left, pace, cfg, device):
+    """Fields of a log line: tokens so far and, if pace, the seconds per update, is known,
+    throughput, MFU, memory and time left."""
+    fields = [f"tokens {tokens / 1e6:.1f}M"]
+    if not pace:
+        return fields
+    speed = cfg.batch_size * cfg.seq_len / pace
+    fields.append(f"{speed / 1e3:.1f}k tok/s")
+    if device.type == "cuda":
+        peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device))
+        if peak and cfg.precision == "bf16":
+            fields.append(f"mfu {speed * flops_per_token(cfg) / peak / dist.get_world_size():.1%}")
+        fields.append(f"mem {torch.cuda.max_memory_allocated(device) / 2**30:.1f}G")
+    return [*fields, f"eta {timedelta(seconds=round(steps_left * pace))}"]
+
+def print_memory(memory):
+    """Print bytes per rank, by kind, and their sum."""
+    for kind, n_bytes in [*memory.items(), ("sum", sum(memory.values()))]:
+        print(f"{kind:12} {n_bytes / 2**30:8.3f} GiB per rank")
+
+def check_directories(init, export, write_tokens):
+    """Raise ValueError for directories to write that are not empty, or without safetensors."""
+    for folder in (export, write_tokens):
+        if folder and os.path.isdir(folder) and os.listdir(folder):
+            raise ValueError(f"{folder} is not empty")
+    if init or export:
+        with explain("--init and --export need: pip install safetensors", ImportError):
+            import safetensors  # noqa: F401
 
 def stable_hash(*key):
     """64 bits that depend on the key alone: the seed of all that is drawn."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
-def shuffled(index, n, key):
-    """Position of index in a pseudo-random permutation of range(n) seeded by key: a Feistel network
-    on the bits of n, repeated until the result is below n, which needs no memory."""
-    half = (n.bit_length() + 1) // 2
-    while True:
-        left, right = divmod(index, 1 << half)
-        for i in range(4):
-            mixed = left ^ stable_hash(key, i, right) % (1 << half)
-            left = right
-            right = mixed
-        index = (left << half) + right
-        if index < n:
-            return index
+@functools.lru_cache(64)  # one for each corpus of a mix, and some for the next epoch
+def permutation(n, *key):
+    """A random permutation of range(n), int64 [n], seeded by key."""
+    return np.random.default_rng(stable_hash(*key)).permutation(n)
 
 class Corpus:
-    """Ids start ... stop - 1 of the concatenation of parts, each an array or a token shard's path.
+    """Ids start ... stop - 1 of the concatenation of parts, which are (name, ids).
 
     separator: the id after each document, -1 if unknown; token_bytes [V]: the length of each id's
     text, 0 if it has none; in_order: windows come in order and not shuffled.
@@ -1585,7 +1549,7 @@ class Corpus:
 
     def __init__(self, parts, start, stop, separator, token_bytes, in_order):
         self.parts = parts
-        self.ends = np.cumsum([len(open_part(part)) for part in parts])
+        self.ends = np.cumsum([len(ids) for name, ids in parts])
         self.start = start
         self.size = stop - start
         self.separator = separator
@@ -1596,18 +1560,18 @@ class Corpus:
         """Ids first ... first + n - 1, int64 [n]; ValueError for an id that is not below V."""
         pieces = []
         first += self.start
-        stop = first + n
-        while first < stop:
+        while n > 0:
             i = np.searchsorted(self.ends, first, side="right")
-            ids = open_part(self.parts[i])
-            begin = first - (self.ends[i] - len(ids))
-            ids = ids[begin : begin + stop - first].astype(np.int64)
+            name, part = self.parts[i]
+            begin = first - (self.ends[i] - len(part))
+            ids = part[begin : begin + n].astype(np.int64)
             unknown = (ids >= len(self.token_bytes)) & (ids != self.separator)
             if unknown.any():
-                where = f"{self.parts[i]}, position {begin + unknown.argmax()}"
+                where = f"{name}, position {begin + unknown.argmax()}"
                 raise ValueError(f"{where}: token id {ids[unknown][0]} is not in the vocabulary")
             pieces.append(ids)
             first += len(ids)
+            n -= len(ids)
         return np.concatenate(pieces)
 
     def n_windows(self, length):
@@ -1621,7 +1585,7 @@ class Corpus:
         offset = 0
         if not self.in_order:
             offset = stable_hash(seed, epoch) % length
-            index = shuffled(index, self.n_windows(length), (seed, epoch))
+            index = permutation(self.n_windows(length), seed, epoch)[index]
         return self.read(offset + index * length, length + 1)
 
     def fingerprint(self):
@@ -1634,14 +1598,14 @@ def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size
     Held out are the shards with "val" in their names, or documents by a hash of their names; if
     these are less than a batch, the last 5 % of the ids, but at least a batch.
     """
-    train = [path for path in shards if "val" not in path.name]
-    heldout = [path for path in shards if "val" in path.name]
+    train = [(path, open_shard(path)) for path in shards if "val" not in path.name]
+    heldout = [(path, open_shard(path)) for path in shards if "val" in path.name]
     if not shards:
         documents = sorted(documents, key=lambda document: stable_hash(document[0]))
-        train = [ids for name, ids in documents if not is_held_out(name)]
-        heldout = [ids for name, ids in documents if is_held_out(name)]
-    n_train = sum(len(open_part(part)) for part in train)
-    total = n_train + sum(len(open_part(part)) for part in heldout)
+        train = [document for document in documents if not is_held_out(document[0])]
+        heldout = [document for document in documents if is_held_out(document[0])]
+    n_train = sum(len(ids) for name, ids in train)
+    total = sum(len(ids) for name, ids in train + heldout)
     least = (batch_size + 1) * length + 1  # ids of a batch of windows, and an offset
     if min(n_train, total - n_train) < least:
         n_train = total - max(total // 20, least)
@@ -1659,18 +1623,16 @@ def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size
 def vocabulary_size(vocab_size, tokenizer, init):
     """vocab_size or, if it is 0, that of the tokenizer, whose ids must fit. A vocabulary that is
     larger than the byte tokenizer's is a warning, and with --init a ValueError."""
-    if not vocab_size and not tokenizer:
+    if not tokenizer and not vocab_size:
         raise ValueError("token shards need --tokenizer or --vocab_size")
-    if not vocab_size or not tokenizer:
-        return vocab_size or tokenizer.n_vocab
-    n_ids = 1 + max(map(tokenizer.encode_single_token, tokenizer.token_byte_values()))
-    if vocab_size < n_ids:
+    n_ids = tokenizer.n_vocab if tokenizer else 0
+    if 0 < vocab_size < n_ids - 1:  # a vocabulary may lack the separator
         raise ValueError(f"--vocab_size {vocab_size} is less than the {n_ids} ids of the tokenizer")
-    if tokenizer.name == "bytes" and vocab_size > tokenizer.n_vocab:
-        print(f"warning: a vocabulary of {vocab_size:,} entries over bytes: --tokenizer is missing")
+    if vocab_size > n_ids and tokenizer and tokenizer.name == "bytes":
         if init:
             raise ValueError(f"--init {init} needs the --tokenizer of its {vocab_size:,} entries")
-    return vocab_size
+        print(f"warning: a vocabulary of {vocab_size:,} entries over bytes: --tokenizer is missing")
+    return vocab_size or n_ids
 
 def is_held_out(name):
     """Whether a document is among the 5 % that are held out, by a hash of its name."""
@@ -1683,13 +1645,11 @@ def find_files(path):
     endings = (".txt", ".md", ".py", ".jsonl") if path else (".py",)
     skipped = set() if path else {"site-packages", "dist-packages", "test", "tests", "idle_test"}
     files = [root]
-    seen = set(root.resolve().parents)  # following a link to one of these would not end
+    seen = {root.resolve(), *root.resolve().parents}  # a link to one of these would not end
     for folder, folders, names in os.walk(root, followlinks=True):
-        if Path(folder).resolve() in seen:
-            folders.clear()
-            continue
-        seen.add(Path(folder).resolve())
-        folders[:] = set(folders) - skipped
+        targets = {name: Path(folder, name).resolve() for name in set(folders) - skipped}
+        folders[:] = [name for name in targets if targets[name] not in seen]
+        seen.update(targets.values())
         files += [Path(folder, name) for name in names]
     files = sorted(file for file in files if file.is_file())
     texts = [file for file in files if file.suffix.lower() in endings]
@@ -1702,20 +1662,15 @@ def find_files(path):
 
 def read_documents(path, files):
     """(name, text) of each document: a text file, named by its path below `path`, or a line of a
-    .jsonl file, named by its text."""
+    .jsonl file, a JSON object with a string "text", named by its text."""
     root = Path(path or sysconfig.get_paths()["stdlib"])
     for file in files:
-        if file.suffix.lower() == ".jsonl":
-            yield from read_json_lines(file)
+        if file.suffix.lower() != ".jsonl":
+            with explain(f"{file} is not UTF-8 text", UnicodeDecodeError):
+                text = file.read_text("utf-8-sig", errors="strict" if path else "ignore")
+            yield file.relative_to(root).as_posix(), text
             continue
-        with explain(f"{file} is not UTF-8 text", UnicodeDecodeError):
-            text = file.read_text("utf-8-sig", errors="strict" if path else "ignore")
-        yield file.relative_to(root).as_posix(), text
-
-def read_json_lines(file):
-    """(text, text) of each line, a JSON object with a string "text"; empty lines are skipped."""
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(open(file, "rb"), 1):
             if line.strip():
                 what = f'{file}, line {number}, is not a JSON object with a string "text"'
                 with explain(what, ValueError, KeyError, TypeError, AttributeError):
@@ -1751,48 +1706,39 @@ def tokenize(documents, tokenizer, separator):
     """(name, ids) of each document that is not empty; the last id is the separator."""
     dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
     for name, text in documents:
-        # tiktoken's PanicException, of the longest words, is a BaseException.
-        with explain(f"the tokenizer cannot take document {name[:80]!r}", BaseException):
+        with explain(f"the tokenizer cannot take document {name[:80]!r}", ValueError):
             ids = tokenizer.encode_to_numpy(text, disallowed_special=())
         if text:
             yield name, np.append(ids, separator).astype(dtype)
 
 def write_tokens(folder, documents):
     """Write tokenized documents to .npy shards in a new or empty folder: train_00000.npy ..., and
-    val_00000.npy ... of the documents that are held out; two shards per 2**27 ids."""
-    if os.path.exists(folder) and os.listdir(folder):
-        raise ValueError(f"--write_tokens {folder} is not empty")
+    val_00000.npy ... of the documents that are held out; two shards per 10,000 documents."""
+    groups = iter(lambda: list(itertools.islice(documents, 10000)), [])
     with written_beside(folder) as partial:
-        for n in itertools.count():
-            splits = {"train": [], "val": []}
-            n_ids = 0
-            while n_ids < 2**27 and (document := next(documents, None)):
-                name, ids = document
-                splits["val" if is_held_out(name) else "train"].append(ids)
-                n_ids += len(ids)
-            if not n_ids:
-                break
-            for split, parts in splits.items():
+        for n, group in enumerate(groups):
+            for split, held_out in (("train", False), ("val", True)):
+                parts = [ids for name, ids in group if is_held_out(name) == held_out]
                 if parts:
                     np.save(partial / f"{split}_{n:05d}.npy", np.concatenate(parts))
-    print(f"{folder}: {n} shards to train on, with what is held out beside them")
+    print(f"{folder}: the documents are written")
 
-def open_part(part):
-    """Ids of a part of a Corpus: an array itself, or a shard that is memory-mapped while the result
-    lives: .npy of uint16 or uint32, or .bin, uint16 after a header of 256 int32."""
-    if isinstance(part, np.ndarray):
-        return part
-    with explain(f"{part} is not a token shard", ValueError, EOFError):
-        if part.suffix.lower() == ".npy":
-            ids = np.load(part, mmap_mode="r")
+def open_shard(path):
+    """Ids of a token shard, in place and without a file descriptor: .npy of uint16 or uint32, or
+    .bin, uint16 after a header of 256 int32."""
+    with explain(f"{path} is not a token shard", ValueError, EOFError):
+        if path.suffix.lower() == ".npy":
+            ids = np.load(path, mmap_mode="r")
         else:
-            magic, version, size = np.fromfile(part, np.int32, 3).tolist()
-            ids = np.memmap(part, np.uint16, "r", offset=1024)
-            if [magic, version, size] != [20240520, 1, len(ids)]:
+            ids = np.memmap(path, np.uint16, "r", offset=1024)
+            if np.fromfile(path, np.int32, 3).tolist() != [20240520, 1, len(ids)]:
                 raise ValueError("unexpected header, or its length does not match the file")
         if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32):
             raise ValueError(f"it holds {ids.dtype} {ids.shape}, not a row of uint16 or uint32")
-    return ids
+    # numpy's maps keep a descriptor each, torch's do not.
+    header = ids.offset // ids.itemsize
+    dtype = getattr(torch, ids.dtype.name)
+    return torch.from_file(str(path), size=header + len(ids), dtype=dtype).numpy()[header:]
 
 if __name__ == "__main__":
     main()

@@ -919,18 +919,12 @@ def read_hf_tensors(path):
 
 @contextlib.contextmanager
 def written_beside(path):
-    """A temporary directory; when the block ends, its files move to the directory path."""
-    path = Path(path)
-    folder = path.with_name(path.name + ".tmp")
+    """A temporary directory, which becomes the new or empty directory path when the block ends."""
+    folder = Path(f"{Path(path)}.tmp")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     yield folder
-    try:
-        folder.rename(path)  # at once, if path is new or empty
-    except OSError:
-        for file in folder.iterdir():
-            file.replace(path / file.name)
-        folder.rmdir()
+    folder.rename(path)
 
 def newest_checkpoint(out, resume, fixed):
     """(path of the newest checkpoint in out, config.json of its run), or (None, {}).
@@ -950,15 +944,13 @@ def newest_checkpoint(out, resume, fixed):
     for name in fixed:
         if path and run.get(name) != fixed[name]:
             raise ValueError(f"{path} has {name} {run.get(name)}, and this run {fixed[name]}")
-    if path:
-        print(f"continuing from {path}")
-    elif resume:
-        print(f"no checkpoint in {out or '--out'}: starting a run")
+    if resume or restarts:
+        print(f"continuing from {path}" if path else f"no checkpoint in {out}: starting a run")
     return path, run
 
-def claim_directory(out, step, config):
-    """Write config.json, and remove the rows of later steps from metrics.jsonl. Returns a lock,
-    which the process holds while it lives; ValueError if another process holds it."""
+def claim_directory(out, config):
+    """Write config.json to the directory out. Returns a lock, which the process holds while it
+    lives; ValueError if another process holds it."""
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / "lock", "w")
@@ -970,11 +962,6 @@ def claim_directory(out, step, config):
         raise ValueError(f"another run is writing to {out}") from error
     except OSError as error:
         print(f"{out} cannot be locked against other runs: {error}")
-    log = folder / "metrics.jsonl"
-    log.touch()
-    rows = [json.loads(line) for line in log.open() if line.endswith("}\n")]
-    kept = [row for row in rows if row["step"] < step or (row["step"] == step and "loss" in row)]
-    log.write_text("".join(json.dumps(row) + "\n" for row in kept))
     (folder / "config.tmp").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "config.tmp").replace(folder / "config.json")
     return lock
@@ -1121,22 +1108,20 @@ def evaluation_mode(model, compiled):
     model.train()
 
 def validate(loss_of, corpus, step, cfg, device, rank, ranks):
-    """Print and log nats per target and bits per byte over the first windows of corpus.
+    """Log nats per target and bits per byte over the first windows of corpus.
     loss_of(batches) is this rank's share of the loss of a global batch."""
-    nats = n_targets = n_bytes = 0.0
+    sums = np.zeros(3)  # nats, targets, bytes
     for i in range(min(cfg.val_batches, corpus.n_windows(cfg.seq_len) // cfg.batch_size)):
         batches = read_batch(corpus, i * cfg.batch_size, cfg, device, rank, ranks)
         sum_counts(batches, ranks)
         (loss,) = sum_over_ranks(loss_of(batches))
-        nats += loss * batches[0]["n_targets"]
-        n_targets += batches[0]["n_targets"]
-        n_bytes += batches[0]["n_bytes"]
+        n_targets = batches[0]["n_targets"]
+        sums += loss * n_targets, n_targets, batches[0]["n_bytes"]
+    nats, n_targets, n_bytes = sums.tolist()
     if not n_targets:
         raise ValueError("the held-out documents have no token to predict")
-    row = {"step": step, "val_loss": nats / n_targets, "val_bpb": bits_per_byte(nats, n_bytes)}
-    bpb = f"{row['val_bpb']:.3f}".replace("nan", "n/a")
-    print(f"val {step} | loss {row['val_loss']:.4f} | bpb {bpb}")
-    write_row(cfg.out, row)
+    row = {"val_loss": nats / n_targets, "val_bpb": bits_per_byte(nats, n_bytes)}
+    log(cfg.out, step, f"val {step}", row, [])
 
 def sample(model, ids, n, allowed_ids, cfg):
     """ids and n more, drawn at temperature 0.8 among allowed_ids [V] (boolean)."""
@@ -1193,9 +1178,7 @@ def check(cfg, ranks):
     ):  # fmt: skip
         if wrong:
             raise ValueError(message)
-    if cfg.init or cfg.export:
-        with explain("--init and --export need: pip install safetensors", ImportError):
-            import safetensors  # noqa: F401
+    check_directories(cfg.init, cfg.export, cfg.write_tokens)
     if cfg.plot:
         with explain("--plot needs: pip install matplotlib", ImportError):
             import matplotlib  # noqa: F401
@@ -1288,7 +1271,7 @@ def build_run(cfg, fixed, source, checkpoint, device):
         load_checkpoint(checkpoint, model, optimizer, state)
     lock = None
     if cfg.out:
-        lock = claim_directory(cfg.out, state["step"], dataclasses.asdict(cfg) | fixed)
+        lock = claim_directory(cfg.out, dataclasses.asdict(cfg) | fixed)
     return model, optimizer, state, lock
 
 def train_run(name, C, N, run, corpus, heldout, device, signals):
@@ -1601,9 +1584,7 @@ def dry_run(cfg):
     print(f"parameters {total:,} | activated {activated:,}")
     print(f"FLOPs per token {flops_per_token(cfg):.4g} | 6 N gives {6 * activated:.4g}", end=" ")
     print(f"| App. F {3 * appendix_f(cfg)['total'] / cfg.seq_len:.4g}")
-    memory = memory_per_rank(cfg)
-    for kind, n_bytes in (memory | {"sum": sum(memory.values())}).items():
-        print(f"{kind:12} {n_bytes / 2**30:8.3f} GiB on each of {cfg.world_size} ranks")
+    print_memory(memory_per_rank(cfg))
     if is_sweep(cfg):
         for name, C, N, run in plan_sweep(cfg):
             print(f"run {name} | N {N:,} | {run.steps:,} updates | {C:.3g} FLOPs")
@@ -1635,7 +1616,7 @@ class Diverged(ValueError):
     """The last updates had no finite gradient."""
 
 def train(model, optimizer, corpus, heldout, state, cfg, device, signals):
-    """Update the model until the tokens of the run are used up, or a signal was received."""
+    """Update the model until the tokens of the run are used up; False if a signal ends it."""
     place = device, dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp",))
     replicas = parallelize(model, cfg, mesh)
@@ -1643,8 +1624,9 @@ def train(model, optimizer, corpus, heldout, state, cfg, device, signals):
     thread = ThreadPoolExecutor(1)  # reads the next batch during an update
     ahead = thread.submit(read_batch, corpus, state["sequences"], now, *place)
     first_step = saved = state["step"]
+    clock = time.perf_counter()
+    pace = None  # seconds per update
     n_skipped = 0
-    pace = None
 
     def evaluate(batches):
         with evaluation_mode(model, cfg.compile):
@@ -1653,23 +1635,24 @@ def train(model, optimizer, corpus, heldout, state, cfg, device, signals):
     while True:
         step = state["step"]
         first = state["sequences"]  # of the batch to come
-        steps_left = 0 if cfg.eval else updates_left(first, cfg)
-        n_signals = n_errors = 0
-        if steps_left > 0:
-            clock = time.perf_counter()
-            error = ahead.exception()
-            waited = time.perf_counter() - clock
-            n_signals, n_errors = sum_over_ranks(len(signals), error is not None)
-        end = steps_left <= 0 or n_signals or n_errors
+        steps_left = updates_left(first, cfg)
+        error = ahead.exception()  # waits until that batch is read
+        if step > first_step + 1:  # the first update may compile and is left out
+            seconds = time.perf_counter() - clock
+            pace = 0.9 * (pace or seconds) + 0.1 * seconds
+        (stop,) = sum_over_ranks(len(signals) + (error is not None))
+        end = steps_left <= 0 or stop
         if cfg.out and step > saved and not n_skipped and (end or step % cfg.save_every == 0):
             save_checkpoint(cfg.out, model, optimizer, state)
             saved = step
-        if n_errors:
-            raise_first(error)
-        if steps_left <= 0 or (step % cfg.val_every == 0 and not end):
+        if error:
+            raise error
+        if stop:
+            return False
+        if end or step % cfg.val_every == 0:
             validate(evaluate, heldout, step, cfg, *place)
         if end:
-            return steps_left <= 0
+            return True
 
         clock = time.perf_counter()
         batches = ahead.result()
@@ -1683,13 +1666,12 @@ def train(model, optimizer, corpus, heldout, state, cfg, device, signals):
         state["step"] += 1
         state["sequences"] = following
         state["tokens"] += finite * now.batch_size * cfg.seq_len
-        seconds = waited + time.perf_counter() - clock
-        if step > first_step:  # the first update, which may compile, tells nothing of the next
-            pace = 0.9 * (pace or seconds) + 0.1 * seconds
         if step == 0 or steps_left == 1 or state["step"] % cfg.log_every == 0:
             bpb = bits_per_byte(loss * batches[0]["n_targets"], batches[0]["n_bytes"])
-            row = {"step": step + 1, "loss": loss, "bpb": bpb, "lr": lr, "grad": norm}
-            log_step(row | {"tokens": state["tokens"]}, steps_left - 1, pace, now, device)
+            row = {"loss": loss, "bpb": bpb, "lr": lr, "grad": norm, "tokens": state["tokens"]}
+            head = f"step {step + 1}/{step + steps_left}"
+            tail = progress(state["tokens"], steps_left - 1, pace, now, device)
+            log(cfg.out, step + 1, head, row, tail)
         n_skipped = 0 if finite else n_skipped + 1
         if n_skipped:
             print(f"step {step + 1} skipped: its loss or gradient is not finite")
@@ -1722,18 +1704,16 @@ def single_run(cfg, given, corpus, heldout, tokenizer, source, device, signals):
     cfg.tokens = planned_tokens(cfg, total)
     fixed = fixed_fields(cfg, corpus)
     checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
-    if cfg.eval and not checkpoint and not cfg.init:
-        raise ValueError(f"--eval: {cfg.out} has no checkpoint")
     if run and not given & {"steps", "tokens"}:  # as many tokens as its first start planned
         cfg.tokens = run["tokens"]
     n_updates = updates_left(0, cfg)
     if cfg.warmup_steps > n_updates // 10:
         cfg.warmup_steps = n_updates // 10
         print(f"the warm-up is cut to {cfg.warmup_steps} updates, a tenth of the run")
-    weights = list(Path(cfg.export).glob("*.safetensors*")) if cfg.export else []
-    if weights and run.get("export") != cfg.export:
-        raise ValueError(f"--export {cfg.export} has weights that this run did not write")
     if cfg.eval:
+        if not checkpoint and not cfg.init:
+            raise ValueError(f"--eval: {cfg.out} has no checkpoint")
+        cfg.tokens = 0
         cfg.out = ""  # nothing is written
     model, optimizer, state, lock = build_run(cfg, fixed, source, checkpoint, device)
     steps, micro = split_batch(cfg, ranks)
@@ -1745,7 +1725,7 @@ def single_run(cfg, given, corpus, heldout, tokenizer, source, device, signals):
     if cfg.second_batch:
         print(f"{cfg.second_batch} sequences per step from half of the tokens on")
     if not train(model, optimizer, corpus, heldout, state, cfg, device, signals):
-        return print(f"stopped by a signal after step {state['step']}")
+        return print(f"stopped after step {state['step']}")
     if cfg.export and dist.get_rank() == 0:
         to_hf(model, cfg, cfg.export)
     if tokenizer and dist.get_rank() == 0:
@@ -1819,11 +1799,11 @@ def main(argv=None):
             raise ValueError(f"--vocab_size {cfg.vocab_size} has no place for <|endoftext|>")
         n_windows = corpus.n_windows(cfg.seq_len)
         print(f"torch {torch.__version__} | {device.type} {cfg.precision} | {n_windows:,} windows")
-        with stop_signals() as signals:
-            if queue:
-                sweep_and_fit(cfg, corpus, heldout, device, queue, signals)
-            else:
-                single_run(cfg, given, corpus, heldout, tokenizer, source, device, signals)
+        signals = catch_signals()
+        if queue:
+            sweep_and_fit(cfg, corpus, heldout, device, queue, signals)
+        else:
+            single_run(cfg, given, corpus, heldout, tokenizer, source, device, signals)
 
 # ---------------------------------------- Plumbing ----------------------------------------
 
@@ -1853,28 +1833,20 @@ def explain(what, *errors):
     try:
         yield
     except errors as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        cause = error
-        if isinstance(error, dcp.CheckpointException):  # its text is the traceback of each rank
-            cause = next(iter(error.failures.values()))[0]
-        raise ValueError(f"{what}: {type(cause).__name__}: {cause}") from error
+        cause = str(error).strip().rpartition("\n")[2]  # without the tracebacks of other ranks
+        raise ValueError(f"{what}: {type(error).__name__}: {cause}") from error
 
-@contextlib.contextmanager
-def stop_signals():
-    """A list that SIGTERM and SIGINT append to; a second one of a kind ends the process at once."""
+def catch_signals():
+    """A list to which SIGTERM and SIGINT are appended; a second one ends the process at once."""
     received = []
 
     def receive(signum, frame):
         received.append(signum)
         signal(signum, SIG_DFL)
 
-    handlers = {signum: signal(signum, receive) for signum in (SIGTERM, SIGINT)}
-    try:
-        yield received
-    finally:
-        for signum, handler in handlers.items():
-            signal(signum, handler)
+    signal(SIGTERM, receive)
+    signal(SIGINT, receive)
+    return received
 
 def parse(argv):
     """(Config, names of the flags given): a preset's values, overridden by the flags."""
@@ -1910,9 +1882,7 @@ def init_distributed(timeout):
     """Join torchrun's process group, or one of a single rank; returns the device of this rank."""
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    store = dist.HashStore()
-    if world_size > 1:
-        store = shared_store(rank)
+    store = shared_store(rank) if world_size > 1 else dist.HashStore()
     device = torch.device("cpu")
     backend = "gloo"
     if torch.cuda.is_available():
@@ -1945,41 +1915,48 @@ def shared_store(rank):
         except (dist.DistNetworkError, dist.DistStoreError):  # the address of an earlier start
             time.sleep(0.1)
 
-def raise_first(error):
-    """Raise, on all ranks, the error of the first rank that has one."""
-    errors = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    raise error or next(filter(None, errors))
-
-def log_step(row, steps_left, pace, cfg, device):
-    """Print row, which has step and tokens among its numbers, and write it to metrics.jsonl;
-    pace is the number of seconds that an update takes, None if unknown."""
-    formats = {"loss": ".4f", "bpb": ".3f", "lr": ".2e", "grad": ".2f"}
-    fields = [f"step {row['step']}/{row['step'] + steps_left}"]
+def log(out, step, head, row, tail):
+    """Print head, the numbers of row and tail, which has the tokens; append step and row to
+    metrics.jsonl in the directory out, if any, with null for numbers that are not finite."""
+    formats = {"bpb": ".3f", "val_bpb": ".3f", "lr": ".2e", "grad": ".2f"}
+    fields = [head]
     for name, value in row.items():
-        if name not in ("step", "tokens"):
-            fields.append(f"{name} {value:{formats.get(name, '')}}".replace("nan", "n/a"))
-    fields.append(f"tokens {row['tokens'] / 1e6:.1f}M")
-    on_gpu = device.type == "cuda"
-    peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if on_gpu else None
-    if pace:
-        speed = cfg.batch_size * cfg.seq_len / pace
-        fields.append(f"{speed / 1e3:.1f}k tok/s")
-        if peak and cfg.precision == "bf16":
-            fields.append(f"mfu {speed * flops_per_token(cfg) / peak / dist.get_world_size():.1%}")
-        if on_gpu:
-            fields.append(f"mem {torch.cuda.max_memory_allocated(device) / 2**30:.1f}G")
-        fields.append(f"eta {timedelta(seconds=round(steps_left * pace))}")
-    print(" | ".join(fields))
-    write_row(cfg.out, row)
-
-def write_row(out, row):
-    """Append row to metrics.jsonl in the directory out, if it is not empty, with null for numbers
-    that are not finite."""
+        if name != "tokens":
+            fields.append(f"{name.removeprefix('val_')} {value:{formats.get(name, '.4f')}}")
+    print(" | ".join(fields + tail).replace("nan", "n/a"))
     if out and dist.get_rank() == 0:
         row = {k: None if str(v) in ("nan", "inf", "-inf") else v for k, v in row.items()}
         with open(Path(out) / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({"step": step} | row) + "\n")
+
+def progress(tokens, steps_left, pace, cfg, device):
+    """Fields of a log line: tokens so far and, if pace, the seconds per update, is known,
+    throughput, MFU, memory and time left."""
+    fields = [f"tokens {tokens / 1e6:.1f}M"]
+    if not pace:
+        return fields
+    speed = cfg.batch_size * cfg.seq_len / pace
+    fields.append(f"{speed / 1e3:.1f}k tok/s")
+    if device.type == "cuda":
+        peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device))
+        if peak and cfg.precision == "bf16":
+            fields.append(f"mfu {speed * flops_per_token(cfg) / peak / dist.get_world_size():.1%}")
+        fields.append(f"mem {torch.cuda.max_memory_allocated(device) / 2**30:.1f}G")
+    return [*fields, f"eta {timedelta(seconds=round(steps_left * pace))}"]
+
+def print_memory(memory):
+    """Print bytes per rank, by kind, and their sum."""
+    for kind, n_bytes in [*memory.items(), ("sum", sum(memory.values()))]:
+        print(f"{kind:12} {n_bytes / 2**30:8.3f} GiB per rank")
+
+def check_directories(init, export, write_tokens):
+    """Raise ValueError for directories to write that are not empty, or without safetensors."""
+    for folder in (export, write_tokens):
+        if folder and os.path.isdir(folder) and os.listdir(folder):
+            raise ValueError(f"{folder} is not empty")
+    if init or export:
+        with explain("--init and --export need: pip install safetensors", ImportError):
+            import safetensors  # noqa: F401
 
 def bits_per_byte(nats, n_bytes):
     """nats over n_bytes of text in bits per byte; NaN, printed as n/a, if n_bytes is unknown."""
@@ -1989,22 +1966,13 @@ def stable_hash(*key):
     """64 bits that depend on the key alone: the seed of all that is drawn."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
-def shuffled(index, n, key):
-    """Position of index in a pseudo-random permutation of range(n) seeded by key: a Feistel network
-    on the bits of n, repeated until the result is below n, which needs no memory."""
-    half = (n.bit_length() + 1) // 2
-    while True:
-        left, right = divmod(index, 1 << half)
-        for i in range(4):
-            mixed = left ^ stable_hash(key, i, right) % (1 << half)
-            left = right
-            right = mixed
-        index = (left << half) + right
-        if index < n:
-            return index
+@functools.lru_cache(64)  # one for each corpus of a mix, and some for the next epoch
+def permutation(n, *key):
+    """A random permutation of range(n), int64 [n], seeded by key."""
+    return np.random.default_rng(stable_hash(*key)).permutation(n)
 
 class Corpus:
-    """Ids start ... stop - 1 of the concatenation of parts, each an array or a token shard's path.
+    """Ids start ... stop - 1 of the concatenation of parts, which are (name, ids).
 
     separator: the id after each document, -1 if unknown; token_bytes [V]: the length of each id's
     text, 0 if it has none; in_order: windows come in order and not shuffled.
@@ -2012,7 +1980,7 @@ class Corpus:
 
     def __init__(self, parts, start, stop, separator, token_bytes, in_order):
         self.parts = parts
-        self.ends = np.cumsum([len(open_part(part)) for part in parts])
+        self.ends = np.cumsum([len(ids) for name, ids in parts])
         self.start = start
         self.size = stop - start
         self.separator = separator
@@ -2023,18 +1991,18 @@ class Corpus:
         """Ids first ... first + n - 1, int64 [n]; ValueError for an id that is not below V."""
         pieces = []
         first += self.start
-        stop = first + n
-        while first < stop:
+        while n > 0:
             i = np.searchsorted(self.ends, first, side="right")
-            ids = open_part(self.parts[i])
-            begin = first - (self.ends[i] - len(ids))
-            ids = ids[begin : begin + stop - first].astype(np.int64)
+            name, part = self.parts[i]
+            begin = first - (self.ends[i] - len(part))
+            ids = part[begin : begin + n].astype(np.int64)
             unknown = (ids >= len(self.token_bytes)) & (ids != self.separator)
             if unknown.any():
-                where = f"{self.parts[i]}, position {begin + unknown.argmax()}"
+                where = f"{name}, position {begin + unknown.argmax()}"
                 raise ValueError(f"{where}: token id {ids[unknown][0]} is not in the vocabulary")
             pieces.append(ids)
             first += len(ids)
+            n -= len(ids)
         return np.concatenate(pieces)
 
     def n_windows(self, length):
@@ -2048,7 +2016,7 @@ class Corpus:
         offset = 0
         if not self.in_order:
             offset = stable_hash(seed, epoch) % length
-            index = shuffled(index, self.n_windows(length), (seed, epoch))
+            index = permutation(self.n_windows(length), seed, epoch)[index]
         return self.read(offset + index * length, length + 1)
 
     def fingerprint(self):
@@ -2061,14 +2029,14 @@ def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size
     Held out are the shards with "val" in their names, or documents by a hash of their names; if
     these are less than a batch, the last 5 % of the ids, but at least a batch.
     """
-    train = [path for path in shards if "val" not in path.name]
-    heldout = [path for path in shards if "val" in path.name]
+    train = [(path, open_shard(path)) for path in shards if "val" not in path.name]
+    heldout = [(path, open_shard(path)) for path in shards if "val" in path.name]
     if not shards:
         documents = sorted(documents, key=lambda document: stable_hash(document[0]))
-        train = [ids for name, ids in documents if not is_held_out(name)]
-        heldout = [ids for name, ids in documents if is_held_out(name)]
-    n_train = sum(len(open_part(part)) for part in train)
-    total = n_train + sum(len(open_part(part)) for part in heldout)
+        train = [document for document in documents if not is_held_out(document[0])]
+        heldout = [document for document in documents if is_held_out(document[0])]
+    n_train = sum(len(ids) for name, ids in train)
+    total = sum(len(ids) for name, ids in train + heldout)
     least = (batch_size + 1) * length + 1  # ids of a batch of windows, and an offset
     if min(n_train, total - n_train) < least:
         n_train = total - max(total // 20, least)
@@ -2086,18 +2054,16 @@ def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size
 def vocabulary_size(vocab_size, tokenizer, init):
     """vocab_size or, if it is 0, that of the tokenizer, whose ids must fit. A vocabulary that is
     larger than the byte tokenizer's is a warning, and with --init a ValueError."""
-    if not vocab_size and not tokenizer:
+    if not tokenizer and not vocab_size:
         raise ValueError("token shards need --tokenizer or --vocab_size")
-    if not vocab_size or not tokenizer:
-        return vocab_size or tokenizer.n_vocab
-    n_ids = 1 + max(map(tokenizer.encode_single_token, tokenizer.token_byte_values()))
-    if vocab_size < n_ids:
+    n_ids = tokenizer.n_vocab if tokenizer else 0
+    if 0 < vocab_size < n_ids - 1:  # a vocabulary may lack the separator
         raise ValueError(f"--vocab_size {vocab_size} is less than the {n_ids} ids of the tokenizer")
-    if tokenizer.name == "bytes" and vocab_size > tokenizer.n_vocab:
-        print(f"warning: a vocabulary of {vocab_size:,} entries over bytes: --tokenizer is missing")
+    if vocab_size > n_ids and tokenizer and tokenizer.name == "bytes":
         if init:
             raise ValueError(f"--init {init} needs the --tokenizer of its {vocab_size:,} entries")
-    return vocab_size
+        print(f"warning: a vocabulary of {vocab_size:,} entries over bytes: --tokenizer is missing")
+    return vocab_size or n_ids
 
 def is_held_out(name):
     """Whether a document is among the 5 % that are held out, by a hash of its name."""
@@ -2110,13 +2076,11 @@ def find_files(path):
     endings = (".txt", ".md", ".py", ".jsonl") if path else (".py",)
     skipped = set() if path else {"site-packages", "dist-packages", "test", "tests", "idle_test"}
     files = [root]
-    seen = set(root.resolve().parents)  # following a link to one of these would not end
+    seen = {root.resolve(), *root.resolve().parents}  # a link to one of these would not end
     for folder, folders, names in os.walk(root, followlinks=True):
-        if Path(folder).resolve() in seen:
-            folders.clear()
-            continue
-        seen.add(Path(folder).resolve())
-        folders[:] = set(folders) - skipped
+        targets = {name: Path(folder, name).resolve() for name in set(folders) - skipped}
+        folders[:] = [name for name in targets if targets[name] not in seen]
+        seen.update(targets.values())
         files += [Path(folder, name) for name in names]
     files = sorted(file for file in files if file.is_file())
     texts = [file for file in files if file.suffix.lower() in endings]
@@ -2129,20 +2093,15 @@ def find_files(path):
 
 def read_documents(path, files):
     """(name, text) of each document: a text file, named by its path below `path`, or a line of a
-    .jsonl file, named by its text."""
+    .jsonl file, a JSON object with a string "text", named by its text."""
     root = Path(path or sysconfig.get_paths()["stdlib"])
     for file in files:
-        if file.suffix.lower() == ".jsonl":
-            yield from read_json_lines(file)
+        if file.suffix.lower() != ".jsonl":
+            with explain(f"{file} is not UTF-8 text", UnicodeDecodeError):
+                text = file.read_text("utf-8-sig", errors="strict" if path else "ignore")
+            yield file.relative_to(root).as_posix(), text
             continue
-        with explain(f"{file} is not UTF-8 text", UnicodeDecodeError):
-            text = file.read_text("utf-8-sig", errors="strict" if path else "ignore")
-        yield file.relative_to(root).as_posix(), text
-
-def read_json_lines(file):
-    """(text, text) of each line, a JSON object with a string "text"; empty lines are skipped."""
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(open(file, "rb"), 1):
             if line.strip():
                 what = f'{file}, line {number}, is not a JSON object with a string "text"'
                 with explain(what, ValueError, KeyError, TypeError, AttributeError):
@@ -2178,48 +2137,39 @@ def tokenize(documents, tokenizer, separator):
     """(name, ids) of each document that is not empty; the last id is the separator."""
     dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
     for name, text in documents:
-        # tiktoken's PanicException, of the longest words, is a BaseException.
-        with explain(f"the tokenizer cannot take document {name[:80]!r}", BaseException):
+        with explain(f"the tokenizer cannot take document {name[:80]!r}", ValueError):
             ids = tokenizer.encode_to_numpy(text, disallowed_special=())
         if text:
             yield name, np.append(ids, separator).astype(dtype)
 
 def write_tokens(folder, documents):
     """Write tokenized documents to .npy shards in a new or empty folder: train_00000.npy ..., and
-    val_00000.npy ... of the documents that are held out; two shards per 2**27 ids."""
-    if os.path.exists(folder) and os.listdir(folder):
-        raise ValueError(f"--write_tokens {folder} is not empty")
+    val_00000.npy ... of the documents that are held out; two shards per 10,000 documents."""
+    groups = iter(lambda: list(itertools.islice(documents, 10000)), [])
     with written_beside(folder) as partial:
-        for n in itertools.count():
-            splits = {"train": [], "val": []}
-            n_ids = 0
-            while n_ids < 2**27 and (document := next(documents, None)):
-                name, ids = document
-                splits["val" if is_held_out(name) else "train"].append(ids)
-                n_ids += len(ids)
-            if not n_ids:
-                break
-            for split, parts in splits.items():
+        for n, group in enumerate(groups):
+            for split, held_out in (("train", False), ("val", True)):
+                parts = [ids for name, ids in group if is_held_out(name) == held_out]
                 if parts:
                     np.save(partial / f"{split}_{n:05d}.npy", np.concatenate(parts))
-    print(f"{folder}: {n} shards to train on, with what is held out beside them")
+    print(f"{folder}: the documents are written")
 
-def open_part(part):
-    """Ids of a part of a Corpus: an array itself, or a shard that is memory-mapped while the result
-    lives: .npy of uint16 or uint32, or .bin, uint16 after a header of 256 int32."""
-    if isinstance(part, np.ndarray):
-        return part
-    with explain(f"{part} is not a token shard", ValueError, EOFError):
-        if part.suffix.lower() == ".npy":
-            ids = np.load(part, mmap_mode="r")
+def open_shard(path):
+    """Ids of a token shard, in place and without a file descriptor: .npy of uint16 or uint32, or
+    .bin, uint16 after a header of 256 int32."""
+    with explain(f"{path} is not a token shard", ValueError, EOFError):
+        if path.suffix.lower() == ".npy":
+            ids = np.load(path, mmap_mode="r")
         else:
-            magic, version, size = np.fromfile(part, np.int32, 3).tolist()
-            ids = np.memmap(part, np.uint16, "r", offset=1024)
-            if [magic, version, size] != [20240520, 1, len(ids)]:
+            ids = np.memmap(path, np.uint16, "r", offset=1024)
+            if np.fromfile(path, np.int32, 3).tolist() != [20240520, 1, len(ids)]:
                 raise ValueError("unexpected header, or its length does not match the file")
         if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32):
             raise ValueError(f"it holds {ids.dtype} {ids.shape}, not a row of uint16 or uint32")
-    return ids
+    # numpy's maps keep a descriptor each, torch's do not.
+    header = ids.offset // ids.itemsize
+    dtype = getattr(torch, ids.dtype.name)
+    return torch.from_file(str(path), size=header + len(ids), dtype=dtype).numpy()[header:]
 
 if __name__ == "__main__":
     main()

@@ -2206,7 +2206,7 @@ def main(argv=None):
         with stop_signals() as signals:
             finished = train(pipe, optimizer, corpus, heldout, state, cfg, device, signals)
         if not finished:
-            return print(f"stopped by a signal after step {state['step']}")
+            return print(f"stopped after step {state['step']}")
         conclude(pipe, heldout, tokenizer, state, device)
 
 # ---------------------------------------- Plumbing ----------------------------------------

@@ -29,7 +29,7 @@ Run: python gemma.py                         # a laptop: the preset demo, on nex
      torchrun --nnodes=16 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
          gemma.py --preset 2b --teacher gemma-2-9b --dp_replicate 16 --data en/,code/ \
          --tokenizer ranks.tiktoken --out /shared/2b --resume
-Expect: in 80 seconds on two CPU cores the demo's held-out bits per byte fall from 8.04 to 2.54. A
+Expect: in 80 seconds on two CPU cores the demo's held-out bits per byte fall from 8.04 to 2.55. A
 student of half its width comes to 2.69 with this teacher, and to 2.88 on the same tokens without
 one (`--dim 48 --hidden_dim 128`; one seed).
 """
@@ -95,7 +95,7 @@ class Config:
     qk_norm: bool = True  # a norm on queries and keys, as in Gemma 3
     attention_cap: float = 0.0  # soft-cap of attention scores, as in Gemma 2; 0: none
     logit_cap: float = 0.0  # soft-cap of the logits, as in Gemma 2; 0: none
-    rope_theta: float = 1e6  # base of the rotary frequencies of global layers; of local ones 1e4
+    rope_theta: float = 1e6  # base of the rotary frequencies of global layers; local ones: 1e4
     rope_factor: float = 1.0  # number that divides the positions of global layers
     # Data: Gemma 2 §3.1, Gemma 3 §2.2
     data: str = ""  # PATH,...: a corpus for each language; empty: Python's standard library
@@ -104,14 +104,14 @@ class Config:
     # Phases: Gemma 3 §5.3
     seq_len: int = 32768  # T, tokens of a sequence
     batch_size: int = 32  # sequences per update, over all ranks
-    tokens: float = 2e12  # tokens of the run before the long sequences
-    long_seq_len: int = 131072  # tokens of a sequence in the last phase; a batch keeps its tokens
-    long_tokens: float = 0.0  # tokens of the last phase, that of long sequences; 0: no such phase
-    long_rope_factor: float = 8.0  # value of --rope_factor in the last phase
-    steps: int = 0  # updates of the run, shared out to its phases; 0: as many as the tokens need
+    tokens: float = 2e12  # tokens of the first phase
+    long_seq_len: int = 131072  # tokens of a sequence of the second phase; batches keep theirs
+    long_tokens: float = 0.0  # tokens of the second phase, of long sequences; 0: no such phase
+    long_rope_factor: float = 8.0  # value of --rope_factor in the second phase
+    steps: int = 0  # updates, shared by the phases as the tokens are; 0: as the tokens need
     # Distillation: Gemma 2 §3.2, Gemma 3 §2.2
     teacher: str = ""  # Hugging Face directory of the teacher; empty: learn the next token
-    samples: int = 256  # tokens sampled from each of the teacher's distributions; 0: all
+    samples: int = 256  # tokens sampled from each of the teacher's distributions; 0: no sampling
     # Optimization
     lr: float = 6e-4  # peak learning rate
     warmup: float = 0.01  # share of the run's tokens with a linear warm-up, at most a tenth
@@ -121,7 +121,7 @@ class Config:
     # Parallelism: Gemma 2 §3.3, Gemma 3 Table 2
     micro_batch: int = 0  # sequences per forward pass on one rank; 0: as many as the batch allows
     dp: int = 0  # ranks among which data and model are sharded; 0: all that are left
-    dp_replicate: int = 1  # copies of the sharded model, with the gradients summed over them
+    dp_replicate: int = 1  # copies of the sharded model, among which data are split, too
     # Machine
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     compile: bool = False  # compile each block with torch.compile
@@ -166,7 +166,8 @@ PRESETS = {
         batch_size=96, tokens=1.4e8, long_seq_len=4096, long_tokens=1e7, long_rope_factor=4.0,
         lr=1e-3, warmup=0.02, val_every=500, micro_batch=12, compile=True,
     ),
-    # Gemma 2, Table 1 (which prints the two feed-forward branches together), Table 2 and §3.1.
+    # Gemma 2, Table 1 (which prints the two feed-forward branches together), Table 2 and §3.1. The
+    # 2B and the 9B learned from a teacher, the 27B next tokens (§3.2).
     "2b": GEMMA2 | dict(zip(SIZES, (2304, 26, 8, 4, 256, 256, 9216)), tokens=2e12, lr=4e-4),
     "9b": GEMMA2
     | dict(zip(SIZES, (3584, 42, 16, 8, 256, 256, 14336)), tokens=8e12, lr=3e-4, batch_size=256),
@@ -174,7 +175,8 @@ PRESETS = {
     | dict(zip(SIZES, (4608, 46, 32, 16, 128, 144, 36864)), tokens=13e12, lr=2e-4, batch_size=512),
     # Released after the report of Gemma 3; its 6T tokens are from the announcement.
     "3_270m": GEMMA3 | dict(zip(SIZES, (640, 18, 4, 1, 256, 256, 2048)), tokens=6e12, lr=1e-3),
-    # Gemma 3, Table 1 and §2.2; all but the 1B end with 128K tokens (§5.3).
+    # Gemma 3, Table 1 and §2.2; all learned from a teacher, and all but the 1B end with sequences
+    # of 128K tokens (§5.3).
     "3_1b": GEMMA3 | dict(zip(SIZES, (1152, 26, 4, 1, 256, 256, 6912)), tokens=2e12, lr=6e-4),
     "3_4b": LONG
     | dict(zip(SIZES, (2560, 34, 8, 4, 256, 256, 10240)), tokens=3.94e12, long_tokens=6e10,
@@ -204,6 +206,22 @@ class Linear(nn.Linear):
         bias = None if self.bias is None else self.bias.type_as(x)
         return F.linear(x, self.weight.type_as(x), bias)
 
+class Normalize(torch.autograd.Function):
+    """y = r x with r = 1 / sqrt(mean(x²) + eps), the mean over the last dimension. The backward
+    pass, dx = r (dy - y mean(y dy)), needs y and r; autograd would keep x and square it again."""
+
+    @staticmethod
+    def forward(ctx, x, eps):
+        r = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)  # [..., 1]
+        y = x * r
+        ctx.save_for_backward(y, r)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        y, r = ctx.saved_tensors
+        return r * (dy - y * (y * dy).mean(-1, keepdim=True)), None
+
 class UnitOffsetRMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) (1 + w), all of it in fp32 and cast back at the end: [..., D]."""
 
@@ -214,7 +232,7 @@ class UnitOffsetRMSNorm(nn.Module):
 
     def forward(self, x):
         gain = 1.0 + self.weight.float()
-        return F.rms_norm(x.float(), gain.shape, gain, self.eps).type_as(x)
+        return (Normalize.apply(x.float(), self.eps) * gain).type_as(x)
 
 def rotary_table(length, dim, theta, factor, device):
     """(cos, sin) [T, E/2] of the rotary angles of positions 0 ... length - 1, which are divided by
@@ -232,30 +250,30 @@ def rotate(x, cos, sin):
 def causal_attention(q, k, v, scale):
     """softmax(q kᵀ scale) v over this and all earlier positions; query head j uses key-value head
     j // (H / K). [B, H, T, E], [B, K, T, E] twice -> [B, H, T, E]."""
-    settings = dict(is_causal=True, scale=scale, enable_gqa=True)
-    return F.scaled_dot_product_attention(q, k, v, **settings)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
 
 def local_attention(q, k, v, scale, window):
     """causal_attention over the last `window` positions, the query's own included. The positions
     form blocks of one window; a block's queries see their own block and the one before."""
     B, H, T, _ = q.shape
     K = k.shape[1]
-    start = (x[:, :, :window].contiguous() for x in (q, k, v))  # a view would keep all in memory
-    first = causal_attention(*start, scale)
+    # The first block sees itself alone. For views, autograd would keep all of q, k and v.
+    first_block = (x[:, :, :window].contiguous() for x in (q, k, v))
+    first = causal_attention(*first_block, scale)
     if T <= window:
         return first
     if T % window:  # padding after the last position, which no query before it sees
         q, k, v = (F.pad(x, (0, 0, 0, -T % window)) for x in (q, k, v))
-    # N blocks of W positions, [B, N, H or K, W, E].
+    # N blocks of W positions: [B, N, H or K, W, E].
     q, k, v = (x.unflatten(2, (-1, window)).transpose(1, 2) for x in (q, k, v))
-    # The keys and values of a block and of the one before it, [B (N-1), K, 2W, E].
+    # Keys and values of the block before and of the block itself: [B (N-1), K, 2W, E].
     k, v = (torch.cat((x[:, :-1], x[:, 1:]), 3).flatten(0, 1) for x in (k, v))
-    # The G = H / K query heads that share keys follow each other along the queries.
-    q = q[:, 1:].unflatten(2, (K, -1)).flatten(3, 4).flatten(0, 1)  # [B (N-1), K, G W, E]
-    i = torch.arange(window, 2 * window, device=q.device)[:, None]
-    j = torch.arange(2 * window, device=q.device)
-    mask = ((j <= i) & (j > i - window)).repeat(H // K, 1)  # [G W, 2W]
-    x = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)  # [B (N-1), K, G W, E]
+    # The G = H / K query heads that share keys are laid end to end: [B (N-1), K, G W, E].
+    q = q[:, 1:].unflatten(2, (K, -1)).flatten(3, 4).flatten(0, 1)
+    i = torch.arange(window, 2 * window, device=q.device)[:, None]  # queries: the second block
+    j = torch.arange(2 * window, device=q.device)  # keys: both blocks
+    visible = ((j <= i) & (j > i - window)).repeat(H // K, 1)  # [G W, 2W]
+    x = F.scaled_dot_product_attention(q, k, v, visible, scale=scale)  # [B (N-1), K, G W, E]
     x = x.unflatten(2, (-1, window)).flatten(1, 2)  # [B (N-1), H, W, E]
     x = x.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)  # [B, H, (N-1) W, E]
     return torch.cat((first, x), 2)[:, :, :T]
@@ -270,6 +288,7 @@ def capped_block(q, k, v, scale, window, cap):
     S = q.shape[2]
     N = k.shape[2]
     q = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B, K, G S, E]
+    # Scale, cap and mask, in this order; cap divides q, which is smaller than the scores.
     scores = cap * torch.tanh((q * (scale / cap) @ k.mT).float())  # [B, K, G S, N]
     distance = torch.arange(N - S, N, device=q.device)[:, None] - torch.arange(N, device=q.device)
     visible = (distance >= 0) & (distance < window)  # [S, N]
@@ -381,7 +400,7 @@ class Gemma(nn.Module):
         return chunked_loss(self.logits, x.flatten(0, 1), targets, vocab_size)
 
     def hidden_states(self, tokens):
-        """What the head reads, [B, T] -> [B, T, D]."""
+        """The states that the head reads, [B, T] -> [B, T, D]."""
         x = self.token_embedding(tokens).to(self.dtype)
         x = x * torch.tensor(x.shape[-1] ** 0.5, dtype=x.dtype)  # sqrt(D), rounded to this dtype
         shape = x.shape[1], self.head_dim
@@ -404,9 +423,9 @@ def slices(n, vocab_size):
 
 def chunked_loss(head, x, targets, vocab_size):
     """Sum of the cross-entropies, in nats, of the logits head(x) of N positions x [N, D], chunk by
-    chunk, each recomputed in the backward pass, so that the logits of all never exist. targets are
-    ids, N in all, of which -100 is not scored, or a function of a slice of the positions that
-    returns their distributions [n, V], zero where nothing is scored."""
+    chunk, each recomputed in the backward pass, so that the logits of all positions never exist.
+    targets: N ids, of which -100 is not scored; or a function from a slice of n positions to their
+    distributions [n, V], zero for a position that is not scored."""
 
     def chunk_loss(x, rows):
         chosen = targets.flatten()[rows] if torch.is_tensor(targets) else targets(rows)
@@ -423,7 +442,8 @@ def init_weights(model, cfg):
     Each parameter has a random stream of its own, named by (seed, name), so that every layout
     starts from the same numbers. Raises ValueError for a parameter without a rule.
     """
-    # Undisclosed: all of it. The released code draws with 0.01 or, at Hugging Face, 0.02.
+    # Undisclosed: the initialisation. The released code draws from N(0, 0.01), Hugging Face's
+    # classes from N(0, 0.02).
     for name, p in model.named_parameters():
         if re.search(r"(token_embedding|q|k|v|out|gate|up|down)\.weight$", name):
             generator = torch.Generator().manual_seed(stable_hash(cfg.seed, name))
@@ -462,53 +482,36 @@ def unimax(sizes, budget, max_epochs):
         tokens[name] = min(share, max_epochs * sizes[name])
     return {name: tokens[name] / sum(tokens.values()) for name in sizes}
 
-class Mixture:
-    """Corpora that are drawn by weight, one sequence at a time.
+class LanguageMixture:
+    """Corpora in given proportions, to be read as one Corpus. Of each 1,000 sequences every corpus
+    has its exact share, in an order that the seed shuffles, so that the window of a corpus that a
+    sequence reads follows from the sequence's index alone."""
 
-    Of each block of 1,000 sequences every corpus has its exact share, in an order that the seed
-    shuffles, so that its own position is arithmetic. starts: windows of each corpus that earlier
-    phases spent; first: sequences that earlier phases drew from this mixture.
-    """
-
-    def __init__(self, mix, corpora, starts, first):
-        self.names = list(mix)
-        self.weights = list(mix.values())
+    def __init__(self, corpora, weights):
         self.corpora = corpora
-        self.starts = starts
-        self.first = first
-        self.block = 1000 if len(mix) > 1 else 1
-        sums = itertools.accumulate(self.weights, initial=0.0)
-        self.bounds = [round(self.block * part) for part in sums]
-        self.shares = [b - a for a, b in itertools.pairwise(self.bounds)]
+        sums = itertools.accumulate(weights, initial=0.0)
+        self.bounds = [round(1000 * total) for total in sums]  # of the corpora's shares of 1,000
         self.separator = corpora[0].separator
         self.token_bytes = corpora[0].token_bytes
 
-    def draw(self, index, seed):
-        """(corpus, window of it) of sequence `index` of the phase."""
-        block, place = divmod(self.first + index, self.block)
-        place = shuffled(place, self.block, (seed, "mixture", block))
-        corpus = bisect.bisect_right(self.bounds, place) - 1
-        position = block * self.shares[corpus] + place - self.bounds[corpus]
-        return corpus, self.starts[corpus] + position
-
-    def spent(self, n):
-        """Windows of each corpus that are spent after n sequences of the phase."""
-        blocks = math.ceil((self.first + n) / self.block)
-        return [start + blocks * share for start, share in zip(self.starts, self.shares)]
-
     def n_windows(self, length):
-        """Sequences of length + 1 ids until one of the corpora begins another epoch."""
-        pairs = zip(self.corpora, self.weights)
-        return round(min(corpus.n_windows(length) / weight for corpus, weight in pairs))
+        """Number of sequences before one of the corpora is read again."""
+        shares = [stop - start for start, stop in itertools.pairwise(self.bounds)]
+        sizes = [corpus.n_windows(length) for corpus in self.corpora]
+        return min(1000 * size // share for size, share in zip(sizes, shares))
 
     def window(self, index, length, seed):
-        """Window `index` of the phase, length + 1 ids."""
-        corpus, position = self.draw(index, seed)
-        return self.corpora[corpus].window(position, length, seed)
+        """The length + 1 ids of sequence `index`."""
+        thousand, position = divmod(index, 1000)
+        position = permutation(1000, seed, "mixture", thousand)[position]
+        corpus = bisect.bisect_right(self.bounds, position) - 1
+        start, stop = self.bounds[corpus : corpus + 2]
+        index = thousand * (stop - start) + position - start
+        return self.corpora[corpus].window(index, length, seed)
 
     def fingerprint(self):
-        """A number that tells mixtures of other shares or other data apart."""
-        return stable_hash(self.shares, [corpus.fingerprint() for corpus in self.corpora])
+        """A hash of the proportions and of the fingerprints of the corpora."""
+        return stable_hash(self.bounds, [corpus.fingerprint() for corpus in self.corpora])
 
 def add_bos(documents, tokenizer):
     """(name, ids) of each document, with the token BEGIN before its ids."""
@@ -534,30 +537,28 @@ def get_batch(corpus, first, n, cfg):
     return {"tokens": tokens, "targets": targets, "indices": indices, **counts}
 
 def token_phases(cfg):
-    """[(sequences of the run at the end of the phase, Config of the phase)]: Gemma 3 §5.3, after
-    --tokens comes a phase of long sequences with the positions of global layers interpolated."""
+    """[(first sequence, end, Config)] of the phases: after --tokens follows a phase of long
+    sequences, in which the positions of global layers are interpolated (Gemma 3 §5.3)."""
     end = math.ceil(cfg.tokens / cfg.seq_len)
-    plan = [(end, cfg)]
+    phases = [(0, end, cfg)]
     if cfg.long_tokens:
         batch_size = cfg.batch_size * cfg.seq_len // cfg.long_seq_len
         changes = dict(seq_len=cfg.long_seq_len, rope_factor=cfg.long_rope_factor)
-        last = dataclasses.replace(cfg, batch_size=batch_size, **changes)
-        plan.append((end + math.ceil(cfg.long_tokens / cfg.long_seq_len), last))
-    return plan
+        long = dataclasses.replace(cfg, batch_size=batch_size, **changes)
+        phases.append((end, end + math.ceil(cfg.long_tokens / cfg.long_seq_len), long))
+    return phases
 
 def find_phase(sequences, cfg):
-    """(sequences before the phase, its Config) after so many sequences of the run."""
-    start = 0
-    for end, phase in token_phases(cfg):
+    """(first sequence, Config) of the phase that a run is in after so many sequences."""
+    for start, end, phase in token_phases(cfg):
         if sequences < end:
-            return start, phase
-        start = end
+            break
     return start, phase
 
 def count_updates(sequences, cfg):
-    """Updates from a state of the run, after so many sequences, to its end."""
+    """Updates that remain after so many sequences of the run."""
     n_updates = 0
-    for end, phase in token_phases(cfg):
+    for _, end, phase in token_phases(cfg):
         n = max(math.ceil((end - sequences) / phase.batch_size), 0)
         n_updates += n
         sequences += n * phase.batch_size
@@ -616,12 +617,11 @@ def objective(model, batch, cfg):
 def build_optimizer(model, cfg):
     """AdamW; the tied and scaled embedding and the gains are not decayed."""
     # Undisclosed: the optimizer and all of its settings.
-    named = model.named_parameters()
-    matrices = {name for name, p in named if p.ndim > 1 and name != "token_embedding.weight"}
+    embedding = model.token_embedding.weight
+    matrices = [p for p in model.parameters() if p.ndim > 1 and p is not embedding]
+    others = [p for p in model.parameters() if p.ndim == 1 or p is embedding]
     groups = [
-        dict(params=[p for name, p in model.named_parameters() if (name in matrices) == decayed],
-             weight_decay=cfg.weight_decay * decayed)
-        for decayed in (True, False)
+        dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=others, weight_decay=0.0),
     ]  # fmt: skip
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
@@ -654,7 +654,7 @@ def parallelize(model, cfg, mesh):
     norm and the tied head are one group, the root's. Sets the precision; recomputes, compiles."""
     # Departure: the papers also split matrices ("model") or sequences; llama3.py shows how.
     model.dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-    if cfg.compile:  # a graph for each kind of layer, length, and for the teacher
+    if cfg.compile:  # one graph for each kind of layer, each length, and the teacher
         torch.compiler.config.recompile_limit = 32
         torch.compiler.config.fail_on_recompile_limit_hit = True
     policy = MixedPrecisionPolicy(model.dtype, torch.float32, cast_forward_inputs=False)
@@ -679,7 +679,7 @@ def fill_parameter(p, value):
 
 def build_sharded(cfg, mesh, path=""):
     """The parallelized model of this rank, initialised or with the weights of a Hugging Face
-    checkpoint directory. It has no memory before it is sharded."""
+    checkpoint directory. Memory is allocated after it is sharded, for this rank's shards alone."""
     with torch.device("meta"):
         model = Gemma(cfg)
     parallelize(model, cfg, mesh)
@@ -694,12 +694,12 @@ def load_teacher(cfg, mesh):
     """The model of --teacher, sharded as the student is, without gradients."""
     if cfg.samples > cfg.vocab_size:
         raise ValueError(f"--samples {cfg.samples} is more than the {cfg.vocab_size} tokens")
-    theirs = read_gemma_config(cfg.teacher)
-    if theirs.vocab_size != cfg.vocab_size:
-        sizes = f"{theirs.vocab_size:,} entries, and the student {cfg.vocab_size:,}"
+    shape = read_gemma_config(cfg.teacher)
+    if shape.vocab_size != cfg.vocab_size:
+        sizes = f"{shape.vocab_size:,} entries, and the student {cfg.vocab_size:,}"
         raise ValueError(f"the vocabulary of --teacher {cfg.teacher} has {sizes}")
-    same = dict(precision=cfg.precision, compile=cfg.compile, dp_replicate=cfg.dp_replicate)
-    teacher = build_sharded(dataclasses.replace(theirs, **same), mesh, cfg.teacher)
+    run = dict(precision=cfg.precision, compile=cfg.compile, dp_replicate=cfg.dp_replicate)
+    teacher = build_sharded(dataclasses.replace(shape, **run), mesh, cfg.teacher)
     register_fsdp_forward_method(teacher, "hidden_states")  # gathers what soft_targets needs
     return teacher.requires_grad_(False)
 
@@ -707,34 +707,26 @@ def memory_per_rank(cfg):
     """Bytes on each of cfg.dp x cfg.dp_replicate ranks, by kind."""
     with torch.device("meta"):
         model = Gemma(cfg)
-    n = sum(p.numel() for p in model.parameters())
-    n_block = sum(p.numel() for p in model.blocks[0].parameters())
-    n_root = n - n_block * cfg.n_layers
+    n, _ = count_parameters(model)
+    n_blocks = sum(p.numel() for p in model.blocks.parameters())
     size = 2 if cfg.precision == "bf16" else 4
-    ranks = cfg.dp * cfg.dp_replicate
-    shares = {"parameters": 4 * n, "gradients": 4 * n, "optimizer": 8 * n}
-    memory = {kind: n_bytes / cfg.dp for kind, n_bytes in shares.items()}
-    # Gathered parameters and their gradients: the root's, and those of a block and of the next; on
-    # one rank, copies of the weights in bf16.
-    memory["gathered"] = size * (2 * n_root + 3 * n_block)
-    if ranks == 1:
-        memory["gathered"] = 2 * n * (size == 2)
-
-    # Kept for the backward pass, per position and block. By the norms, their inputs and the normed
-    # in fp32, as by the rotary embedding; by products and GeGLU, their inputs, and by attention q,
-    # k, v and its output, in the products' precision.
+    # Gathered: embedding and head with their gradient; a block with its gradient, and the next.
+    gathered = 2 * (n - n_blocks) + 3 * n_blocks / cfg.n_layers
+    # Kept for the backward pass, per position and block: x / rms(x) of the norms in fp32; in the
+    # products' precision the inputs of the matrix products and of GeGLU, q, k, v and the output.
     width = (cfg.n_heads + cfg.n_kv_heads) * cfg.head_dim
-    block = cfg.dim * (32 + 2 * size) + 4 * size * cfg.hidden_dim
-    block += width * ((12 if cfg.qk_norm else 4) + 2 * size)
-    positions = split_batch(cfg, ranks)[1] * cfg.seq_len
-    # The peak is where the backward pass begins, with the fp32 logits of a chunk, their softmax and
-    # its gradient.
-    head = (12 + 4 * (cfg.logit_cap > 0)) * min(positions * cfg.vocab_size, 2**25)
-    memory["activations"] = positions * cfg.n_layers * block + head
+    block = cfg.dim * (16 + 2 * size) + 4 * size * cfg.hidden_dim
+    block += width * (2 * size + (4 + size) * cfg.qk_norm)
+    positions = split_batch(cfg, cfg.dp * cfg.dp_replicate)[1] * cfg.seq_len
+    kept = positions * cfg.n_layers * block
     if cfg.recompute == "block":
-        inputs = positions * cfg.n_layers * size * cfg.dim
-        memory["activations"] = inputs + max(positions * (block + 16 * cfg.dim), head)
-    return memory
+        kept = positions * (cfg.n_layers * size * cfg.dim + block)
+    # The fp32 logits of a chunk, their softmax and its gradient.
+    head = 12 * min(positions * cfg.vocab_size, 2**25)
+    return {
+        "parameters": 4 * n / cfg.dp, "gradients": 4 * n / cfg.dp, "optimizer": 8 * n / cfg.dp,
+        "gathered": size * gathered * (cfg.dp > 1), "activations": kept + head,
+    }  # fmt: skip
 
 # ---------------------------------------- Checkpoint ----------------------------------------
 
@@ -758,7 +750,7 @@ HF_DEFAULTS = {  # what the classes of Gemma 2 and Gemma 3 have different defaul
 }  # fmt: skip
 HF_FIXED = {
     "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6, "attention_bias": False,
-    "attention_dropout": 0.0, "tie_word_embeddings": True,
+    "attention_dropout": 0.0, "tie_word_embeddings": True, "use_bidirectional_attention": False,
 }  # fmt: skip
 HF_NAMES = {  # part of a parameter's name: Hugging Face's
     "token_embedding": "model.embed_tokens", "blocks": "model.layers", "final_norm": "model.norm",
@@ -787,24 +779,22 @@ def read_gemma_config(path):
         cfg.attention_cap = cfg.attention_cap or 0.0  # null
         cfg.logit_cap = cfg.logit_cap or 0.0
         cfg.qk_norm = kind == "gemma3_text"
-        if theirs.get("use_bidirectional_attention"):
-            raise ValueError("config.json has use_bidirectional_attention")
 
-        pattern = theirs.get("sliding_window_pattern", 6) if cfg.qk_norm else 2
-        types = theirs.get("layer_types") or layer_types(pattern - 1, cfg.n_layers)
+        cfg.local_layers = theirs.get("sliding_window_pattern", 6) - 1 if cfg.qk_norm else 1
+        types = theirs.get("layer_types") or layer_types(cfg.local_layers, cfg.n_layers)
         cfg.local_layers = [*types, "full_attention"].index("full_attention")
         if types != layer_types(cfg.local_layers, cfg.n_layers):
-            raise ValueError("config.json has layer_types that do not repeat")
+            raise ValueError("config.json has layer_types without a period")
 
-        # Older directories have rope_theta, rope_local_base_freq and rope_scaling.
-        ropes = theirs.get("rope_parameters") or {}
+        # The directories first published have rope_theta, rope_scaling and rope_local_base_freq.
         rope = {"rope_theta": theirs.get("rope_theta", 1e6 if cfg.qk_norm else 1e4)}
-        rope |= (ropes.get("full_attention") if cfg.qk_norm else ropes) or {}
         rope |= theirs.get("rope_scaling") or {}
-        local = rope
-        if cfg.qk_norm:
-            local = {"rope_theta": theirs.get("rope_local_base_freq", 1e4)}
-            local |= ropes.get("sliding_attention") or {}
+        local = {"rope_theta": theirs.get("rope_local_base_freq", 1e4)}
+        ropes = theirs.get("rope_parameters") or {}
+        rope |= ropes.get("full_attention", {}) if cfg.qk_norm else ropes
+        local |= ropes.get("sliding_attention", {})
+        if not cfg.qk_norm:  # Gemma 2 has one for all layers
+            local = rope
         kinds = [r.get("rope_type", r.get("type", "default")) for r in (local, rope)]
         if kinds not in (["default", "default"], ["default", "linear"]):
             raise ValueError(f"config.json has the rope_type {' and '.join(kinds)}")
@@ -837,11 +827,9 @@ def hf_config(cfg):
     """config.json of the model."""
     kind = "gemma3_text" if cfg.qk_norm else "gemma2"
     names = HF_CONFIG | HF_DEFAULTS[kind]
-    config = {key: getattr(cfg, field) for field, (key, _) in names.items()} | HF_FIXED
+    config = {key: getattr(cfg, field) or None for field, (key, _) in names.items()} | HF_FIXED
     config |= {"model_type": kind, "layer_types": layer_types(cfg.local_layers, cfg.n_layers)}
     config["architectures"] = ["Gemma3ForCausalLM" if cfg.qk_norm else "Gemma2ForCausalLM"]
-    for key in ("final_logit_softcapping", "attn_logit_softcapping"):
-        config[key] = config.get(key) or None
     rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
     local = {"rope_type": "default", "rope_theta": 1e4}
     if cfg.rope_factor != 1:
@@ -849,38 +837,24 @@ def hf_config(cfg):
     config["rope_parameters"] = rope
     if cfg.qk_norm:
         config["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
-    # The tokenizer, which has these, is not written.
+    # These ids belong to the tokenizer, which is not written.
     return config | dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
 
 def to_hf(model, cfg, path):
     """Write model to the directory path as a Gemma2ForCausalLM or a Gemma3ForCausalLM. All ranks
-    call this: they gather one tensor after the other, and rank 0 writes files of about 5 GB."""
+    call this: they gather one tensor after the other; rank 0 keeps all in its memory and writes."""
     from safetensors.torch import save_file
 
     is_writer = not dist.is_initialized() or dist.get_rank() == 0
-    starts = itertools.accumulate((4 * p.numel() for p in model.parameters()), initial=0)
-    *parts, _ = (int(start // 5e9) for start in starts)  # the file of each parameter
-    n = parts[-1] + 1
-    files = ["model.safetensors"]
-    if n > 1:
-        files = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
-    index = {}
-    with written_beside(path) if is_writer else contextlib.nullcontext() as folder:
-        named = zip(parts, model.named_parameters())
-        for part, group in itertools.groupby(named, key=lambda item: item[0]):
-            tensors = {}
-            for _, (name, p) in group:
-                value = p.full_tensor() if isinstance(p, DTensor) else p
-                if is_writer:
-                    tensors[gemma_name(name)] = value.detach().cpu().contiguous()
-            index |= dict.fromkeys(tensors, files[part])
-            if is_writer:
-                save_file(tensors, folder / files[part], metadata={"format": "pt"})
+    tensors = {}
+    for name, p in model.named_parameters():
+        tensor = p.full_tensor() if isinstance(p, DTensor) else p
         if is_writer:
+            tensors[gemma_name(name)] = tensor.detach().cpu().contiguous()
+    if is_writer:
+        with written_beside(path) as folder:
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
             (folder / "config.json").write_text(json.dumps(hf_config(cfg), indent=2) + "\n")
-        if is_writer and n > 1:
-            text = json.dumps({"metadata": {}, "weight_map": index}, indent=2)
-            (folder / "model.safetensors.index.json").write_text(text)
 
 def read_hf_config(path, fields, fixed):
     """Fields of Config from the config.json of a Hugging Face checkpoint directory.
@@ -906,18 +880,12 @@ def read_hf_tensors(path):
 
 @contextlib.contextmanager
 def written_beside(path):
-    """A temporary directory; when the block ends, its files move to the directory path."""
-    path = Path(path)
-    folder = path.with_name(path.name + ".tmp")
+    """A temporary directory, which becomes the new or empty directory path when the block ends."""
+    folder = Path(f"{Path(path)}.tmp")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     yield folder
-    try:
-        folder.rename(path)  # at once, if path is new or empty
-    except OSError:
-        for file in folder.iterdir():
-            file.replace(path / file.name)
-        folder.rmdir()
+    folder.rename(path)
 
 def newest_checkpoint(out, resume, fixed):
     """(path of the newest checkpoint in out, config.json of its run), or (None, {}).
@@ -937,15 +905,13 @@ def newest_checkpoint(out, resume, fixed):
     for name in fixed:
         if path and run.get(name) != fixed[name]:
             raise ValueError(f"{path} has {name} {run.get(name)}, and this run {fixed[name]}")
-    if path:
-        print(f"continuing from {path}")
-    elif resume:
-        print(f"no checkpoint in {out or '--out'}: starting a run")
+    if resume or restarts:
+        print(f"continuing from {path}" if path else f"no checkpoint in {out}: starting a run")
     return path, run
 
-def claim_directory(out, step, config):
-    """Write config.json, and remove the rows of later steps from metrics.jsonl. Returns a lock,
-    which the process holds while it lives; ValueError if another process holds it."""
+def claim_directory(out, config):
+    """Write config.json to the directory out. Returns a lock, which the process holds while it
+    lives; ValueError if another process holds it."""
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / "lock", "w")
@@ -957,11 +923,6 @@ def claim_directory(out, step, config):
         raise ValueError(f"another run is writing to {out}") from error
     except OSError as error:
         print(f"{out} cannot be locked against other runs: {error}")
-    log = folder / "metrics.jsonl"
-    log.touch()
-    rows = [json.loads(line) for line in log.open() if line.endswith("}\n")]
-    kept = [row for row in rows if row["step"] < step or (row["step"] == step and "loss" in row)]
-    log.write_text("".join(json.dumps(row) + "\n" for row in kept))
     (folder / "config.tmp").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "config.tmp").replace(folder / "config.json")
     return lock
@@ -1036,22 +997,20 @@ def evaluation_mode(model, compiled):
     model.train()
 
 def validate(loss_of, corpus, step, cfg, device, rank, ranks):
-    """Print and log nats per target and bits per byte over the first windows of corpus.
+    """Log nats per target and bits per byte over the first windows of corpus.
     loss_of(batches) is this rank's share of the loss of a global batch."""
-    nats = n_targets = n_bytes = 0.0
+    sums = np.zeros(3)  # nats, targets, bytes
     for i in range(min(cfg.val_batches, corpus.n_windows(cfg.seq_len) // cfg.batch_size)):
         batches = read_batch(corpus, i * cfg.batch_size, cfg, device, rank, ranks)
         sum_counts(batches, ranks)
         (loss,) = sum_over_ranks(loss_of(batches))
-        nats += loss * batches[0]["n_targets"]
-        n_targets += batches[0]["n_targets"]
-        n_bytes += batches[0]["n_bytes"]
+        n_targets = batches[0]["n_targets"]
+        sums += loss * n_targets, n_targets, batches[0]["n_bytes"]
+    nats, n_targets, n_bytes = sums.tolist()
     if not n_targets:
         raise ValueError("the held-out documents have no token to predict")
-    row = {"step": step, "val_loss": nats / n_targets, "val_bpb": bits_per_byte(nats, n_bytes)}
-    bpb = f"{row['val_bpb']:.3f}".replace("nan", "n/a")
-    print(f"val {step} | loss {row['val_loss']:.4f} | bpb {bpb}")
-    write_row(cfg.out, row)
+    row = {"val_loss": nats / n_targets, "val_bpb": bits_per_byte(nats, n_bytes)}
+    log(cfg.out, step, f"val {step}", row, [])
 
 def sample(model, ids, n, allowed_ids, cfg):
     """ids and n more, drawn at temperature 0.8 among allowed_ids [V] (boolean). All ranks call
@@ -1072,13 +1031,14 @@ def check(cfg, ranks):
         least = int(field.type is int and field.default > 0 and field.name not in zero)
         if field.type in (int, float) and not least <= getattr(cfg, field.name) < math.inf:
             raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
-    positive = cfg.query_scalar, cfg.rope_factor, cfg.long_rope_factor, cfg.tokens
+    factor = cfg.rope_factor * cfg.long_rope_factor
+    # What only one of Hugging Face's two classes has, together with what only the other has.
     mixed = cfg.attention_cap if cfg.qk_norm else (cfg.rope_theta != 1e4 or cfg.rope_factor != 1)
     for wrong, message in (
         (cfg.n_heads % cfg.n_kv_heads, f"{cfg.n_kv_heads} key-value heads, {cfg.n_heads} heads"),
         (cfg.head_dim % 2, f"--head_dim {cfg.head_dim} is odd"),
         (cfg.window >= cfg.seq_len, f"--window {cfg.window} is not less than {cfg.seq_len} tokens"),
-        (min(positive) <= 0, "--rope_factor, --long_rope_factor or --tokens is 0"),
+        (factor * cfg.tokens <= 0, "--rope_factor, --long_rope_factor or --tokens is 0"),
         (cfg.warmup > 0.1, f"--warmup {cfg.warmup} is more than a tenth of the run"),
         (cfg.dp * cfg.dp_replicate != ranks,
          f"dp {cfg.dp} x dp_replicate {cfg.dp_replicate} are not {ranks} ranks"),
@@ -1089,34 +1049,30 @@ def check(cfg, ranks):
     ):  # fmt: skip
         if wrong:
             raise ValueError(message)
-    for _, phase in token_phases(cfg):
+    for *_, phase in token_phases(cfg):
         steps, micro = split_batch(phase, ranks)
         if not 0 < phase.batch_size == ranks * steps * micro:
             batch = f"--batch_size {phase.batch_size} of length {phase.seq_len}"
             raise ValueError(f"{batch} is not {ranks} ranks x micro-batches of {micro}")
-    if cfg.init or cfg.export or cfg.teacher:
-        with explain("--init, --export and --teacher need: pip install safetensors", ImportError):
-            import safetensors  # noqa: F401
+    check_directories(cfg.init or cfg.teacher, cfg.export, cfg.write_tokens)
 
 def dry_run(cfg):
     """Print parameters, FLOPs per token and memory per rank, computed from shapes alone."""
-    tokenizer = load_tokenizer(cfg.tokenizer or "bytes", SPECIALS)
-    cfg.vocab_size = cfg.vocab_size or tokenizer.n_vocab
+    if not cfg.vocab_size:
+        cfg.vocab_size = load_tokenizer(cfg.tokenizer or "bytes", SPECIALS).n_vocab
     cfg.dp = cfg.dp or cfg.world_size // cfg.dp_replicate
     check(cfg, cfg.world_size)
     with torch.device("meta"):
         n, activated = count_parameters(Gemma(cfg))
     print(f"parameters {n:,} | activated {activated:,}")
-    for _, phase in token_phases(cfg):
+    for *_, phase in token_phases(cfg):
         print(f"sequences of {phase.seq_len:,} tokens: FLOPs per token", end=" ")
         print(f"{flops_per_token(phase):.4g} | 6 N gives {6 * activated:.4g}")
-        sizes = memory_per_rank(phase)
-        for kind, n_bytes in (sizes | {"sum": sum(sizes.values())}).items():
-            print(f"{kind:12} {n_bytes / 2**30:8.3f} GiB on each of {cfg.world_size} ranks")
+        print_memory(memory_per_rank(phase))
 
 def sharded_step(model, teacher, optimizer, batches, lr, cfg):
-    """One update from this rank's micro-batches: (loss, gradient norm) of the global batch. The
-    parameters stay as they are if either is not finite, which all ranks find alike."""
+    """One update from this rank's micro-batches; returns loss and gradient norm of the global
+    batch. Skips the update if either is not finite, which is the same on all ranks."""
     loss = torch.zeros((), device=batches[0]["tokens"].device)
     for i, batch in enumerate(batches):
         if isinstance(model, FSDPModule):  # one reduction of the gradients an update
@@ -1129,8 +1085,8 @@ def sharded_step(model, teacher, optimizer, batches, lr, cfg):
     dist.all_reduce(loss)
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
     if isinstance(norm, DTensor):
-        norm = norm.full_tensor()  # of the parts of all ranks
-    loss, norm = torch.stack([loss, norm]).tolist()  # the update waits for the device here alone
+        norm = norm.full_tensor()  # of all shards, each counted once and not once a copy
+    loss, norm = torch.stack([loss, norm]).tolist()  # the only wait for the device in an update
     for group in optimizer.param_groups:
         group["lr"] = lr
     if math.isfinite(loss) and math.isfinite(norm):
@@ -1147,8 +1103,9 @@ def begin_phase(model, phase, n_updates):
     print(f"{ranks} ranks x {steps} x {micro} sequences of {phase.seq_len}", end=" | ")
     print(f"positions of global layers / {phase.rope_factor:g}")
 
-def train(model, teacher, optimizer, corpus, heldout, state, cfg, device, signals):
-    """Update the model until the phases of the run are over, or a signal was received."""
+def train(model, teacher, optimizer, corpus, heldout, state, cfg, device):
+    """Update the model until the phases of the run are over; False if a signal ends it."""
+    signals = catch_signals()
     place = device, dist.get_rank(), dist.get_world_size()
     thread = ThreadPoolExecutor(1)  # reads the next batch during an update
 
@@ -1161,33 +1118,35 @@ def train(model, teacher, optimizer, corpus, heldout, state, cfg, device, signal
             return sum(objective(model, batch, cfg)[0] for batch in batches)
 
     ahead = read_ahead(state["sequences"])
-    first_step = saved = state["step"]
+    saved = state["step"]
+    clock = time.perf_counter()
     n_skipped = 0
-    phase = pace = None
+    phase = None
     while True:
         step = state["step"]
         if find_phase(state["sequences"], cfg)[1] != phase:
             _, phase = find_phase(state["sequences"], cfg)
             begin_phase(model, phase, count_updates(state["sequences"], cfg))
             first_step = step
-            pace = None
+            pace = None  # seconds per update
         steps_left = 0 if cfg.eval else count_updates(state["sequences"], cfg)
-        n_signals = n_errors = 0
-        if steps_left > 0:
-            clock = time.perf_counter()
-            error = ahead.exception()
-            waited = time.perf_counter() - clock
-            n_signals, n_errors = sum_over_ranks(len(signals), error is not None)
-        end = steps_left <= 0 or n_signals or n_errors
+        error = ahead.exception()  # waits until the batch to come is read
+        if step > first_step + 1:  # the first update of a phase may compile and is left out
+            seconds = time.perf_counter() - clock
+            pace = 0.9 * (pace or seconds) + 0.1 * seconds
+        (stop,) = sum_over_ranks(len(signals) + (error is not None))
+        end = steps_left <= 0 or stop
         if cfg.out and step > saved and not n_skipped and (end or step % cfg.save_every == 0):
             save_checkpoint(cfg.out, model, optimizer, state)
             saved = step
-        if n_errors:
-            raise_first(error)
-        if steps_left <= 0 or (step % cfg.val_every == 0 and not end):
+        if error:
+            raise error
+        if stop:
+            return False
+        if end or step % cfg.val_every == 0:
             validate(evaluate, heldout, step, phase, *place)
         if end:
-            return steps_left <= 0
+            return True
 
         clock = time.perf_counter()
         batches = ahead.result()
@@ -1199,14 +1158,13 @@ def train(model, teacher, optimizer, corpus, heldout, state, cfg, device, signal
         finite = math.isfinite(loss) and math.isfinite(norm)
         state["step"] += 1
         state["tokens"] += finite * phase.batch_size * phase.seq_len
-        seconds = waited + time.perf_counter() - clock
-        if step > first_step:  # the first update, which may compile, tells nothing of the next
-            pace = 0.9 * (pace or seconds) + 0.1 * seconds
         if step == 0 or steps_left == 1 or state["step"] % cfg.log_every == 0:
             n_bytes = 0 if teacher else batches[0]["n_bytes"]  # its distributions are not the text
             bpb = bits_per_byte(loss * batches[0]["n_targets"], n_bytes)
-            row = {"step": step + 1, "loss": loss, "bpb": bpb, "lr": lr, "grad": norm}
-            log_step(row | {"tokens": state["tokens"]}, steps_left - 1, pace, phase, device)
+            row = {"loss": loss, "bpb": bpb, "lr": lr, "grad": norm, "tokens": state["tokens"]}
+            head = f"step {step + 1}/{step + steps_left}"
+            tail = progress(state["tokens"], steps_left - 1, pace, phase, device)
+            log(cfg.out, step + 1, head, row, tail)
         n_skipped = 0 if finite else n_skipped + 1
         if n_skipped:
             print(f"step {step + 1} skipped: its loss or gradient is not finite")
@@ -1214,8 +1172,8 @@ def train(model, teacher, optimizer, corpus, heldout, state, cfg, device, signal
             raise ValueError(f"no finite gradient in the last {n_skipped} steps to {step + 1}")
 
 def load_languages(cfg):
-    """(tokenizer or None, training Mixture, held-out Mixture) of --data, whose corpora are mixed by
-    UniMax; sets cfg.vocab_size. With --write_tokens the data is written as shards instead, and the
+    """(tokenizer or None, training corpus, held-out corpus) of --data; several corpora are mixed by
+    UniMax. Sets cfg.vocab_size. With --write_tokens the data is written as shards instead, and the
     result is None."""
     sources = {path: find_files(path) for path in cfg.data.split(",")}
     tokenizer = None
@@ -1224,30 +1182,29 @@ def load_languages(cfg):
         tokenizer = load_tokenizer(cfg.tokenizer or "bytes", SPECIALS)
         separator = tokenizer.eot_token
     cfg.vocab_size = vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
-    length = max(phase.seq_len for _, phase in token_phases(cfg))
-    batch = math.ceil(cfg.batch_size * cfg.seq_len / length / len(sources))
+    if cfg.write_tokens and (len(sources) > 1 or sources[cfg.data][1]):
+        raise ValueError("--write_tokens reads the text of one corpus")
+    *_, last = token_phases(cfg)[-1]
+    sizes = cfg.vocab_size, math.ceil(last.batch_size / len(sources)), last.seq_len
     corpora = {}
     for path, (files, shards) in sources.items():
         documents = tokenize(read_documents(path, files), tokenizer, separator)
-        if cfg.write_tokens and (shards or len(sources) > 1):
-            raise ValueError("--write_tokens reads the text of one corpus")
-        if cfg.write_tokens:
-            return write_tokens(cfg.write_tokens, add_bos(documents, tokenizer))
         documents = add_bos(documents, tokenizer)
-        sizes = cfg.vocab_size, batch, length
+        if cfg.write_tokens:
+            return write_tokens(cfg.write_tokens, documents)
         with explain(path or "the standard library", ValueError):
             corpora[path] = load_corpora(shards, documents, tokenizer, separator, *sizes)
-    sizes = {path: corpus.size for path, (corpus, _) in corpora.items()}
-    weights = unimax(sizes, cfg.tokens + cfg.long_tokens, cfg.max_epochs)
-    if len(sources) > 1:
-        for path, weight in weights.items():
-            epochs = weight * (cfg.tokens + cfg.long_tokens) / sizes[path]
-            print(f"{path}: {weight:.1%} of the sequences, {epochs:.2f} epochs")
-            if weight < 2e-3:  # two sequences of a block of Mixture
-                raise ValueError(f"the weight of {path} is too small")
-    starts = [0] * len(corpora)
     train, heldout = zip(*corpora.values())
-    return tokenizer, Mixture(weights, train, starts, 0), Mixture(weights, heldout, starts, 0)
+    if len(sources) == 1:
+        return tokenizer, train[0], heldout[0]
+    n_tokens = {path: corpus.size for path, corpus in zip(corpora, train)}
+    weights = unimax(n_tokens, cfg.tokens + cfg.long_tokens, cfg.max_epochs)
+    for path, weight in weights.items():
+        print(f"{path}: {weight:.1%} of the sequences")
+        if weight < 2e-3:
+            raise ValueError(f"{path} would have less than 2 of 1,000 sequences")
+    weights = list(weights.values())
+    return tokenizer, LanguageMixture(train, weights), LanguageMixture(heldout, weights)
 
 def plan_run(cfg, run, given):
     """Set the tokens of the phases: those of --steps or, for a run that is continued, those of its
@@ -1276,7 +1233,6 @@ def main(argv=None):
         if cfg.init:
             theirs = read_gemma_config(cfg.init)
             cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in SHAPE})
-            check(cfg, ranks)
         data = load_languages(cfg)
         if not data:
             return
@@ -1285,12 +1241,7 @@ def main(argv=None):
         fixed = {name: getattr(cfg, name) for name in (*SHAPE, "seed", "seq_len", "long_seq_len")}
         fixed["data_fingerprint"] = corpus.fingerprint()
         checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
-        if cfg.eval and not checkpoint and not cfg.init:
-            raise ValueError(f"--eval: {cfg.out} has no checkpoint")
         plan_run(cfg, run, given)
-        weights = list(Path(cfg.export).glob("*.safetensors*")) if cfg.export else []
-        if weights and run.get("export") != cfg.export:
-            raise ValueError(f"--export {cfg.export} has weights that this run did not write")
 
         sizes = cfg.dp_replicate, cfg.dp
         mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("dp_replicate", "dp"))
@@ -1301,20 +1252,18 @@ def main(argv=None):
         if checkpoint:
             load_checkpoint(checkpoint, model, optimizer, state)
         if cfg.eval:
+            if not checkpoint and not cfg.init:
+                raise ValueError(f"--eval: {cfg.out} has no checkpoint")
             cfg.out = ""  # nothing is written
         if cfg.out:
-            run = dataclasses.asdict(cfg) | fixed
-            lock = claim_directory(cfg.out, state["step"], run)  # held until this run ends
+            lock = claim_directory(cfg.out, dataclasses.asdict(cfg) | fixed)  # while the run lives
         total, activated = count_parameters(model)
         print(f"torch {torch.__version__} | {device.type} {cfg.precision} | dp {cfg.dp} x", end=" ")
         print(f"dp_replicate {cfg.dp_replicate} | parameters {total:,} | activated", end=" ")
         print(f"{activated:,} | FLOPs per token {flops_per_token(cfg):.3g}")
-        with stop_signals() as signals:
-            models = model, teacher, optimizer
-            finished = train(*models, corpus, heldout, state, cfg, device, signals)
-        if not finished:
-            return print(f"stopped by a signal after step {state['step']}")
-        _, last = token_phases(cfg)[-1]
+        if not train(model, teacher, optimizer, corpus, heldout, state, cfg, device):
+            return print(f"stopped after step {state['step']}")
+        *_, last = token_phases(cfg)[-1]
         if cfg.export:
             to_hf(model, last, cfg.export)
         if tokenizer:
@@ -1352,28 +1301,20 @@ def explain(what, *errors):
     try:
         yield
     except errors as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        cause = error
-        if isinstance(error, dcp.CheckpointException):  # its text is the traceback of each rank
-            cause = next(iter(error.failures.values()))[0]
-        raise ValueError(f"{what}: {type(cause).__name__}: {cause}") from error
+        cause = str(error).strip().rpartition("\n")[2]  # without the tracebacks of other ranks
+        raise ValueError(f"{what}: {type(error).__name__}: {cause}") from error
 
-@contextlib.contextmanager
-def stop_signals():
-    """A list that SIGTERM and SIGINT append to; a second one of a kind ends the process at once."""
+def catch_signals():
+    """A list to which SIGTERM and SIGINT are appended; a second one ends the process at once."""
     received = []
 
     def receive(signum, frame):
         received.append(signum)
         signal(signum, SIG_DFL)
 
-    handlers = {signum: signal(signum, receive) for signum in (SIGTERM, SIGINT)}
-    try:
-        yield received
-    finally:
-        for signum, handler in handlers.items():
-            signal(signum, handler)
+    signal(SIGTERM, receive)
+    signal(SIGINT, receive)
+    return received
 
 def parse(argv):
     """(Config, names of the flags given): a preset's values, overridden by the flags."""
@@ -1409,9 +1350,7 @@ def init_distributed(timeout):
     """Join torchrun's process group, or one of a single rank; returns the device of this rank."""
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    store = dist.HashStore()
-    if world_size > 1:
-        store = shared_store(rank)
+    store = shared_store(rank) if world_size > 1 else dist.HashStore()
     device = torch.device("cpu")
     backend = "gloo"
     if torch.cuda.is_available():
@@ -1444,41 +1383,48 @@ def shared_store(rank):
         except (dist.DistNetworkError, dist.DistStoreError):  # the address of an earlier start
             time.sleep(0.1)
 
-def raise_first(error):
-    """Raise, on all ranks, the error of the first rank that has one."""
-    errors = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    raise error or next(filter(None, errors))
-
-def log_step(row, steps_left, pace, cfg, device):
-    """Print row, which has step and tokens among its numbers, and write it to metrics.jsonl;
-    pace is the number of seconds that an update takes, None if unknown."""
-    formats = {"loss": ".4f", "bpb": ".3f", "lr": ".2e", "grad": ".2f"}
-    fields = [f"step {row['step']}/{row['step'] + steps_left}"]
+def log(out, step, head, row, tail):
+    """Print head, the numbers of row and tail, which has the tokens; append step and row to
+    metrics.jsonl in the directory out, if any, with null for numbers that are not finite."""
+    formats = {"bpb": ".3f", "val_bpb": ".3f", "lr": ".2e", "grad": ".2f"}
+    fields = [head]
     for name, value in row.items():
-        if name not in ("step", "tokens"):
-            fields.append(f"{name} {value:{formats.get(name, '')}}".replace("nan", "n/a"))
-    fields.append(f"tokens {row['tokens'] / 1e6:.1f}M")
-    on_gpu = device.type == "cuda"
-    peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if on_gpu else None
-    if pace:
-        speed = cfg.batch_size * cfg.seq_len / pace
-        fields.append(f"{speed / 1e3:.1f}k tok/s")
-        if peak and cfg.precision == "bf16":
-            fields.append(f"mfu {speed * flops_per_token(cfg) / peak / dist.get_world_size():.1%}")
-        if on_gpu:
-            fields.append(f"mem {torch.cuda.max_memory_allocated(device) / 2**30:.1f}G")
-        fields.append(f"eta {timedelta(seconds=round(steps_left * pace))}")
-    print(" | ".join(fields))
-    write_row(cfg.out, row)
-
-def write_row(out, row):
-    """Append row to metrics.jsonl in the directory out, if it is not empty, with null for numbers
-    that are not finite."""
+        if name != "tokens":
+            fields.append(f"{name.removeprefix('val_')} {value:{formats.get(name, '.4f')}}")
+    print(" | ".join(fields + tail).replace("nan", "n/a"))
     if out and dist.get_rank() == 0:
         row = {k: None if str(v) in ("nan", "inf", "-inf") else v for k, v in row.items()}
         with open(Path(out) / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({"step": step} | row) + "\n")
+
+def progress(tokens, steps_left, pace, cfg, device):
+    """Fields of a log line: tokens so far and, if pace, the seconds per update, is known,
+    throughput, MFU, memory and time left."""
+    fields = [f"tokens {tokens / 1e6:.1f}M"]
+    if not pace:
+        return fields
+    speed = cfg.batch_size * cfg.seq_len / pace
+    fields.append(f"{speed / 1e3:.1f}k tok/s")
+    if device.type == "cuda":
+        peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device))
+        if peak and cfg.precision == "bf16":
+            fields.append(f"mfu {speed * flops_per_token(cfg) / peak / dist.get_world_size():.1%}")
+        fields.append(f"mem {torch.cuda.max_memory_allocated(device) / 2**30:.1f}G")
+    return [*fields, f"eta {timedelta(seconds=round(steps_left * pace))}"]
+
+def print_memory(memory):
+    """Print bytes per rank, by kind, and their sum."""
+    for kind, n_bytes in [*memory.items(), ("sum", sum(memory.values()))]:
+        print(f"{kind:12} {n_bytes / 2**30:8.3f} GiB per rank")
+
+def check_directories(init, export, write_tokens):
+    """Raise ValueError for directories to write that are not empty, or without safetensors."""
+    for folder in (export, write_tokens):
+        if folder and os.path.isdir(folder) and os.listdir(folder):
+            raise ValueError(f"{folder} is not empty")
+    if init or export:
+        with explain("--init and --export need: pip install safetensors", ImportError):
+            import safetensors  # noqa: F401
 
 def bits_per_byte(nats, n_bytes):
     """nats over n_bytes of text in bits per byte; NaN, printed as n/a, if n_bytes is unknown."""
@@ -1488,22 +1434,13 @@ def stable_hash(*key):
     """64 bits that depend on the key alone: the seed of all that is drawn."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
-def shuffled(index, n, key):
-    """Position of index in a pseudo-random permutation of range(n) seeded by key: a Feistel network
-    on the bits of n, repeated until the result is below n, which needs no memory."""
-    half = (n.bit_length() + 1) // 2
-    while True:
-        left, right = divmod(index, 1 << half)
-        for i in range(4):
-            mixed = left ^ stable_hash(key, i, right) % (1 << half)
-            left = right
-            right = mixed
-        index = (left << half) + right
-        if index < n:
-            return index
+@functools.lru_cache(64)  # one for each corpus of a mix, and some for the next epoch
+def permutation(n, *key):
+    """A random permutation of range(n), int64 [n], seeded by key."""
+    return np.random.default_rng(stable_hash(*key)).permutation(n)
 
 class Corpus:
-    """Ids start ... stop - 1 of the concatenation of parts, each an array or a token shard's path.
+    """Ids start ... stop - 1 of the concatenation of parts, which are (name, ids).
 
     separator: the id after each document, -1 if unknown; token_bytes [V]: the length of each id's
     text, 0 if it has none; in_order: windows come in order and not shuffled.
@@ -1511,7 +1448,7 @@ class Corpus:
 
     def __init__(self, parts, start, stop, separator, token_bytes, in_order):
         self.parts = parts
-        self.ends = np.cumsum([len(open_part(part)) for part in parts])
+        self.ends = np.cumsum([len(ids) for name, ids in parts])
         self.start = start
         self.size = stop - start
         self.separator = separator
@@ -1522,18 +1459,18 @@ class Corpus:
         """Ids first ... first + n - 1, int64 [n]; ValueError for an id that is not below V."""
         pieces = []
         first += self.start
-        stop = first + n
-        while first < stop:
+        while n > 0:
             i = np.searchsorted(self.ends, first, side="right")
-            ids = open_part(self.parts[i])
-            begin = first - (self.ends[i] - len(ids))
-            ids = ids[begin : begin + stop - first].astype(np.int64)
+            name, part = self.parts[i]
+            begin = first - (self.ends[i] - len(part))
+            ids = part[begin : begin + n].astype(np.int64)
             unknown = (ids >= len(self.token_bytes)) & (ids != self.separator)
             if unknown.any():
-                where = f"{self.parts[i]}, position {begin + unknown.argmax()}"
+                where = f"{name}, position {begin + unknown.argmax()}"
                 raise ValueError(f"{where}: token id {ids[unknown][0]} is not in the vocabulary")
             pieces.append(ids)
             first += len(ids)
+            n -= len(ids)
         return np.concatenate(pieces)
 
     def n_windows(self, length):
@@ -1547,7 +1484,7 @@ class Corpus:
         offset = 0
         if not self.in_order:
             offset = stable_hash(seed, epoch) % length
-            index = shuffled(index, self.n_windows(length), (seed, epoch))
+            index = permutation(self.n_windows(length), seed, epoch)[index]
         return self.read(offset + index * length, length + 1)
 
     def fingerprint(self):
@@ -1560,14 +1497,14 @@ def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size
     Held out are the shards with "val" in their names, or documents by a hash of their names; if
     these are less than a batch, the last 5 % of the ids, but at least a batch.
     """
-    train = [path for path in shards if "val" not in path.name]
-    heldout = [path for path in shards if "val" in path.name]
+    train = [(path, open_shard(path)) for path in shards if "val" not in path.name]
+    heldout = [(path, open_shard(path)) for path in shards if "val" in path.name]
     if not shards:
         documents = sorted(documents, key=lambda document: stable_hash(document[0]))
-        train = [ids for name, ids in documents if not is_held_out(name)]
-        heldout = [ids for name, ids in documents if is_held_out(name)]
-    n_train = sum(len(open_part(part)) for part in train)
-    total = n_train + sum(len(open_part(part)) for part in heldout)
+        train = [document for document in documents if not is_held_out(document[0])]
+        heldout = [document for document in documents if is_held_out(document[0])]
+    n_train = sum(len(ids) for name, ids in train)
+    total = sum(len(ids) for name, ids in train + heldout)
     least = (batch_size + 1) * length + 1  # ids of a batch of windows, and an offset
     if min(n_train, total - n_train) < least:
         n_train = total - max(total // 20, least)
@@ -1585,18 +1522,16 @@ def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size
 def vocabulary_size(vocab_size, tokenizer, init):
     """vocab_size or, if it is 0, that of the tokenizer, whose ids must fit. A vocabulary that is
     larger than the byte tokenizer's is a warning, and with --init a ValueError."""
-    if not vocab_size and not tokenizer:
+    if not tokenizer and not vocab_size:
         raise ValueError("token shards need --tokenizer or --vocab_size")
-    if not vocab_size or not tokenizer:
-        return vocab_size or tokenizer.n_vocab
-    n_ids = 1 + max(map(tokenizer.encode_single_token, tokenizer.token_byte_values()))
-    if vocab_size < n_ids:
+    n_ids = tokenizer.n_vocab if tokenizer else 0
+    if 0 < vocab_size < n_ids - 1:  # a vocabulary may lack the separator
         raise ValueError(f"--vocab_size {vocab_size} is less than the {n_ids} ids of the tokenizer")
-    if tokenizer.name == "bytes" and vocab_size > tokenizer.n_vocab:
-        print(f"warning: a vocabulary of {vocab_size:,} entries over bytes: --tokenizer is missing")
+    if vocab_size > n_ids and tokenizer and tokenizer.name == "bytes":
         if init:
             raise ValueError(f"--init {init} needs the --tokenizer of its {vocab_size:,} entries")
-    return vocab_size
+        print(f"warning: a vocabulary of {vocab_size:,} entries over bytes: --tokenizer is missing")
+    return vocab_size or n_ids
 
 def is_held_out(name):
     """Whether a document is among the 5 % that are held out, by a hash of its name."""
@@ -1609,13 +1544,11 @@ def find_files(path):
     endings = (".txt", ".md", ".py", ".jsonl") if path else (".py",)
     skipped = set() if path else {"site-packages", "dist-packages", "test", "tests", "idle_test"}
     files = [root]
-    seen = set(root.resolve().parents)  # following a link to one of these would not end
+    seen = {root.resolve(), *root.resolve().parents}  # a link to one of these would not end
     for folder, folders, names in os.walk(root, followlinks=True):
-        if Path(folder).resolve() in seen:
-            folders.clear()
-            continue
-        seen.add(Path(folder).resolve())
-        folders[:] = set(folders) - skipped
+        targets = {name: Path(folder, name).resolve() for name in set(folders) - skipped}
+        folders[:] = [name for name in targets if targets[name] not in seen]
+        seen.update(targets.values())
         files += [Path(folder, name) for name in names]
     files = sorted(file for file in files if file.is_file())
     texts = [file for file in files if file.suffix.lower() in endings]
@@ -1628,20 +1561,15 @@ def find_files(path):
 
 def read_documents(path, files):
     """(name, text) of each document: a text file, named by its path below `path`, or a line of a
-    .jsonl file, named by its text."""
+    .jsonl file, a JSON object with a string "text", named by its text."""
     root = Path(path or sysconfig.get_paths()["stdlib"])
     for file in files:
-        if file.suffix.lower() == ".jsonl":
-            yield from read_json_lines(file)
+        if file.suffix.lower() != ".jsonl":
+            with explain(f"{file} is not UTF-8 text", UnicodeDecodeError):
+                text = file.read_text("utf-8-sig", errors="strict" if path else "ignore")
+            yield file.relative_to(root).as_posix(), text
             continue
-        with explain(f"{file} is not UTF-8 text", UnicodeDecodeError):
-            text = file.read_text("utf-8-sig", errors="strict" if path else "ignore")
-        yield file.relative_to(root).as_posix(), text
-
-def read_json_lines(file):
-    """(text, text) of each line, a JSON object with a string "text"; empty lines are skipped."""
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(open(file, "rb"), 1):
             if line.strip():
                 what = f'{file}, line {number}, is not a JSON object with a string "text"'
                 with explain(what, ValueError, KeyError, TypeError, AttributeError):
@@ -1677,48 +1605,39 @@ def tokenize(documents, tokenizer, separator):
     """(name, ids) of each document that is not empty; the last id is the separator."""
     dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
     for name, text in documents:
-        # tiktoken's PanicException, of the longest words, is a BaseException.
-        with explain(f"the tokenizer cannot take document {name[:80]!r}", BaseException):
+        with explain(f"the tokenizer cannot take document {name[:80]!r}", ValueError):
             ids = tokenizer.encode_to_numpy(text, disallowed_special=())
         if text:
             yield name, np.append(ids, separator).astype(dtype)
 
 def write_tokens(folder, documents):
     """Write tokenized documents to .npy shards in a new or empty folder: train_00000.npy ..., and
-    val_00000.npy ... of the documents that are held out; two shards per 2**27 ids."""
-    if os.path.exists(folder) and os.listdir(folder):
-        raise ValueError(f"--write_tokens {folder} is not empty")
+    val_00000.npy ... of the documents that are held out; two shards per 10,000 documents."""
+    groups = iter(lambda: list(itertools.islice(documents, 10000)), [])
     with written_beside(folder) as partial:
-        for n in itertools.count():
-            splits = {"train": [], "val": []}
-            n_ids = 0
-            while n_ids < 2**27 and (document := next(documents, None)):
-                name, ids = document
-                splits["val" if is_held_out(name) else "train"].append(ids)
-                n_ids += len(ids)
-            if not n_ids:
-                break
-            for split, parts in splits.items():
+        for n, group in enumerate(groups):
+            for split, held_out in (("train", False), ("val", True)):
+                parts = [ids for name, ids in group if is_held_out(name) == held_out]
                 if parts:
                     np.save(partial / f"{split}_{n:05d}.npy", np.concatenate(parts))
-    print(f"{folder}: {n} shards to train on, with what is held out beside them")
+    print(f"{folder}: the documents are written")
 
-def open_part(part):
-    """Ids of a part of a Corpus: an array itself, or a shard that is memory-mapped while the result
-    lives: .npy of uint16 or uint32, or .bin, uint16 after a header of 256 int32."""
-    if isinstance(part, np.ndarray):
-        return part
-    with explain(f"{part} is not a token shard", ValueError, EOFError):
-        if part.suffix.lower() == ".npy":
-            ids = np.load(part, mmap_mode="r")
+def open_shard(path):
+    """Ids of a token shard, in place and without a file descriptor: .npy of uint16 or uint32, or
+    .bin, uint16 after a header of 256 int32."""
+    with explain(f"{path} is not a token shard", ValueError, EOFError):
+        if path.suffix.lower() == ".npy":
+            ids = np.load(path, mmap_mode="r")
         else:
-            magic, version, size = np.fromfile(part, np.int32, 3).tolist()
-            ids = np.memmap(part, np.uint16, "r", offset=1024)
-            if [magic, version, size] != [20240520, 1, len(ids)]:
+            ids = np.memmap(path, np.uint16, "r", offset=1024)
+            if np.fromfile(path, np.int32, 3).tolist() != [20240520, 1, len(ids)]:
                 raise ValueError("unexpected header, or its length does not match the file")
         if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32):
             raise ValueError(f"it holds {ids.dtype} {ids.shape}, not a row of uint16 or uint32")
-    return ids
+    # numpy's maps keep a descriptor each, torch's do not.
+    header = ids.offset // ids.itemsize
+    dtype = getattr(torch, ids.dtype.name)
+    return torch.from_file(str(path), size=header + len(ids), dtype=dtype).numpy()[header:]
 
 if __name__ == "__main__":
     main()

@@ -188,7 +188,7 @@ def the_pipeline(module, cfg):
     def run():
         now = dataclasses.replace(cfg, steps=state["step"] + STEPS, spike=0.0)
         with contextlib.redirect_stdout(io.StringIO()):
-            module.train_in_stages(pipeline, optimizer, (plan, [mixture], heldout, tokenizer), state, now, torch.device("cpu"), [])
+            module.train_in_stages(pipeline, optimizer, (plan, [mixture], heldout, tokenizer), state, now, torch.device("cpu"))
 
     return run
 

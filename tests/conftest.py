@@ -172,7 +172,7 @@ SCRIPTS = {
         # the paper's: 0.01 for ten thousand updates, then the inverse square root
         schedule=(dict(), {0: 0.01, 9_999: 0.01, 39_999: 0.005, 999_999: 0.001}),
         layouts=(), falls=1.5, batch=(24, 104), betas=(), variants=(),
-        small=dict(batch_size=4, dim=48, hidden_dim=64, seq_len=16, pack=1, lr=0.03), prefix="/model/tp0.", warm="",
+        small=dict(batch_size=4, dim=48, hidden_dim=64, seq_len=16, pack=1, lr=0.01), prefix="/model/tp0.", warm="",
     ),
     "gemma": Row(
         model="Gemma",

@@ -771,7 +771,7 @@ def test_cloze_questions(text):
 
 
 def test_cloze_needs_four_windows():
-    corpus = c.Corpus([np.arange(4 * 32 + 1, dtype=np.uint16)], 0, 4 * 32 + 1, 256, np.ones(257, np.int64), in_order=True)
+    corpus = c.Corpus([("", np.arange(4 * 32 + 1, dtype=np.uint16))], 0, 4 * 32 + 1, 256, np.ones(257, np.int64), in_order=True)
     cfg = c.Config(seq_len=32, precision="fp32")
     assert corpus.n_windows(32) == 3 and c.cloze(None, corpus, cfg, torch.device("cpu")) == (None, None, None)
 
@@ -813,7 +813,7 @@ def test_batch_doubles_half_way(main, text, tmp_path, monkeypatch):
     assert rows_with("tokens", tmp_path / "whole") == [128 * i for i in range(1, 9)] + [1024 + 256 * i for i in range(1, 5)]
     inner = c.learning_rate
     monkeypatch.setattr(c, "learning_rate", lambda first, cfg: (first == 20 and os.kill(os.getpid(), signal.SIGTERM)) or inner(first, cfg))
-    assert "stopped by a signal after step 6" in main(*flags, "--out", tmp_path / "parts")[1]
+    assert "stopped after step 6" in main(*flags, "--out", tmp_path / "parts")[1]
     monkeypatch.undo()
     assert main(*flags, "--out", tmp_path / "parts", "--resume")[0] == 0
     assert rows_with("loss", tmp_path / "parts") == rows_with("loss", tmp_path / "whole")

@@ -2,10 +2,10 @@
 import dataclasses
 import json
 import math
-import re
-import shutil
 import time
+import timeit
 import types
+from unittest import mock
 
 import gemma
 import pytest
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from ranks import run_main
 
+P_T, Z = [0.5, 0.25, 0.15, 0.07, 0.03], [1.0, 0.5, 0.2, -0.5, -1.0]  # the specification's example of distillation
 
 def heads(T, H=4, K=2, E=6, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
@@ -35,8 +36,7 @@ def test_norm_feed_forward_and_soft_cap():
     exact = x.double() / math.sqrt((x.double() ** 2).mean() + 1e-6) * (1 + norm.weight.double())
     assert torch.equal(norm(x), exact.bfloat16())
     mlp = gemma.GeGLU(1, 1)
-    for p, value in zip(mlp.parameters(), (1.0, 2.0, 3.0)):
-        torch.nn.init.constant_(p, value)
+    torch.nn.utils.vector_to_parameters(torch.tensor([1.0, 2.0, 3.0]), mlp.parameters())
     assert mlp(torch.ones(1)).item() == pytest.approx(6 * 0.841192, abs=1e-5)
     for value, cap, capped in ((50.0, 50.0, 38.0797), (100.0, 50.0, 48.2014), (30.0, 30.0, 22.8478), (7.0, 0.0, 7.0)):
         assert gemma.soft_cap(torch.tensor(value), cap).item() == pytest.approx(capped, abs=1e-4)
@@ -83,8 +83,7 @@ def test_blocks_equal_one_mask_in_values_and_gradients(T, cap):
 
 
 def test_attention_is_linear_in_memory_and_local_attention_in_time(monkeypatch):
-    """What is kept at most doubles with T, and local time grows at most 2.2 times. A soft-capped block has 512 queries: for the
-    8 heads of the 2B and 8,192 keys 128 MiB of scores in fp32, where the full square has 2 GiB."""
+    """What is kept at most doubles with T; local time grows at most 2.2 times; 8 heads, 512 queries and 8,192 keys are 128 MiB of scores."""
     for function, *more in ((gemma.local_attention, 64), (gemma.soft_capped_attention, 64, 50.0), (gemma.soft_capped_attention, 2048, 50.0)):
         sizes = []
         for T in (512, 1024, 2048):
@@ -97,19 +96,13 @@ def test_attention_is_linear_in_memory_and_local_attention_in_time(monkeypatch):
     times = []
     for T in (1024, 8192):
         q, k, v = heads(T, dtype=torch.float32)
-        clocks = [time.process_time()]
-        for _ in range(5):
-            gemma.local_attention(q, k, v, 0.4, 256).sum().backward()
-            clocks.append(time.process_time())
-        times.append(min(b - a for a, b in zip(clocks, clocks[1:])))
+        run = lambda: gemma.local_attention(q, k, v, 0.4, 256).sum().backward()  # noqa: B023, E731
+        times.append(min(timeit.repeat(run, number=1, repeat=5, timer=time.process_time)))
     assert times[1] < 2.2**3 * times[0]
     shapes = []
     monkeypatch.setattr(gemma, "capped_block", lambda q, k, *more: shapes.append((q.shape[2], k.shape[2])) or q)
     gemma.soft_capped_attention(*heads(1300), 0.4, 1300, 50.0)
     assert shapes == [(512, 512), (512, 1024), (276, 1300)] and 4 * 8 * 512 * 8192 == 128 * 2**20 and 4 * 8 * 8192**2 == 2 * 2**30
-
-
-P_T, Z = [0.5, 0.25, 0.15, 0.07, 0.03], [1.0, 0.5, 0.2, -0.5, -1.0]
 
 
 def test_distillation_is_the_specifications_example():
@@ -146,8 +139,7 @@ def test_sampled_targets_are_three_distinct_tokens_renormalised():
 
 
 def test_loss_in_chunks_is_the_loss_and_bounds_the_memory(monkeypatch):
-    """A chunk of V = 262,144 has 128 positions, 128 MiB of logits in fp32; at the peak of both passes there are fewer than nine
-    such tensors, 1.2 GB. Here a chunk of 2**22 logits and its nine stay below the logits of all."""
+    """128 positions of V = 262,144 are 128 MiB of fp32 logits; at the peak there are fewer than nine such tensors, here of 2**22 logits."""
     from torch.distributed._tools.mem_tracker import MemTracker
     assert gemma.slices(8192, 262_144)[:2] == [slice(0, 128), slice(128, 256)]
     V, size, generator = 65_536, 2**22, torch.Generator().manual_seed(0)
@@ -196,15 +188,11 @@ def test_logits_loss_and_gradients_are_hugging_faces(kind, tmp_path):
         g = gradients[gemma.gemma_name(name)]
         assert (p.grad - g).abs().max() < 1e-5 * g.abs().max(), name
     gemma.to_hf(ours, cfg, tmp_path / "ours")
-    again = type(theirs).from_pretrained(tmp_path / "ours", attn_implementation="eager")
-    assert torch.equal(again(tokens).logits, theirs(tokens).logits)
+    assert torch.equal(type(theirs).from_pretrained(tmp_path / "ours", attn_implementation="eager")(tokens).logits, theirs(tokens).logits)
 
 
 def test_directories_are_read_with_their_classs_defaults_or_refused(tmp_path):
-    def read(**config):
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        return gemma.read_gemma_config(tmp_path)
-
+    read = lambda **config: (tmp_path / "config.json").write_text(json.dumps(config)) and gemma.read_gemma_config(tmp_path)  # noqa: E731
     names = "vocab_size", "attention_cap", "logit_cap", "local_layers", "rope_theta", "rope_factor", "qk_norm"
     assert [getattr(read(model_type="gemma2"), name) for name in names] == [256000, 50.0, 30.0, 1, 1e4, 1.0, False]
     old = dict(rope_scaling=dict(factor=8.0, type="linear"), rope_local_base_freq=1e4, rope_theta=2e6, sliding_window_pattern=3)
@@ -219,32 +207,44 @@ def test_directories_are_read_with_their_classs_defaults_or_refused(tmp_path):
             read(**{"model_type": "gemma3_text", key: value})
 
 
-def losses(out, key="loss"):
-    return [row[key] for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if key in row]
+def test_unimax_and_the_mixture_of_its_weights():
+    """The worked example; of each 1,000 sequences the corpora have their shares, each window once, in an order that is not theirs."""
+    weights = gemma.unimax({"a": 100, "b": 10, "c": 40}, 100, 2)
+    assert weights == pytest.approx({"a": 0.4, "b": 0.2, "c": 0.4})
+    corpora = [mock.Mock(window=lambda i, length, seed, name=name: (name, i), n_windows=lambda length: 600) for name in weights]
+    mixture = gemma.LanguageMixture(corpora, list(weights.values()))
+    for n in range(2):
+        windows = [mixture.window(i, 8, 0) for i in range(1000 * n, 1000 * (n + 1))]
+        expected = [(name, i) for name, share in zip("abc", (400, 200, 400)) for i in range(n * share, (n + 1) * share)]
+        assert windows != sorted(windows) == expected
+    assert mixture.n_windows(8) == 1500
 
 
 def test_a_student_learns_from_an_exported_teacher(ranks, tmp_path):
-    """Two phases, the layouts' losses, and a resume from before the second phase, bit for bit; then UniMax's worked example."""
+    """Two phases, each from its first sequence; losses and norms of layouts; a resume from before the second phase, bit for bit."""
     pytest.importorskip("safetensors")
+    losses = lambda out, key="loss": list({row["step"]: row[key] for row in map(json.loads, (out / "metrics.jsonl").open()) if key in row}.values())  # noqa: E731
     (tmp_path / "text.txt").write_text("".join(f"line {i} says {i * i}\n" for i in range(2000)))
     sizes = "--dim=24 --n_layers=3 --head_dim=8 --hidden_dim=32 --window=6 --seq_len=16 --long_seq_len=32 --batch_size=8 --val_batches=1"
     flags = [*sizes.split(), "--log_every=1", "--timeout=30", "--data", tmp_path / "text.txt"]
     assert run_main("gemma", [*flags, "--steps=4", "--n_layers=4", "--export", tmp_path / "hf"])[0] == 0
     flags += ["--steps=5", "--long_tokens=1.2e6", "--teacher", tmp_path / "hf", "--long_rope_factor=64", "--samples=7", "--save_every=2"]
-    status, out, err = run_main("gemma", [*flags, "--out", tmp_path / "one", "--export", tmp_path / "student"])
+    with mock.patch.object(gemma, "get_batch", wraps=gemma.get_batch) as get_batch:
+        status, out, err = run_main("gemma", [*flags, "--out", tmp_path / "one", "--export", tmp_path / "student"])
+    read = [(cfg.seq_len, first, n) for (corpus, first, n, cfg), _ in get_batch.call_args_list if not corpus.in_order]
+    assert read[:5] == [(16, 0, 8), (16, 8, 8), (32, 0, 4), (32, 4, 4), (32, 8, 4)], err  # another is read ahead
     assert "x 8 sequences of 16 | positions of global layers / 1" in out and "x 4 sequences of 32 | positions of global layers / 64" in out, err
     one = losses(tmp_path / "one")
     for n, more in ((2, []), (4, ["--dp_replicate=2"])):
         results = ranks.run(n, run_main, "gemma", [*flags, "--micro_batch=1", *more, "--out", tmp_path / f"{n}"], timeout=120)
         assert results[0][0] == 0 and losses(tmp_path / f"{n}") == pytest.approx(one, rel=1e-5), results[0]
+        assert losses(tmp_path / f"{n}", "grad") == pytest.approx(losses(tmp_path / "one", "grad"), rel=1e-4)
     run = gemma.Config(**{k: v for k, v in json.loads((tmp_path / "one" / "config.json").read_text()).items() if k != "data_fingerprint"})
     batch = gemma.get_batch(gemma.load_languages(run)[2], 0, 4, dataclasses.replace(run, seq_len=32))
-    loss, _ = gemma.objective(gemma.from_hf(tmp_path / "student")[0], batch, run)  # with the last phase's positions
-    assert loss.item() == pytest.approx(losses(tmp_path / "one", "val_loss")[-1], rel=1e-6)
-    shutil.rmtree(tmp_path / "one" / "step_000000005")
+    loss = gemma.objective(gemma.from_hf(tmp_path / "student")[0], batch, run)[0].item()  # with the last phase's positions
+    assert loss == pytest.approx(losses(tmp_path / "one", "val_loss")[-1], rel=1e-6)
+    (tmp_path / "one" / "step_000000005").rename(tmp_path / "gone")
     status, out, err = run_main("gemma", [*flags, "--out", tmp_path / "one", "--resume"])  # bit for bit
     assert status == 0 and "step 4/5" not in out and losses(tmp_path / "one") == one
-    assert re.search(r"step 5/5 \| loss [\d.]+ \| bpb n/a", out) and len(losses(tmp_path / "one", "val_loss")) == 2
-    status, _, err = run_main("gemma", [*flags, "--tokenizer=bytes", "--vocab_size=300"])
-    assert status == 2 and "has 258 entries, and the student 300" in err
-    assert gemma.unimax({"a": 100, "b": 10, "c": 40}, 100, 2) == pytest.approx({"a": 0.4, "b": 0.2, "c": 0.4})
+    assert " | bpb n/a | " in out.split("step 5/5 | loss ")[1] and len(losses(tmp_path / "one", "val_loss")) == 2
+    assert "has 258 entries, and the student 300" in run_main("gemma", [*flags, "--tokenizer=bytes", "--vocab_size=300"])[2]
