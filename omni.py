@@ -156,9 +156,9 @@ PRESETS = {
     ),
     # Undisclosed: the sizes of Qwen3.5-Omni. The backbones and the vision encoder of Qwen3.5, and
     # the AuT of Qwen3-Omni with four convolutions, which has as many dimensions.
-    "35b_a3b": dict(micro_batch=1, recompute="block"),
+    "35b_a3b": dict(vocab_size=248320, micro_batch=1, recompute="block"),
     "397b_a17b": dict(
-        dim=4096, n_layers=60, n_heads=32, value_heads=64, n_experts=512, top_k=10,
+        vocab_size=248320, dim=4096, n_layers=60, n_heads=32, value_heads=64, n_experts=512, top_k=10,
         expert_dim=1024, shared_dim=1024, micro_batch=1, recompute="block",
     ),
 }  # fmt: skip
@@ -2272,7 +2272,8 @@ def train(model, optimizer, source, heldout, state, cfg, device, signals):
         state["tokens"] += finite * round(counts["n_tokens"])
         if step == 0 or steps_left == 1 or state["step"] % cfg.log_every == 0:
             bpb = bits_per_byte(loss * counts["n_targets"], counts["n_bytes"])
-            row = {"loss": loss, "bpb": bpb, **metrics, "lr": lr, "grad": norm}
+            parts = {k: value for k, value in metrics.items() if counts.get(f"n_{k}", 1)}
+            row = {"loss": loss, "bpb": bpb, **parts, "lr": lr, "grad": norm}
             row |= {"imbalance": imbalance, "tokens": state["tokens"]}
             head = f"{cfg.stage} step {step + 1}/{step + steps_left}"
             lengths = dataclasses.replace(cfg, seq_len=counts["n_tokens"] / cfg.batch_size)
@@ -2284,23 +2285,22 @@ def train(model, optimizer, source, heldout, state, cfg, device, signals):
         if n_skipped == 3 or (n_skipped and steps_left == 1):
             raise ValueError(f"no finite gradient in the last {n_skipped} steps to {step + 1}")
 
-def load_data(cfg):
-    """(tokenizer or None, training Corpus, held-out Corpus) of --data; sets cfg.vocab_size. With
-    --write_tokens the data is written as shards instead, and the result is None."""
-    files, shards = find_files(cfg.data)
-    tokenizer = None
-    separator = -1  # unknown
-    if cfg.tokenizer or files:
-        tokenizer = load_tokenizer(cfg.tokenizer or "bytes", ["<|endoftext|>"])
-        separator = tokenizer.eot_token
+def load_sources(cfg):
+    """(tokenizer, (documents, rows) to train on, (documents, rows) held out) of --data or, without
+    it, of the standard library, whose text made-up items use; sets cfg.vocab_size."""
+    tokenizer = load_tokenizer(cfg.tokenizer or "bytes", SPECIALS)
     cfg.vocab_size = vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
-    documents = tokenize(read_documents(cfg.data, files), tokenizer, separator)
-    if cfg.write_tokens and shards:
-        raise ValueError("--write_tokens reads text, and --data has token shards")
-    if cfg.write_tokens:
-        return write_tokens(cfg.write_tokens, documents)
-    sizes = cfg.vocab_size, cfg.batch_size, cfg.seq_len
-    return tokenizer, *load_corpora(shards, documents, tokenizer, separator, *sizes)
+    if cfg.data:
+        rows = read_manifest(cfg.data, cfg)
+        held_out = [row for row in rows if is_held_out(row[0])] or rows[-1:]
+        train = [row for row in rows if row not in held_out]
+        if not train:
+            raise ValueError(f"{cfg.data} has {len(rows)} lines, and 2 are the least")
+        return tokenizer, ([], train), ([], held_out)
+    files, _ = find_files("")
+    documents = list(read_documents("", files))
+    held_out = [text for name, text in documents if is_held_out(name)]
+    return tokenizer, ([text for name, text in documents if not is_held_out(name)], []), (held_out, [])
 
 def stage_names(cfg):
     """The stages of the run, in order."""
@@ -2418,7 +2418,7 @@ def main(argv=None):
         if cfg.init:
             theirs = read_omni_config(cfg.init)
             cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in SHAPE})
-        data = load_data(cfg)
+        data = load_sources(cfg)
         mesh = init_device_mesh(device.type, (cfg.dp, cfg.ep), mesh_dim_names=("dp", "ep"))
         signals = catch_signals()
         print(f"torch {torch.__version__} | {device.type} {cfg.precision} | dp {cfg.dp} x ep {cfg.ep}")
