@@ -180,6 +180,22 @@ class Linear(nn.Linear):
         bias = None if self.bias is None else self.bias.type_as(x)
         return F.linear(x, self.weight.type_as(x), bias)
 
+class Normalize(torch.autograd.Function):
+    """y = r x with r = 1 / sqrt(mean(x²) + eps), the mean over the last dimension. The backward
+    pass, dx = r (dy - y mean(y dy)), needs y and r; autograd would keep x and square it again."""
+
+    @staticmethod
+    def forward(ctx, x, eps):
+        r = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)  # [..., 1]
+        y = x * r
+        ctx.save_for_backward(y, r)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        y, r = ctx.saved_tensors
+        return r * (dy - y * (y * dy).mean(-1, keepdim=True)), None
+
 class UnitOffsetRMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) (1 + w), all of it in fp32 and cast back at the end: [..., D]."""
 
@@ -190,7 +206,7 @@ class UnitOffsetRMSNorm(nn.Module):
 
     def forward(self, x):
         gain = 1.0 + self.weight.float()
-        return F.rms_norm(x.float(), gain.shape, gain, self.eps).type_as(x)
+        return (Normalize.apply(x.float(), self.eps) * gain).type_as(x)
 
 def rotate(x, cos, sin):
     """Rotary embedding of x [B, H, T, E] by the angles of cos and sin [T, E/2], in fp32."""
@@ -200,8 +216,7 @@ def rotate(x, cos, sin):
 def causal_attention(q, k, v, scale):
     """softmax(q kᵀ scale) v over this and all earlier positions; query head j uses key-value head
     j // (H / K). [B, H, T, E], [B, K, T, E] twice -> [B, H, T, E]."""
-    settings = dict(is_causal=True, scale=scale, enable_gqa=True)
-    return F.scaled_dot_product_attention(q, k, v, **settings)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
 
 def mel_filters(n_mels, n_fft, rate):
     """Triangular filters on Slaney's mel scale, each of area 1: [n_fft / 2 + 1, n_mels]."""
@@ -893,9 +908,9 @@ def slices(n, vocab_size):
 
 def chunked_loss(head, x, targets, vocab_size):
     """Sum of the cross-entropies, in nats, of the logits head(x) of N positions x [N, D], chunk by
-    chunk, each recomputed in the backward pass, so that the logits of all never exist. targets are
-    ids, N in all, of which -100 is not scored, or a function of a slice of the positions that
-    returns their distributions [n, V], zero where nothing is scored."""
+    chunk, each recomputed in the backward pass, so that the logits of all positions never exist.
+    targets: N ids, of which -100 is not scored; or a function from a slice of n positions to their
+    distributions [n, V], zero for a position that is not scored."""
 
     def chunk_loss(x, rows):
         chosen = targets.flatten()[rows] if torch.is_tensor(targets) else targets(rows)
@@ -1014,10 +1029,11 @@ def init_weights(model, cfg):
         generator = torch.Generator().manual_seed(stable_hash(cfg.seed, name))
         value = torch.empty(p.shape)
         if is_expert(name):
-            rank = int(re.search(r"experts(\d*)", name)[1] or 0)
-            whole = re.sub(r"experts\d*", "experts", name)
-            for i, matrix in enumerate(value, rank * len(p)):
-                generator.manual_seed(stable_hash(cfg.seed, whole, i))
+            rank = re.search(r"part(\d+)\.", name)
+            first = int(rank[1]) * len(p) if rank else 0
+            for i, matrix in enumerate(value, first):
+                key = cfg.seed, re.sub(r"part\d+\.", "", name), i
+                generator.manual_seed(stable_hash(*key))
                 matrix.normal_(0.0, 0.02, generator=generator)
         elif re.search(UNIT_OFFSET, name) or name.endswith(".bias"):
             value.zero_()
@@ -1666,7 +1682,7 @@ PEAK_FLOPS = {  # dense bf16, by the device's exact name; a device not listed ge
 
 def is_expert(name):
     """Whether a parameter belongs to the routed experts, of which a rank has a part."""
-    return re.search(r"\.experts\d*\.", name) is not None
+    return ".experts." in name
 
 def all_to_all(x, send, receive, group):
     """Rows of x [M, ...], send[i] of which go to rank i of the group; receive[i] come from it."""
@@ -1715,7 +1731,7 @@ def divide_experts(moe, group):
         part = Experts(X // group.size(), dim, width // 2)
     part.requires_grad_(moe.experts.gate_up.requires_grad)
     del moe.experts
-    moe.add_module(f"experts{rank}", part)
+    moe.add_module(f"part{rank}", nn.ModuleDict({"experts": part}))
     moe.experts = functools.partial(exchanged, part, group, all_to_all)
     return part
 
@@ -1831,7 +1847,7 @@ HF_NAMES = {  # part of the model: patterns of our names and theirs, applied one
         (r"mixer\.out", "self_attn.o_proj"), (r"mixer\.(qkv|z|b|a)\.", r"linear_attn.in_proj_\1."),
         (r"mixer\.conv", "linear_attn.conv1d.weight"), (r"mixer\.gated_norm", "mixer.norm.weight"),
         (r"mixer\.o\.", "linear_attn.out_proj."), (r"mixer", "linear_attn"),
-        (r"moe\.router", "mlp.gate.weight"), (r"moe\.experts\d*\.(\w+)", r"mlp.experts.\1_proj"),
+        (r"moe\.router", "mlp.gate.weight"), (r"moe\.(part\d+\.)?experts\.(\w+)", r"mlp.experts.\2_proj"),
         (r"moe\.shared\.(\w+)", r"mlp.shared_expert.\1_proj"), (r"moe\.", "mlp."),
         (r"shared_gate", "shared_expert_gate"),
     ),
@@ -1921,7 +1937,7 @@ def fill_weights(model, path):
                     matrices.append(torch.cat([tensors[k.format(len(matrices))] for k in keys]))
                 tensors[names[0]] = torch.stack(matrices)
             value = torch.cat([tensors[key] for key in names])
-            rank = re.search(r"experts(\d+)", name)
+            rank = re.search(r"part(\d+)\.", name)
             if rank:
                 value = value[int(rank[1]) * len(p) :][: len(p)]
             fill_parameter(p, value.view(p.shape))

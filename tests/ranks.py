@@ -292,9 +292,9 @@ def omni_gradients(module, cfg, source, values, device):
     """The same for a script that deals items to ranks and trains some of the parts of its model."""
     mesh = module.init_device_mesh(device.type, (cfg.dp, cfg.ep), mesh_dim_names=("dp", "ep"))
     model = module.build_sharded(cfg, mesh)
-    part = re.compile(r"experts(\d+)")
+    part = re.compile(r"part\d+\.")
     for key, p in model.named_parameters():
-        value = values[part.sub("experts", key)]
+        value = values[part.sub("", key)]
         if part.search(key):
             value = value.chunk(cfg.ep)[mesh["ep"].get_local_rank()]
         module.fill_parameter(p, value)
@@ -311,5 +311,5 @@ def omni_gradients(module, cfg, source, values, device):
                 parts = [torch.empty_like(g) for _ in range(cfg.ep)]
                 dist.all_gather(parts, g, group=mesh["ep"].get_group())
                 g = torch.cat(parts)
-            found[part.sub("experts", key)] = g.numpy()
+            found[part.sub("", key)] = g.numpy()
     return loss, found, norm
