@@ -1,6 +1,38 @@
-r"""Qwen3.5-Omni Technical Report (Qwen Team, 2026, arXiv 2604.15804) in one file.
+r"""Qwen3.5-Omni Technical Report (Qwen Team, 2026, arXiv 2604.15804; "O35") in one file, with the
+Qwen3-Omni Technical Report (2025, arXiv 2509.17765; "O3") for what it does not disclose.
 
-TODO
+One model reads text, images, audio and video, and writes and speaks. New against its parents,
+deepseek_v3.py and gemma.py:
+- an audio encoder, AuT, trained from nothing with a text decoder: 16 times fewer tokens than mel
+  frames, attention in windows that are drawn for each batch (O35 §2.2);
+- a vision encoder at any resolution, with a merger of 2 x 2 patches (O3 §2.3);
+- the Thinker: three Gated DeltaNets for each gated attention, a shared expert beside the routed
+  ones, rotary positions of time, row and column, and time said in words (O35 §2.3);
+- the Talker: one stream of text and speech (ARIA), several codes per frame of speech, predicted by
+  a small module of its own (O35 §2.4);
+- training in stages, in which parts are frozen (O35 §3).
+
+Known are the structure, the stages, the token shares of stage S2, and, from Qwen3-Omni and Qwen3.5,
+configurations of the parts. The sizes of Qwen3.5-Omni, its losses, its optimizer, its speech codec
+and its data are not disclosed: here they are marked as this script's own, the codec is one of band
+energies that needs no learning, and data are made on the spot. Left out: Code2Wav, the extra
+mergers of Qwen3-Omni's vision encoder (DeepStack), the Talker's system prompt, post-training.
+
+Map: O35 §2.2 log_mel, AudioTransformer, AudioDecoder | §2.3 VisionTransformer, position_ids,
+arrange_media, Thinker | §2.4 interleave, Talker | §3 STAGES. Gated DeltaNet: arXiv 2412.06464.
+Legend: B batch, T positions, D width, H heads, K key-value heads or chosen experts, E head width, F
+hidden width, V vocabulary, X experts, G codes of a frame of speech, W audio windows of S chunks, N
+rows of all items together, F pairs of frames (of an encoder), P patches of one.
+Conventions: rotary pairs are the two halves of the rotated part; norms are fp32; loss in nats per
+target; a target of -100 is not scored; items are padded at their ends.
+
+Run: python omni.py                              # a laptop: stage S2 alone, from nothing
+     python omni.py --preset demo_walk --out walk    # all stages; walk/t1/speech.wav is what it says
+     torchrun --nproc_per_node=8 omni.py --ep 8  # GPUs: the preset small
+     torchrun --nnodes=16 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
+         omni.py --preset 35b_a3b --ep 8 --stage s1a --init Qwen3.5-35B-A3B --data manifest.jsonl \
+         --tokenizer ranks.tiktoken --out /shared/omni --resume
+     manifest.jsonl: {"text": "a dog barks", "audio": "a.wav", "video": "frames/", "fps": 25} ...
 """
 
 import argparse
@@ -76,7 +108,7 @@ class Config:
     audio_convs: int = 4  # convolutions of stride 2: 3 give 80 ms a token, 4 give 160 ms
     audio_chunk: int = 160  # mel frames, of 10 ms, that are convolved together
     audio_window: int = 800  # mel frames of an attention window, at most
-    decoder_layers: int = 0  # blocks of the text decoder that stage a0 trains the audio encoder with
+    decoder_layers: int = 0  # blocks of the text decoder of stage a0; 0: no such decoder
     # Vision encoder: released configuration
     vision_dim: int = 1152  # width of the vision encoder
     vision_layers: int = 27  # blocks of the vision encoder
@@ -129,7 +161,7 @@ class Config:
     save_every: int = 1000  # updates between checkpoints
     resume: bool = False  # continue from the newest checkpoint in --out, if there is one
     eval: bool = False  # validate the model of --init or --out, without training
-    init: str = ""  # Hugging Face checkpoint directory of the Thinker and vision encoder to start from
+    init: str = ""  # Hugging Face checkpoint directory to start from; fixes the model's shape
     export: str = ""  # directory to write a Hugging Face checkpoint to after training
 
 TINY = dict(  # for bytes, and images of 32 x 32 pixels
@@ -158,7 +190,8 @@ PRESETS = {
     # the AuT of Qwen3-Omni with four convolutions, which has as many dimensions.
     "35b_a3b": dict(vocab_size=248320, micro_batch=1, recompute="block"),
     "397b_a17b": dict(
-        vocab_size=248320, dim=4096, n_layers=60, n_heads=32, value_heads=64, n_experts=512, top_k=10,
+        vocab_size=248320, dim=4096, n_layers=60, n_heads=32, value_heads=64, n_experts=512,
+        top_k=10,
         expert_dim=1024, shared_dim=1024, micro_batch=1, recompute="block",
     ),
 }  # fmt: skip
@@ -223,7 +256,9 @@ def mel_filters(n_mels, n_fft, rate):
     mels = np.linspace(0, 15 + 27 * math.log(rate / 2000) / math.log(6.4), n_mels + 2)
     edges = np.where(mels < 15, mels * 200 / 3, 1000 * 6.4 ** ((mels - 15) / 27))  # in Hz
     bins = np.linspace(0, rate / 2, n_fft // 2 + 1)[:, None]
-    left, center, right = edges[:-2], edges[1:-1], edges[2:]
+    left = edges[:-2]
+    center = edges[1:-1]
+    right = edges[2:]
     triangles = np.minimum((bins - left) / (center - left), (right - bins) / (right - center))
     return torch.from_numpy(np.maximum(triangles, 0) * 2 / (right - left)).float()
 
@@ -268,8 +303,8 @@ class LayerNorm(nn.LayerNorm):
     """A LayerNorm in fp32, whose result is cast back."""
 
     def forward(self, x):
-        weight, bias = self.weight.float(), self.bias.float()
-        return F.layer_norm(x.float(), weight.shape, weight, bias, self.eps).type_as(x)
+        settings = self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
+        return F.layer_norm(x.float(), *settings).type_as(x)
 
 class EncoderBlock(nn.Module):
     """Bidirectional attention and a GELU layer, each behind a norm: [B, T, D] -> [B, T, D]. mask
@@ -318,8 +353,8 @@ class AudioTransformer(nn.Module):
         present = n_frames > 0  # [W, S]
         y = mel[present][:, None].to(dtype)  # [C, 1, 128, chunk]
         for conv in self.convs:
-            weight, bias = conv.weight.to(dtype), conv.bias.to(dtype)
-            y = F.gelu(F.conv2d(y, weight, bias, conv.stride, conv.padding))
+            weights = conv.weight.to(dtype), conv.bias.to(dtype)
+            y = F.gelu(F.conv2d(y, *weights, stride=2, padding=1))
         y = self.conv_out(y.permute(0, 3, 1, 2).flatten(2))  # [C, tokens of a chunk, D]
         n_tokens = torch.arange(y.shape[1], device=y.device)
         y = y + sinusoids(n_tokens, self.dim).to(dtype)  # positions begin anew in every chunk
@@ -450,7 +485,8 @@ class VisionTransformer(nn.Module):
     def forward(self, patches, grid, dtype):
         # Row and column of each patch; a smaller grid than the largest is padded.
         place = torch.arange(patches.shape[1], device=grid.device)
-        block, inside = place // 4, place % 4
+        block = place // 4
+        inside = place % 4
         row = block // (grid[:, 1:] // 2) * 2 + inside // 2  # [F, P]
         column = block % (grid[:, 1:] // 2) * 2 + inside % 2
         exists = place < grid.prod(1, keepdim=True)
@@ -867,9 +903,10 @@ class Talker(nn.Module):
         return self.code_embedding(codes.clamp(min=0) + offsets)
 
     def forward(self, text, media, is_media, codes, positions, exists):
-        """States [B, T, D] and balance loss of a stream of text [B, T, D of the Thinker] (its word
-        embeddings), media (its middle states) and speech, codes [B, T, G], -1 where there is none."""
-        x = torch.where(is_media[..., None], self.media_projection(media), self.text_projection(text))
+        """States [B, T, D] and balance loss of a stream of text and media, word embeddings and
+        middle states [B, T, D] of the Thinker, and speech, codes [B, T, G], -1 elsewhere."""
+        is_media = is_media[..., None]
+        x = torch.where(is_media, self.media_projection(media), self.text_projection(text))
         speech = self.embed_codes(codes).sum(-2).type_as(x)
         x = torch.where(codes[..., :1] >= 0, speech, x)
         rope = rotary_angles(positions, self.rotary_dim, self.rope_theta)
@@ -989,8 +1026,8 @@ class Omni(nn.Module):
         return self.nats(self.decoder.logits, x, batch), x.new_zeros(())
 
     def run_talker(self, middle, batch):
-        """States of the Talker over its streams, and its balance loss. The Talker learns alone: what
-        it reads of the Thinker, its word embeddings and middle states, has no gradient."""
+        """States of the Talker over its streams, and its balance loss. It learns alone: what it
+        reads of the Thinker, word embeddings and middle states, has no gradient."""
         text = self.thinker.token_embedding(batch["stream"]).to(self.dtype).detach()
         media = F.pad(middle, (0, 0, 0, text.shape[1] - middle.shape[1])).detach()
         kinds = batch["stream_kinds"]
@@ -1013,7 +1050,8 @@ class Omni(nn.Module):
         """The likeliest codes [G] of the frame after a state h [D]; code 0 may be the end."""
         codes = self.talker.head(h[None]).argmax(-1)  # [1]
         while len(codes) < len(self.talker.mtp_head) + 1:
-            logits = self.talker.predict_codes(h[None], codes[None].clamp(max=self.talker.codebook_size - 1))
+            known = codes[None].clamp(max=self.talker.codebook_size - 1)
+            logits = self.talker.predict_codes(h[None], known)
             codes = torch.cat((codes, logits[0, -1:].argmax(-1)))
         return codes
 
@@ -1048,9 +1086,9 @@ def init_weights(model, cfg):
             value = F.normalize(value.normal_(generator=generator)) * 0.02 * p.shape[1] ** 0.5
         elif re.match(r"(audio|audio_adapter|vision|decoder)\.", name) and "embedding." not in name:
             value.normal_(0.0, p[0].numel() ** -0.5, generator=generator)
-        elif name.endswith("conv"):
+        elif name.endswith("conv") or "position_embedding" in name:
             value.normal_(0.0, 0.5, generator=generator)
-        elif re.search(r"(embedding|head|q|k|v|qkv|z|a|b|o|out|gate|up|down|gate_up|shared_gate)", name):
+        elif name.endswith((".weight", "mtp_head")):
             value.normal_(0.0, 0.02, generator=generator)
         else:
             raise ValueError(f"no rule initialises {name}")
@@ -1188,7 +1226,7 @@ def draw_item(modality, rng, cfg):
     seed = int(rng.integers(2**60))  # of what is drawn when the media are made
     colour = str(rng.choice(list(COLOURS)))
     shape = str(rng.choice(SHAPES))
-    radius = rng.uniform(0.18, 0.26) * size
+    radius = rng.uniform(0.24, 0.32) * size
     start = rng.uniform(0.35, 0.65, 2) * size
     i = np.arange(cfg.n_frames)
     if modality == "audio" and rng.random() < 0.6:
@@ -1201,7 +1239,7 @@ def draw_item(modality, rng, cfg):
         return [(word, "")], {"wave": (functools.partial(spell, word), LETTER * len(word))}
     if modality == "image":
         caption = [("a ", ""), (colour, "image colour"), (" ", ""), (shape, "image shape")]
-        path = rng.uniform(radius, size - radius, (1, 2))
+        path = rng.uniform(0.35, 0.65, (1, 2)) * size
     if modality == "video":
         direction = str(rng.choice(list(DIRECTIONS)))
         caption = [(f"a {colour} {shape} moves ", ""), (direction, "video direction")]
@@ -1273,7 +1311,7 @@ class Item:
     media: dict
     lead: int = 0  # text tokens that run ahead of speech
 
-def lay_out(caption, media, tokenizer, rng, cfg):
+def make_item(caption, media, tokenizer, rng, cfg):
     """The Item of a caption and its media."""
     n_audio = 0
     grid = (0, 0, 0)
@@ -1287,7 +1325,8 @@ def lay_out(caption, media, tokenizer, rng, cfg):
         grid = (math.ceil(n / 2), height // side, width // side)
     modality = "audio" if n_audio else "text"
     if "frames" in media:
-        modality = "av" if n_audio else "image" if n == 1 else "video"
+        silent = "image" if n == 1 else "video"
+        modality = "av" if n_audio else silent
     segments = []
     for part in arrange_media(modality, n_audio, grid, rng, cfg):
         if isinstance(part, str):
@@ -1327,16 +1366,16 @@ class Source:
         if self.rows:
             epoch, place = divmod(index, len(self.rows))
             row = self.rows[permutation(len(self.rows), cfg.seed, epoch)[place]]
-            return lay_out(*row, self.tokenizer, rng, cfg)
+            return make_item(*row, self.tokenizer, rng, cfg)
         shares = np.array(list(self.mix.values()))
         drawn = rng.choice(list(self.mix), p=shares / shares.sum())
         modality = modality or str(drawn)
         if modality == "text":
-            return lay_out([(self.text(rng), "")], {}, self.tokenizer, rng, cfg)
+            return make_item([(self.text(rng), "")], {}, self.tokenizer, rng, cfg)
         caption, media = draw_item(modality, rng, cfg)
         words = "".join(text for text, _ in caption)
         media["speech"] = (functools.partial(spell, words), LETTER * len(words))
-        return lay_out(caption, media, self.tokenizer, rng, cfg)
+        return make_item(caption, media, self.tokenizer, rng, cfg)
 
     def text(self, rng):
         """seq_len characters of a document; half of the time, a caption without its media."""
@@ -1369,7 +1408,7 @@ def deal(costs, n):
     return [sorted(part) for part in parts], sums
 
 def item_cost(item, cfg):
-    """FLOPs of an item, forward, without attention scores, in units of 2: tokens, patches, frames."""
+    """Multiplications of an item with weights, forward: of its tokens, patches and frames."""
     n_tokens = sum(len(s.text) + s.n_audio + math.prod(s.grid) for s in item.segments)
     n_patches = sum(4 * math.prod(s.grid) for s in item.segments)
     n_audio = sum(s.n_audio for s in item.segments)
@@ -1556,7 +1595,7 @@ def read_frames(path, fps, target_fps):
 
 def read_manifest(path, cfg):
     """[(caption, media)], as of draw_item, of the lines of a manifest: JSON objects with "text" and
-    any of "audio", "image", "video" with its "fps", and "speech", paths relative to the manifest."""
+    any of "audio", "image", "video" with its "fps", and "speech", paths below the manifest's."""
     rows = []
     folder = Path(path).parent
     with open(path, "rb") as lines:
@@ -1594,7 +1633,7 @@ class Stage:
 STAGES = {
     # AuT with a text decoder, which is dropped.
     "a0": Stage(r"(audio|decoder)\.", ("audio",)),
-    # Departure: the papers begin with the weights of Qwen3.5. This stage trains the Thinker on text.
+    # Departure: the papers begin with the weights of Qwen3.5. This stage trains a Thinker on text.
     "lm": Stage(r"thinker\.", ("text",)),
     # S1: adapters, then encoders, under a frozen Thinker, whose encoders would otherwise learn to
     # make up for it (O3 §3). Undisclosed: whether S1b trains the adapters; it does not here.
@@ -1619,9 +1658,8 @@ def objective(model, batch, cfg):
     else:
         balance = balance / (batch["n_tokens"] * cfg.n_layers)
         loss = sums.sum() / batch["n_targets"]
-        metrics = {
-            modality: nats / max(batch[f"n_{modality}"], 1) for modality, nats in zip(MODALITIES, sums)
-        }
+        counts = [max(batch[f"n_{modality}"], 1) for modality in MODALITIES]
+        metrics = {name: nats / n for name, nats, n in zip(MODALITIES, sums, counts)}
     if re.match(STAGES[cfg.stage].trained, "thinker.") or cfg.stage == "t1":
         loss = loss + cfg.balance_loss * balance
     return loss, {name: value.detach() for name, value in metrics.items()}
@@ -1766,7 +1804,7 @@ def fill_parameter(p, value):
         value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
     p.data.copy_(value)
 
-def build_sharded(cfg, mesh, path=""):
+def build_omni(cfg, mesh, path=""):
     """The parallelized model of this rank, initialised or with the weights of a Hugging Face
     checkpoint directory; what the stage does not train has no gradient."""
     with torch.device("meta"):
@@ -1777,7 +1815,7 @@ def build_sharded(cfg, mesh, path=""):
     model.to_empty(device=mesh.device_type)
     init_weights(model, cfg)
     if path:
-        fill_weights(model, path)
+        fill_from_hf(model, path)
     return model
 
 def memory_per_rank(model, cfg):
@@ -1843,11 +1881,13 @@ HF_NAMES = {  # part of the model: patterns of our names and theirs, applied one
         (r"^", "model.language_model."), (r".*head", "lm_head"), (r"\.blocks", ".layers"),
         (r"token_embedding", "embed_tokens"), (r"final_norm", "norm"),
         (r"mixer_norm", "input_layernorm"), (r"moe_norm", "post_attention_layernorm"),
-        (r"mixer\.([qkv])\.", r"self_attn.\1_proj."), (r"mixer\.([qk])_norm", r"self_attn.\1_norm"),
+        (r"mixer\.([qkv])\.", r"self_attn.\1_proj."),
+        (r"mixer\.([qk])_norm", r"self_attn.\1_norm"),
         (r"mixer\.out", "self_attn.o_proj"), (r"mixer\.(qkv|z|b|a)\.", r"linear_attn.in_proj_\1."),
         (r"mixer\.conv", "linear_attn.conv1d.weight"), (r"mixer\.gated_norm", "mixer.norm.weight"),
         (r"mixer\.o\.", "linear_attn.out_proj."), (r"mixer", "linear_attn"),
-        (r"moe\.router", "mlp.gate.weight"), (r"moe\.(part\d+\.)?experts\.(\w+)", r"mlp.experts.\2_proj"),
+        (r"moe\.router", "mlp.gate.weight"),
+        (r"moe\.(part\d+\.)?experts\.(\w+)", r"mlp.experts.\2_proj"),
         (r"moe\.shared\.(\w+)", r"mlp.shared_expert.\1_proj"), (r"moe\.", "mlp."),
         (r"shared_gate", "shared_expert_gate"),
     ),
@@ -1916,7 +1956,7 @@ def read_omni_config(path):
             cfg.audio_convs = theirs.get("downsample_times", 3)
     return cfg
 
-def fill_weights(model, path):
+def fill_from_hf(model, path):
     """Fill the parameters of model, which may be sharded, from a Hugging Face directory; parts that
     it does not have stay as they are."""
     with explain(f"{path} holds no Qwen3_5MoeForConditionalGeneration of this shape", Exception):
@@ -1947,7 +1987,7 @@ def from_hf(path):
     cfg = read_omni_config(path)
     model = Omni(cfg)
     init_weights(model, cfg)
-    fill_weights(model, path)
+    fill_from_hf(model, path)
     return model, cfg
 
 def omni_configs(cfg):
@@ -1989,12 +2029,14 @@ def to_hf(model, cfg, path, mesh=None):
         names = hf_names(name)
         for key, part in zip(names, value.chunk(max(len(names), 1))):
             if is_writer:
-                (audio if name.startswith("audio") else tensors)[key] = part.detach().cpu().contiguous()
+                target = audio if name.startswith("audio") else tensors
+                target[key] = part.detach().cpu().contiguous()
     if not is_writer:
         return
     with written_beside(path) as folder:
         (folder / "audio_tower").mkdir()
-        for place, weights, config in zip((folder, folder / "audio_tower"), (tensors, audio), omni_configs(cfg)):
+        places = folder, folder / "audio_tower"
+        for place, weights, config in zip(places, (tensors, audio), omni_configs(cfg)):
             save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
             (place / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -2315,8 +2357,9 @@ def load_sources(cfg):
         return tokenizer, ([], train), ([], held_out)
     files, _ = find_files("")
     documents = list(read_documents("", files))
+    train = [text for name, text in documents if not is_held_out(name)]
     held_out = [text for name, text in documents if is_held_out(name)]
-    return tokenizer, ([text for name, text in documents if not is_held_out(name)], []), (held_out, [])
+    return tokenizer, (train, []), (held_out, [])
 
 def stage_names(cfg):
     """The stages of the run, in order."""
@@ -2348,7 +2391,7 @@ def run_stage(cfg, mesh, model, data, device, signals):
     tokenizer, *parts = data
     source, heldout = (Source(cfg, tokenizer, *part, held_out=i) for i, part in enumerate(parts))
     previous = model
-    model = build_sharded(cfg, mesh, cfg.init)
+    model = build_omni(cfg, mesh, cfg.init)
     optimizer = build_optimizer(model, cfg)
     state = {"step": 0, "sequences": 0, "tokens": 0}
     fixed = {name: getattr(cfg, name) for name in (*SHAPE, "ep", "seed")}
@@ -2393,7 +2436,8 @@ def sample_speech(model, item, ids, source, cfg, device):
     caption = Segment([*ids, source.tokenizer.eot_token])
     silence = {"speech": (lambda: np.zeros(LETTER * len(ids)), 0)}
     segments = [*item.segments[:-1], caption]
-    item = dataclasses.replace(item, segments=segments, answers=0, media=item.media | silence, lead=0)
+    changes = dict(segments=segments, answers=0, media=item.media | silence, lead=0)
+    item = dataclasses.replace(item, **changes)
     batch = to_device(collate([item], source.tokenizer, window, cfg), device)
     (places,) = torch.where(batch["codes"][0, :, 0] >= 0)
     with evaluation_mode(model, False):
@@ -2437,9 +2481,11 @@ def main(argv=None):
         data = load_sources(cfg)
         mesh = init_device_mesh(device.type, (cfg.dp, cfg.ep), mesh_dim_names=("dp", "ep"))
         signals = catch_signals()
-        print(f"torch {torch.__version__} | {device.type} {cfg.precision} | dp {cfg.dp} x ep {cfg.ep}")
         with torch.device("meta"):
-            print("parameters {:,} | activated {:,}".format(*count_parameters(Omni(cfg))), end=" | ")
+            sizes = count_parameters(Omni(cfg))
+        print(f"torch {torch.__version__} | {device.type} {cfg.precision}", end=" | ")
+        print(f"dp {cfg.dp} x ep {cfg.ep}")
+        print("parameters {:,} | activated {:,}".format(*sizes), end=" | ")
         print(f"FLOPs per token {flops_per_token(cfg):.3g}")
         model = None
         for name in stage_names(cfg):

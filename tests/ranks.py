@@ -291,7 +291,7 @@ def expert_gradients(module, cfg, corpus, values, device):
 def omni_gradients(module, cfg, source, values, device):
     """The same for a script that deals items to ranks and trains some of the parts of its model."""
     mesh = module.init_device_mesh(device.type, (cfg.dp, cfg.ep), mesh_dim_names=("dp", "ep"))
-    model = module.build_sharded(cfg, mesh)
+    model = module.build_omni(cfg, mesh)
     part = re.compile(r"part\d+\.")
     for key, p in model.named_parameters():
         value = values[part.sub("", key)]

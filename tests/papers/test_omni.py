@@ -305,7 +305,7 @@ def test_layouts_of_items():
 
     def text(media, **overrides):
         config = omni.dataclasses.replace(cfg, **overrides)
-        item = omni.lay_out([("hi", "")], media, tokenizer, np.random.default_rng(0), config)
+        item = omni.make_item([("hi", "")], media, tokenizer, np.random.default_rng(0), config)
         return tokenizer.decode(omni.place_tokens(item, tokenizer)[0].tolist())
 
     frames = {"frames": (None, (4, 32, 64))}
