@@ -204,13 +204,29 @@ SCRIPTS = {
         variants=("", "--precision bf16 --recompute block --n_layers 2 --n_experts 4 --top_k 2", "--optimizer adamw --q_rank 0"),
         small=dict(batch_size=4, dim=48, hidden_dim=64, seq_len=16, long_tokens=0, lr=1e-3), warm="--long_tokens 0",
     ),
+    "omni": Row(
+        model="Omni",
+        tiny=dict(vocab_size=264, dim=24, n_layers=4, n_heads=6, n_kv_heads=3, head_dim=10, rotary_dim=8, rope_theta=100.0, key_heads=2,
+                  value_heads=6, delta_head_dim=7, n_experts=8, top_k=3, expert_dim=12, shared_dim=20, balance_loss=0.01, audio_dim=28,
+                  audio_layers=2, audio_heads=2, audio_hidden=36, audio_channels=6, audio_chunk=32, audio_window=96, decoder_layers=1,
+                  vision_dim=32, vision_layers=2, vision_heads=4, vision_hidden=44, patch=4, position_side=5, min_pixels=1, talker_layers=4,
+                  talker_dim=20, mtp_layers=1, n_codebooks=4, codebook_size=9, image_size=16, n_frames=4, seq_len=23, batch_size=8,
+                  mix="text:1,audio:1,image:1,video:1,av:1", precision="fp32", lr=1e-3, steps=5, warmup=0.0, dp=1),
+        # the specification's: backbone and vision encoder, then AuT and its adapter
+        counts={"35b_a3b": 35_107_181_936 + 645_086_048, "397b_a17b": 396_802_360_816 + 647_709_536,
+                "small": 15_678_240 + 2_690_368 + 2_076_032, "demo": 1_825_864, "demo_walk": 3_245_952},
+        schedule=(dict(lr=1.0, steps=1000), {0: 0.0, 15: 0.5, 30: 1.0, 515: 0.5, 1000: 0.0}),
+        layouts=((1, dict(micro_batch=2)), (2, dict(dp=2)), (2, dict(dp=1, ep=2)), (4, dict(dp=2, ep=2)),
+                 (2, dict(dp=1, ep=2, stage="t1", recompute="block")), (2, dict(dp=2, stage="a0")), (2, dict(dp=2, stage="s1a"))),
+        falls=1.0, batch=(24, 0), betas=(0.9, 0.95), variants=(), small=dict(),
+    ),
 }  # fmt: skip
 
 
 # for what has one text in all scripts, which test_house.py sees to: one of them is enough
 SHARED = pytest.mark.parametrize("script", ["gpt1"], indirect=True)
 # for models that read tokens and predict the next one; test_bert.py and test_t5.py have the same for theirs
-CAUSAL = pytest.mark.parametrize("script", [name for name in SCRIPTS if name not in ("bert", "t5")], indirect=True)
+CAUSAL = pytest.mark.parametrize("script", [name for name in SCRIPTS if name not in ("bert", "t5", "omni")], indirect=True)
 
 
 @pytest.fixture(params=SCRIPTS)

@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import pathlib
+import re
 import socket
 import tempfile
 import time
@@ -144,6 +145,9 @@ class Process:
 
 def make_corpora(module, cfg):
     """Corpora of made-up documents, many shorter than a window, so that targets are not all counted."""
+    if hasattr(module, "Source"):  # items of all kinds, made on the spot
+        tokenizer = module.load_tokenizer("bytes", module.SPECIALS)
+        return [module.Source(cfg, tokenizer, [f"some text, number {i}. " * 9 for i in range(7)], [], held_out) for held_out in (0, 1)]
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(3, 40, (300,), generator=generator).tolist()
     texts = ("".join(chr(97 + (i * k) % 26) for k in range(n)) for i, n in enumerate(lengths))
@@ -186,6 +190,8 @@ def gradients(name, row, overrides):
     cfg = module.Config(**{**row.tiny, **overrides})
     corpus, _ = make_corpora(module, cfg)
     model = make_model(module, row, cfg)
+    if hasattr(module, "Source"):
+        return omni_gradients(module, cfg, corpus, model.state_dict(), device)
     if hasattr(module, "FlatParameters"):
         return expert_gradients(module, cfg, corpus, model.state_dict(), device)
     if hasattr(module, "Pipeline"):
@@ -320,3 +326,30 @@ def expert_gradients(module, cfg, corpus, values, device):
             dist.all_gather(parts, p.grad, group=pipe.mesh["ep"].get_group())
         found[key] = torch.cat(parts).numpy()
     return main + cfg.mtp_weight * ahead, found, norm
+
+
+def omni_gradients(module, cfg, source, values, device):
+    """The same for a script that deals items to ranks and trains some of the parts of its model."""
+    mesh = module.init_device_mesh(device.type, (cfg.dp, cfg.ep), mesh_dim_names=("dp", "ep"))
+    model = module.build_omni(cfg, mesh)
+    part = re.compile(r"part\d+\.")
+    for key, p in model.named_parameters():
+        value = values[part.sub("", key)]
+        if part.search(key):
+            value = value.chunk(cfg.ep)[mesh["ep"].get_local_rank()]
+        module.fill_parameter(p, value)
+    batches, imbalance = module.read_dealt(source, 3, cfg, device, dist.get_rank(), dist.get_world_size())
+    assert 1 <= imbalance < 2
+    module.sum_counts(batches, dist.get_world_size())
+    optimizer = types.SimpleNamespace(param_groups=[], step=lambda: None, zero_grad=lambda: None)
+    loss, norm, _ = module.omni_step(model, optimizer, batches, 0.0, cfg)
+    found = {}
+    for key, p in model.named_parameters():
+        if p.requires_grad:
+            g = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+            if part.search(key):
+                parts = [torch.empty_like(g) for _ in range(cfg.ep)]
+                dist.all_gather(parts, g, group=mesh["ep"].get_group())
+                g = torch.cat(parts)
+            found[part.sub("", key)] = g.numpy()
+    return loss, found, norm

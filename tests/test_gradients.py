@@ -29,6 +29,11 @@ def reference(name, overrides):
             assert router.load.sum() == cfg.top_k * positions
             found[key + ".bias"] = (router.bias + 0.01 * torch.sign(router.load.mean() - router.load)).numpy()
         return (metrics["main"] + cfg.mtp_weight * metrics["mtp"]).item(), found
+    if name == "omni":
+        loss, _ = module.objective(model, batch, cfg)
+        loss.backward()
+        trained = module.re.compile(module.STAGES[cfg.stage].trained)
+        return loss.item(), {key: p.grad.numpy() for key, p in model.named_parameters() if trained.match(key)}
     if name == "kimi_muon":
         loss, _ = module.objective(model, batch, cfg)
         loss.backward()

@@ -15,6 +15,9 @@ from ranks import make_corpora, make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
+WINDOWS = pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "omni"], indirect=True)  # tests/papers/test_omni.py has items
+
+
 def build(module, row, **overrides):
     cfg = module.Config(**{**row.tiny, **overrides})
     return make_model(module, row, cfg).eval(), cfg
@@ -208,6 +211,7 @@ def test_deepseek_v3_planned_activations_are_those_of_the_peak(precision, recomp
 # Data
 
 
+@WINDOWS
 def test_batches_depend_on_nothing_but_the_sequences(script):
     module, row = script
     cfg = module.Config(**row.tiny)
@@ -223,6 +227,7 @@ def test_batches_depend_on_nothing_but_the_sequences(script):
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 @pytest.mark.parametrize("micro_batch", [0, 1])
+@WINDOWS
 def test_ranks_and_accumulation_share_out_the_same_sequences(script, monkeypatch, ranks, micro_batch):
     module, row = script
     cfg = module.Config(**{**row.tiny, "micro_batch": micro_batch})
