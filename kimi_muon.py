@@ -1446,7 +1446,8 @@ def train(model, shards, optimizers, content, corpus, heldout, state, cfg, devic
             first_step = step
             pace = None
             steps, micro = split_batch(phase, dist.get_world_size())
-            print(f"{n_updates:,} updates of {phase.batch_size * phase.seq_len:,} tokens", end=" = ")
+            tokens = phase.batch_size * phase.seq_len
+            print(f"{n_updates:,} updates of {tokens:,} tokens", end=" = ")
             print(f"{dist.get_world_size()} ranks x {steps} x {micro} sequences of {phase.seq_len}")
         (stop,) = sum_over_ranks(len(signals) + (error is not None))
         end = steps_left <= 0 or stop

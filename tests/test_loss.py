@@ -1,5 +1,4 @@
 """What the loss is before training, and that training lowers it on the corpus that is always there."""
-import importlib
 import json
 import math
 import signal

@@ -3,11 +3,9 @@ import base64
 import dataclasses
 import importlib.util
 import json
-import math
 import os
 import pathlib
 import re
-import shutil
 import signal
 import subprocess
 import sys

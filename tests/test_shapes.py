@@ -1,6 +1,5 @@
 """Shapes, masks, counts, schedules, and the worked examples of the papers' specifications."""
 import collections
-import itertools
 import math
 import re
 import types
@@ -275,7 +274,6 @@ def test_shuffle_is_a_permutation(script, n):
 @SHARED
 def test_held_out_documents_are_chosen_by_name(script):
     module, row = script
-    cfg = module.Config(**{**row.tiny, "batch_size": 1})
     tokenizer = module.load_tokenizer("bytes", ["<|endoftext|>"])
     texts = {f"{i:03}": f"document {i:03} " + "x" * 50 for i in range(400)}
 

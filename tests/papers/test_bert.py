@@ -7,7 +7,6 @@ import math
 import random
 import re
 import time
-import types
 
 import bert
 import numpy as np
