@@ -1401,14 +1401,17 @@ def muon_clip_step(model, shards, optimizers, batches, lr, bias_rate, cfg):
     return loss, norm, largest, loads
 
 @torch.no_grad()
-def diagnostics(model, shards, largest):
-    """Lists for metrics.jsonl: [name, update RMS] of each matrix, or of the experts of a rank (M
-    Algorithm 1, line 7), SVD entropy of each router, largest logits of the heads by layer."""
+def diagnostics(model, shards, largest, tau):
+    """The largest logit, the share of heads above tau and, for metrics.jsonl, lists: [name, update
+    RMS] of each matrix, or of the experts of a rank (M Algorithm 1, line 7), SVD entropy of each
+    router, largest logits of the heads by layer."""
     unknown = largest.new_zeros(())  # on this rank
     known = {name: shard.rms.get(name, unknown) for shard in shards for name in shard.spans}
     rms = torch.stack([*known.values()])
     dist.all_reduce(rms, dist.ReduceOp.MAX)
     return {
+        "max_logit": largest.max().item(),
+        "clipped": (largest > tau).float().mean().item(),
         "update_rms": [[name, value] for name, value in zip(known, rms.tolist()) if value],
         "router_entropy": [svd_entropy(router.weight).item() for router in model.routers()],
         "largest_logits": largest.tolist(),
@@ -1446,9 +1449,8 @@ def train(model, shards, optimizers, content, corpus, heldout, state, cfg, devic
             first_step = step
             pace = None
             steps, micro = split_batch(phase, dist.get_world_size())
-            tokens = phase.batch_size * phase.seq_len
-            print(f"{n_updates:,} updates of {tokens:,} tokens", end=" = ")
-            print(f"{dist.get_world_size()} ranks x {steps} x {micro} sequences of {phase.seq_len}")
+            print(f"{n_updates:,} updates of {place[2]} ranks x {steps} x {micro}", end=" ")
+            print(f"sequences of {phase.seq_len} tokens")
         (stop,) = sum_over_ranks(len(signals) + (error is not None))
         end = steps_left <= 0 or stop
         if cfg.out and step > saved and not n_skipped and (end or step % cfg.save_every == 0):
@@ -1477,11 +1479,9 @@ def train(model, shards, optimizers, content, corpus, heldout, state, cfg, devic
         if step == 0 or steps_left == 1 or state["step"] % cfg.log_every == 0:
             bpb = bits_per_byte(loss * batches[0]["n_targets"], batches[0]["n_bytes"])
             row = {"loss": loss, "bpb": bpb, "lr": lr, "grad": norm, "tokens": state["tokens"]}
-            row["max_logit"] = largest.max().item()
-            row["clipped"] = (largest > cfg.tau).float().mean().item()
             if len(loads):
                 row["max_load"] = loads.max().item()
-            row |= diagnostics(model, shards, largest)
+            row |= diagnostics(model, shards, largest, cfg.tau)
             head = f"step {step + 1}/{step + steps_left}"
             tail = progress(state["tokens"], steps_left - 1, pace, phase, device)
             log(cfg.out, step + 1, head, row, tail)
