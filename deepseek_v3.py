@@ -1,35 +1,39 @@
 r"""DeepSeek-V3 Technical Report (DeepSeek-AI, 2024, arXiv 2412.19437) in one file.
 
 New against its parent, llama3.py (and against DeepSeek-V2, arXiv 2405.04434, where marked):
-- multi-head latent attention: keys and values out of one small latent, a rotary key of its own
-  that all heads share (§2.1.1);
-- a mixture of many small experts and a shared one, balanced by a bias that only chooses and not by
+- multi-head latent attention: keys and values from one small latent, and one rotary key that all
+  heads share (§2.1.1);
+- a mixture of many small experts and a shared one, balanced by a bias that only selects and not by
   a loss (new: sigmoid affinities, no auxiliary loss, no dropped token, §2.1.2);
-- multi-token prediction: one module more predicts the token after the next (new, §2.2);
-- experts on different ranks, DualPipe and ZeRO-1 instead of tensor parallelism (§3.2);
+- multi-token prediction: one further module predicts the token after the next (new, §2.2);
+- experts on different ranks, pipeline stages and ZeRO-1 instead of tensor parallelism (§3.2);
 - FP8 matrix products with a scale for every tile of 1 x 128 or 128 x 128 (new, §3.3);
 - documents packed best-fit without a mask, fill-in-the-middle (§4.1); a schedule in tokens
-  (§4.2).
+  (§4.2) and a context that YaRN extends (§4.3).
 
-Map: §2.1.1 MultiHeadLatentAttention | §2.1.2 route, sequence_balance, Router, MoE, Exchange,
-update_biases | §2.2 MultiTokenPrediction, objective | §3.2 DualPipe, ZeRO1, recomputed,
-update_average | §3.3 quantize, scaled_product, FP8Product, FP8Linear, FP8Experts, round_e5m6,
-AdamWithBF16Moments | §4.1 pack, fill_in_the_middle | §4.2 plan, learning_rate | §4.3 the later
-phases of plan. "Released" means the inference code and the weights that DeepSeek published.
+Map: §2.1.1 MultiHeadLatentAttention | §2.1.2 route, sequence_balance, Router, MoE, Experts,
+update_biases | §2.2 MultiTokenPrediction, objective | §3.2 Pipeline1F1B, FlatParameters (ZeRO-1),
+exchanged, recompute_activations | §3.3 quantize, fprop, dgrad, wgrad, FP8Linear, FP8Experts,
+all_to_all_fp8, AdamWithBF16Moments | §4.1 pack, fill_in_the_middle | §4.2 plan, learning_rate |
+§4.3 yarn_frequencies, plan. "Released" means the inference code and the weights that DeepSeek
+published. Left out: DualPipe, 12-bit activations, and the moving average of the weights (§3.2.3).
 Legend: B batch, T positions, N = B T tokens, D width, H heads, E head width, R its rotary part, F
-hidden width, V vocabulary, X experts, K experts a token, M rows at the experts of a rank.
+hidden width, V vocabulary, X experts, K experts per token, M rows at the experts of a rank.
 Conventions: rotary pairs are (i, i + R/2), not the released interleaved ones; RMSNorm before each
-branch; T + 1 tokens make T inputs and T targets, and target -100 is none. Losses and gradients are
-sums over ranks, each divided by a count of the whole global batch.
+branch; T + 1 tokens give T inputs and T targets; a target of -100 is not scored; losses and
+gradients are sums over ranks, each divided by a count of the whole global batch.
 
 Run: python deepseek_v3.py                          # a laptop: the preset demo
      torchrun --nproc_per_node=8 deepseek_v3.py     # GPUs: the preset small, experts on 8 ranks
      torchrun --nnodes=256 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
-         deepseek_v3.py --preset 671b --pp 16 --ep 64 --first_batch 4096 --recompute block \
-         --long= --data shards/ --out /shared/671b
-Expect: in about a minute on two CPU cores the demo's held-out bits per byte fall from 8.05 to 2.79;
-multi-token prediction's loss stays close to the main one, and the fullest expert's load falls from
-2.6 to some 1.4 times the mean.
+         deepseek_v3.py --preset 671b --pp 16 --ep 64 --data shards/ --eos_id 1 \
+         --fim_ids 128801,128800,128802 --out /shared/671b --resume
+     (26 GiB a rank. The run stops before the extension to 32K tokens, which the same command
+     continues on 128 nodes, 67 GiB a rank; there is no layout here for the extension to 128K, since
+     480 sequences do not feed 16 stages.)
+Expect: in about a minute on two CPU cores the demo's held-out bits per byte fall from 8.05 to 2.77;
+the loss of multi-token prediction stays close to the main one, and the fullest expert's load falls
+from 2.6 to some 1.3 times the mean.
 """
 
 import argparse
@@ -39,7 +43,6 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import gc
 import hashlib
 import inspect
 import itertools
@@ -66,13 +69,13 @@ import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.pipelining import PipelineStage, ScheduleDualPipeV
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor, Shard
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn,
+)  # fmt: skip
 
 # ---------------------------------------- Config ----------------------------------------
 
@@ -100,18 +103,19 @@ class Config:
     top_k: int = 8  # K, routed experts per token
     n_groups: int = 8  # groups of experts, each on a node of its own
     groups_kept: int = 4  # groups that the experts of one token may come from
-    route_scale: float = 2.5  # factor of the weights of the routed experts
+    route_scale: float = 2.5  # factor of the gates of the routed experts
     gamma: float = 0.001  # step of the balancing biases in one update
     balance_loss: float = 1e-4  # alpha, weight of the sequence-wise balance loss
     # Multi-token prediction, §2.2
-    mtp: Literal["none", "sequential", "parallel"] = "sequential"  # multi-token prediction
+    mtp: bool = True  # predict the token after the next one, too
     mtp_weight: float = 0.3  # lambda, weight of the loss of multi-token prediction
     mtp_last_weight: float = 0.1  # lambda after 10 of 14.8 parts of the tokens
     # Data, §4.1
     data: str = ""  # file or directory of text or token shards; empty: Python's standard library
     tokenizer: str = ""  # bytes, an encoding of tiktoken or a BPE rank file; empty: bytes
+    eos_id: int = 0  # id that ends a document of shards, without --tokenizer; 0: unknown
+    fim_ids: str = ""  # BEGIN,HOLE,END: ids for fill-in-the-middle; empty: those of the tokenizer
     fim: float = 0.1  # share of documents that are rearranged for fill-in-the-middle
-    split_joined: float = 0.0  # share of tokens of punctuation and line breaks that are split
     pack: int = 256  # maximum number of sequences that documents are packed into at once
     seq_len: int = 4096  # T, tokens of a sequence in pre-training
     # Schedule, §4.2, §4.3
@@ -121,10 +125,12 @@ class Config:
     ramp_tokens: float = 469e9  # tokens in which the batch grows to batch_size
     batch_multiple: int = 128  # sequences by which the batch grows at each step of the ramp
     long: str = ""  # context extension with YaRN, as LENGTHxSEQUENCES:STEPS,...; empty: none
+    long_rope_factor: float = 40.0  # value of --rope_factor in the context extension
     rope_theta: float = 10000.0  # base of the rotary frequencies
-    rope_scaling: Literal["none", "yarn"] = "none"  # of pre-training; the extension has yarn
-    rope_factor: float = 40.0  # YaRN's s, the factor by which the context is extended
+    rope_factor: float = 1.0  # YaRN's s, the factor by which the context is extended; 1: no YaRN
     rope_original: int = 4096  # context length before the extension
+    rope_mscale: float = 1.0  # mscale of a released configuration; 0: it has none
+    rope_mscale_all_dim: float = 1.0  # mscale_all_dim of a released configuration; 0: it has none
     steps: int = 0  # maximum number of updates; 0: as many as the schedule has
     # Optimization, §4.2
     lr: float = 2.2e-4  # peak learning rate
@@ -135,11 +141,10 @@ class Config:
     weight_decay: float = 0.1  # decoupled weight decay of matrices and embeddings
     adam_eps: float = 1e-8  # added to the root of Adam's second moment
     clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
-    ema: float = 0.0  # decay of an average of the weights, validated at the end; 0: no average
     seed: int = 0  # seed of the weights and the order of the data
     # Parallelism, §3.2
     micro_batch: int = 0  # sequences per forward pass on one rank; 0: as many as the batch allows
-    pp: int = 1  # ranks over which the layers are divided, two stages on each
+    pp: int = 1  # pipeline stages, over which the layers are divided
     ep: int = 0  # ranks over which the experts are divided; 0: a divisor of the ranks, at most 8
     dp: int = 0  # copies of the experts; 0: as many as the ranks allow
     # Machine
@@ -162,53 +167,37 @@ class Config:
     export: str = ""  # directory to write a Hugging Face checkpoint to after training
     write_tokens: str = ""  # directory to write the data to as token shards, then exit
 
-LITE = dict(  # what V2-Lite and the three below share
-    n_dense=1, q_rank=0, n_shared=2, n_experts=64, top_k=6, n_groups=1, groups_kept=1,
-    route_scale=2.446, decay="steps", precision="bf16", micro_batch=1, compile=True,
-)  # fmt: skip
-# The plain baselines of arXiv 2512.24880, Table 5, in V3's style. Undisclosed: query compression,
-# dense width and groups; with these the printed totals come out. The factor is Moonlight's.
-STYLE = LITE | dict(vocab_size=129280, norm_eps=1e-20, adam_eps=1e-20, mtp="none")
-SIZES = ("dim", "n_layers", "hidden_dim", "n_heads", "expert_dim")
 PRESETS = {
     # A CPU, a minute, and an extension of the context at the end.
     "demo": dict(
         dim=96, n_layers=3, n_dense=1, hidden_dim=256, n_heads=4, q_rank=48, kv_rank=32,
         head_dim=16, rope_dim=16, init_std=0.02, n_experts=16, expert_dim=64, top_k=3, n_groups=4,
         groups_kept=2, gamma=0.01, seq_len=64, tokens=5.5e5, batch_size=48, first_batch=24,
-        ramp_tokens=1e5, batch_multiple=24, pack=4096, long="128x24:20", rope_factor=2.0,
+        ramp_tokens=1e5, batch_multiple=24, pack=4096, long="128x24:20", long_rope_factor=2.0,
         rope_original=64, lr=4e-3, min_lr=4e-4, last_lr=2e-4, warmup_steps=20, log_every=50,
     ),
-    # A GPU of 24 GB or a node of them, minutes: 215M parameters over bytes, 65M of them active.
+    # A GPU of 24 GB or a node of them, minutes: 243M parameters over bytes, 72M of them active.
     "small": dict(
         dim=768, n_layers=12, n_dense=1, hidden_dim=2048, n_heads=12, q_rank=384, kv_rank=256,
         head_dim=64, rope_dim=32, init_std=0.02, n_experts=32, expert_dim=256, top_k=4, n_groups=8,
         groups_kept=4, seq_len=1024, tokens=1.6e8, batch_size=96, first_batch=48, ramp_tokens=2e7,
-        batch_multiple=48, long="2048x48:30", rope_factor=2.0, rope_original=1024, lr=1e-3,
+        batch_multiple=48, long="2048x48:30", long_rope_factor=2.0, rope_original=1024, lr=1e-3,
         min_lr=1e-4, last_lr=3.3e-5, warmup_steps=150, val_every=500, micro_batch=12, compile=True,
     ),
     # §4.2 and §4.3: the model, its schedule and its two extensions.
     "671b": dict(
         vocab_size=129280, first_batch=3072, long="32768x1920:1000,131072x480:1000",
-        precision="fp8", recompute="paper", micro_batch=1,
-    ),
-    # The shape of DeepSeek-V2 (its §3.1.2), nearest to the large ablation of §4.5. Undisclosed:
-    # rates, batch and tokens of that run, 540B; these are V2's.
-    "236b": dict(
-        dim=5120, n_layers=60, n_dense=1, hidden_dim=12288, n_heads=128, n_experts=160, n_shared=2,
-        expert_dim=1536, top_k=6, groups_kept=3, vocab_size=102400, tokens=5.4e11, batch_size=9216,
-        first_batch=2304, ramp_tokens=225e9, lr=2.4e-4, decay="steps", precision="fp8",
-        recompute="paper", micro_batch=1,
+        precision="fp8", recompute="block", micro_batch=1,
     ),
     # DeepSeek-V2-Lite (V2, appendix B), the small ablation of §4.5.
-    "16b": LITE | dict(zip(SIZES, (2048, 27, 10944, 16, 1408)), vocab_size=102400, lr=4.2e-4,
-                       tokens=1.33e12, batch_size=4608),
-    "27b": STYLE | dict(zip(SIZES, (2560, 30, 12288, 32, 1536)), n_experts=72, lr=4e-4,
-                        tokens=262e9, batch_size=1280),
-    "9b": STYLE | dict(zip(SIZES, (1920, 18, 10240, 24, 1280)), lr=5.9e-4, tokens=105e9,
-                       batch_size=512),
-    "3b": STYLE | dict(zip(SIZES, (1280, 12, 7168, 16, 896)), lr=8.6e-4, tokens=39.3e9,
-                       batch_size=320, batch_multiple=64),
+    # Undisclosed: rates and batch of the ablation, and the factor of the gates; these are V2-Lite's
+    # and Moonlight's.
+    "16b": dict(
+        vocab_size=102400, dim=2048, n_layers=27, n_dense=1, hidden_dim=10944, n_heads=16, q_rank=0,
+        n_experts=64, n_shared=2, expert_dim=1408, top_k=6, n_groups=1, groups_kept=1,
+        route_scale=2.446, tokens=1.33e12, batch_size=4608, lr=4.2e-4, decay="steps",
+        precision="bf16", micro_batch=1, compile=True,
+    ),
 }  # fmt: skip
 # Undisclosed: whether a token begins a document, too. §4.1 shows only the one that ends it, an
 # <|eos_token|>; here it has the name that tiktoken's encodings know.
@@ -218,69 +207,61 @@ PATTERN = (  # how GPT-4 and Llama 3 split text into words, for BPE rank files
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-@dataclasses.dataclass
-class PlanPhase:
-    """A part of the run in which batch, length and rotary embedding stay the same."""
-
-    first: int  # updates before it
-    end: int  # updates before the next phase
-    tokens: float  # tokens before it
-    sequences: int  # sequences before it
-    cfg: Config  # the run's, with the batch_size, seq_len and rope_scaling of the phase
-
 @functools.lru_cache(64)
 def plan(cfg):
-    """§4.2 and §4.3: the run as a list of PlanPhase: the batch grows with the tokens; then come
-    the phases of cfg.long."""
+    """§4.2 and §4.3, the phases of the run: [(tokens of the run at the end, Config of the phase)].
+    The batch grows with the tokens; the extensions of cfg.long follow."""
     # Undisclosed: the shape of the ramp. It is linear in tokens, in steps of batch_multiple.
-    # PyTorch's schedule wants as many micro-batches as stages, so that the paper's first 3,072
-    # sequences do not fill 16 x 128 ranks.
-    parts = []  # (updates, cfg)
-    tokens = 0.0
-    start = cfg.first_batch or cfg.batch_size
-    for size in [*range(start, cfg.batch_size, cfg.batch_multiple), cfg.batch_size]:
-        until = cfg.tokens
+    parts = []  # (updates, Config)
+    tokens = 0
+    first_batch = cfg.first_batch or cfg.batch_size
+    for size in [*range(first_batch, cfg.batch_size, cfg.batch_multiple), cfg.batch_size]:
+        end = cfg.tokens
         if size < cfg.batch_size:
-            grown = (size + cfg.batch_multiple - start) / (cfg.batch_size - start)
-            until = min(cfg.ramp_tokens * min(grown, 1.0), cfg.tokens)
-        steps = math.ceil((until - tokens) / (size * cfg.seq_len))
-        if steps > 0:
-            parts.append((steps, dataclasses.replace(cfg, batch_size=size)))
-            tokens += steps * size * cfg.seq_len
+            grown = (size + cfg.batch_multiple - first_batch) / (cfg.batch_size - first_batch)
+            end = min(cfg.ramp_tokens * min(grown, 1.0), cfg.tokens)
+        n_updates = max(math.ceil((end - tokens) / (size * cfg.seq_len)), 0)
+        parts.append((n_updates, dataclasses.replace(cfg, batch_size=size)))
+        tokens += n_updates * size * cfg.seq_len
     for part in filter(None, cfg.long.split(",")):
-        if not (numbers := re.fullmatch(r"([1-9]\d*)x([1-9]\d*):([1-9]\d*)", part)):
+        numbers = re.fullmatch(r"([1-9]\d*)x([1-9]\d*):([1-9]\d*)", part)
+        if not numbers:
             raise ValueError(f"--long: {part} is not LENGTHxSEQUENCES:STEPS")
-        length, size, steps = map(int, numbers.groups())
-        long = dict(seq_len=length, batch_size=size, rope_scaling="yarn")
-        parts.append((steps, dataclasses.replace(cfg, **long)))
-    phases = [PlanPhase(0, 0, 0.0, 0, cfg)]
-    for steps, now in parts:
-        if cfg.pp > 1 and not cfg.micro_batch:  # two micro-batches for each stage, or more
-            share = now.batch_size // reading_ranks(cfg)
-            sizes = range(1, max(share // (4 * cfg.pp), 1) + 1)
-            now.micro_batch = max(size for size in sizes if share % size == 0)
-        last = phases[-1]
-        sequences = (last.end - last.first) * last.cfg.batch_size
-        tokens = last.tokens + sequences * last.cfg.seq_len
-        sequences += last.sequences
-        phases.append(PlanPhase(last.end, last.end + steps, tokens, sequences, now))
-    return phases[1:]
+        length, size, n_updates = map(int, numbers.groups())
+        changes = dict(seq_len=length, batch_size=size, rope_factor=cfg.long_rope_factor)
+        parts.append((n_updates, dataclasses.replace(cfg, **changes)))
+    phases = []
+    end = 0
+    steps_left = cfg.steps or math.inf
+    for n_updates, phase in parts:
+        n_updates = min(n_updates, steps_left)
+        steps_left -= n_updates
+        end += n_updates * phase.batch_size * phase.seq_len
+        if n_updates:
+            phases.append((end, phase))
+    return phases
 
-def planned_step(sequences, cfg):
-    """Updates, and a fraction of one, in which the plan uses that many sequences."""
-    phase = [phase for phase in plan(cfg) if phase.sequences <= sequences][-1]
-    return phase.first + (sequences - phase.sequences) / phase.cfg.batch_size
+def planned_updates(tokens, end, cfg):
+    """Updates of the plan from `tokens` tokens of the run to `end` tokens."""
+    n_updates = 0
+    for phase_end, phase in plan(cfg):
+        update = phase.batch_size * phase.seq_len
+        n = max(math.ceil((min(phase_end, end) - tokens) / update), 0)
+        n_updates += n
+        tokens += n * update
+    return n_updates
 
-def at_step(step, cfg):
-    """(the PlanPhase of an update, its cfg with the gamma and lambda of the moment, the share of
-    the tokens of pre-training before it): λ falls at 10/14.8 of them, γ at 14.3/14.8."""
+def current_phase(tokens, cfg):
+    """Config of the phase after so many tokens, with γ and λ of the moment: λ falls after 10 of the
+    14.8 parts of the tokens of pre-training, γ after 14.3 of them."""
     phases = plan(cfg)
-    phase = next((phase for phase in phases if step < phase.end), phases[-1])
-    tokens = phase.tokens + (step - phase.first) * phase.cfg.batch_size * phase.cfg.seq_len
-    share = tokens / cfg.tokens if cfg.tokens else 1.0
-    weight = cfg.mtp_weight if share < 10 / 14.8 else cfg.mtp_last_weight
-    gamma = cfg.gamma if share < 14.3 / 14.8 else 0.0
-    return phase, dataclasses.replace(phase.cfg, mtp_weight=weight, gamma=gamma), share
+    phase = next((phase for end, phase in phases if tokens < end), phases[-1][1])
+    phase = dataclasses.replace(phase)
+    if tokens >= 10 / 14.8 * cfg.tokens:
+        phase.mtp_weight = cfg.mtp_last_weight
+    if tokens >= 14.3 / 14.8 * cfg.tokens:
+        phase.gamma = 0.0
+    return phase
 
 # ---------------------------------------- Model ----------------------------------------
 
@@ -303,158 +284,144 @@ class RMSNorm(nn.Module):
         y = F.rms_norm(x.float(), self.weight.shape, None, self.eps).type_as(x)
         return y * self.weight.type_as(x)
 
-def rope_frequencies(dim, theta, scaling, factor, original):
-    """(frequencies [E/2] in radians a position, factor of cos and sin) of rotary embeddings, whose
-    context of `original` positions a scaling extends `factor` times."""
-    if scaling == "ntk":  # the highest frequency stays, the lowest is divided by s
-        theta *= factor ** (dim / (dim - 2))
+def yarn_frequencies(dim, theta, factor, original):
+    """Rotary frequencies [R/2], in radians per position, of a context of `original` positions that
+    YaRN (arXiv 2309.00071) extends `factor` times; a factor of 1 changes nothing (§4.3)."""
     i = torch.arange(0, dim, 2, dtype=torch.float32)
-    frequencies = 1.0 / theta ** (i / dim)  # §3.2
-    if scaling == "pi":  # Position Interpolation: positions divided by s
-        return frequencies / factor, 1.0
-    if scaling == "llama3":  # released: by wavelength, with original / 4 and original / 1
-        u = ((original * frequencies / (2 * math.pi) - 1.0) / (4.0 - 1.0)).clamp(0, 1)
-        return (1 - u) * frequencies / factor + u * frequencies, 1.0
-    if scaling == "yarn":  # blend between 32 rotations and 1 within the original context
-        turns = (original / (2 * math.pi * rotations) for rotations in (32, 1))
-        low, high = (dim * math.log(turn) / (2 * math.log(theta)) for turn in turns)
-        low, high = max(math.floor(low), 0), min(math.ceil(high), dim - 1)
-        ramp = ((i / 2 - low) / max(high - low, 1e-3)).clamp(0, 1)
-        return frequencies * (1 - ramp) + frequencies / factor * ramp, 0.1 * math.log(factor) + 1
-    return frequencies, 1.0
+    frequencies = theta ** -(i / dim)
+    # Pairs of at least β = 32 rotations within the original context keep their frequency, those of
+    # at most α = 1 are interpolated, and between them a ramp blends the two.
+    low = dim * math.log(original / (2 * math.pi * 32)) / (2 * math.log(theta))
+    high = dim * math.log(original / (2 * math.pi)) / (2 * math.log(theta))
+    low = max(math.floor(low), 0)
+    high = min(math.ceil(high), dim - 1)
+    ramp = ((i / 2 - low) / max(high - low, 1e-3)).clamp(0, 1)
+    return frequencies * (1 - ramp) + frequencies / factor * ramp
+
+def yarn_scales(factor, mscale, mscale_all_dim):
+    """(factor of cos and sin, factor of the attention scores): with sqrt(t) = 0.1 m ln(s) + 1, that
+    of m = mscale over that of m = mscale_all_dim, and the latter's square, as released. §4.3 has 1
+    for both; 0 stands for a coefficient that a released configuration does not have."""
+    root_all = 0.1 * mscale_all_dim * math.log(factor) + 1
+    if not mscale or not mscale_all_dim:
+        return 0.1 * math.log(factor) + 1, root_all**2
+    return (0.1 * mscale * math.log(factor) + 1) / root_all, root_all**2
 
 def rotate(x, cos, sin):
     """Rotary embedding of x [B, H, T, E] by the angles of cos and sin [T, E/2], in fp32."""
     first, second = x.float().chunk(2, -1)  # [B, H, T, E/2]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).type_as(x)
 
-class GatedSiLU(torch.autograd.Function):
-    """silu(gate) * up, which keeps its two inputs for the backward pass and not silu(gate) too."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(gradient, gate).mul_(up), F.silu(gate).mul_(gradient)
-
 class MultiHeadLatentAttention(nn.Module):
-    """§2.1.1, [B, T, D] -> [B, T, D]. Queries come out of a latent of q_rank channels (0: out of
-    the input), keys and values out of one of kv_rank; a head is head_dim channels without and
-    rope_dim with a position, the latter of one key for all heads."""
+    """§2.1.1, causal attention, [B, T, D] -> [B, T, D]. Queries are expanded from a latent of
+    q_rank channels (0: from the input), keys and values from a latent of kv_rank channels. A head
+    has head_dim channels without position and rope_dim rotary ones; the rotary key is one for all
+    heads. `scale` multiplies the scores."""
 
-    def __init__(self, dim, n_heads, q_rank, kv_rank, head_dim, rope_dim, fp8, recompute):
+    def __init__(self, dim, n_heads, q_rank, kv_rank, head_dim, rope_dim):
         super().__init__()
-        self.n_heads, self.recompute = n_heads, recompute
-        self.query, self.latent = (head_dim, rope_dim), (kv_rank, rope_dim)
-        linear = FP8Linear if fp8 else Linear
-        self.q_down = linear(dim, q_rank, bias=False) if q_rank else None  # W^DQ
-        self.q_norm = RMSNorm(q_rank, 1e-6) if q_rank else None
-        self.q_up = linear(q_rank or dim, n_heads * (head_dim + rope_dim), bias=False)  # W^UQ, W^QR
-        self.kv_down = linear(dim, kv_rank + rope_dim, bias=False)  # W^DKV, W^KR
+        self.n_heads = n_heads
+        self.kv_rank = kv_rank
+        self.head_dim = head_dim
+        self.rope_dim = rope_dim
+        self.scale = (head_dim + rope_dim) ** -0.5
+        self.q_down = Linear(dim, q_rank, bias=False) if q_rank else nn.Identity()  # W^DQ
+        self.q_norm = RMSNorm(q_rank, 1e-6) if q_rank else nn.Identity()  # norms: §4.2
+        self.q_up = Linear(q_rank or dim, n_heads * (head_dim + rope_dim), bias=False)  # W^UQ, W^QR
+        self.kv_down = Linear(dim, kv_rank + rope_dim, bias=False)  # W^DKV, W^KR
         self.kv_norm = RMSNorm(kv_rank, 1e-6)
-        self.kv_up = linear(kv_rank, n_heads * 2 * head_dim, bias=False)  # by head: W^UK, W^UV
-        self.out = linear(n_heads * head_dim, dim, bias=False)  # W^O
-        self.out.wide_cache = True  # attention's backward pass needs this input, too
+        self.kv_up = Linear(kv_rank, n_heads * 2 * head_dim, bias=False)  # by head: W^UK, W^UV
+        self.out = Linear(n_heads * head_dim, dim, bias=False)  # W^O
 
-    def expand(self, c_q, c_kv, k_r, cos, sin):
-        """Latents [B, T, d_c'], [B, T, d_c] and the rotary key [B, T, R] to queries, keys and
-        values [B, H, T, E + R]; of the values the last R are zeros, for the fused kernels."""
-        q = self.q_up(self.q_norm(c_q) if self.q_norm else c_q)  # Eq. 7, 8
+    def forward(self, x, cos, sin):
+        # Queries: compressed, then expanded; a head has a content part and a rotary part.
+        q = self.q_up(self.q_norm(self.q_down(x)))  # Eq. 6-8: [B, T, H (E + R)]
         q = q.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # [B, H, T, E + R]
-        q_c, q_r = q.split(self.query, -1)
-        kv = self.kv_up(self.kv_norm(c_kv)).unflatten(-1, (self.n_heads, -1))
-        k_c, v = kv.transpose(1, 2).chunk(2, -1)  # Eq. 2, 5: [B, H, T, E] each
-        k_r = rotate(k_r[:, None], cos, sin).expand(-1, self.n_heads, -1, -1)  # Eq. 3
-        q = torch.cat((q_c, rotate(q_r, cos, sin)), -1)  # Eq. 9
-        k = torch.cat((k_c, k_r), -1)  # Eq. 4
-        return q, k, F.pad(v, (0, self.query[1]))
+        q_content, q_rotary = q.split([self.head_dim, self.rope_dim], -1)
 
-    def forward(self, x, rope):
-        cos, sin, mscale = rope
-        c_q = self.q_down(x) if self.q_down else x  # Eq. 6
-        c_kv, k_r = self.kv_down(x).split(self.latent, -1)  # Eq. 1
-        latents = c_q, c_kv, k_r, cos, sin
-        # recomputed twice: as attention's inputs, and for the gradients of the up-projections
-        expand = functools.partial(checkpoint, self.expand, use_reentrant=False)
-        again = recomputed(expand, *latents) if self.recompute else None
-        with again or contextlib.nullcontext(self.expand(*latents)) as (q, k, v):
-            scale = mscale**2 / math.sqrt(sum(self.query))
-            o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)  # Eq. 10
-        o = o[..., : self.query[0]].transpose(1, 2).flatten(2)  # [B, T, H E]
+        # Keys and values: one latent for both, and one rotary key that all heads share.
+        latent, k_rotary = self.kv_down(x).split([self.kv_rank, self.rope_dim], -1)  # Eq. 1
+        kv = self.kv_up(self.kv_norm(latent))  # Eq. 2, 5: [B, T, H 2E]
+        kv = kv.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+        k_content, v = kv.chunk(2, -1)  # [B, H, T, E] each
+        k_rotary = rotate(k_rotary[:, None], cos, sin)  # Eq. 3: [B, 1, T, R]
+        k_rotary = k_rotary.expand(-1, self.n_heads, -1, -1)
+
+        q = torch.cat((q_content, rotate(q_rotary, cos, sin)), -1)  # Eq. 9
+        k = torch.cat((k_content, k_rotary), -1)  # Eq. 4
+        v = F.pad(v, (0, self.rope_dim))  # fused kernels want equal widths
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)  # Eq. 10
+        o = o[..., : self.head_dim].transpose(1, 2).flatten(2)  # [B, T, H E]
         return self.out(o)  # Eq. 11
 
 class GatedMLP(nn.Module):
     """SwiGLU, (silu(x W_gate) * x W_up) W_down: [B, T, D] -> [B, T, D]."""
 
-    def __init__(self, dim, hidden_dim, fp8):
+    def __init__(self, dim, hidden_dim):
         super().__init__()
-        linear = FP8Linear if fp8 else Linear
-        self.gate_up = linear(dim, 2 * hidden_dim, bias=False)
-        self.down = linear(hidden_dim, dim, bias=False)
+        self.gate_up = Linear(dim, 2 * hidden_dim, bias=False)
+        self.down = Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x):
-        return self.down(GatedSiLU.apply(*self.gate_up(x).chunk(2, -1)))
+        gate, up = self.gate_up(x).chunk(2, -1)  # [B, T, F] each
+        return self.down(F.silu(gate) * up)
 
 def route(s, bias, top_k, n_groups, groups_kept, scale):
-    """§2.1.2: of affinities s [..., X], (the experts [..., K] of each token, their weights). The
-    bias only chooses: the best groups by the sum of their two best, and the best K in them."""
+    """§2.1.2: the K experts of each token and their gates, [..., K] each, from affinities s
+    [..., X]. The bias only selects: the groups with the largest sums of two, then the best K."""
     biased = s.detach() + bias
-    if n_groups > 1:
-        groups = biased.unflatten(-1, (n_groups, -1))  # [..., groups, X / groups]
-        best = groups.topk(min(2, groups.shape[-1]), -1).values.sum(-1).topk(groups_kept, -1)
-        dropped = torch.ones(groups.shape[:-1], dtype=torch.bool, device=s.device)
-        dropped = dropped.scatter(-1, best.indices, False)
-        biased = groups.masked_fill(dropped[..., None], -math.inf).flatten(-2)
+    groups = biased.unflatten(-1, (n_groups, -1))  # [..., groups, X / groups]
+    best_two = groups.topk(min(2, groups.shape[-1]), -1).values.sum(-1)  # [..., groups]
+    kept = best_two.topk(groups_kept, -1).indices
+    dropped = torch.ones_like(best_two, dtype=torch.bool).scatter(-1, kept, False)
+    biased = groups.masked_fill(dropped[..., None], -math.inf).flatten(-2)
     experts = biased.topk(top_k, -1).indices  # Eq. 16
-    chosen = s.gather(-1, experts)
-    return experts, scale * chosen / (chosen.sum(-1, keepdim=True) + 1e-20)  # Eq. 13
+    selected = s.gather(-1, experts)  # without the bias
+    # The factor of the gates is in the released code and not in Eq. 13.
+    gates = scale * selected / (selected.sum(-1, keepdim=True) + 1e-20)  # Eq. 13
+    return experts, gates
 
 def sequence_balance(s, top_k):
-    """Eq. 17 to 20 without α, summed over sequences, of affinities s [B, T, X]."""
-    # Undisclosed: whether f counts the experts that were chosen. Eq. 18 says the best K of s.
-    with torch.no_grad():
-        best = torch.zeros_like(s).scatter(-1, s.topk(top_k, -1).indices, 1.0)
-        f = best.mean(1) * (s.shape[-1] / top_k)  # Eq. 18: [B, X]
-    p = (s / s.sum(-1, keepdim=True)).mean(1)  # Eq. 19, 20
-    return (f * p).sum()
-
-class AddLoss(torch.autograd.Function):
-    """Passes x on and adds `loss` to whatever is minimised behind it, with weight 1."""
-
-    @staticmethod
-    def forward(ctx, x, loss):
-        ctx.shape, ctx.kind = loss.shape, loss.dtype
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient, torch.ones(ctx.shape, dtype=ctx.kind, device=gradient.device)
+    """Eq. 17-20 without α, summed over sequences, of affinities s [B, T, X]."""
+    # Undisclosed: whether f counts the experts that were selected. Eq. 18 says the top K of s,
+    # without bias and groups.
+    best = torch.zeros_like(s).scatter(-1, s.topk(top_k, -1).indices, 1.0)
+    f = best.mean(1) * (s.shape[-1] / top_k)  # Eq. 18: [B, X], without a gradient
+    p = (s / s.sum(-1, keepdim=True)).mean(1)  # Eq. 19, 20: [B, X]
+    return (f * p).sum()  # Eq. 17
 
 class Router(nn.Module):
-    """§2.1.2, [B, T, D] -> experts and weights [B, T, K] and the balance loss times `balance`,
-    which whoever trains sets to α / sequences of the global batch. All of it in fp32."""
+    """§2.1.2, [B, T, D] -> experts and gates [B, T, K], the number of tokens of each expert [X],
+    and the balance loss summed over sequences. `load` sums the numbers of tokens of an update."""
 
     def __init__(self, dim, n_experts, top_k, n_groups, groups_kept, scale):
         super().__init__()
-        self.settings, self.balance, self.loss = (top_k, n_groups, groups_kept, scale), 0.0, 0.0
-        self.counts = True  # off where a pass is made again
+        self.top_k = top_k
+        self.n_groups = n_groups
+        self.groups_kept = groups_kept
+        self.scale = scale
         self.weight = nn.Parameter(torch.empty(n_experts, dim))  # e_i, the centroids
-        self.register_buffer("bias", torch.zeros(n_experts))
+        self.register_buffer("bias", torch.zeros(n_experts))  # b_i
         self.register_buffer("load", torch.zeros(n_experts), persistent=False)
 
+    def affinities(self, x):
+        """s of Eq. 15, [B, T, D] -> [B, T, X], in fp32."""
+        return torch.sigmoid(F.linear(x.float(), self.weight))
+
+    def add_load(self, counts):
+        """Count the tokens of a batch."""
+        self.load += counts
+
     def forward(self, x):
-        s = torch.sigmoid(F.linear(x.float(), self.weight))  # Eq. 15: [B, T, X]
-        experts, weights = route(s, self.bias, *self.settings)
-        if torch.is_grad_enabled() and self.counts:
-            rows = experts.flatten()
-            self.load.index_add_(0, rows, torch.ones_like(rows, dtype=torch.float32))
-        loss = sequence_balance(s, self.settings[0]) * self.balance
-        self.loss = loss.detach()
-        return experts, weights, loss
+        s = self.affinities(x)
+        settings = self.top_k, self.n_groups, self.groups_kept, self.scale
+        experts, gates = route(s, self.bias, *settings)
+        rows = experts.flatten()
+        counts = torch.zeros_like(self.bias, dtype=torch.int64)
+        counts = counts.index_add(0, rows, torch.ones_like(rows))  # [X]
+        if s.requires_grad:  # in the backward pass, since a forward pass may be recomputed
+            s.register_hook(lambda gradient: self.add_load(counts))
+        return experts, gates, counts, sequence_balance(s, self.top_k)
 
 class Permute(torch.autograd.Function):
     """Row order[i] // k of x [N, D] to place i; `inverse` undoes order. Two gathers, no sums."""
@@ -468,255 +435,210 @@ class Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         (inverse,) = ctx.saved_tensors
-        rows = gradient.index_select(0, inverse)
-        return rows.unflatten(0, (-1, ctx.k)).sum(1) if ctx.k > 1 else rows, None, None, None
-
-class Exchange(torch.autograd.Function):
-    """§3.2.2, all-to-all of rows [M, D]: send[i] of them go to rank i of the group, receive[i] come
-    from it. With fp8_out, or on the way back with fp8_back, they travel as E4M3 (§3.3.3)."""
-
-    @staticmethod
-    def forward(ctx, x, send, receive, group, fp8_out, fp8_back):
-        ctx.send, ctx.receive, ctx.group, ctx.fp8_back = send, receive, group, fp8_back
-        return all_to_all(x, send, receive, group, fp8_out)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x = all_to_all(gradient, ctx.receive, ctx.send, ctx.group, ctx.fp8_back)
-        return x, None, None, None, None, None
-
-def all_to_all(x, send, receive, group, fp8=False):
-    """The rows of x [M, D] where Exchange sends them."""
-    if fp8:
-        parts = (part[: len(x)] for part in quantize_gradient(x, 1, 128, powers=True))
-        codes, scales = (all_to_all(p.view(torch.uint8), send, receive, group) for p in parts)
-        pair = codes.view(torch.float8_e4m3fn), scales.view(torch.float32)
-        return dequantize(*pair)[:, : x.shape[1]].type_as(x)
-    rows = x.new_empty(sum(receive), *x.shape[1:])
-    dist.all_to_all_single(rows, x.contiguous(), receive, send, group=group)
-    return rows
-
-def grouped_mm(x, w, ends):
-    """Rows of x [M, K], of which expert i has those up to ends[i], by its matrix in w [X, N, K]:
-    [M, N]. Behind the last expert's rows it is undefined."""
-    if x.is_meta:  # where PyTorch has it for bf16 alone: of the same size
-        return x @ w[0].mT
-    return F.grouped_mm(x, w.mT, offs=ends)
+        rows = gradient.index_select(0, inverse)  # [N k, D]
+        return rows.unflatten(0, (-1, ctx.k)).sum(1), None, None, None
 
 class Experts(nn.Module):
-    """X SwiGLUs at once, [M, D] -> [M, D]: rows ends[i - 1] ... ends[i] go to expert i."""
+    """X SwiGLUs, each for its own rows: x [M, D] and gates [M], sorted by expert, and the numbers
+    of rows [X] -> [M, D]. The gate of Eq. 12 multiplies the hidden layer instead of the output,
+    which comes to the same, and which spares the backward pass the outputs."""
 
-    def __init__(self, n_experts, dim, hidden_dim, fp8):
+    def __init__(self, n_experts, dim, hidden_dim):
         super().__init__()
-        self.fp8 = fp8
         self.gate_up = nn.Parameter(torch.empty(n_experts, 2 * hidden_dim, dim))
         self.down = nn.Parameter(torch.empty(n_experts, dim, hidden_dim))
 
-    def forward(self, x, ends):
-        if self.fp8:
-            return FP8Experts.apply(x, self.gate_up, self.down, ends)
-        hidden = grouped_mm(x, self.gate_up.type_as(x), ends).chunk(2, -1)
-        return grouped_mm(GatedSiLU.apply(*hidden), self.down.type_as(x), ends)
+    def forward(self, x, gates, counts):
+        ends = counts.cumsum(0).int()  # [X]
+        hidden = F.grouped_mm(x, self.gate_up.type_as(x).mT, offs=ends)  # [M, 2F]
+        return self.project(hidden, gates, ends)
+
+    def project(self, hidden, gates, ends):
+        """The hidden layer [M, 2F] -> [M, D]."""
+        gate, up = hidden.chunk(2, -1)  # [M, F] each
+        h = F.silu(gate) * up * gates[:, None].type_as(up)
+        return F.grouped_mm(h, self.down.type_as(h).mT, offs=ends)
 
 class MoE(nn.Module):
-    """§2.1.2, [B, T, D] -> [B, T, D]: shared experts and K routed ones, of which each rank of the
-    group `ep` has a part; no token is dropped (Eq. 12 without its residual)."""
+    """§2.1.2, [B, T, D] -> [B, T, D] and the balance loss: shared experts, and K routed ones per
+    token; no token is dropped (Eq. 12 without its residual)."""
 
-    def __init__(self, dim, expert_dim, n_experts, n_shared, route_settings, fp8, ep=None):
+    def __init__(
+        self, dim, expert_dim, n_experts, n_shared, top_k, n_groups, groups_kept, scale
+    ):
         super().__init__()
-        self.ep, self.fp8 = ep, fp8
-        self.router = Router(dim, n_experts, *route_settings)
-        self.shared = GatedMLP(dim, n_shared * expert_dim, fp8) if n_shared else None
-        self.experts = Experts(n_experts // group_size(ep), dim, expert_dim, fp8)
+        self.router = Router(dim, n_experts, top_k, n_groups, groups_kept, scale)
+        self.shared = GatedMLP(dim, n_shared * expert_dim) if n_shared else None
+        self.experts = Experts(n_experts, dim, expert_dim)
 
     def forward(self, x):
-        experts, weights, loss = self.router(x)  # [B, T, K] twice
-        k, rows = experts.shape[-1], experts.flatten()
-        order = rows.argsort(stable=True)  # [N K], by expert
+        experts, gates, counts, balance = self.router(x)
+        k = experts.shape[-1]
+        order = experts.flatten().argsort(stable=True)  # [N K], by expert
         inverse = order.argsort()
-        counts = torch.zeros_like(self.router.bias, dtype=torch.long)
-        counts = counts.index_add(0, rows, torch.ones_like(rows))  # [X]
-        y = Permute.apply(x.flatten(0, 1), order, inverse, k)  # [N K, D]
-        y = self.visit(y, counts) if self.ep else self.experts(y, counts.cumsum(0).int())
+        rows = Permute.apply(x.flatten(0, 1), order, inverse, k)  # [N K, D]
+        y = self.experts(rows, gates.flatten().gather(0, order), counts)
         y = Permute.apply(y, inverse, order, 1).unflatten(0, (-1, k))  # [N, K, D]
-        y = (weights.flatten(0, 1)[:, None].type_as(y) @ y).view_as(x)  # Σ g FFN, Eq. 12
-        y = AddLoss.apply(y, loss)
-        return y + self.shared(x) if self.shared else y
-
-    def visit(self, x, counts):
-        """Rows x [N K, D], counts [X] of them for each expert, to the ranks that have those
-        experts, through them, and back: dispatch and combine."""
-        ranks, device = self.ep.size(), x.device
-        send = counts.view(ranks, -1)
-        receive = all_to_all(send, [1] * ranks, [1] * ranks, self.ep)  # [ranks, X / ranks]
-        sizes = torch.stack((send.sum(1), receive.sum(1))).tolist()
-        x = Exchange.apply(x, *sizes, self.ep, self.fp8, False)
-        local = torch.arange(receive.shape[1], device=device).repeat(ranks)
-        order = local.repeat_interleave(receive.flatten()).argsort(stable=True)
-        inverse = order.argsort()
-        y = self.experts(Permute.apply(x, order, inverse, 1), receive.sum(0).cumsum(0).int())
-        return Exchange.apply(Permute.apply(y, inverse, order, 1), *sizes[::-1], self.ep, False,
-                              self.fp8)  # fmt: skip
-
-@contextlib.contextmanager
-def recomputed(function, *inputs):
-    """§3.2.3, yields the tensors function(*inputs): whatever is done with them inside the context
-    does not keep them for its backward pass, which makes them again from the inputs."""
-    outputs, again = function(*inputs), []
-    places = {y.untyped_storage()._cdata: i for i, y in enumerate(outputs)}
-
-    def pack(x):
-        place = places.get(x.untyped_storage()._cdata)
-        return x if place is None else (place, x.shape, x.stride(), x.storage_offset())
-
-    def unpack(kept):
-        if torch.is_tensor(kept):
-            return kept
-        if not again:
-            with torch.no_grad():
-                again.extend(function(*inputs))
-        return again[kept[0]].as_strided(*kept[1:])
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield outputs
-
-def made_again(module):
-    """The module as a function that keeps its inputs alone for the backward pass, which computes
-    the rest once more; routers count the tokens of the first pass only."""
-
-    @contextlib.contextmanager
-    def uncounted():
-        for router in routers(module):
-            router.counts = False
-        try:
-            yield
-        finally:
-            for router in routers(module):
-                router.counts = True
-
-    contexts = lambda: (contextlib.nullcontext(), uncounted())  # noqa: E731
-    return functools.partial(checkpoint, module, use_reentrant=False, context_fn=contexts)
+        y = y.sum(1).view_as(x)  # Eq. 12: Σ g FFN
+        if self.shared:
+            y = y + self.shared(x)
+        return y, balance
 
 class Block(nn.Module):
-    """§2.1, [B, T, D] -> [B, T, D]: attention, and a SwiGLU or experts, each behind a norm and
-    added to the residual stream."""
+    """§2.1, [B, T, D] -> [B, T, D] and the balance loss: attention, then a SwiGLU (dense) or
+    experts, each after a norm and added to the residual stream."""
 
-    def __init__(self, cfg, dense, ep=None):
+    def __init__(self, cfg, dense):
         super().__init__()
-        self.recompute, fp8 = cfg.recompute == "paper", cfg.precision == "fp8"
         heads = cfg.n_heads, cfg.q_rank, cfg.kv_rank, cfg.head_dim, cfg.rope_dim
         self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.attn = MultiHeadLatentAttention(cfg.dim, *heads, fp8, self.recompute)
+        self.attn = MultiHeadLatentAttention(cfg.dim, *heads)
         self.mlp_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         if dense:
-            self.mlp = GatedMLP(cfg.dim, cfg.hidden_dim, fp8)
+            self.mlp = GatedMLP(cfg.dim, cfg.hidden_dim)
         else:
-            settings = cfg.top_k, cfg.n_groups, cfg.groups_kept, cfg.route_scale
             experts = cfg.expert_dim, cfg.n_experts, cfg.n_shared
-            self.mlp = MoE(cfg.dim, *experts, settings, fp8, ep)
+            routing = cfg.top_k, cfg.n_groups, cfg.groups_kept, cfg.route_scale
+            self.mlp = MoE(cfg.dim, *experts, *routing)
 
-    def forward(self, x, rope):
-        x = x + self.behind(self.attn_norm, x, lambda h: self.attn(h, rope))
-        return x + self.behind(self.mlp_norm, x, self.mlp)
+    def attend(self, x, cos, sin):
+        """The attention branch."""
+        return self.attn(self.attn_norm(x), cos, sin)
 
-    def behind(self, norm, x, function):
-        """function(norm(x)), of which norm(x) is not kept if the paper's recomputation is on."""
-        if not self.recompute:
-            return function(norm(x))
-        once = lambda x: (checkpoint(norm, x, use_reentrant=False),)  # noqa: E731
-        with recomputed(once, x) as (h,):
-            return function(h)
+    def forward(self, x, cos, sin):
+        x = x + self.attend(x, cos, sin)
+        y = self.mlp(self.mlp_norm(x))
+        if isinstance(self.mlp, MoE):
+            y, balance = y
+            return x + y, balance
+        return x + y, 0.0
 
 class MultiTokenPrediction(nn.Module):
-    """§2.2, one module more (D = 1): the state of the main model [B, T, D] and the embeddings of
-    the next tokens give the state [B, T - 1, D] that predicts the tokens after them. In parallel
-    (Gloeckle et al., arXiv 2404.19737) the state alone does."""
+    """§2.2, one further module (D = 1): the state of the main model and the embeddings of the
+    tokens, [B, T, D] each, give the state [B, T - 1, D] that predicts one token further, and the
+    balance loss of its block."""
 
-    # Departure: --recompute paper keeps what these norms and the model's final one give.
-
-    def __init__(self, cfg, ep=None):
+    def __init__(self, cfg):
         super().__init__()
-        if cfg.mtp == "sequential":
-            self.embedding_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-            self.state_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-            self.merge = Linear(2 * cfg.dim, cfg.dim, bias=False)  # M_1
-        self.sequential, self.block = cfg.mtp == "sequential", Block(cfg, False, ep)
+        self.embedding_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.state_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.merge = Linear(2 * cfg.dim, cfg.dim, bias=False)  # M_1
+        self.block = Block(cfg, dense=False)  # TRM_1
         self.final_norm = RMSNorm(cfg.dim, cfg.norm_eps)
 
-    def forward(self, state, embedded, rope):
-        # Undisclosed: a norm of its own before the shared head, and the order in M_1; as released.
-        x, (cos, sin, mscale) = state[:, :-1], rope
-        if self.sequential:
-            parts = self.embedding_norm(embedded[:, 1:]), self.state_norm(x)
-            x = self.merge(torch.cat(parts, -1))  # Eq. 21: [B, T - 1, D]
-        return self.final_norm(self.block(x, (cos[:-1], sin[:-1], mscale)))  # Eq. 22
+    def forward(self, state, embedded, cos, sin):
+        # Undisclosed: the order of the two halves in use, and a norm before the shared head; as in
+        # the released weights, where the embedding comes first.
+        embedded = self.embedding_norm(embedded[:, 1:])
+        state = self.state_norm(state[:, :-1])
+        x = self.merge(torch.cat((embedded, state), -1))  # Eq. 21: [B, T - 1, D]
+        x, balance = self.block(x, cos[:-1], sin[:-1])  # Eq. 22
+        return self.final_norm(x), balance
 
 class DeepSeekV3(nn.Module):
-    """§2, tokens [B, T] -> logits [B, T, V]; or a pipeline's stage of it, which has some layers,
-    and takes and gives [B, T, D] where it is not the first or the last. With `ahead`, the tokens
-    once more, the last stage also gives the logits [B, T - 1, V] of multi-token prediction."""
+    """§2, tokens [B, T] -> logits [B, T, V] in fp32 or, with targets, the three sums of the
+    objective. `dtype` is the precision of the residual stream; parameters may be kept in another.
+    """
 
-    def __init__(self, cfg, layers=None, first=True, last=True, ep=None):
+    def __init__(self, cfg):
         super().__init__()
-        self.recompute, self.top_k = cfg.recompute == "block", cfg.top_k
-        self.dtype = torch.bfloat16 if cfg.precision in ("bf16", "fp8") else torch.float32
-        layers = range(cfg.n_layers) if layers is None else layers
-        self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.dim) if first else None
-        self.blocks = nn.ModuleDict({str(i): Block(cfg, i < cfg.n_dense, ep) for i in layers})
-        self.final_norm = RMSNorm(cfg.dim, cfg.norm_eps) if last else None
-        self.head = Linear(cfg.dim, cfg.vocab_size, bias=False) if last else None
-        self.mtp = MultiTokenPrediction(cfg, ep) if last and cfg.mtp != "none" else None
-        self.shared_embedding = None  # the first stage's, on a last stage
+        self.dtype = torch.float32
+        self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.dim)
+        blocks = {str(i): Block(cfg, i < cfg.n_dense) for i in range(cfg.n_layers)}
+        self.blocks = nn.ModuleDict(blocks)
+        self.final_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.head = Linear(cfg.dim, cfg.vocab_size, bias=False)
+        self.mtp = MultiTokenPrediction(cfg) if cfg.mtp else None
         self.extend(cfg)
 
     def extend(self, cfg):
-        """Takes the rotary frequencies of cfg: YaRN's where the context is extended (§4.3)."""
-        settings = cfg.rope_scaling, cfg.rope_factor, cfg.rope_original
-        self.rope = rope_frequencies(cfg.rope_dim, cfg.rope_theta, *settings)
+        """Set the context extension of cfg (§4.3): rotary frequencies and attention scales."""
+        sizes = cfg.rope_dim, cfg.rope_theta, cfg.rope_factor, cfg.rope_original
+        self.frequencies = yarn_frequencies(*sizes)
+        scales = yarn_scales(cfg.rope_factor, cfg.rope_mscale, cfg.rope_mscale_all_dim)
+        self.rotary_scale, score_scale = scales
+        for module in self.modules():
+            if isinstance(module, MultiHeadLatentAttention):
+                module.scale = score_scale * (cfg.head_dim + cfg.rope_dim) ** -0.5
 
-    def forward(self, x, ahead=None):
-        if self.token_embedding is not None:
-            x = self.token_embedding(x).to(self.dtype)  # [B, T, D]
-        frequencies, mscale = self.rope
+    def forward(self, tokens, targets=None):
+        x, balance = self.run_blocks(self.embed(tokens), 0.0)
+        if targets is None:
+            return self.logits(self.final_norm(x))
+        return self.losses(x, balance, tokens, targets)
+
+    def embed(self, tokens):
+        """[B, T] -> [B, T, D]."""
+        return self.token_embedding(tokens).to(self.dtype)
+
+    def rope(self, x):
+        """(cos, sin) [T, R/2] of the rotary angles, in fp32, of x [B, T, D]."""
         positions = torch.arange(x.shape[1], device=x.device)
-        angles = positions[:, None] * frequencies.to(x.device)  # [T, R/2]
-        rope = angles.cos(), angles.sin(), mscale  # mscale² scales the logits, not the rotation
-        blocks = self.blocks.values()
-        if self.recompute and torch.is_grad_enabled():
-            blocks = map(made_again, blocks)
-        for block in blocks:
-            x = block(x, rope)
-        if self.head is None:
-            return x
+        angles = positions[:, None] * self.frequencies.to(x.device)
+        return angles.cos() * self.rotary_scale, angles.sin() * self.rotary_scale
+
+    def run_blocks(self, x, balance):
+        """x [B, T, D] after the blocks, and `balance` plus their balance losses."""
+        cos, sin = self.rope(x)
+        for block in self.blocks.values():
+            x, block_balance = block(x, cos, sin)
+            balance = balance + block_balance
+        return x, balance
+
+    def logits(self, x):
+        """The head, [..., D] -> [..., V], in fp32."""
+        return self.head(x).float()
+
+    def losses(self, x, balance, tokens, targets):
+        """Sums over the batch, [3]: nats of the next tokens, nats of multi-token prediction, and
+        the balance loss, from the output x of the blocks and the balance loss of these."""
         state = self.final_norm(x)
-        logits = self.head(state).float()  # [B, T, V]
-        if ahead is None or self.mtp is None:
-            return logits
-        # Undisclosed: whether the module reads the state before or after the final norm; after it,
-        # as the released weights are used.
-        state = state if self.mtp.sequential else x
-        embedded = (self.token_embedding or self.shared_embedding)(ahead).to(self.dtype)
-        mtp = made_again(self.mtp) if self.recompute and torch.is_grad_enabled() else self.mtp
-        return logits, self.head(mtp(state, embedded, rope)).float()  # Eq. 23
+        vocab_size = self.head.out_features
+        nats = chunked_loss(self.logits, state.flatten(0, 1), targets, vocab_size)
+        nats_ahead = torch.zeros_like(nats)
+        if self.mtp:
+            # Undisclosed: whether the module reads the state before or after the final norm; after
+            # it, as the released weights are used.
+            ahead, block_balance = self.mtp(state, self.embed(tokens), *self.rope(x))
+            further = targets[:, 1:].contiguous()  # Eq. 24: t_3 ... t_{T+1}
+            nats_ahead = chunked_loss(self.logits, ahead.flatten(0, 1), further, vocab_size)
+            balance = balance + block_balance
+        return torch.stack((nats, nats_ahead, nats.new_zeros(()) + balance))
 
-def group_size(group):
-    """Ranks of a process group; None is a group of one."""
-    return group.size() if group else 1
+def slices(n, vocab_size):
+    """Slices of n positions, each with at most 2**25 logits, which take 128 MiB in fp32."""
+    size = max(2**25 // vocab_size, 1)
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
-def init_weights(model, cfg, ep=None):
+def chunked_loss(head, x, targets, vocab_size):
+    """Sum of the cross-entropies, in nats, of the logits head(x) of N positions x [N, D], chunk by
+    chunk, each recomputed in the backward pass, so that the logits of all positions never exist.
+    targets: N ids, of which -100 is not scored; or a function from a slice of n positions to their
+    distributions [n, V], zero for a position that is not scored."""
+
+    def chunk_loss(x, rows):
+        chosen = targets.flatten()[rows] if torch.is_tensor(targets) else targets(rows)
+        return F.cross_entropy(head(x), chosen, reduction="sum")
+
+    chunks = slices(len(x), vocab_size)
+    if len(chunks) == 1:  # nothing to save
+        return chunk_loss(x, chunks[0])
+    return sum(checkpoint(chunk_loss, x[rows], rows, use_reentrant=False) for rows in chunks)
+
+def init_weights(model, cfg, first_expert=0):
     """§4.2: N(0, 0.006) for all matrices, and gains of 1. A matrix is drawn from (seed, its name),
-    an expert's from its number too, so that every layout starts from the same numbers."""
+    an expert's from its number too, so that every layout starts from the same numbers. The experts
+    of model are those from first_expert on. Raises ValueError for a parameter without a rule."""
     for name, p in model.named_parameters():
         if name.endswith("norm.weight"):
             p.data.fill_(1.0)
         elif re.search(r"(token_embedding|head|_down|_up|out|down|merge|router)\.weight$", name):
-            draw = torch.Generator().manual_seed(stable_hash(cfg.seed, name))
-            p.data.copy_(torch.empty(p.shape).normal_(0.0, cfg.init_std, generator=draw))
+            generator = torch.Generator().manual_seed(stable_hash(cfg.seed, name))
+            p.data.copy_(torch.empty(p.shape).normal_(0.0, cfg.init_std, generator=generator))
         elif is_expert(name):
-            first = ep.rank() * len(p) if ep else 0
-            for i, matrix in enumerate(p.data):
-                draw = torch.Generator().manual_seed(stable_hash(cfg.seed, name, first + i))
-                drawn = torch.empty(matrix.shape).normal_(0.0, cfg.init_std, generator=draw)
+            for i, matrix in enumerate(p.data, first_expert):
+                generator = torch.Generator().manual_seed(stable_hash(cfg.seed, name, i))
+                drawn = torch.empty(matrix.shape).normal_(0.0, cfg.init_std, generator=generator)
                 matrix.copy_(drawn)
         else:
             raise ValueError(f"no rule initialises {name}")
@@ -735,247 +657,188 @@ def routers(model):
 def count_parameters(model):
     """(total, activated by a token) parameters of the main model, as the paper counts them:
     without multi-token prediction, which inference drops, and without the balancing biases."""
-    total = activated = 0
-    for name, p in model.named_parameters():
-        if not name.startswith("mtp."):
-            total += p.numel()
-            activated += p.numel()
-            if is_expert(name):
-                activated -= p.numel() * (len(p) - model.top_k) // len(p)
-    return total, activated
+    named = [item for item in model.named_parameters() if not item[0].startswith("mtp.")]
+    total = sum(p.numel() for _, p in named)
+    routed = sum(p.numel() for name, p in named if is_expert(name))
+    router = routers(model)[-1]
+    return total, total - routed * (len(router.bias) - router.top_k) // len(router.bias)
+
+def layer_sizes(cfg):
+    """Weights of attention, of a dense feed-forward layer, of one expert, and of the shared experts
+    and the router of a layer; norms have less than a thousandth of them."""
+    attention = cfg.dim * (cfg.q_rank + cfg.kv_rank + cfg.rope_dim + cfg.n_heads * cfg.head_dim)
+    attention += (cfg.q_rank or cfg.dim) * cfg.n_heads * (cfg.head_dim + cfg.rope_dim)
+    attention += cfg.kv_rank * cfg.n_heads * 2 * cfg.head_dim
+    expert = 3 * cfg.dim * cfg.expert_dim
+    shared = cfg.n_shared * expert + cfg.dim * cfg.n_experts
+    return attention, 3 * cfg.dim * cfg.hidden_dim, expert, shared
 
 def flops_per_token(cfg):
     """Training FLOPs per token: 2 per weight of a matrix product that the token meets forward,
     twice that backward, multi-token prediction included. Attention counts as causal, (T + 1) / 2
-    keys a query, half of what the full square gives."""
-    query, n_moe = cfg.head_dim + cfg.rope_dim, cfg.n_layers - cfg.n_dense
-    attention = cfg.dim * (cfg.q_rank + cfg.kv_rank + cfg.rope_dim + cfg.n_heads * cfg.head_dim)
-    attention += (cfg.q_rank or cfg.dim) * cfg.n_heads * query
-    attention += cfg.kv_rank * cfg.n_heads * 2 * cfg.head_dim
-    attention += cfg.n_heads * (query + cfg.head_dim) * (cfg.seq_len + 1) / 2  # q kᵀ, A v
-    experts = 3 * cfg.dim * cfg.expert_dim * (cfg.n_shared + cfg.top_k) + cfg.dim * cfg.n_experts
-    weights = cfg.n_layers * attention + cfg.n_dense * 3 * cfg.dim * cfg.hidden_dim
-    weights += n_moe * experts + cfg.dim * cfg.vocab_size
-    if cfg.mtp != "none":
-        merge = 2 * cfg.dim**2 if cfg.mtp == "sequential" else 0
-        weights += attention + experts + merge + cfg.dim * cfg.vocab_size
+    keys per query, half of what the full square gives."""
+    attention, dense, expert, shared = layer_sizes(cfg)
+    head_widths = cfg.n_heads * (2 * cfg.head_dim + cfg.rope_dim)
+    attention += head_widths * (cfg.seq_len + 1) / 2  # q kᵀ, A v
+    moe = shared + cfg.top_k * expert
+    head = cfg.dim * cfg.vocab_size
+    weights = cfg.n_layers * attention + cfg.n_dense * dense
+    weights += (cfg.n_layers - cfg.n_dense) * moe + head
+    if cfg.mtp:
+        weights += 2 * cfg.dim**2 + attention + moe + head
     return 6 * weights
 
 # ---------------------------------------- Data ----------------------------------------
 
-@functools.lru_cache(1)
-def document_tokenizer(name):
-    """The tokenizer of that name, loaded once; None without a name."""
-    return load_tokenizer(name, SPECIALS) if name else None
-
-def fill_in_the_middle(ids, tokenizer, key):
-    """§4.1, PSM: a document's ids, whose text is cut at two places, as begin f_pre hole f_suf end
-    f_middle, and the id that ended it."""
-    # Undisclosed: the places. Two characters, uniformly.
-    begin, hole, end = map(tokenizer.encode_single_token, SPECIALS[1:])
-    with explain(f"the data is not that of --tokenizer {tokenizer.name}", KeyError):
-        text = tokenizer.decode(ids[:-1].tolist(), errors="ignore")
-    first, second = sorted(stable_hash(key, i) % (len(text) + 1) for i in range(2))
-    parts = text[:first], text[first:second], text[second:]
-    pre, middle, suffix = map(tokenizer.encode_ordinary, parts)
-    return np.array([begin, *pre, hole, *suffix, end, *middle, ids[-1]])
-
-@functools.lru_cache(1)
-def joined_tokens(tokenizer):
-    """{id of a token of punctuation and line breaks: (id of the former, id of the latter)}."""
-    pairs = {}
-    texts = set(tokenizer.token_byte_values())
-    for text in texts:
-        match = re.fullmatch(rb"([!-/:-@\[-`{-~]+)([\r\n]+)", text)
-        if match and texts.issuperset(match.groups()):
-            first, second = map(tokenizer.encode_single_token, match.groups())
-            pairs[tokenizer.encode_single_token(text)] = first, second
-    return pairs
-
-def prepare_document(ids, tokenizer, fim, split_joined, key):
-    """(ids of a document as the model sees it, whether they are to fill in the middle): some joined
-    tokens split, some documents rearranged, as `key` decides."""
-    # Undisclosed: the share of joined tokens that are split (§4.1). None, unless --split_joined.
-    if split_joined:
-        pairs, n = joined_tokens(tokenizer), 2**20
-        ids = [
-            pairs[i] if i in pairs and stable_hash(key, place) % n < split_joined * n else (i,)
-            for place, i in enumerate(ids.tolist())
-        ]
-        ids = np.array(list(itertools.chain(*ids)))
-    complete = len(ids) > 1 and ids[-1] == tokenizer.eot_token
-    if complete and stable_hash(key, "fim") % 2**20 < fim * 2**20:
-        return fill_in_the_middle(ids, tokenizer, key), True
-    return ids, False
+def fill_in_the_middle(ids, fim_ids, key):
+    """§4.1, PSM: the ids of a document, whose text is cut at two places, as begin f_pre hole f_suf
+    end f_middle, and the id that ended it. key decides the places."""
+    # Undisclosed: the places. Two, uniformly, and between tokens, so that shards need no tokenizer.
+    begin, hole, end = fim_ids
+    places = sorted(stable_hash(key, i) % len(ids) for i in range(2))
+    prefix, middle, suffix = np.split(ids[:-1], places)
+    return np.concatenate(([begin], prefix, [hole], suffix, [end], middle, ids[-1:]))
 
 @functools.lru_cache(32)
-def pack(corpus, tokenizer, block, length, n, fim, split_joined, seed):
-    """Block `block` of n sequences: (ids [n, T + 1], -1 where none are left; of each sequence the
-    documents that begin, those rearranged, and cuts that no document's length asks for)."""
+def pack(corpus, block, length, n, fim, fim_ids, seed):
+    """Block `block` of n packed sequences, [n, T + 1]; -1 where no ids are left. A share `fim` of
+    the documents is rearranged with fim_ids (begin, hole, end), none without these."""
     # Undisclosed: the packing, "inspired by" best-fit packing (arXiv 2404.10830). Here a stretch of
     # the corpus as long as n sequences goes into them: documents, cut where they are longer than a
     # sequence, by size into the fullest sequence with room; what fits nowhere is cut to fill up
     # what is left, and what fill-in-the-middle has added beyond that, some 0.1 %, is lost.
-    window, pieces, counts = length + 1, [], np.zeros((n, 3), np.int64)
+    window = length + 1
     ids = corpus.window(block, n * window - 1, seed)
-    for i, part in enumerate(np.split(ids, np.flatnonzero(ids == corpus.separator) + 1)):
-        rearranged = False
-        if tokenizer and len(part) and i:  # the first is the end of one that began before
-            key = (seed, "document", length, block, i)
-            part, rearranged = prepare_document(part, tokenizer, fim, split_joined, key)
-        cuts = range(0, len(part), window)
-        pieces += [(part[j : j + window], i > 0 == j, rearranged and j == 0) for j in cuts]
-    rows, used = np.full((n, window), -1, np.int32), [0] * n
-    room, rest = [(window, row) for row in range(n)], []
+    pieces = []
+    for i, document in enumerate(np.split(ids, np.flatnonzero(ids == corpus.separator) + 1)):
+        key = (seed, "document", length, block, i)
+        complete = i > 0 and len(document) > 1 and document[-1] == corpus.separator
+        if fim_ids and complete and stable_hash(key) < fim * 2**64:
+            document = fill_in_the_middle(document, fim_ids, key)
+        starts = range(0, len(document), window)
+        pieces += [document[start : start + window] for start in starts]
 
-    def place(row, piece, *events):
+    rows = np.full((n, window), -1, np.int64)
+    used = [0] * n
+    room = [(window, row) for row in range(n)]  # sorted
+
+    def place(piece, row):
         rows[row, used[row] : used[row] + len(piece)] = piece
         used[row] += len(piece)
-        counts[row] += events
+        bisect.insort(room, (window - used[row], row))
 
-    for piece in sorted(pieces, key=lambda piece: -len(piece[0])):
-        best = bisect.bisect_left(room, (len(piece[0]), -1))
+    rest = []
+    for piece in sorted(pieces, key=len, reverse=True):
+        best = bisect.bisect_left(room, (len(piece), -1))
         if best == len(room):
             rest.append(piece)
-            continue
-        left, row = room.pop(best)
-        place(row, *piece, 0)
-        bisect.insort(room, (left - len(piece[0]), row))
-    for piece, *events in rest:
+        else:
+            place(piece, room.pop(best)[1])
+    for piece in rest:
         while len(piece) and room[-1][0]:
             left, row = room.pop()
-            place(row, piece[:left], *events, len(piece) > left)
-            piece, events = piece[left:], (0, 0)
-            bisect.insort(room, (window - used[row], row))
-    return rows, counts
+            place(piece[:left], row)
+            piece = piece[left:]
+    return rows
 
 def get_batch(corpus, first, n, cfg):
-    """Sequences first ... first + n - 1 of the run, whatever the ranks or the moment: tokens and
-    targets [n, T]; and the counts n_targets, n_bytes (of the targets' text), n_sequences,
-    n_documents, n_fim and n_cut. Held-out text is neither packed nor rearranged."""
-    windows, counts, size = [], np.zeros(3, np.int64), min(cfg.pack, corpus.n_windows(cfg.seq_len))
-    while size > 1 and not corpus.n_windows(size * (cfg.seq_len + 1) - 1) > 3:
+    """Sequences first ... first + n - 1 of the run: tokens and targets [n, T], and the counts
+    n_targets, n_bytes of the targets' text, and n_sequences.
+
+    A pure function of the seed and the index, so that any number of ranks, any accumulation and
+    any resume see the same sequences. Held-out text is neither packed nor rearranged.
+    """
+    # As many sequences are packed at once as leave at least four such blocks in the corpus.
+    size = min(cfg.pack, corpus.n_windows(cfg.seq_len))
+    while size > 1 and corpus.n_windows(size * (cfg.seq_len + 1) - 1) < 4:
         size //= 2
+    fim_ids = tuple(map(int, filter(None, cfg.fim_ids.split(","))))
+    windows = []
     for i in range(first, first + n):
         if corpus.in_order:
             windows.append(corpus.window(i, cfg.seq_len, cfg.seed))
             continue
         group, place = divmod(i, 16 * size)  # 16 blocks at a time are mixed
-        place = shuffled(place, 16 * size, (cfg.seed, "pack", group))
-        settings = cfg.seq_len, size, cfg.fim, cfg.split_joined, cfg.seed
-        tokenizer = document_tokenizer(cfg.tokenizer)
-        rows, more = pack(corpus, tokenizer, 16 * group + place // size, *settings)
-        windows.append(rows[place % size].astype(np.int64))
-        counts = counts + more[place % size]
-    windows = np.stack(windows)
-    tokens, targets = windows[:, :-1].copy(), windows[:, 1:].copy()
-    tokens[tokens < 0] = max(corpus.separator, 0)
-    targets[targets < 0] = -100
-    scored = targets[targets >= 0]
-    names = dict(zip(("n_documents", "n_fim", "n_cut"), counts.tolist()))
-    names |= {"n_targets": scored.size, "n_bytes": int(corpus.token_bytes[scored].sum())}
-    tokens, targets = torch.from_numpy(tokens), torch.from_numpy(targets)
-    return {"tokens": tokens, "targets": targets, "n_sequences": n, **names}
+        place = permutation(16 * size, cfg.seed, "pack", group)[place]
+        block = 16 * group + place // size
+        rows = pack(corpus, block, cfg.seq_len, size, cfg.fim, fim_ids, cfg.seed)
+        windows.append(rows[place % size])
+    windows = torch.from_numpy(np.stack(windows))  # [n, T + 1]
+    tokens = windows[:, :-1].clamp(min=0)
+    targets = windows[:, 1:].where(windows[:, 1:] >= 0, -100)
+    scored = targets[targets >= 0].numpy()
+    counts = {"n_targets": len(scored), "n_bytes": int(corpus.token_bytes[scored].sum())}
+    return {"tokens": tokens, "targets": targets, "n_sequences": n, **counts}
 
 # ---------------------------------------- Objective ----------------------------------------
 
-def nats_ahead(output, targets):
-    """(sum of the nats of targets [B, T], sum of those of multi-token prediction, or 0) of what the
-    model gives: logits [B, T, V], and logits [B, T - 1, V] one target further."""
-    logits, *more = output if isinstance(output, tuple) else (output,)
-    nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-    if not more:
-        return nats, nats.detach() * 0
-    further = targets[:, 1:].flatten()  # Eq. 24: t_3 ... t_{T+1}
-    return nats, F.cross_entropy(more[0].flatten(0, 1), further, reduction="sum")
-
 def objective(model, batch, cfg):
-    """§2.2 and Eq. 17: L_main + λ L_MTP + Σ L_Bal over layers, with the first two as metrics. Nats
-    are divided by batch["n_targets"], those of multi-token prediction too, although it has one
-    less in each sequence (Eq. 24), and L_Bal by batch["n_sequences"], of the global batch."""
+    """§2.2, Eq. 17: L_main + λ L_MTP + Σ L_Bal over layers, with the first two as metrics. The sums
+    that the model returns are divided by counts of the global batch: nats by n_targets, those
+    of multi-token prediction too, although it has one less in each sequence (Eq. 24), and the
+    balance loss by n_sequences."""
     # Undisclosed: how L_Bal adds up. Summed over layers and averaged over sequences, as in V2.
-    for router in (found := routers(model)):
-        router.balance = cfg.balance_loss / batch["n_sequences"]
-    output = model(batch["tokens"], batch["tokens"])
-    n_targets = max(batch["n_targets"], 1)
-    main, ahead = (nats / n_targets for nats in nats_ahead(output, batch["targets"]))
-    # L_Bal is here by its value alone; its gradient comes from AddLoss, inside the model
-    loss = main + cfg.mtp_weight * ahead + sum(router.loss for router in found)
+    nats, nats_ahead, balance = model(batch["tokens"], batch["targets"])
+    main = nats / max(batch["n_targets"], 1)
+    ahead = nats_ahead / max(batch["n_targets"], 1)
+    balance = balance / batch["n_sequences"]
+    loss = main + cfg.mtp_weight * ahead + cfg.balance_loss * balance
     return loss, {"main": main.detach(), "mtp": ahead.detach()}
 
 # ---------------------------------------- Optimizer ----------------------------------------
 
-class AdamWithBF16Moments(torch.optim.Optimizer):
-    """§3.3.3, AdamW whose moments are kept in bf16 and whose arithmetic is fp32."""
+class AdamWithBF16Moments(torch.optim.AdamW):
+    """§3.3.3, AdamW whose moments are kept in bf16 between updates, which compute in fp32."""
 
-    def __init__(self, groups, lr, betas, eps):
-        super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0))
+    def cast_moments(self, dtype):
+        """Moments in another dtype."""
+        for state in self.state.values():
+            state["exp_avg"] = state["exp_avg"].to(dtype)
+            state["exp_avg_sq"] = state["exp_avg_sq"].to(dtype)
+
+    def step(self, closure=None):
+        self.cast_moments(torch.float32)
+        super().step()
+        self.cast_moments(torch.bfloat16)
 
     def load_state_dict(self, state_dict):
-        """torch's own casts what it loads to the dtype of the parameters."""
         super().load_state_dict(state_dict)
-        for state in self.state.values():
-            state |= {name: state[name].bfloat16() for name in ("exp_avg", "exp_avg_sq")}
+        self.cast_moments(torch.bfloat16)
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            (beta1, beta2), lr = group["betas"], group["lr"]
-            for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
-                if not state:
-                    state["step"] = torch.zeros(())
-                    for name in ("exp_avg", "exp_avg_sq"):
-                        state[name] = torch.zeros_like(p, dtype=torch.bfloat16)
-                state["step"] += 1
-                n = state["step"].item()
-                first = state["exp_avg"].float().lerp_(p.grad, 1 - beta1)
-                second = state["exp_avg_sq"].float().mul_(beta2)
-                second.addcmul_(p.grad, p.grad, value=1 - beta2)
-                state["exp_avg"].copy_(first)
-                state["exp_avg_sq"].copy_(second)
-                root = (second / (1 - beta2**n)).sqrt_().add_(group["eps"])
-                p.mul_(1 - lr * group["weight_decay"])
-                p.addcdiv_(first, root, value=-lr / (1 - beta1**n))
-
-def build_optimizer(zero, cfg):
-    """§4.2: AdamW over the masters of a ZeRO1; with bf16 moments under fp8."""
+def build_optimizer(flats, cfg):
+    """§4.2: AdamW over the masters of {name: FlatParameters}; with bf16 moments under fp8."""
     # Undisclosed: eps, and what is decayed: matrices and embeddings, no gain of a norm.
-    groups = {}
-    for name, master in zero.masters.items():
-        decayed = not name.endswith("norm.weight")
-        group = groups.setdefault((decayed, is_expert(name)), [])  # a mesh each
-        group.append(master)
-    groups = [
-        dict(params=group, weight_decay=cfg.weight_decay * decayed)
-        for (decayed, _), group in groups.items()
-    ]
-    settings = dict(lr=cfg.lr, betas=(0.9, 0.95), eps=cfg.adam_eps)
-    if cfg.precision == "fp8":
-        return AdamWithBF16Moments(groups, **settings)
-    return torch.optim.AdamW(groups, **settings, fused=True)
+    groups = []
+    for kind in ("matrices", "experts", "routers", "norms"):
+        masters = [flat.master for name, flat in flats.items() if name.endswith(kind)]
+        groups.append(dict(params=masters, weight_decay=cfg.weight_decay * (kind != "norms")))
+    adam = AdamWithBF16Moments if cfg.precision == "fp8" else torch.optim.AdamW
+    return adam(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=cfg.adam_eps, fused=True)
 
-def learning_rate(step, cfg):
-    """§4.2: linear warm-up over updates; then by tokens: constant to 10 of 14.8 parts, a cosine to
-    14.3, constant to 14.633, constant to the end and in the extension (§4.3). With --decay steps,
-    V2's: constant, and down twice. step counts the updates made before."""
-    share = at_step(step, cfg)[2]
-    if step < cfg.warmup_steps:
-        return cfg.lr * step / cfg.warmup_steps
+def learning_rate(tokens, cfg):
+    """§4.2, after so many tokens: linear warm-up over updates; constant to 10 of 14.8 parts of
+    pre-training, a cosine to 14.3, constant to 14.633, and constant to the end and in the extension
+    (§4.3). With --decay steps, V2's: constant, and down twice."""
+    n_updates = planned_updates(0, tokens, cfg)
+    if n_updates < cfg.warmup_steps:
+        return cfg.lr * n_updates / cfg.warmup_steps
+    share = tokens / cfg.tokens if cfg.tokens else 1.0
     if cfg.decay == "steps":
-        return cfg.lr * (1.0 if share < 0.8 else 0.316 if share < 0.9 else 0.1)
+        if share < 0.8:
+            return cfg.lr
+        return cfg.lr * (0.316 if share < 0.9 else 0.1)
     if share >= 14.633 / 14.8:
         return cfg.last_lr
     done = min(max((share * 14.8 - 10) / 4.3, 0.0), 1.0)
     return cfg.min_lr + (cfg.lr - cfg.min_lr) / 2 * (1 + math.cos(math.pi * done))
 
-def update_biases(found, gamma, group):
+def update_biases(balanced, gamma, group):
     """§2.1.2: b += γ sign(mean load - load) for each router, with the loads of all data-parallel
     ranks and micro-batches of an update; returns the loads over their mean, [layers, X]."""
-    loads = torch.stack([router.load for router in found])
+    loads = torch.stack([router.load for router in balanced])
     dist.all_reduce(loads, group=group)
     mean = loads.mean(1, keepdim=True)
-    for router, change in zip(found, torch.sign(mean - loads)):
+    for router, change in zip(balanced, torch.sign(mean - loads)):
         router.bias += gamma * change
         router.load.zero_()
     return loads / mean.clamp(min=1e-9)
@@ -988,9 +851,10 @@ def update_biases(found, gamma, group):
 # the feed-forward layers and of the experts take E4M3 operands, and AdamW's moments are bf16;
 # embedding, head, router, norms, attention itself and the merge of multi-token prediction are not
 # cast down. Off Hopper the same arithmetic is emulated: codes times scales, multiplied in fp32.
-# Departure: E4M3 codes of weights come from their bf16 copies, and PyTorch has no type of 12 bits:
-# the cache of attention's output has the numbers of E5M6 in bf16, beside the output that attention
-# itself keeps. Only routed experts keep the input of their SwiGLU in FP8.
+# Departure: E4M3 codes of weights come from their bf16 copies. All linear layers cache their input
+# in E4M3, that of attention's output projection too, for which the paper has E5M6, a format of 12
+# bits that PyTorch lacks (§3.3.3). The experts cache the input of their SwiGLU in bf16 and its
+# output in E4M3, where the paper has the input in FP8 and computes the output again.
 
 PEAK_FLOPS = {  # dense bf16, by the device's exact name; a device not listed gets no MFU
     "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989e12,
@@ -998,164 +862,149 @@ PEAK_FLOPS = {  # dense bf16, by the device's exact name; a device not listed ge
 }  # fmt: skip
 
 def quantize(x, rows, columns, powers=False, least=1e-4):
-    """§3.3.2: x [..., M, N] in tiles of rows x columns as (E4M3 codes [..., M', N'], fp32 scales
-    [..., M' / rows, N' / columns]), x = code * scale, M' and N' padded to whole tiles, and to 16
-    rows. The largest of each tile, at least `least`, becomes 448; with powers a scale is a power of
-    two."""
-    down, right = -x.shape[-2] % max(rows, 16), -x.shape[-1] % columns
+    """§3.3.2: x [M, N] in tiles of rows x columns as (E4M3 codes [M', N'], fp32 scales [M' / rows,
+    N' / columns]), x = code * scale, M' and N' padded to whole tiles, and M' to 16 rows. The
+    largest of each tile, at least `least`, becomes 448; with powers a scale is a power of two."""
+    down = -x.shape[0] % max(rows, 16)
+    right = -x.shape[1] % columns
     x = F.pad(x.float(), (0, right, 0, down))
-    tiles = x.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))  # [..., m, rows, n, columns]
-    scales = tiles.abs().amax((-3, -1)).clamp(min=least) / 448
+    tiles = x.reshape(x.shape[0] // rows, rows, x.shape[1] // columns, columns)
+    scales = tiles.abs().amax((1, 3)).clamp(min=least) / 448
     if powers:
         scales = torch.exp2(torch.ceil(torch.log2(scales)))
-    codes = (tiles / scales[..., :, None, :, None]).to(torch.float8_e4m3fn)
-    return codes.flatten(-2).flatten(-3, -2), scales
+    codes = (tiles / scales[:, None, :, None]).to(torch.float8_e4m3fn)
+    return codes.view(x.shape), scales
 
 # Undisclosed: how small gradients are kept. The released kernels, for inference, take 1e-4 as the
 # least, below which gradients of a loss that is divided by all tokens of a batch would vanish.
 quantize_gradient = functools.partial(quantize, least=1e-30)
 
 def dequantize(codes, scales):
-    """The fp32 numbers [..., M, N] of codes and scales."""
-    tiles = codes.unflatten(-1, (scales.shape[-1], -1)).unflatten(-3, (scales.shape[-2], -1))
-    return (tiles.float() * scales[..., :, None, :, None]).flatten(-2).flatten(-3, -2)
+    """The fp32 numbers [M, N] of codes and scales."""
+    m, n = scales.shape
+    tiles = codes.view(m, codes.shape[0] // max(m, 1), n, codes.shape[1] // max(n, 1))
+    return (tiles.float() * scales[:, None, :, None]).view(codes.shape)
+
+def has_fp8_kernels(device):
+    """Whether F.scaled_mm takes 1 x 128 tiles and 128 x 128 blocks on a device: on Hopper alone."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 def scaled_product(a, b, dtype):
     """a bᵀ of codes and scales of a [M, K] and b [N, K] in tiles along K, summed in fp32."""
-    (a, scale_a), (b, scale_b) = a, b
-    if not (a.is_cuda and torch.cuda.get_device_capability(a.device) == (9, 0)):
-        return (dequantize(a, scale_a) @ dequantize(b, scale_b).T).to(dtype)
-    kinds, scales = [], []
-    for codes, scale in ((a, scale_a), (b, scale_b)):  # the layouts that the kernels ask for
+    if not has_fp8_kernels(a[0].device) or not a[0].numel():
+        return (dequantize(*a) @ dequantize(*b).T).to(dtype)
+    kinds = []
+    scales = []
+    for codes, scale in (a, b):  # the layouts that the kernels ask for
         if len(scale) == len(codes):
             kinds.append(F.ScalingType.BlockWise1x128)
-            scales.append(scale.t().contiguous().t())
+            scales.append(scale.T.contiguous().T)  # column-major
         else:
             kinds.append(F.ScalingType.BlockWise128x128)
-            scales.append(F.pad(scale, (0, -scale.shape[1] % 4)).t())
-    return F.scaled_mm(a, b.t(), scales[0], kinds[0], scales[1], kinds[1], output_dtype=dtype)
+            scales.append(F.pad(scale, (0, -scale.shape[1] % 4)).T)
+    settings = scales[0], kinds[0], scales[1], kinds[1]
+    return F.scaled_mm(a[0], b[0].T, *settings, output_dtype=dtype)
 
-def transposed(pair):
-    """Codes and scales of the transpose of a matrix of square tiles."""
-    return tuple(part.mT.contiguous() for part in pair)
+def fprop(tiles, blocks, dtype):
+    """Y = X Wᵀ: X in tiles of 1 x 128, W in blocks of 128 x 128."""
+    return scaled_product(tiles, blocks, dtype)
 
-def round_e5m6(x):
-    """§3.3.3: x to the nearest number of 5 bits of exponent and 6 of mantissa, ties to even."""
-    quantum = torch.exp2((torch.frexp(x).exponent - 1).clamp(min=-14).float() - 6)
-    return (torch.round(x / quantum) * quantum).clamp(-65024, 65024)
+def dgrad(gradient, blocks, powers):
+    """dX = dY W: dY in tiles of 1 x 128; the blocks of W, transposed, keep their scales."""
+    transposed = tuple(part.T.contiguous() for part in blocks)
+    return scaled_product(quantize_gradient(gradient, 1, 128, powers), transposed, gradient.dtype)
 
-def cache_e5m6(x):
-    """What a cache in E5M6 gives back of x [N, D], with a power-of-two scale for each 1 x 128."""
-    tiles = F.pad(x.float(), (0, -x.shape[-1] % 128)).unflatten(-1, (-1, 128))
-    scales = tiles.abs().amax(-1, keepdim=True).clamp(min=1e-4) / 65024
-    scales = torch.exp2(torch.ceil(torch.log2(scales)))
-    return (round_e5m6(tiles / scales) * scales).flatten(-2)[..., : x.shape[-1]].type_as(x)
+def wgrad(gradient, x, powers):
+    """dW = dYᵀ X: both in tiles of 128 tokens x 1 channel; in fp32."""
+    a = quantize_gradient(gradient.T.contiguous(), 1, 128, powers[1])
+    b = quantize(x.T.contiguous(), 1, 128, powers[0])
+    return scaled_product(a, b, torch.float32)
 
 class FP8Product(torch.autograd.Function):
-    """§3.3.2, y = x wᵀ of x [N, D] and w [F, D]: x and the gradient of y in tiles of 1 x 128, w in
-    blocks of 128 x 128; both factors of the weight's gradient in tiles of 128 x 1, along tokens.
-    x is kept in E4M3, or with `wide` in E5M6."""
+    """§3.3.2, rows x [M, D] by one weight w [F, D] or by several, w [X, F, D], of which matrix i
+    has rows bounds[i] ... bounds[i + 1]: [M, F]. `blocks` has the codes and scales of each matrix;
+    `powers`: whether the scales of x, and those of the gradient, are powers of two. x is kept in
+    E4M3; what comes in tiles with powers of two keeps every digit in the tiles along tokens."""
 
     @staticmethod
-    def forward(ctx, x, w, wide):
-        tiles = quantize(x, 1, 128, powers=wide)
-        ctx.wide, ctx.sizes = wide, x.shape
-        ctx.save_for_backward(w, *((cache_e5m6(x),) if wide else tiles))
-        return scaled_product(tiles, quantize(w, 128, 128), x.dtype)[: len(x), : len(w)]
+    def forward(ctx, x, w, blocks, bounds, powers):
+        outputs = []
+        kept = []
+        for block, (start, end) in zip(blocks, itertools.pairwise(bounds)):
+            tiles = quantize(x[start:end], 1, 128, powers[0])
+            kept += tiles
+            outputs.append(fprop(tiles, block, x.dtype)[: end - start, : w.shape[-2]])
+        ctx.save_for_backward(w, *kept)
+        ctx.settings = blocks, bounds, powers
+        return torch.cat(outputs)
 
     @staticmethod
     def backward(ctx, gradient):
-        w, *cache = ctx.saved_tensors
-        n, width = ctx.sizes
-        blocks = transposed(quantize(w, 128, 128))
-        tiles = quantize_gradient(gradient, 1, 128)
-        dx = scaled_product(tiles, blocks, gradient.dtype)[:n, :width]
-        x = cache[0] if ctx.wide else dequantize(*cache)[:n, :width]
-        columns = quantize_gradient(gradient.T, 1, 128), quantize(x.T, 1, 128, powers=ctx.wide)
-        return dx, scaled_product(*columns, torch.float32)[: len(w), :width], None
+        w, *kept = ctx.saved_tensors
+        blocks, bounds, powers = ctx.settings
+        n_outputs, n_inputs = w.shape[-2:]
+        dx = []
+        dw = []
+        for i, (start, end) in enumerate(itertools.pairwise(bounds)):
+            rows = gradient[start:end]
+            x = dequantize(*kept[2 * i : 2 * i + 2])[: end - start, :n_inputs]
+            dx.append(dgrad(rows, blocks[i], powers[1])[: end - start, :n_inputs])
+            dw.append(wgrad(rows, x, powers)[:n_outputs, :n_inputs])
+        return torch.cat(dx), torch.stack(dw).view(w.shape), None, None, None
 
-class FP8Linear(nn.Linear):
-    """A linear layer without bias whose three matrix products take FP8 operands."""
+class FP8Linear(nn.Module):
+    """The linear layer of a weight [F, D], with FP8 operands. `blocks` has the codes of the weight,
+    which are made once per update."""
 
-    wide_cache = False  # whether the input is kept in E5M6
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+        self.blocks = None
 
     def forward(self, x):
-        y = FP8Product.apply(x.flatten(0, -2), self.weight, self.wide_cache)
+        if self.blocks is None:
+            self.blocks = [quantize(self.weight.data, 128, 128)]
+        rows = x.flatten(0, -2)
+        y = FP8Product.apply(rows, self.weight, self.blocks, (0, len(rows)), (False, False))
         return y.unflatten(0, x.shape[:-1])
 
-def grouped_product(a, b, ends, dtype):
-    """Rows of a, codes and scales of [M, K], each by the matrix of its expert, codes and scales of
-    b [X, N, K]: [M, N]. Expert i has the rows up to ends[i]; behind the last they are 0."""
-    if a[0].is_cuda and torch.cuda.get_device_capability(a[0].device) == (9, 0):
-        # PyTorch has no grouped product with these scales: one product for each expert of the rank
-        bounds, parts = [0, *ends.tolist()], []
-        for i, (start, end) in enumerate(itertools.pairwise(bounds)):
-            rows = tuple(part[start:end] for part in a)
-            parts.append(scaled_product(rows, (b[0][i], b[1][i]), dtype))
-        parts.append(parts[0].new_zeros(len(a[0]) - bounds[-1], parts[0].shape[1]))
-        return torch.cat(parts)
-    rows = grouped_mm(dequantize(*a), dequantize(*b), ends).to(dtype)
-    unused = torch.arange(len(rows), device=rows.device) >= ends[-1]
-    return rows.masked_fill_(unused[:, None], 0)
+class FP8Experts(nn.Module):
+    """Experts of weights gate_up [X, 2F, D] and down [X, D, F], with FP8 operands. The scales of
+    the input, and of the gradient of the output, are powers of two (§3.3.3)."""
 
-def grouped_weight_gradient(a, b, ends, powers):
-    """Σ over an expert's rows of aᵀ b, [X, N, K], of a gradient a [M, N] and b [M, K] in tiles of
-    128 x 1. What comes from tiles with powers of two keeps them, and with them every digit."""
-    a, b = quantize_gradient(a, 128, 1, powers[0]), quantize(b, 128, 1, powers[1])
-    if a[0].is_cuda and torch.cuda.get_device_capability(a[0].device) == (9, 0):
-        a, b = transposed(a), transposed(b)
-        parts = []
-        for start, end in itertools.pairwise([0, *ends.tolist()]):
-            pair = (
-                (codes[:, start:end].contiguous(), scales[:, start // 128 : end // 128])
-                for codes, scales in (a, b)
-            )
-            parts.append(scaled_product(*pair, torch.float32))
-        return torch.stack(parts)
-    return F.grouped_mm(dequantize(*a).T, dequantize(*b), offs=ends)
+    # Departure: PyTorch has no grouped product with these scales, so that each expert has its own.
 
-class FP8Experts(torch.autograd.Function):
-    """§3.3, the SwiGLUs of X experts over rows x [M, D] sorted by expert: gate_up [X, 2F, D], down
-    [X, D, F]. Rows are laid out anew so that each expert's begin a tile. Kept in FP8 are the input,
-    which comes with power-of-two scales, and the SwiGLU's input, whose output is made again."""
+    def __init__(self, gate_up, down):
+        super().__init__()
+        self.gate_up = gate_up
+        self.down = down
+        self.blocks = None
 
-    @staticmethod
-    def forward(ctx, x, gate_up, down, ends):
-        tile = 128 if any(ctx.needs_input_grad) else 16
-        sizes = ends.diff(prepend=ends.new_zeros(1))
-        padded = (sizes + tile - 1) // tile * tile
-        starts, rows = padded.cumsum(0) - padded, torch.arange(len(x), device=x.device)
-        expert = torch.searchsorted(ends, rows.int(), right=True)
-        places = starts[expert] + rows - (ends - sizes)[expert]  # of x among the padded rows
-        total = -(-(len(x) + (tile - 1) * len(sizes)) // tile) * tile
-        ends = padded.cumsum(0).int()
-        x = x.new_zeros(total, x.shape[1]).index_copy(0, places, x)
-        tiles = quantize(x, 1, 128, powers=True)
-        hidden = grouped_product(tiles, quantize(gate_up, 128, 128), ends, x.dtype)
-        hidden = hidden[:, : gate_up.shape[1]]
-        gate, up = hidden.chunk(2, -1)
-        y = quantize(F.silu(gate) * up, 1, 128)
-        y = grouped_product(y, quantize(down, 128, 128), ends, x.dtype)
-        ctx.save_for_backward(gate_up, down, places, ends, *tiles, *quantize(hidden, 1, 128))
-        return y[places, : x.shape[1]]
+    def forward(self, x, gates, counts):
+        if self.blocks is None:
+            weights = self.gate_up.data, self.down.data
+            self.blocks = [[quantize(w, 128, 128) for w in matrices] for matrices in weights]
+        bounds = (0, *counts.cumsum(0).tolist())
+        hidden = FP8Product.apply(x, self.gate_up, self.blocks[0], bounds, (True, False))
+        gate, up = hidden.chunk(2, -1)  # [M, F] each
+        h = F.silu(gate) * up * gates[:, None].type_as(up)
+        return FP8Product.apply(h, self.down, self.blocks[1], bounds, (False, True))
 
-    @staticmethod
-    def backward(ctx, gradient):
-        gate_up, down, places, ends, *kept = ctx.saved_tensors
-        x = dequantize(*kept[:2])[:, : gate_up.shape[2]]
-        gate, up = dequantize(*kept[2:])[:, : gate_up.shape[1]].chunk(2, -1)
-        dy = gradient.new_zeros(len(x), gradient.shape[1]).index_copy(0, places, gradient)
-        tiles = quantize_gradient(dy, 1, 128, powers=True)
-        d_hidden = grouped_product(tiles, transposed(quantize(down, 128, 128)), ends, dy.dtype)
-        d_hidden = d_hidden[:, : down.shape[2]].float()
-        dy_tiles, h = dequantize(*tiles)[:, : dy.shape[1]], F.silu(gate) * up
-        d_down = grouped_weight_gradient(dy_tiles, h, ends, (True, False))
-        d_gate = torch.ops.aten.silu_backward(d_hidden * up, gate)
-        d_hidden = torch.cat((d_gate, d_hidden * F.silu(gate)), -1).to(dy.dtype)
-        blocks = transposed(quantize(gate_up, 128, 128))
-        dx = grouped_product(quantize_gradient(d_hidden, 1, 128), blocks, ends, dy.dtype)
-        d_gate_up = grouped_weight_gradient(d_hidden, x, ends, (False, True))
-        return dx[places, : x.shape[1]], d_gate_up, d_down, None
+def use_fp8(model):
+    """Replace the linear layers of attention and feed-forward layers, and the experts."""
+    for parent in list(model.modules()):
+        if isinstance(parent, (MultiHeadLatentAttention, GatedMLP)):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, Linear):
+                    setattr(parent, name, FP8Linear(child.weight))
+        if isinstance(parent, MoE):
+            parent.experts = FP8Experts(parent.experts.gate_up, parent.experts.down)
+
+def forget_codes(model):
+    """To be called after an update of the weights."""
+    for module in model.modules():
+        if isinstance(module, (FP8Linear, FP8Experts)):
+            module.blocks = None
 
 # ---------------------------------------- Parallelism ----------------------------------------
 
@@ -1177,349 +1026,391 @@ def fit_layout(cfg, ranks):
     return dataclasses.replace(cfg, ep=ep, dp=dp)
 
 def reading_ranks(cfg):
-    """Ranks that read sequences of their own: all with the same part of the layers."""
+    """Ranks that read sequences of their own: all of a pipeline stage."""
     return max(cfg.dp, 1) * max(cfg.ep, 1)
 
-def stages_of(cfg, rank):
-    """DualPipe's stages of a pipeline rank as (number, layers, is first, is last): of 2 pp stages,
-    one from the front and its mirror image from the back, so that the first and the last, which
-    share embedding and head, share a rank (§3.2.3)."""
+def layers_of_stage(cfg, stage):
+    """The layers of a pipeline stage, as a range."""
     # Undisclosed: how the 61 layers are cut. Evenly, the head counted as two.
-    n = 2 * cfg.pp if cfg.pp > 1 else 1
-    edges = [min(round((cfg.n_layers + 2) * i / n), cfg.n_layers) for i in range(n)]
-    edges.append(cfg.n_layers)
-    own = sorted({rank, n - 1 - rank})
-    return [(i, range(edges[i], edges[i + 1]), i == 0, i == n - 1) for i in own]
+    edges = [round((cfg.n_layers + 2) * i / cfg.pp) for i in (stage, stage + 1)]
+    return range(*(min(edge, cfg.n_layers) for edge in edges))
+
+def all_to_all(x, send, receive, group):
+    """Rows of x [M, ...], send[i] of which go to rank i of the group; receive[i] come from it."""
+    rows = x.new_empty(sum(receive), *x.shape[1:])
+    dist.all_to_all_single(rows, x.contiguous(), receive, send, group=group)
+    return rows
+
+def all_to_all_fp8(x, send, receive, group):
+    """all_to_all of x [M, D] in E4M3, with a power-of-two scale for each 1 x 128 (§3.3.3)."""
+    codes, scales = (part[: len(x)] for part in quantize_gradient(x, 1, 128, powers=True))
+    codes = all_to_all(codes.view(torch.uint8), send, receive, group).view(torch.float8_e4m3fn)
+    scales = all_to_all(scales, send, receive, group)
+    return dequantize(codes, scales)[:, : x.shape[1]].type_as(x)
+
+class Exchange(torch.autograd.Function):
+    """§3.2.2, all-to-all of rows by the function `there`, and of their gradients by `back`."""
+
+    @staticmethod
+    def forward(ctx, x, send, receive, group, there, back):
+        ctx.settings = receive, send, group
+        ctx.back = back
+        return there(x, send, receive, group)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.back(gradient, *ctx.settings), None, None, None, None, None
+
+def exchanged(experts, group, dispatch, x, gates, counts):
+    """experts(x, gates, counts), where each rank of the group has a part of the experts: dispatch
+    of the rows and their gates to the ranks of their experts, and combine of the outputs. The rows,
+    and the gradients of the outputs, travel by the function `dispatch`."""
+    ranks = group.size()
+    send = counts.view(ranks, -1)  # [ranks, X / ranks]
+    receive = all_to_all(send, [1] * ranks, [1] * ranks, group)
+    n_send, n_receive = torch.stack((send.sum(1), receive.sum(1))).tolist()
+    x = Exchange.apply(x, n_send, n_receive, group, dispatch, all_to_all)
+    gates = Exchange.apply(gates, n_send, n_receive, group, all_to_all, all_to_all)
+    # Rows come sorted by rank, and the experts take them sorted by expert.
+    local = torch.arange(send.shape[1], device=x.device).repeat(ranks)
+    order = local.repeat_interleave(receive.flatten()).argsort(stable=True)
+    inverse = order.argsort()
+    rows = Permute.apply(x, order, inverse, 1)
+    y = experts(rows, gates.gather(0, order), receive.sum(0))
+    y = Permute.apply(y, inverse, order, 1)
+    return Exchange.apply(y, n_receive, n_send, group, all_to_all, dispatch)
 
 def keeps_bf16(name, cfg):
     """Whether a parameter is kept in bf16, and its master in fp32."""
     return cfg.precision in ("bf16", "fp8") and not re.search(r"(norm|router)\.weight$", name)
 
-def parallelize(model, cfg, mesh):
-    """Gives a model on the meta device, or a stage of it, its memory, in bf16 but for norms and
-    routers unless cfg.precision is fp32, with gradients in fp32."""
+def set_dtypes(model, cfg):
+    """Give the parameters of a model, which has no values yet, the dtypes that they are kept in."""
     for name, p in model.named_parameters():
         if keeps_bf16(name, cfg):
             p.data = p.data.bfloat16()
+
+def keep_attention(context, operator, *args, **kwargs):
+    """A policy of selective checkpointing: keep what attention computes, and nothing else."""
+    is_attention = "scaled_dot_product" in operator.name()
+    return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
+
+def recomputed(function, context_fn=noop_context_fn):
+    """The function, whose inputs alone are kept for the backward pass, which computes it again."""
+    return functools.partial(checkpoint, function, use_reentrant=False, context_fn=context_fn)
+
+def recompute_activations(model, how):
+    """Recompute blocks, or as the paper (§3.2.3) norms and up-projections of attention, the output
+    of the experts' SwiGLU, and the fp32 input of the router."""
+    # Departure: attention's down-projections are computed again with its norms, and the norm before
+    # the feed-forward layer is kept.
+    contexts = functools.partial(create_selective_checkpoint_contexts, keep_attention)
+    for module in model.modules():
+        if how == "block" and isinstance(module, Block):
+            module.forward = recomputed(module.forward)
+        if how == "paper" and isinstance(module, Block):
+            module.attend = recomputed(module.attend, contexts)
+        if how == "paper" and isinstance(module, Router):
+            module.affinities = recomputed(module.affinities)
+        if how == "paper" and isinstance(module, Experts):
+            module.project = recomputed(module.project)
+
+def parallelize(model, cfg, mesh):
+    """Cut a model on the meta device to the part of this rank, and give it memory: the layers of
+    its pipeline stage, its part of the experts; bf16 weights but for norms and routers unless
+    cfg.precision is fp32, with fp32 gradients. Sets precision, recomputation and compilation."""
+    stage = mesh["pp"].get_local_rank()
+    is_last = stage == cfg.pp - 1
+    for i in set(range(cfg.n_layers)) - set(layers_of_stage(cfg, stage)):
+        del model.blocks[str(i)]
+    if not is_last:
+        model.final_norm = model.head = model.mtp = None
+    if stage > 0 and not (is_last and cfg.mtp):  # a copy, which multi-token prediction shares
+        model.token_embedding = None
+    for module in model.modules():
+        if isinstance(module, Experts):
+            n = cfg.n_experts // cfg.ep
+            module.gate_up = nn.Parameter(module.gate_up[:n])
+            module.down = nn.Parameter(module.down[:n])
+    if cfg.precision != "fp32":
+        model.dtype = torch.bfloat16
+    if cfg.precision == "fp8":
+        use_fp8(model)
+    set_dtypes(model, cfg)
     model.to_empty(device=mesh.device_type)
     for p in model.parameters():
         p.grad_dtype = torch.float32
+
+    recompute_activations(model, cfg.recompute)
+    dispatch = all_to_all_fp8 if cfg.precision == "fp8" else all_to_all
+    for module in model.modules():
+        if isinstance(module, MoE) and cfg.ep > 1:
+            group = mesh["ep"].get_group()
+            experts = module.experts
+            experts.forward = functools.partial(exchanged, experts.forward, group, dispatch)
+        if isinstance(module, (MultiHeadLatentAttention, GatedMLP)) and cfg.compile:
+            module.compile(dynamic=False)
     if cfg.compile:
         torch.compiler.config.fail_on_recompile_limit_hit = True
         torch.compiler.config.recompile_limit = 64  # a graph for each length and width
-        for module in model.modules():
-            if isinstance(module, (MultiHeadLatentAttention, GatedMLP)):
-                module.compile(dynamic=False)
     return model
 
-class ZeRO1:
-    """§3.2, ZeRO-1 written out: all ranks have the weights of their stage and experts, and each an
-    equal part of every parameter's fp32 master and Adam moments. Gradients are summed over ranks
-    into those parts, and new weights gathered from them, a block of the model at a time."""
+class FlatParameters:
+    """§3.2, ZeRO-1 for parameters of one kind in a block, [n] in all: they are views of one flat
+    tensor, their gradients, summed in fp32, views of another, and each rank of a mesh updates its
+    part of the fp32 values, the `master`, and has the Adam moments of that part."""
 
-    def __init__(self, model, mesh):
-        self.ep, self.copies, self.data = mesh["ep"], mesh["dp"], mesh["dp", "ep"]._flatten("data")
-        self.nested = self.ep if self.copies.size() == 1 else self.copies
-        if min(self.ep.size(), self.copies.size()) > 1:  # cut by ep and then by dp
-            ranks = mesh.mesh.mT.contiguous()
-            turned = DeviceMesh(mesh.device_type, ranks, mesh_dim_names=("pp", "ep", "dp"))
-            self.nested = turned["ep", "dp"]
-        self.parameters, self.masters = dict(model.named_parameters()), {}
-        for name, p in self.parameters.items():
-            own = self.part(name, p.data.view(-1))  # fp32 weights are their own masters
-            own = own if p.dtype == torch.float32 else own.float()
-            self.masters[name] = nn.Parameter(self.spread(name, own))
-        buckets = {}
-        for name, p in self.parameters.items():
-            key = *name.split(".")[:2], is_expert(name), p.dtype
-            buckets.setdefault(key, []).append(name)
-        self.buckets = list(buckets.values())
+    def __init__(self, parameters, mesh):
+        self.mesh = mesh
+        self.n = sum(p.numel() for p in parameters)
+        self.size = math.ceil(self.n / mesh.size())  # of a part; the last ranks' may be smaller
+        self.weights = parameters[0].data.new_zeros(self.size * mesh.size())
+        self.gradients = torch.zeros_like(self.weights, dtype=torch.float32)
+        start = 0
+        for p in parameters:
+            stop = start + p.numel()
+            self.weights[start:stop] = p.data.flatten()
+            p.data = self.weights[start:stop].view_as(p)
+            p.grad = self.gradients[start:stop].view_as(p)
+            start = stop
+        first = mesh.get_local_rank() * self.size
+        self.own = slice(min(first, self.n), min(first + self.size, self.n))
+        self.master = nn.Parameter(self.spread(self.weights[self.own].float()))
 
-    def mesh(self, name):
-        """The ranks that have the same parameter."""
-        return self.copies if is_expert(name) else self.data
-
-    def part(self, name, flat):
-        """This rank's part of a flat tensor, the last ranks' shorter or empty."""
-        mesh, size = self.mesh(name), -(-len(flat) // self.mesh(name).size())
-        return flat[mesh.get_local_rank() * size :][:size]
-
-    def spread(self, name, own):
-        """A part as a DTensor, so that a checkpoint of one layout fits another."""
-        if self.data.size() == 1:
-            return own
-        mesh, size = self.data, self.parameters[name].numel()
-        if is_expert(name):
-            mesh, size = self.nested, size * self.ep.size()
-        placements, shape = [Shard(0)] * mesh.ndim, torch.Size([size])
-        return DTensor.from_local(own, mesh, placements, run_check=False, shape=shape, stride=(1,))
-
-    def rows(self, name, flat):
-        """A flat tensor as [ranks, size of a part], padded with zeros."""
-        n = self.mesh(name).size()
-        return F.pad(flat, (0, -len(flat) % n)).view(n, -1)
+    def spread(self, part):
+        """This rank's part as one of a DTensor, so that a checkpoint fits another number of ranks.
+        """
+        whole = dict(run_check=False, shape=torch.Size([self.n]), stride=(1,))
+        return DTensor.from_local(part, self.mesh, [Shard(0)], **whole)
 
     def reduce(self):
-        """Sums gradients over ranks into the masters' .grad, and frees the parameters'."""
+        """Sum the gradients over the ranks, into this rank's part of them."""
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        for names in self.buckets:
-            mesh, sums = self.mesh(names[0]), [self.parameters[n].grad.view(-1) for n in names]
-            if mesh.size() > 1:
-                rows = [self.rows(n, flat) for n, flat in zip(names, sums)]
-                sizes = [row.shape[1] for row in rows]
-                total = rows[0].new_empty(sum(sizes))
-                scatter(total, torch.cat(rows, 1).flatten(), group=mesh.get_group())
-                sums = total.split(sizes)
-            for name, own in zip(names, sums):
-                own = own[: len(self.local(self.masters[name]))]
-                self.masters[name].grad = self.spread(name, own)
-                self.parameters[name].grad = None
+        part = self.gradients[self.own]
+        if self.mesh.size() > 1:
+            part = self.gradients.new_empty(self.size)
+            scatter(part, self.gradients, group=self.mesh.get_group())
+            part = part[: self.own.stop - self.own.start]
+        self.master.grad = self.spread(part)
 
     @torch.no_grad()
     def gather(self):
-        """Writes the masters of all ranks to the parameters."""
+        """Write the masters of all ranks to the weights."""
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        for names in self.buckets:
-            mesh, weights = self.mesh(names[0]), [self.parameters[n].data.view(-1) for n in names]
-            sizes = [-(-len(flat) // mesh.size()) for flat in weights]
-            for name, flat in zip(names, weights):
-                if flat.dtype != torch.float32:
-                    self.part(name, flat).copy_(self.local(self.masters[name]))
-            if mesh.size() > 1:
-                own = [self.part(name, flat) for name, flat in zip(names, weights)]
-                own = [F.pad(part, (0, size - len(part))) for part, size in zip(own, sizes)]
-                rows = own[0].new_empty(mesh.size() * sum(sizes))
-                gather(rows, torch.cat(own), group=mesh.get_group())
-                for flat, row in zip(weights, rows.view(mesh.size(), -1).split(sizes, 1)):
-                    flat.copy_(row.flatten()[: len(flat)])
+        self.weights[self.own] = self.master.to_local()
+        if self.mesh.size() > 1:
+            part = self.weights.view(self.mesh.size(), -1)[self.mesh.get_local_rank()]
+            gather(self.weights, part.clone(), group=self.mesh.get_group())
 
-    def local(self, tensor):
-        """What this rank has of a master."""
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def flatten_parameters(model, mesh, data):
+    """{name: FlatParameters} of each block, in the kinds experts, other matrices, routers, norms;
+    `data` is the mesh of all ranks of a stage."""
+    groups = {}
+    for name, p in model.named_parameters():
+        kind = "matrices"
+        if is_expert(name):
+            kind = f"ep{mesh['ep'].get_local_rank()}/experts"
+        elif name.endswith("router.weight"):
+            kind = "routers"
+        elif name.endswith("norm.weight"):
+            kind = "norms"
+        block = re.match(r"blocks\.\d+|\w+", name)[0].replace(".", "/")
+        groups.setdefault(f"{block}/{kind}", []).append(p)
+    return {
+        name: FlatParameters(parameters, mesh["dp"] if name.endswith("experts") else data)
+        for name, parameters in groups.items()
+    }
 
-    def clip(self, *numbers, limit):
-        """(norm of the whole gradient, numbers summed over ranks), after scaling the gradient down
-        to `limit`. What several ranks hold is in one part, so that it counts once."""
-        parts = [self.local(master.grad) for master in self.masters.values()]
-        square = nn.utils.get_total_norm(parts).double() ** 2
-        sums = torch.stack([square, *(square.new_tensor(0.0) + number for number in numbers)])
-        dist.all_reduce(sums)
-        square, *sums = sums.tolist()  # an update waits for the device here, and in Exchange
-        norm = math.sqrt(square) if square >= 0 else math.nan
-        if limit and norm > limit:
-            torch._foreach_mul_(parts, limit / (norm + 1e-6))
-        return norm, *sums
+class PipelinePart(nn.Module):
+    """The part of a model that a pipeline rank has: states x [B, T, D] and balance loss -> those
+    after its blocks or, on the last stage, the sums of DeepSeekV3.losses. All get the tokens."""
 
-class VStage(PipelineStage):
-    """PyTorch's stage, mended where its neighbour is on the same rank: without gradients there is
-    none to hand over, and (in 2.11, under gloo) a rank must not wait for a greeting of its own."""
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
 
-    def _get_init_p2p_neighbors_ops(self):
-        operations = super()._get_init_p2p_neighbors_ops()
-        return [operation for operation in operations if operation.peer != dist.get_rank()]
+    def forward(self, *inputs, tokens, targets):
+        if not inputs:  # the first stage
+            x = self.model.embed(tokens)
+            inputs = x, 0.0 * x.sum()
+        x, balance = self.model.run_blocks(*inputs)
+        if self.model.head is None:
+            return x, balance
+        return self.model.losses(x, balance, tokens, targets)
 
-    def backward_one_chunk(self, chunk, loss=None, full_backward=True, last_backward=False):
-        """Of blocks that are made again both parts at once: apart, each would make them again."""
-        whole = full_backward or self.whole_backward
-        return super().backward_one_chunk(chunk, loss, whole, last_backward)
+class Pipeline1F1B:
+    """§3.2.1, the part of the model that one rank has, run over micro-batches: on its own or, with
+    several stages, by the schedule 1F1B."""
 
-    def backward_weight_one_chunk(self, *args, **kwargs):
-        """The weights' part, if it has not been done."""
-        if not self.whole_backward:
-            super().backward_weight_one_chunk(*args, **kwargs)
-
-    def get_local_bwd_output(self, *args):
-        """The gradient of this stage's input, for the stage before it."""
-        return super().get_local_bwd_output(*args) if self.has_backward else None
-
-    def set_local_bwd_input(self, *args):
-        """Takes the gradient of this stage's output."""
-        if self.has_backward:
-            super().set_local_bwd_input(*args)
-
-class DualPipe:
-    """The part of the model that one rank has, run over micro-batches: one after the other where
-    that is all layers, and else by DualPipe's schedule (§3.2.1), in PyTorch's form DualPipeV, which
-    needs one copy of the parameters where the paper's needs two."""
+    # Departure: 1F1B instead of DualPipe, whose point is to hide the all-to-all of the experts
+    # behind the computation of another micro-batch. PyTorch's DualPipeV runs the two one after the
+    # other, and wants 2 PP micro-batches, 32, where the first batch of 3,072 sequences gives 24.
 
     def __init__(self, cfg, mesh):
-        """Builds this rank's part, without values yet."""
-        self.mesh, self.schedule, self.main, self.ahead = mesh, None, 0.0, 0.0
-        self.ep = mesh["ep"].get_group() if mesh["ep"].size() > 1 else None
-        self.data_rank = mesh["dp"].get_local_rank() * cfg.ep + mesh["ep"].get_local_rank()
-        self.stages, self.model = [], nn.Module()  # of all parameters, by their names in the whole
-        self.model.blocks = nn.ModuleDict()
-        for _, *part in stages_of(cfg, mesh["pp"].get_local_rank()):
-            with torch.device("meta"):
-                stage = DeepSeekV3(cfg, *part, self.ep)
-            self.stages.append(parallelize(stage, cfg, mesh))
-            self.model.blocks.update(stage.blocks)
-            for name in ("token_embedding", "final_norm", "head", "mtp"):
-                if getattr(stage, name) is not None:
-                    setattr(self.model, name, getattr(stage, name))
-        if len(self.stages) > 1:  # the last stage has it, too, and so gets gradients for it
-            self.stages[-1].shared_embedding = self.stages[0].token_embedding
-        self.routers = routers(self.model)
+        self.mesh = mesh
+        sizes = cfg.pp, reading_ranks(cfg)
+        self.data = init_device_mesh(mesh.device_type, sizes, mesh_dim_names=("pp", "data"))["data"]
+        self.stage = mesh["pp"].get_local_rank()
+        self.is_last = self.stage == cfg.pp - 1
+        self.first_expert = mesh["ep"].get_local_rank() * cfg.n_experts // cfg.ep
+        with torch.device("meta"):
+            model = DeepSeekV3(cfg)
+        self.model = parallelize(model, cfg, mesh)
+        self.routers = {name: module for name, module in self.model.named_modules()
+                        if isinstance(module, Router)}  # fmt: skip
+        self.device = next(self.model.parameters()).device
+        self.schedule = None
+        self.ends = None  # the first and the last stage, which share the embedding
+        if cfg.pp > 1 and cfg.mtp:
+            pairs = mesh.mesh[[0, -1]].flatten(1).T.tolist()
+            self.ends, _ = dist.new_subgroups_by_enumeration(pairs)
 
-    def share(self, cfg):
-        """To be called once the parameters have values: cuts them into masters. What a checkpoint
-        holds is in .saved: masters, balancing biases and the moving average."""
-        self.zero, self.saved = ZeRO1(self.model, self.mesh), nn.Module()
-        for name, master in self.zero.masters.items():
-            self.saved.register_parameter(name.replace(".", "/"), master)
-        for name, buffer in self.model.named_buffers():
-            if name.endswith("router.bias"):
-                self.saved.register_buffer(name.replace(".", "/"), buffer)
-        where = ((mesh.get_local_rank(), mesh.size()) for mesh in (self.zero.copies, self.zero.ep))
-        self.average, place = {}, f"{[*where]}"  # it goes on in the same layout alone
-        for name, master in self.zero.masters.items() if cfg.ema else ():
-            self.average[name] = self.zero.local(master.data).cpu().clone()
-            key = f"average/{place}/{name}".replace(".", "/")
-            self.saved.register_buffer(key, self.average[name])
+    def share(self):
+        """Divide the parameters, once they have values. A checkpoint holds what is in `saved`:
+        masters and balancing biases."""
+        self.flats = flatten_parameters(self.model, self.mesh, self.data)
+        self.saved = nn.Module()
+        for name, flat in self.flats.items():
+            self.saved.register_parameter(name, flat.master)
+        for name, router in self.routers.items():
+            self.saved.register_buffer(f"{name}.bias".replace(".", "/"), router.bias)
 
     def enter(self, cfg):
-        """Prepare for a phase of the run, and print it: positions, and a schedule, whose shapes are
-        fixed."""
-        self.cfg, pp = cfg, self.mesh["pp"]
-        for stage in self.stages:
-            stage.extend(cfg)
-        steps, micro = split_batch(cfg, reading_ranks(cfg))
-        print(f"rope scaling {cfg.rope_scaling} | tokens per step", end=" ")
-        print(f"{cfg.batch_size * cfg.seq_len:,} = {reading_ranks(cfg)} ranks", end=" ")
-        print(f"x {steps} x {micro} sequences of {cfg.seq_len:,}")
-        if pp.size() > 1:
-            stages = []
-            where = dict(device=next(self.model.parameters()).device, group=pp.get_group())
-            # shapes that are not given are found by a pass of their own, which routers would count
-            real = functools.partial(torch.empty, device="meta", requires_grad=True)
-            state = real(micro, cfg.seq_len, cfg.dim, dtype=self.stages[0].dtype)
-            logits = [real(micro, cfg.seq_len - i, cfg.vocab_size) for i in range(2)]
-            ids = torch.empty(micro, cfg.seq_len, dtype=torch.long, device="meta")
-            own = stages_of(cfg, pp.get_local_rank())
-            for stage, (i, _, first, last) in zip(self.stages, own):
-                given = ids if first else state
-                made = tuple(logits[: 1 + (cfg.mtp != "none")]) if last else state
-                shapes = dict(input_args=given, output_args=made)
-                stages.append(VStage(stage, i, 2 * cfg.pp, **shapes, **where))
-                stages[-1].whole_backward = cfg.recompute == "block"
-            self.schedule = ScheduleDualPipeV(stages, steps, self.loss, scale_grads=False)
+        """Prepare for a phase of the run: rotary frequencies, and a schedule for its shapes."""
+        self.cfg = cfg
+        self.model.extend(cfg)
+        if cfg.pp > 1:
+            n_micro, micro = split_batch(cfg, reading_ranks(cfg))
+            empty = functools.partial(torch.empty, device="meta", requires_grad=True)
+            between = empty(micro, cfg.seq_len, cfg.dim, dtype=self.model.dtype), empty(())
+            stage = PipelineStage(
+                PipelinePart(self.model), self.stage, cfg.pp, self.device,
+                input_args=between if self.stage else (),
+                output_args=empty(3) if self.is_last else between,
+                group=self.mesh["pp"].get_group(),
+            )  # fmt: skip
+            self.schedule = Schedule1F1B(stage, n_micro, self.last_stage_loss, scale_grads=False)
 
-    def loss(self, output, targets):
-        """The objective of a micro-batch, as the schedule asks for it; each layer adds its own
-        balance loss."""
-        main, ahead = (nats / self.n_targets for nats in nats_ahead(output, targets))
-        self.main, self.ahead = self.main + main.detach(), self.ahead + ahead.detach()
-        return main + self.cfg.mtp_weight * ahead
+    def loss(self, model, batch):
+        """The objective of a micro-batch, whose metrics are added up."""
+        loss, metrics = objective(model, batch, self.cfg)
+        self.metrics += torch.stack((metrics["main"], metrics["mtp"]))
+        return loss
+
+    def last_stage_loss(self, sums, targets):
+        """The objective of the sums that the last stage returns."""
+        return self.loss(lambda tokens, targets: sums, self.batch)
 
     def run(self, batches):
-        """This rank's part of the mean of the main loss over the global batch, to be summed over
-        all ranks; that of multi-token prediction is in .ahead. Where autograd is on, gradients of
-        the whole objective are added to the parameters."""
-        self.n_targets, self.main, self.ahead = max(batches[0]["n_targets"], 1), 0.0, 0.0
-        for router in self.routers:
-            router.balance = self.cfg.balance_loss / batches[0]["n_sequences"]
+        """[main loss, loss of multi-token prediction] of this rank's part of the global batch, to
+        be summed over ranks. Where autograd is on, gradients of the objective are added up."""
+        self.batch = batches[0]  # whose counts are those of the global batch
+        self.metrics = torch.zeros(2, device=self.device)
+        training = torch.is_grad_enabled()
         if self.schedule:
-            names = "tokens", "targets"
-            tokens, targets = (torch.cat([batch[name] for batch in batches]) for name in names)
-            ends = self.mesh["pp"].get_local_rank() == 0  # this rank has the first and last stage
-            inputs, more = ((tokens,), dict(target=targets, losses=[])) if ends else ((), {})
-            step = self.schedule.step if torch.is_grad_enabled() else self.schedule.eval
-            step(*inputs, ahead=tokens, **more, return_outputs=False)
-        else:
-            for batch in batches:
-                loss, metrics = objective(self.stages[0], batch, self.cfg)
-                self.main, self.ahead = self.main + metrics["main"], self.ahead + metrics["mtp"]
-                if torch.is_grad_enabled():
-                    loss.backward()
-        return self.main
+            tokens = torch.cat([batch["tokens"] for batch in batches])
+            targets = torch.cat([batch["targets"] for batch in batches])
+            losses = dict(target=targets, losses=[]) if self.is_last else {}
+            step = self.schedule.step if training else self.schedule.eval
+            step(tokens=tokens, targets=targets, **losses, return_outputs=False)
+            return self.metrics
+        for batch in batches:
+            loss = self.loss(self.model, batch)
+            if training:
+                loss.backward()
+        return self.metrics
+
+    def reduce(self, losses, limit):
+        """Sum the gradients over ranks, and scale them down to a norm of `limit`, if that is not 0.
+        Returns the norm of the whole gradient, and the losses [2] over all ranks."""
+        gradients = []
+        counted = []  # the embedding of the last stage is that of the first
+        for name, flat in self.flats.items():
+            flat.reduce()
+            gradients.append(flat.master.grad.to_local())
+            if name.startswith("token_embedding") and self.ends:
+                dist.all_reduce(gradients[-1], group=self.ends)
+            if not name.startswith("token_embedding") or self.stage == 0:
+                counted.append(gradients[-1])
+        square = nn.utils.get_total_norm(counted).double() ** 2
+        sums = torch.cat((square[None], losses.double()))
+        dist.all_reduce(sums)
+        square, main, ahead = sums.tolist()  # here an update waits for the device
+        norm = math.sqrt(square) if square >= 0 else math.nan
+        if limit and norm > limit:
+            torch._foreach_mul_(gradients, limit / (norm + 1e-6))
+        return norm, main, ahead
 
     def evaluate(self, batches):
-        """run without gradients."""
+        """The main loss, without gradients."""
         with evaluation_mode(self.model, self.cfg.compile):
-            return self.run(batches)
+            return self.run(batches)[0]
 
-    @torch.no_grad()
-    def update_average(self, decay):
-        """§3.2.3: the moving average of the parameters, in CPU memory."""
-        # Undisclosed: its decay. Departure: not asynchronous; a copy each update.
-        for name, average in self.average.items():
-            average.lerp_(self.zero.local(self.zero.masters[name]).cpu(), 1 - decay)
+def kept_bytes(cfg):
+    """Bytes per position that a dense layer, and one with experts, keep for the backward pass, with
+    tokens spread evenly over experts."""
+    size = 4 if cfg.precision == "fp32" else 2  # of an activation
+    cached = 1 if cfg.precision == "fp8" else size  # of an input of a linear layer
+    width = cfg.n_heads * (cfg.head_dim + cfg.rope_dim)
+    norm = (4 + size) * cfg.dim  # its input in fp32 and the normalised one
+    attention = norm + cached * cfg.dim + (4 + size + cached) * (cfg.q_rank + cfg.kv_rank)
+    attention += 4 * size * width + cached * cfg.n_heads * cfg.head_dim  # q, k, v, o; o again
+    attention += 4 * cfg.rope_dim * (cfg.n_heads + 1)  # rotary parts, in fp32
+    hidden = 3 * size + cached  # per hidden channel: gate, up, silu(gate) and the product
+    routed = cached * cfg.dim + (size + hidden) * cfg.expert_dim
+    router = 4 * cfg.dim  # its input in fp32
+    if cfg.recompute == "paper":
+        attention = size * (cfg.dim + width)
+        router = 0
+        if cfg.precision != "fp8":
+            routed = size * (cfg.dim + 2 * cfg.expert_dim)
+    dense = norm + cached * cfg.dim + hidden * cfg.hidden_dim
+    moe = norm + cached * cfg.dim + hidden * cfg.n_shared * cfg.expert_dim
+    moe += router + cfg.top_k * routed
+    return attention + dense, attention + moe
+
+def stage_memory(cfg, stage):
+    """Bytes on a rank of a pipeline stage, by kind, as a backward pass begins."""
+    is_last = stage == cfg.pp - 1
+    layers = layers_of_stage(cfg, stage)
+    n_dense = sum(layer < cfg.n_dense for layer in layers)
+    n_moe = len(layers) - n_dense + (is_last and cfg.mtp)
+    attention, dense, expert, shared = layer_sizes(cfg)
+    coded = (n_dense + n_moe) * attention + n_dense * dense + n_moe * shared  # in E4M3, too
+    experts = n_moe * expert * cfg.n_experts // cfg.ep
+    table = cfg.vocab_size * cfg.dim
+    others = table * (stage == 0)
+    if is_last:
+        others += table + cfg.mtp * (2 * cfg.dim**2 + table * (cfg.pp > 1))
+    n = coded + experts + others
+    n_masters = (coded + others) / reading_ranks(cfg) + experts / cfg.dp
+    size = 4 if cfg.precision == "fp32" else 2
+    memory = {"weights": size * n, "gradients": 4 * n, "masters": 0, "moments": 8 * n_masters}
+    if cfg.precision != "fp32":
+        memory["masters"] = 4 * n_masters
+    if cfg.precision == "fp8":
+        memory["weights"] += coded + experts
+        memory["moments"] = 4 * n_masters
+
+    dense, moe = kept_bytes(cfg)
+    kept = n_dense * dense + n_moe * moe
+    again = 0
+    if cfg.recompute == "block":
+        kept = (n_dense + n_moe) * size * cfg.dim
+        again = max(dense, moe)
+    n_micro, micro = split_batch(cfg, reading_ranks(cfg))
+    positions = micro * cfg.seq_len
+    in_flight = min(cfg.pp - stage, n_micro)  # micro-batches of 1F1B
+    memory["activations"] = positions * (in_flight * kept + again)
+    if is_last:  # logits of a chunk, their softmax and its gradient, and inputs of norms and heads
+        memory["activations"] += 12 * min(positions * cfg.vocab_size, 2**25)
+        memory["activations"] += positions * (4 + 2 * size) * cfg.dim * (1 + 3 * cfg.mtp)
+    return memory
 
 def memory_per_rank(cfg):
-    """Bytes on the rank of cfg.world_size that needs most, by kind, as a backward pass begins in
-    the phase cfg: sizes from shapes, activations from what a forward pass on the meta device would
-    keep, with tokens spread evenly over experts."""
-    # of n = 2 PP stages number i has n - i micro-batches under way, a rank's two n + 1: of its part
-    # of the layers PP + 1/2, where Table 2 says PP + 1
-    (steps, micro), found, kept = split_batch(cfg, reading_ranks(cfg)), [], {}
-    for rank in range(cfg.pp):
-        memory = dict.fromkeys(("weights", "gradients", "masters", "moments", "activations"), 0)
-        for i, layers, first, last in stages_of(cfg, rank):
-            with torch.device("meta"):
-                stage = DeepSeekV3(cfg, layers, first, last)
-            for name, p in stage.named_parameters():
-                size = p.numel() // (max(cfg.ep, 1) if is_expert(name) else 1)
-                copies = max(cfg.dp, 1) if is_expert(name) else reading_ranks(cfg)
-                low = keeps_bf16(name, cfg)
-                memory["weights"] += size * (2 if low else 4)
-                memory["gradients"] += 4 * size
-                memory["masters"] += 4 * -(-size // copies) if low else 0
-                memory["moments"] += (4 if cfg.precision == "fp8" else 8) * -(-size // copies)
-            flight = min(2 * cfg.pp - i, steps) if cfg.pp > 1 else 1
-            kind = len(layers), sum(layer < cfg.n_dense for layer in layers), first, last
-            kept[kind] = kept.get(kind) or kept_for_backward(stage, cfg, micro)
-            memory["activations"] += flight * kept[kind]
-        found.append(memory)
-    return max(found, key=lambda memory: sum(memory.values()))
-
-class Alive(TorchDispatchMode):
-    """Remembers every storage that is made inside it and not the parameters'; bytes() is the size
-    of those still in use."""
-
-    def __init__(self, parameters):
-        super().__init__()
-        self.old, self.made = {p.untyped_storage()._cdata for p in parameters}, {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        outputs = function(*args, **(kwargs or {}))
-        for x in outputs if isinstance(outputs, (tuple, list)) else (outputs,):
-            storage = x.untyped_storage() if torch.is_tensor(x) else None
-            if storage is not None and storage._cdata not in self.old:
-                reference = StorageWeakRef(storage)
-                self.made[reference.cdata] = (reference, storage.nbytes())
-        return outputs
-
-    def bytes(self):
-        return sum(size for reference, size in self.made.values() if not reference.expired())
-
-def fused_on_meta(q, k, v, is_causal, scale):
-    """What stands for attention on the meta device, where PyTorch would plan the unfused one."""
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return attention(q, k, v, 0.0, is_causal, scale=scale)[0]
-
-def kept_for_backward(stage, cfg, micro):
-    """Bytes that a stage on the meta device keeps for its backward pass of `micro` sequences."""
-    for name, p in stage.named_parameters():
-        if keeps_bf16(name, cfg):
-            p.data = p.data.bfloat16()
-    for moe in (module for module in stage.modules() if isinstance(module, MoE)):
-        own, moe.ep = cfg.n_experts // max(cfg.ep, 1), True  # as many rows come as go
-        moe.visit = lambda x, counts, moe=moe: moe.experts(x, counts[:own].cumsum(0).int())
-    ids = torch.zeros(micro, cfg.seq_len, dtype=torch.long, device="meta")
-    x = torch.empty(*ids.shape, cfg.dim, dtype=stage.dtype, device="meta", requires_grad=True)
-    x = x if stage.token_embedding is None else ids
-    if stage.head is not None and stage.token_embedding is None:
-        stage.shared_embedding = nn.Embedding(cfg.vocab_size, cfg.dim, device="meta")
-    fused, F.scaled_dot_product_attention = F.scaled_dot_product_attention, fused_on_meta
-    try:
-        with Alive(stage.parameters()) as alive:
-            output = stage(x, ids)
-            loss = sum(nats_ahead(output, ids)) if stage.head is not None else output
-            del output
-            gc.collect()
-            return alive.bytes() - 0 * loss.numel()
-    finally:
-        F.scaled_dot_product_attention = fused
+    """Bytes on the rank that needs most, by kind, in the phase cfg, in closed form."""
+    stages = [stage_memory(cfg, stage) for stage in range(cfg.pp)]
+    return max(stages, key=lambda memory: sum(memory.values()))
 
 # ---------------------------------------- Checkpoint ----------------------------------------
 
@@ -1539,157 +1430,199 @@ HF_FIXED = {  # the only values that are supported
     "norm_topk_prob": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
     "tie_word_embeddings": False, "moe_layer_freq": 1, "rope_interleave": True,
 }  # fmt: skip
-HF_YARN = {"rope_type": "yarn", "beta_fast": 32, "beta_slow": 1, "mscale": 1.0,
-           "mscale_all_dim": 1.0}  # fmt: skip
-SHAPE = (*HF_CONFIG, "rope_theta", "mtp")  # fields of Config that must agree with a checkpoint
-HF_NAMES = {  # the first that fits
-    r"^token_embedding": "model.embed_tokens", r"^final_norm": "model.norm", r"^head": "lm_head",
-    r"^blocks\.(\d+)": r"model.layers.\1", r"^mtp\.block": "model.layers.L",
-    r"^mtp\.merge": "model.layers.L.eh_proj", r"^mtp\.embedding_norm": "model.layers.L.enorm",
-    r"^mtp\.state_norm": "model.layers.L.hnorm",
-    r"^mtp\.final_norm": "model.layers.L.shared_head.norm",
+HF_YARN = {  # key in rope_parameters: value, of which a number may be left out
+    "rope_type": "yarn", "beta_fast": 32, "beta_slow": 1, "attention_factor": None,
+    "truncate": True, "partial_rotary_factor": 1.0,
 }  # fmt: skip
-HF_PARTS = {
-    "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
-    "attn.q_down": "self_attn.q_a_proj", "attn.q_norm": "self_attn.q_a_layernorm",
-    "attn.q_up": "self_attn.q_b_proj", "attn.kv_down": "self_attn.kv_a_proj_with_mqa",
-    "attn.kv_norm": "self_attn.kv_a_layernorm", "attn.kv_up": "self_attn.kv_b_proj",
-    "attn.out": "self_attn.o_proj", "mlp.router.weight": "mlp.gate.weight",
-    "mlp.router.bias": "mlp.gate.e_score_correction_bias", "mlp.shared": "mlp.shared_experts",
-    "down.weight": "down_proj.weight",
+SHAPE = (  # fields of Config that --init sets, and that a checkpoint fixes
+    *HF_CONFIG, "mtp", "rope_theta", "rope_factor", "rope_original", "rope_mscale",
+    "rope_mscale_all_dim",
+)  # fmt: skip
+HF_NAMES = {  # part of a name: Hugging Face's
+    "token_embedding": "model.embed_tokens", "blocks": "model.layers", "final_norm": "model.norm",
+    "head": "lm_head", "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
+    "attn": "self_attn", "q_down": "q_a_proj", "q_norm": "q_a_layernorm", "q_up": "q_b_proj",
+    "kv_down": "kv_a_proj_with_mqa", "kv_norm": "kv_a_layernorm", "kv_up": "kv_b_proj",
+    "out": "o_proj", "router": "gate", "bias": "e_score_correction_bias",
+    "shared": "shared_experts", "gate": "gate_proj", "up": "up_proj", "down": "down_proj",
+    "merge": "eh_proj", "embedding_norm": "enorm", "state_norm": "hnorm",
+    "shared_norm": "shared_head.norm",
 }  # fmt: skip
 
-def hf_views(model, cfg, first=0):
-    """(Hugging Face's name, its part of one of our tensors, order of its rows or None) for all of a
-    model, or of a rank's part of one, whose experts count from `first`."""
-    one = torch.arange(cfg.rope_dim).view(-1, 2).T.flatten()  # interleaved pairs to ours
-    head = torch.cat((torch.arange(cfg.head_dim), cfg.head_dim + one))
-    heads = (torch.arange(cfg.n_heads)[:, None] * len(head) + head).flatten()
-    orders = {"q_up": heads, "kv_down": torch.cat((torch.arange(cfg.kv_rank), cfg.kv_rank + one))}
-    biases = ((n, b) for n, b in model.named_buffers() if n.endswith("router.bias"))
-    for name, tensor in itertools.chain(model.named_parameters(), biases):
-        order = next((order for part, order in orders.items() if f".{part}." in name), None)
-        for ours, theirs in HF_NAMES.items():
-            name = re.sub(ours, theirs, name).replace("layers.L", f"layers.{cfg.n_layers}")
-        for ours, theirs in HF_PARTS.items():
-            name = name.replace(ours, theirs)
-        name = name if cfg.q_rank else name.replace("q_b_proj", "q_proj")
-        parts = {name: tensor.data}
-        if ".experts." in name:  # down or gate_up [X, ...]
-            name = name if name.endswith("gate_up") else f"{name}_proj"
-            parts = {name.replace("experts", f"experts.{first + i}") + ".weight": matrix
-                     for i, matrix in enumerate(tensor.data)}  # fmt: skip
-        for name, part in parts.items():
-            if "gate_up" not in name:
-                yield name, part, order
-                continue
-            for kind, half in zip(("gate_proj", "up_proj"), part.chunk(2)):
-                yield name.replace("gate_up", kind), half, order
+def named_matrices(model, first_expert=0):
+    """(name, tensor) of all parameters and balancing biases, each expert's apart, which count from
+    first_expert."""
+    for name, p in model.named_parameters():
+        if is_expert(name):
+            for i, matrix in enumerate(p.data, first_expert):
+                yield name.replace("experts", f"experts.{i}") + ".weight", matrix
+        else:
+            yield name, p.data
+    for name, buffer in model.named_buffers():
+        if name.endswith("router.bias"):
+            yield name, buffer
+
+def deepseek_tensors(name, tensor, cfg):
+    """{Hugging Face's name: tensor, or half of it where they have two} of one of named_matrices."""
+    name = name.replace("mtp.block", "mtp").replace("mtp.final_norm", "mtp.shared_norm")
+    halves = {name: tensor}
+    if "gate_up" in name:
+        halves = {name.replace("gate_up", kind): half
+                  for kind, half in zip(("gate", "up"), tensor.chunk(2))}  # fmt: skip
+    names = HF_NAMES | {"mtp": f"model.layers.{cfg.n_layers}"}
+    if not cfg.q_rank:
+        names["q_up"] = "q_proj"
+    return {".".join(names.get(part, part) for part in name.split(".")): half
+            for name, half in halves.items()}  # fmt: skip
+
+def rotary_rows(name, cfg):
+    """Rows of Hugging Face's matrix in our order, whose rotary pairs are (i, i + R/2) instead of
+    (2i, 2i + 1); all rows, if it has no rotary ones."""
+    pairs = torch.arange(cfg.rope_dim).view(-1, 2).T.flatten()
+    if ".kv_down." in name:
+        return torch.cat((torch.arange(cfg.kv_rank), cfg.kv_rank + pairs))
+    if ".q_up." in name:
+        head = torch.cat((torch.arange(cfg.head_dim), cfg.head_dim + pairs))
+        return (torch.arange(cfg.n_heads)[:, None] * len(head) + head).flatten()
+    return slice(None)
 
 def read_config(path):
     """Config of the DeepseekV3ForCausalLM in a directory."""
-    keys = ("model_type", "rope_parameters", "rope_scaling", "rope_theta", "v_head_dim",
-            "num_key_value_heads", "max_position_embeddings", "num_nextn_predict_layers",
-            "num_mtp_layers")  # fmt: skip
     with explain(f"{path} holds no DeepSeek-V3 model", Exception):
-        theirs = read_hf_config(path, HF_CONFIG | {key: (key, None) for key in keys}, HF_FIXED)
-        cfg = Config(**{field: theirs[field] or 0 for field in HF_CONFIG})
-        cfg.seq_len = theirs["max_position_embeddings"] or 4096
-        n_mtp = theirs["num_nextn_predict_layers"] or theirs["num_mtp_layers"] or 0
-        cfg.mtp = "sequential" if n_mtp else "none"
-        rope = theirs["rope_parameters"] or theirs["rope_scaling"] or {}
-        rope = {"rope_type": rope.get("type", "default")} | rope
-        cfg.rope_theta = rope.pop("rope_theta", theirs["rope_theta"] or 1e4)
-        cfg.rope_factor = rope.pop("factor", cfg.rope_factor)
-        cfg.rope_original = rope.pop("original_max_position_embeddings", cfg.rope_original)
-        rope.pop("type", None)
-        wanted = {"rope_type": "default"}
+        theirs = json.loads((Path(path) / "config.json").read_text())
+        cfg = Config(**read_hf_config(path, HF_CONFIG, HF_FIXED))
+        cfg.q_rank = cfg.q_rank or 0  # null
+        cfg.seq_len = theirs.get("max_position_embeddings", 4096)
+        n_mtp = theirs.get("num_nextn_predict_layers", theirs.get("num_mtp_layers")) or 0
+        cfg.mtp = n_mtp > 0
+        rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+        rope = {"rope_type": "default", "rope_theta": theirs.get("rope_theta", 1e4)} | rope
+        rope["rope_type"] = rope.pop("type", rope["rope_type"])
+        cfg.rope_theta = rope.pop("rope_theta")
+        supported = {"rope_type": "default", "partial_rotary_factor": 1.0}
         if rope["rope_type"] == "yarn":
-            cfg.rope_scaling = "yarn"
-            wanted = HF_YARN
-            rope = {"beta_fast": 32, "beta_slow": 1} | rope
-        for key, value, supported in (
-            ("model_type", theirs["model_type"], ["deepseek_v3"]),
-            ("v_head_dim", theirs["v_head_dim"], [None, cfg.head_dim]),
-            ("num_key_value_heads", theirs["num_key_value_heads"], [None, cfg.n_heads]),
-            ("num_nextn_predict_layers", n_mtp, [0, 1]),
-            ("rope_parameters", rope, [wanted]),
-        ):
-            if value not in supported:
-                raise ValueError(f"config.json has {key} {value}, not {supported[-1]}")
+            supported = HF_YARN
+            cfg.rope_original = rope.pop("original_max_position_embeddings", cfg.seq_len)
+            cfg.rope_factor = rope.pop("factor") or cfg.seq_len / cfg.rope_original
+            cfg.rope_mscale = rope.pop("mscale", 0.0) or 0.0
+            cfg.rope_mscale_all_dim = rope.pop("mscale_all_dim", 0.0) or 0.0
+        wanted = {
+            "model_type": (theirs.get("model_type"), "deepseek_v3"),
+            "v_head_dim": (theirs.get("v_head_dim", 128), cfg.head_dim),
+            "num_key_value_heads": (theirs.get("num_key_value_heads", 128), cfg.n_heads),
+            "num_nextn_predict_layers": (n_mtp, int(cfg.mtp)),
+        }
+        wanted |= {f"rope_parameters {key}": (rope[key], supported.get(key)) for key in rope}
+        for key, (value, supported_value) in wanted.items():
+            if value != supported_value:
+                raise ValueError(f"config.json has {key} {value}, not {supported_value}")
     return cfg
 
-def read_weights(model, cfg, path, first=0):
-    """Fill a model, or a rank's part of one, whose experts count from `first`, from the
-    safetensors of a directory, FP8 ones with their block scales (§9)."""
+def read_weights(model, cfg, path, first_expert=0):
+    """Fill a model, or a rank's part of one, whose experts count from first_expert, from the
+    safetensors of a directory, FP8 ones with their block scales. Multi-token prediction stays as it
+    is, if the directory has none, as those that DeepseekV3ForCausalLM writes."""
     with explain(f"{path} holds no such DeepSeek-V3 model", Exception):
         tensors = read_hf_tensors(path)
-        for name, part, order in hf_views(model, cfg, first):
-            tensor = tensors[name]
-            if tensor.shape != part.shape:
-                raise ValueError(f"{name} is {list(tensor.shape)}, not {list(part.shape)}")
-            if f"{name}_scale_inv" in tensors:  # it is the factor, not its inverse
-                scale = tensors[f"{name}_scale_inv"]
-                scale = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
-                tensor = tensor.float() * scale[: tensor.shape[0], : tensor.shape[1]]
-            part.copy_(tensor if order is None else tensor[order])
+        has_mtp = f"model.layers.{cfg.n_layers}.eh_proj.weight" in tensors
+        if cfg.mtp and not has_mtp:
+            print(f"{path} has no weights of multi-token prediction: they are newly initialised")
+        for name, tensor in named_matrices(model, first_expert):
+            if name.startswith("mtp.") and not has_mtp:
+                continue
+            for key, part in deepseek_tensors(name, tensor, cfg).items():
+                value = tensors[key]
+                if value.shape != part.shape:
+                    raise ValueError(f"{key} is {list(value.shape)}, not {list(part.shape)}")
+                if f"{key}_scale_inv" in tensors:  # it is the factor, not its inverse
+                    scale = tensors[f"{key}_scale_inv"]
+                    scale = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+                    value = value.float() * scale[: value.shape[0], : value.shape[1]]
+                part.copy_(value[rotary_rows(name, cfg)])
 
 def from_hf(path):
     """(model, cfg) from the checkpoint directory of a DeepseekV3ForCausalLM, with multi-token
     prediction as one layer more."""
     cfg = read_config(path)
     model = DeepSeekV3(cfg)
+    init_weights(model, cfg)
     read_weights(model, cfg, path)
     return model, cfg
 
-def to_hf(model, cfg, path, mesh=None):
-    """Write a model, or on every rank its part of one, to a directory as a DeepseekV3ForCausalLM:
-    a file for each layer and rank that has experts of it."""
+def deepseek_config(cfg):
+    """config.json of the model."""
+    config = {key: getattr(cfg, field) for field, (key, _) in HF_CONFIG.items()} | HF_FIXED
+    rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
+    if cfg.rope_factor > 1:
+        rope |= {"rope_type": "yarn", "factor": cfg.rope_factor}
+        rope |= {"original_max_position_embeddings": cfg.rope_original}
+        rope |= {"mscale": cfg.rope_mscale, "mscale_all_dim": cfg.rope_mscale_all_dim}
+    return config | {
+        "architectures": ["DeepseekV3ForCausalLM"], "q_lora_rank": cfg.q_rank or None,
+        "num_key_value_heads": cfg.n_heads, "v_head_dim": cfg.head_dim, "rope_parameters": rope,
+        "num_nextn_predict_layers": int(cfg.mtp), "initializer_range": cfg.init_std,
+        "max_position_embeddings": cfg.seq_len,
+        "dtype": "bfloat16" if keeps_bf16("", cfg) else "float32",
+    }  # fmt: skip
+
+def to_hf(model, cfg, path):
+    """Write a model, or the parts of it that ranks have, to the directory path as a
+    DeepseekV3ForCausalLM. All ranks call this; rank 0 writes files of about 5 GB, tensor by tensor.
+    """
     from safetensors.torch import save_file
 
-    config = {key: getattr(cfg, field) for field, (key, _) in HF_CONFIG.items()} | HF_FIXED
-    config |= dict(
-        architectures=["DeepseekV3ForCausalLM"], q_lora_rank=cfg.q_rank or None,
-        num_key_value_heads=cfg.n_heads, v_head_dim=cfg.head_dim, rope_theta=cfg.rope_theta,
-        num_nextn_predict_layers=int(cfg.mtp != "none"), max_position_embeddings=cfg.seq_len,
-        initializer_range=cfg.init_std,
-        torch_dtype="bfloat16" if keeps_bf16("", cfg) else "float32",
-    )  # fmt: skip
-    config["rope_parameters"] = dict(rope_type="default", rope_theta=cfg.rope_theta)
-    if cfg.rope_scaling == "yarn":
-        scaling = dict(factor=cfg.rope_factor, original_max_position_embeddings=cfg.rope_original)
-        config["rope_parameters"] |= HF_YARN | scaling
-    rank = dist.get_rank() if mesh else 0
-    ep = mesh["ep"].get_local_rank() if mesh else 0
-    copy = mesh["dp"].get_local_rank() if mesh else 0
-    first = ep * cfg.n_experts // mesh["ep"].size() if mesh else 0
-    files = {}
-    for name, part, order in hf_views(model, cfg, first):
-        theirs = part.cpu().clone()  # save_file wants tensors that share no memory
-        if order is not None:
-            theirs[order] = part.cpu()
-        if copy == 0 and (ep == 0 or ".experts." in name):
-            layer = re.search(r"layers\.(\d+)", name)
-            file = f"model-{layer[1].zfill(5) if layer else name.split('.')[-2]}-{ep:05d}"
-            files.setdefault(f"{file}.safetensors", {})[name] = theirs
-            for end, copied in (("embed_tokens", "embed_tokens"), ("lm_head", "shared_head.head")):
-                if cfg.mtp != "none" and name.endswith(f"{end}.weight"):  # as released
-                    more = f"model.layers.{cfg.n_layers}.{copied}.weight"
-                    files[f"{file}.safetensors"][more] = theirs.clone()
-    indices = [{name: file for file, tensors in files.items() for name in tensors}]
-    with written_beside(path) if rank == 0 else contextlib.nullcontext() as folder:
-        if mesh:
-            indices *= dist.get_world_size()
-            dist.barrier()
-        for file, tensors in files.items():
-            save_file(tensors, f"{Path(path)}.tmp/{file}", metadata={"format": "pt"})
-        if mesh:
-            dist.all_gather_object(indices, indices[rank])
-        if rank == 0:
-            weight_map = {name: file for index in indices for name, file in index.items()}
-            index = json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2)
-            (folder / "model.safetensors.index.json").write_text(index + "\n")
-            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    is_writer = not dist.is_initialized() or dist.get_rank() == 0
+    source = named_matrices(model)
+    if isinstance(model, Pipeline1F1B):
+        source = collect_matrices(model, cfg)
+    tensors = {}
+    index = {}
+    with written_beside(path) if is_writer else contextlib.nullcontext() as folder:
+        for name, tensor in itertools.chain(source, [("", None)]):
+            is_end = not name
+            n_bytes = sum(tensor.nbytes for tensor in tensors.values())
+            if is_writer and (is_end or n_bytes > 4e9):
+                file = f"model-{len(set(index.values())) + 1:05d}.safetensors"
+                save_file(tensors, folder / file, metadata={"format": "pt"})
+                index |= dict.fromkeys(tensors, file)
+                tensors = {}
+            if is_writer and not is_end:
+                for key, part in deepseek_tensors(name, tensor, cfg).items():
+                    tensors[key] = torch.empty_like(part, device="cpu")
+                    tensors[key][rotary_rows(name, cfg)] = part.cpu()
+        if is_writer:
+            (folder / "config.json").write_text(json.dumps(deepseek_config(cfg), indent=2) + "\n")
+            text = json.dumps({"metadata": {}, "weight_map": index}, indent=2)
+            (folder / "model.safetensors.index.json").write_text(text + "\n")
+
+def collect_matrices(pipe, cfg):
+    """named_matrices of the whole model on rank 0, on which each arrives from a rank that has it;
+    all ranks call this, and the others get None in place of the tensors."""
+    with torch.device("meta"):
+        model = DeepSeekV3(cfg)
+    set_dtypes(model, cfg)
+    own = dict(named_matrices(pipe.model, pipe.first_expert))
+    rank = dist.get_rank()
+    for name, tensor in named_matrices(model):
+        stage = cfg.pp - 1
+        if name.startswith("token_embedding"):
+            stage = 0
+        elif name.startswith("blocks."):
+            layer = int(name.split(".")[1])
+            stage = next(i for i in range(cfg.pp) if layer in layers_of_stage(cfg, i))
+        expert = re.search(r"experts\.(\d+)", name)
+        part = int(expert[1]) * cfg.ep // cfg.n_experts if expert else 0
+        owner = int(pipe.mesh.mesh[stage, 0, part])  # of [PP, DP, EP]
+        result = None
+        if rank == owner:
+            result = own[name].contiguous()
+        elif rank == 0:
+            result = torch.empty_like(tensor, device=pipe.device)
+        if owner > 0 and rank == 0:
+            dist.recv(result, owner)
+        if owner > 0 and rank == owner:
+            dist.send(result, 0)
+        yield name, result
 
 def read_hf_config(path, fields, fixed):
     """Fields of Config from the config.json of a Hugging Face checkpoint directory.
@@ -1715,18 +1648,12 @@ def read_hf_tensors(path):
 
 @contextlib.contextmanager
 def written_beside(path):
-    """A temporary directory; when the block ends, its files move to the directory path."""
-    path = Path(path)
-    folder = path.with_name(path.name + ".tmp")
+    """A temporary directory, which becomes the new or empty directory path when the block ends."""
+    folder = Path(f"{Path(path)}.tmp")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     yield folder
-    try:
-        folder.rename(path)  # at once, if path is new or empty
-    except OSError:
-        for file in folder.iterdir():
-            file.replace(path / file.name)
-        folder.rmdir()
+    folder.rename(path)
 
 def newest_checkpoint(out, resume, fixed):
     """(path of the newest checkpoint in out, config.json of its run), or (None, {}).
@@ -1746,15 +1673,13 @@ def newest_checkpoint(out, resume, fixed):
     for name in fixed:
         if path and run.get(name) != fixed[name]:
             raise ValueError(f"{path} has {name} {run.get(name)}, and this run {fixed[name]}")
-    if path:
-        print(f"continuing from {path}")
-    elif resume:
-        print(f"no checkpoint in {out or '--out'}: starting a run")
+    if resume or restarts:
+        print(f"continuing from {path}" if path else f"no checkpoint in {out}: starting a run")
     return path, run
 
-def claim_directory(out, step, config):
-    """Write config.json, and remove the rows of later steps from metrics.jsonl. Returns a lock,
-    which the process holds while it lives; ValueError if another process holds it."""
+def claim_directory(out, config):
+    """Write config.json to the directory out. Returns a lock, which the process holds while it
+    lives; ValueError if another process holds it."""
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / "lock", "w")
@@ -1766,11 +1691,6 @@ def claim_directory(out, step, config):
         raise ValueError(f"another run is writing to {out}") from error
     except OSError as error:
         print(f"{out} cannot be locked against other runs: {error}")
-    log = folder / "metrics.jsonl"
-    log.touch()
-    rows = [json.loads(line) for line in log.open() if line.endswith("}\n")]
-    kept = [row for row in rows if row["step"] < step or (row["step"] == step and "loss" in row)]
-    log.write_text("".join(json.dumps(row) + "\n" for row in kept))
     (folder / "config.tmp").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "config.tmp").replace(folder / "config.json")
     return lock
@@ -1799,7 +1719,6 @@ def load_checkpoint(path, model, optimizer, state):
         dcp.load(content, checkpoint_id=path)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     state.update(content["state"])
-
 
 # ---------------------------------------- Training ----------------------------------------
 
@@ -1846,47 +1765,34 @@ def evaluation_mode(model, compiled):
     model.train()
 
 def validate(loss_of, corpus, step, cfg, device, rank, ranks):
-    """Print and log nats per target and bits per byte over the first windows of corpus.
+    """Log nats per target and bits per byte over the first windows of corpus.
     loss_of(batches) is this rank's share of the loss of a global batch."""
-    nats = n_targets = n_bytes = 0.0
+    sums = np.zeros(3)  # nats, targets, bytes
     for i in range(min(cfg.val_batches, corpus.n_windows(cfg.seq_len) // cfg.batch_size)):
         batches = read_batch(corpus, i * cfg.batch_size, cfg, device, rank, ranks)
         sum_counts(batches, ranks)
         (loss,) = sum_over_ranks(loss_of(batches))
-        nats += loss * batches[0]["n_targets"]
-        n_targets += batches[0]["n_targets"]
-        n_bytes += batches[0]["n_bytes"]
+        n_targets = batches[0]["n_targets"]
+        sums += loss * n_targets, n_targets, batches[0]["n_bytes"]
+    nats, n_targets, n_bytes = sums.tolist()
     if not n_targets:
         raise ValueError("the held-out documents have no token to predict")
-    row = {"step": step, "val_loss": nats / n_targets, "val_bpb": bits_per_byte(nats, n_bytes)}
-    bpb = f"{row['val_bpb']:.3f}".replace("nan", "n/a")
-    print(f"val {step} | loss {row['val_loss']:.4f} | bpb {bpb}")
-    write_row(cfg.out, row)
+    row = {"val_loss": nats / n_targets, "val_bpb": bits_per_byte(nats, n_bytes)}
+    log(cfg.out, step, f"val {step}", row, [])
 
-
-def gather_stages(pipe, cfg):
-    """The whole model on rank 0 and None on the others, however it is laid out; all ranks call."""
+def collect_model(pipe, cfg):
+    """The whole model on rank 0, and None on the others, which all ranks call."""
     if dist.get_world_size() == 1:
-        return pipe.stages[0]
-    tensors, pp = {}, pipe.mesh["pp"]
-    for name, p in itertools.chain(pipe.model.named_parameters(), pipe.model.named_buffers()):
-        parts = [p.data]
-        if is_expert(name) and pipe.ep:
-            parts = [torch.empty_like(p.data) for _ in range(pipe.ep.size())]
-            dist.all_gather(parts, p.data, group=pipe.ep)
-        tensors[name] = torch.cat(parts).cpu()
-    stages = [None] * pp.size() if pp.get_local_rank() == 0 else None
-    dist.gather_object(tensors, stages, dist.get_global_rank(pp.get_group(), 0), pp.get_group())
-    if dist.get_rank() > 0:
-        return None
-    model = DeepSeekV3(cfg)
-    whole = {name: tensor for stage in stages for name, tensor in stage.items()}
-    model.load_state_dict(whole, strict=False)
-    return model.to(pipe.stages[0].token_embedding.weight.device)
+        return pipe.model
+    model = DeepSeekV3(cfg) if dist.get_rank() == 0 else None
+    own = dict(named_matrices(model)) if model else {}
+    for name, tensor in collect_matrices(pipe, cfg):
+        if model:
+            own[name].copy_(tensor)
+    return model.to(pipe.device) if model else None
 
 def sample(model, ids, n, allowed_ids, cfg):
     """ids and n more, drawn at temperature 0.8 among allowed_ids [V] (boolean)."""
-    model.extend(cfg)
     device = model.token_embedding.weight.device
     torch.manual_seed(stable_hash(cfg.seed, "sample"))
     with evaluation_mode(model, cfg.compile):
@@ -1905,11 +1811,11 @@ def check(cfg, ranks):
         if field.type in (int, float) and not least <= getattr(cfg, field.name) < math.inf:
             raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
     group = cfg.n_experts // cfg.n_groups
-    stages = 2 * cfg.pp if cfg.pp > 1 else 1
     for wrong, message in (
         (cfg.rope_dim % 2, f"--rope_dim {cfg.rope_dim} is odd"),
         (cfg.rope_theta <= 1, f"--rope_theta {cfg.rope_theta} is not above 1"),
-        (cfg.rope_factor < 1, f"--rope_factor {cfg.rope_factor} is not 1 or more"),
+        (min(cfg.rope_factor, cfg.long_rope_factor) < 1,
+         f"--rope_factor {cfg.rope_factor} or --long_rope_factor is not 1 or more"),
         (cfg.n_dense > cfg.n_layers, f"--n_dense {cfg.n_dense} is above {cfg.n_layers} layers"),
         (cfg.n_experts % cfg.n_groups,
          f"{cfg.n_groups} groups do not divide {cfg.n_experts} experts"),
@@ -1917,219 +1823,227 @@ def check(cfg, ranks):
          f"--groups_kept {cfg.groups_kept} is more than {cfg.n_groups} groups"),
         (cfg.top_k > group * cfg.groups_kept,
          f"--top_k {cfg.top_k} is more than {cfg.groups_kept} groups of {group} experts"),
-        (cfg.n_experts % max(cfg.ep, 1),
-         f"--ep {cfg.ep} does not divide {cfg.n_experts} experts"),
+        (cfg.n_experts % max(cfg.ep, 1), f"--ep {cfg.ep} does not divide {cfg.n_experts} experts"),
         (cfg.dim % 8 or cfg.expert_dim % 8, "--dim and --expert_dim are not multiples of 8"),
         (cfg.precision == "fp8" and (cfg.dim % 16 or cfg.expert_dim % 16),
          "--precision fp8 wants --dim and --expert_dim in multiples of 16"),
-        (max(cfg.fim, cfg.split_joined) > 1, "--fim or --split_joined is above 1"),
-        (cfg.ema >= 1, f"--ema {cfg.ema} is not below 1"),
+        (cfg.fim > 1, f"--fim {cfg.fim} is above 1"),
+        (cfg.fim_ids and not re.fullmatch(r"\d+,\d+,\d+", cfg.fim_ids),
+         f"--fim_ids {cfg.fim_ids} is not BEGIN,HOLE,END"),
         (not cfg.tokens and not cfg.long, "--tokens and --long give not a single update"),
         (cfg.first_batch > cfg.batch_size,
          f"--first_batch {cfg.first_batch} is above --batch_size {cfg.batch_size}"),
-        (stages > cfg.n_layers + 2,
-         f"{cfg.n_layers} layers, embedding and head are fewer than {stages} stages"),
+        (cfg.pp > cfg.n_layers, f"--pp {cfg.pp} is more than {cfg.n_layers} layers"),
         (cfg.compile and cfg.recompute == "paper", "--recompute paper is not for --compile"),
         (cfg.resume and not cfg.out, "--resume needs --out"),
         (cfg.eval and not cfg.out and not cfg.init, "--eval needs --out or --init"),
-        ((cfg.init or cfg.export) and cfg.mtp == "parallel",
-         "--init and --export have no form for --mtp parallel"),
         (cfg.write_tokens and ranks > 1, "--write_tokens runs in one process, without torchrun"),
     ):  # fmt: skip
         if wrong:
             raise ValueError(message)
-    if cfg.init or cfg.export:
-        with explain("--init and --export need: pip install safetensors", ImportError):
-            import safetensors  # noqa: F401
+    plan(cfg)
+    check_directories(cfg.init, cfg.export, cfg.write_tokens)
 
 def check_batch(cfg):
     """Raise ValueError for a phase of the run whose batch does not fit the layout."""
     steps, micro = split_batch(cfg, reading_ranks(cfg))
-    where = f"{cfg.batch_size} sequences of {cfg.seq_len}"
+    batch = f"{cfg.batch_size} sequences of {cfg.seq_len}"
     if reading_ranks(cfg) * steps * micro != cfg.batch_size:
-        message = f"{reading_ranks(cfg)} data-parallel ranks x micro-batches of {micro}"
-        raise ValueError(f"{where} are not {message}")
-    if cfg.pp > 1 and steps < 2 * cfg.pp:
-        raise ValueError(f"{where}: {steps} micro-batches are fewer than the {2 * cfg.pp} stages")
+        ranks = f"{reading_ranks(cfg)} data-parallel ranks x micro-batches of {micro}"
+        raise ValueError(f"{batch} are not {ranks}")
+    if cfg.pp > 1 and steps < cfg.pp:
+        raise ValueError(f"{batch}: {steps} micro-batches are fewer than the {cfg.pp} stages")
+
+def last_tokens(tokens, end, cfg):
+    """Tokens of the run at which it must stop: `end`, or the end of the last phase that the layout
+    can hold, which is printed. Raises ValueError if it cannot hold the phase after `tokens`."""
+    start = 0
+    for phase_end, phase in plan(cfg):
+        if phase_end > tokens and start < end:
+            try:
+                check_batch(phase)
+            except ValueError as error:
+                if start <= tokens:
+                    raise
+                print(f"this run stops after {start / 1e6:.1f}M tokens: {error}", end=". ")
+                print("--resume continues on other ranks, with the same --pp and --ep")
+                return start
+        start = phase_end
+    return end
 
 def dry_run(cfg):
     """Print parameters, FLOPs per token, and for the first and the last batch of pre-training and
     each extension the bytes on the rank that needs most, or why the layout cannot run it; from
     shapes alone."""
     cfg = fit_layout(cfg, cfg.world_size)
-    tokenizer = load_tokenizer(cfg.tokenizer or "bytes", SPECIALS)
-    cfg.vocab_size = cfg.vocab_size or tokenizer.n_vocab
+    if not cfg.vocab_size:
+        cfg.vocab_size = load_tokenizer(cfg.tokenizer or "bytes", SPECIALS).n_vocab
     check(cfg, cfg.world_size)
     with torch.device("meta"):
         model = DeepSeekV3(cfg)
     total, activated = count_parameters(model)
     ahead = sum(p.numel() for p in model.mtp.parameters()) if model.mtp else 0
     print(f"parameters {total:,} | activated {activated:,} | multi-token prediction {ahead:,}")
-    phases = plan(cfg)
-    flops = flops_per_token(phases[0].cfg)
+    phases = [phase for _, phase in plan(cfg)]
+    flops = flops_per_token(phases[0])
     print(f"FLOPs per token {flops:.4g} | 6 N of the activated gives {6 * activated:.4g}")
-    scaled = [phase.cfg.rope_scaling for phase in phases].count("yarn")
-    ends = [phases[0], *phases[-1 - scaled :]]
-    for phase in ends:
-        now = phase.cfg
-        steps, _ = split_batch(now, reading_ranks(cfg))
-        print(f"{now.batch_size:,} sequences of {now.seq_len:,}", end=" ")
-        print(f"from step {phase.first:,}", end=" | ")
+    n_long = len(list(filter(None, cfg.long.split(","))))
+    for phase in [phases[0], *phases[-1 - n_long :]]:
+        print(f"{phase.batch_size:,} sequences of {phase.seq_len:,}", end=" | ")
         try:
-            check_batch(now)
+            check_batch(phase)
         except ValueError as error:
-            print(f"{error} | another layout is needed")
+            print(f"{error}: another layout is needed")
             continue
-        memory = memory_per_rank(now)
-        parts = " | ".join(f"{kind} {size / 2**30:.3f}" for kind, size in memory.items())
+        n_micro, _ = split_batch(phase, reading_ranks(phase))
+        memory = memory_per_rank(phase)
         need = sum(memory.values())
-        most = max(memory, key=memory.get)
-        fits = "fits 80 GB" if need < 80e9 else f"does not fit 80 GB, {most} most of all"
-        print(f"{steps} micro-batches | {parts} | sum {need / 2**30:.3f} GiB a rank: {fits}")
+        sizes = " | ".join(f"{kind} {size / 2**30:.2f}" for kind, size in memory.items())
+        fits = "fits 80 GB" if need < 80e9 else "does not fit 80 GB"
+        print(f"{n_micro} micro-batches | {sizes} | sum {need / 2**30:.2f} GiB a rank: {fits}")
 
 def advance(pipe, optimizer, batches, lr, cfg):
     """One update of parameters and balancing biases from this rank's micro-batches; cfg is that of
-    the moment. Returns the loss, the loss of multi-token prediction and the gradient norm of the
-    global batch, and of all layers the largest load over the mean and minus the smallest, on the
-    device. Parameters and biases stay as they are if loss or norm is not finite."""
-    pipe.run(batches)
-    pipe.zero.reduce()
-    norm, loss, ahead = pipe.zero.clip(pipe.main, pipe.ahead, limit=cfg.clip)
+    the moment. Returns the loss, the loss of multi-token prediction, the gradient norm, and the
+    loads of the experts over their mean, [layers + 1, X], of which the last layer is multi-token
+    prediction's and dense layers have 0. The model stays as it is if loss or norm is not finite."""
+    losses = pipe.run(batches)
+    norm, loss, ahead = pipe.reduce(losses, cfg.clip)
     for group in optimizer.param_groups:
         group["lr"] = lr
     finite = math.isfinite(norm) and math.isfinite(loss)
     if finite:
         optimizer.step()
-        pipe.zero.gather()
-        pipe.update_average(cfg.ema)
-    optimizer.zero_grad()
-    extremes = torch.tensor([0.0, -math.inf], device=batches[0]["tokens"].device)
+        forget_codes(pipe.model)
+    for flat in pipe.flats.values():
+        flat.gather()
+        flat.gradients.zero_()
+    loads = torch.zeros(cfg.n_layers + 1, cfg.n_experts, device=pipe.device)
     if pipe.routers:
-        loads = update_biases(pipe.routers, cfg.gamma * finite, pipe.zero.data.get_group())
-        extremes = torch.stack((loads.max(), -loads.min()))
-    dist.all_reduce(extremes, dist.ReduceOp.MAX)
-    return loss, ahead, norm, extremes
+        balanced = list(pipe.routers.values())
+        own = update_biases(balanced, cfg.gamma * finite, pipe.data.get_group())
+        for name, load in zip(pipe.routers, own):
+            layer = -1 if name.startswith("mtp") else int(name.split(".")[1])
+            loads[layer] = load
+    dist.all_reduce(loads, group=pipe.mesh["pp"].get_group())
+    return loss, ahead, norm, loads
 
-def train(pipe, optimizer, corpus, heldout, state, cfg, device, signals):
-    """Update the model until the plan is carried out, or a signal was received."""
-    place = device, pipe.data_rank, reading_ranks(cfg)
+def train(pipe, optimizer, corpus, heldout, state, end, cfg, device):
+    """Update the model until `end` tokens of the plan are read; False if a signal ends it."""
+    signals = catch_signals()
+    place = device, pipe.data.get_local_rank(), reading_ranks(cfg)
     thread = ThreadPoolExecutor(1)  # reads the next batch during an update
-    first_step = saved = state["step"]
-    entered = None
+    saved = state["step"]
+    clock = time.perf_counter()
     n_skipped = 0
-    pace = None
+    phase = None
 
-    def read_ahead(first):
-        now = at_step(planned_step(first, cfg), cfg)[1]
-        return thread.submit(read_batch, corpus, first, now, *place)
+    def read_ahead():
+        phase = current_phase(state["position"], cfg)
+        return thread.submit(read_batch, corpus, state["sequences"], phase, *place)
 
-    ahead = read_ahead(state["sequences"])
+    ahead = read_ahead()
     while True:
         step = state["step"]
-        first = state["sequences"]  # of the batch to come
-        position = planned_step(first, cfg)  # the same in updates of the plan
-        steps_left = 0 if cfg.eval else math.ceil(cfg.steps - position)
-        phase, now, _ = at_step(min(position, cfg.steps - 1), cfg)
-        if phase.first != entered:
-            pipe.enter(now)
-            entered = phase.first
+        now = current_phase(min(state["position"], end - 1), cfg)
+        if phase is None or (now.batch_size, now.seq_len) != (phase.batch_size, phase.seq_len):
+            phase = now
+            pipe.enter(phase)
             first_step = step
-            pace = None
+            pace = None  # seconds per update
+            n_micro, micro = split_batch(phase, reading_ranks(cfg))
+            print(f"YaRN factor {phase.rope_factor:g} | tokens per step", end=" ")
+            print(f"{phase.batch_size * phase.seq_len:,} = {reading_ranks(cfg)} ranks", end=" ")
+            print(f"x {n_micro} x {micro} sequences of {phase.seq_len:,}")
         pipe.cfg = now
-        n_signals = n_errors = 0
-        if steps_left > 0:
-            clock = time.perf_counter()
-            error = ahead.exception()
-            waited = time.perf_counter() - clock
-            n_signals, n_errors = sum_over_ranks(len(signals), error is not None)
-        end = steps_left <= 0 or n_signals or n_errors
-        if cfg.out and step > saved and not n_skipped and (end or step % cfg.save_every == 0):
+        steps_left = 0 if cfg.eval else planned_updates(state["position"], end, cfg)
+        error = ahead.exception()  # waits until the batch to come is read
+        if step > first_step + 1:  # the first update of a phase may compile and is left out
+            seconds = time.perf_counter() - clock
+            pace = 0.9 * (pace or seconds) + 0.1 * seconds
+        (stop,) = sum_over_ranks(len(signals) + (error is not None))
+        ends = steps_left <= 0 or stop
+        if cfg.out and step > saved and not n_skipped and (ends or step % cfg.save_every == 0):
             save_checkpoint(cfg.out, pipe.saved, optimizer, state)
             saved = step
-        if n_errors:
-            raise_first(error)
-        if steps_left <= 0 or (step % cfg.val_every == 0 and not end):
+        if error:
+            raise error
+        if stop:
+            return False
+        if ends or step % cfg.val_every == 0:
             validate(pipe.evaluate, heldout, step, now, *place)
-        if end:
-            return steps_left <= 0
+        if ends:
+            return True
 
         clock = time.perf_counter()
         batches = ahead.result()
-        ahead = read_ahead(first + now.batch_size)
+        lr = learning_rate(state["position"], cfg)
+        n_tokens = now.batch_size * now.seq_len
+        state["sequences"] += now.batch_size
+        state["position"] += n_tokens
+        ahead = read_ahead()
         sum_counts(batches, reading_ranks(cfg))
-        lr = learning_rate(position, cfg)
-        loss, mtp, norm, extremes = advance(pipe, optimizer, batches, lr, now)
+        loss, mtp, norm, loads = advance(pipe, optimizer, batches, lr, now)
         finite = math.isfinite(loss) and math.isfinite(norm)
         state["step"] += 1
-        state["sequences"] += now.batch_size
-        state["tokens"] += finite * now.batch_size * now.seq_len
-        for name in ("n_documents", "n_fim", "n_cut"):
-            state[name] += round(batches[0][name])
-        seconds = waited + time.perf_counter() - clock
-        if step > first_step:  # the first update may compile and is left out
-            pace = 0.9 * (pace or seconds) + 0.1 * seconds
+        state["tokens"] += finite * n_tokens
         if step == 0 or steps_left == 1 or state["step"] % cfg.log_every == 0:
             bpb = bits_per_byte(loss * batches[0]["n_targets"], batches[0]["n_bytes"])
-            row = {"step": step + 1, "loss": loss, "bpb": bpb, "lr": lr, "grad": norm}
-            if cfg.mtp != "none":
-                row["mtp"] = round(mtp, 4)
-            largest, smallest = extremes.tolist()
-            if largest:
-                row |= {"max_load": round(largest, 3), "min_load": round(-smallest, 3)}
-            log_step(row | {"tokens": state["tokens"]}, steps_left - 1, pace, now, device)
+            row = {"loss": loss, "bpb": bpb, "lr": lr, "grad": norm, "tokens": state["tokens"]}
+            if cfg.mtp:
+                row["mtp"] = mtp
+            row["max_load"] = loads.max().item()
+            row |= {"max_loads": loads.amax(1).tolist(), "min_loads": loads.amin(1).tolist()}
+            head = f"step {step + 1}/{step + steps_left}"
+            tail = progress(state["tokens"], steps_left - 1, pace, now, device)
+            log(cfg.out, step + 1, head, row, tail)
         n_skipped = 0 if finite else n_skipped + 1
         if n_skipped:
             print(f"step {step + 1} skipped: its loss or gradient is not finite")
         if n_skipped == 3 or (n_skipped and steps_left == 1):
             raise ValueError(f"no finite gradient in the last {n_skipped} steps to {step + 1}")
 
-def conclude(pipe, heldout, tokenizer, state, device):
-    """Say what became of the documents, export, sample, and validate the moving average."""
-    cfg = pipe.cfg  # of the last phase
-    print(f"documents {state['n_documents']:,} | filled in the middle {state['n_fim']:,}", end=" ")
-    print(f"| cut by the packing {state['n_cut']:,}")
+def conclude(pipe, heldout, tokenizer, cfg):
+    """Export the model, and print what it writes, if one rank can hold it."""
     if cfg.export:
-        to_hf(pipe.model, cfg, cfg.export, pipe.mesh)
+        to_hf(pipe, cfg, cfg.export)
     with torch.device("meta"):
-        small = count_parameters(DeepSeekV3(cfg))[0] < 2e9  # fits one rank
-    model = gather_stages(pipe, cfg) if tokenizer and small else None
+        total, _ = count_parameters(DeepSeekV3(cfg))
+    if not tokenizer or total > 2e9:
+        return
+    model = collect_model(pipe, cfg)
     if model:
         ids = get_batch(heldout, 0, 1, cfg)["tokens"][0, :32].tolist()
         if cfg.prompt:
             ids = tokenizer.encode_ordinary(cfg.prompt)
         allowed_ids = torch.from_numpy(heldout.token_bytes > 0)
         print(tokenizer.decode(sample(model, ids, 256, allowed_ids, cfg)))
-    if pipe.average:
-        for name, average in pipe.average.items():
-            pipe.zero.local(pipe.zero.masters[name].data).copy_(average)
-        pipe.zero.gather()
-        print("the moving average of the weights:", end=" ")
-        place = device, pipe.data_rank, reading_ranks(cfg)
-        unlogged = dataclasses.replace(cfg, out="")
-        validate(pipe.evaluate, heldout, state["step"], unlogged, *place)
 
 def load_documents(cfg):
-    """(tokenizer or None, training Corpus, held-out Corpus) of --data; sets cfg.tokenizer and
-    cfg.vocab_size. With --write_tokens the data is written as shards instead: None."""
+    """(tokenizer or None, training Corpus, held-out Corpus) of --data; sets vocab_size, eos_id and
+    fim_ids of cfg. With --write_tokens the data is written as shards instead: None."""
     files, shards = find_files(cfg.data)
-    if files and not cfg.tokenizer:
-        cfg.tokenizer = "bytes"
-    tokenizer = document_tokenizer(cfg.tokenizer)
-    separator = -1  # unknown
+    tokenizer = None
+    if cfg.tokenizer or files:
+        tokenizer = load_tokenizer(cfg.tokenizer or "bytes", SPECIALS)
+        cfg.eos_id = tokenizer.eot_token
+        cfg.fim_ids = ",".join(str(tokenizer.encode_single_token(token)) for token in SPECIALS[1:])
     cfg.vocab_size = vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
-    if tokenizer:
-        separator = tokenizer.eot_token
-        if cfg.vocab_size < tokenizer.n_vocab:
-            n_ids = f"{tokenizer.n_vocab} ids of text and special tokens"
-            raise ValueError(f"--vocab_size {cfg.vocab_size} is less than the {n_ids}")
-    else:
-        print("without --tokenizer documents have no borders, and none is rearranged")
+    special_ids = [cfg.eos_id, *map(int, filter(None, cfg.fim_ids.split(",")))]
+    if cfg.vocab_size <= max(special_ids):
+        n_ids = f"{max(special_ids) + 1} ids of text and special tokens"
+        raise ValueError(f"--vocab_size {cfg.vocab_size} is less than the {n_ids}")
+    if not cfg.eos_id:
+        print("documents have no borders: their packing needs --tokenizer or --eos_id")
+    if cfg.fim and not (cfg.eos_id and cfg.fim_ids):
+        print("no document is rearranged: this needs --tokenizer, or --eos_id and --fim_ids")
+    separator = cfg.eos_id or -1
     documents = tokenize(read_documents(cfg.data, files), tokenizer, separator)
     if cfg.write_tokens and shards:
         raise ValueError("--write_tokens reads text, and --data has token shards")
     if cfg.write_tokens:
         return write_tokens(cfg.write_tokens, documents)
-    phases = [phase.cfg for phase in plan(cfg)]
+    phases = [phase for _, phase in plan(cfg)]
     length = max(phase.seq_len for phase in phases)
     batch = max(math.ceil(phase.batch_size * phase.seq_len / length) for phase in phases)
     sizes = cfg.vocab_size, batch, length
@@ -2143,9 +2057,7 @@ def main(argv=None):
         if cfg.init:
             check(cfg, 1)
             theirs = read_config(cfg.init)
-            yarn = ("rope_scaling", "rope_factor", "rope_original")
-            names = SHAPE + yarn if theirs.rope_scaling == "yarn" else SHAPE
-            cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in names})
+            cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in SHAPE})
         if cfg.dry_run:
             return dry_run(cfg)
         device = init_distributed(cfg.timeout)
@@ -2163,51 +2075,48 @@ def main(argv=None):
         checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
         if cfg.eval and not checkpoint and not cfg.init:
             raise ValueError(f"--eval: {cfg.out} has no checkpoint")
-        if run:
-            for name in {"tokens", "long"} - given:
-                setattr(cfg, name, run[name])
-        cfg.steps = min(cfg.steps or math.inf, plan(cfg)[-1].end)
-        if run and not given & {"steps", "tokens", "long"}:  # the sequences that were planned first
-            cfg.steps = math.ceil(planned_step(run["planned_sequences"], cfg))
-        for phase in plan(cfg):
-            if phase.first < cfg.steps:
-                check_batch(phase.cfg)
-        if cfg.warmup_steps > cfg.steps // 10:
-            cfg.warmup_steps = cfg.steps // 10
-            print(f"the warm-up is cut to {cfg.warmup_steps} updates, a tenth of the run")
-        weights = list(Path(cfg.export).glob("*.safetensors*")) if cfg.export else []
-        if weights and run.get("export") != cfg.export:
-            raise ValueError(f"--export {cfg.export} has weights that this run did not write")
+        if run and "ep" not in given:
+            cfg = fit_layout(dataclasses.replace(cfg, ep=run["ep"], dp=0), ranks)
+        if run and (run["pp"], run["ep"]) != (cfg.pp, cfg.ep):
+            layout = f"--pp {run['pp']} --ep {run['ep']}"
+            other = f"--resume {layout} --export DIR writes what another begins with by --init DIR"
+            raise ValueError(f"{checkpoint} has {layout}: {other}")
+        for name in run.keys() & {"tokens", "long"} - given:
+            setattr(cfg, name, run[name])
 
-        pipe = DualPipe(cfg, expert_mesh(cfg, device.type))
-        init_weights(pipe.model, cfg, pipe.ep)
+        pipe = Pipeline1F1B(cfg, expert_mesh(cfg, device.type))
+        init_weights(pipe.model, cfg, pipe.first_expert)
         if cfg.init:
-            own = pipe.mesh["ep"].get_local_rank() * cfg.n_experts // cfg.ep
-            read_weights(pipe.model, cfg, cfg.init, own)
-        pipe.share(cfg)
-        optimizer = build_optimizer(pipe.zero, cfg)
-        state = dict.fromkeys(("step", "sequences", "tokens", "n_documents", "n_fim", "n_cut"), 0)
+            read_weights(pipe.model, cfg, cfg.init, pipe.first_expert)
+        pipe.share()
+        optimizer = build_optimizer(pipe.flats, cfg)
+        budget = plan(cfg)[-1][0]  # tokens of the run, which its first start fixes
+        # position: tokens of the plan that are read, those of skipped updates included
+        state = {"step": 0, "sequences": 0, "tokens": 0, "position": 0, "budget": budget}
         if checkpoint:
             load_checkpoint(checkpoint, pipe.saved, optimizer, state)
-            pipe.zero.gather()
+            for flat in pipe.flats.values():
+                flat.gather()
+        if given & {"steps", "tokens", "long"}:
+            state["budget"] = budget
+        n_updates = planned_updates(0, state["budget"], cfg)
+        if cfg.warmup_steps > n_updates // 10:
+            cfg.warmup_steps = n_updates // 10
+            print(f"the warm-up is cut to {cfg.warmup_steps} updates, a tenth of the run")
+        end = last_tokens(state["position"], state["budget"], cfg)
         if cfg.eval:
             cfg.out = ""  # nothing is written
         if cfg.out:
-            last = at_step(cfg.steps - 1, cfg)[0]
-            planned = last.sequences + (cfg.steps - last.first) * last.cfg.batch_size
-            run = dataclasses.asdict(cfg) | fixed | {"planned_sequences": planned}
-            lock = claim_directory(cfg.out, state["step"], run)  # held until this run ends
+            lock = claim_directory(cfg.out, dataclasses.asdict(cfg) | fixed)  # while the run lives
         with torch.device("meta"):
-            counts = count_parameters(DeepSeekV3(cfg))
+            total, activated = count_parameters(DeepSeekV3(cfg))
         print(f"torch {torch.__version__} | {device.type} {cfg.precision}", end=" | ")
-        print(f"pp {cfg.pp} x dp {cfg.dp} x ep {cfg.ep} | {cfg.steps:,} updates")
-        print("parameters {:,} | activated {:,}".format(*counts), end=" | ")
+        print(f"pp {cfg.pp} x dp {cfg.dp} x ep {cfg.ep} | {n_updates:,} updates", end=" | ")
+        print(f"parameters {total:,} | activated {activated:,}", end=" | ")
         print(f"FLOPs per token {flops_per_token(cfg):.3g}")
-        with stop_signals() as signals:
-            finished = train(pipe, optimizer, corpus, heldout, state, cfg, device, signals)
-        if not finished:
+        if not train(pipe, optimizer, corpus, heldout, state, end, cfg, device):
             return print(f"stopped after step {state['step']}")
-        conclude(pipe, heldout, tokenizer, state, device)
+        conclude(pipe, heldout, tokenizer, pipe.cfg)
 
 # ---------------------------------------- Plumbing ----------------------------------------
 
@@ -2237,28 +2146,20 @@ def explain(what, *errors):
     try:
         yield
     except errors as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        cause = error
-        if isinstance(error, dcp.CheckpointException):  # its text is the traceback of each rank
-            cause = next(iter(error.failures.values()))[0]
-        raise ValueError(f"{what}: {type(cause).__name__}: {cause}") from error
+        cause = str(error).strip().rpartition("\n")[2]  # without the tracebacks of other ranks
+        raise ValueError(f"{what}: {type(error).__name__}: {cause}") from error
 
-@contextlib.contextmanager
-def stop_signals():
-    """A list that SIGTERM and SIGINT append to; a second one of a kind ends the process at once."""
+def catch_signals():
+    """A list to which SIGTERM and SIGINT are appended; a second one ends the process at once."""
     received = []
 
     def receive(signum, frame):
         received.append(signum)
         signal(signum, SIG_DFL)
 
-    handlers = {signum: signal(signum, receive) for signum in (SIGTERM, SIGINT)}
-    try:
-        yield received
-    finally:
-        for signum, handler in handlers.items():
-            signal(signum, handler)
+    signal(SIGTERM, receive)
+    signal(SIGINT, receive)
+    return received
 
 def parse(argv):
     """(Config, names of the flags given): a preset's values, overridden by the flags."""
@@ -2294,9 +2195,7 @@ def init_distributed(timeout):
     """Join torchrun's process group, or one of a single rank; returns the device of this rank."""
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    store = dist.HashStore()
-    if world_size > 1:
-        store = shared_store(rank)
+    store = shared_store(rank) if world_size > 1 else dist.HashStore()
     device = torch.device("cpu")
     backend = "gloo"
     if torch.cuda.is_available():
@@ -2329,41 +2228,43 @@ def shared_store(rank):
         except (dist.DistNetworkError, dist.DistStoreError):  # the address of an earlier start
             time.sleep(0.1)
 
-def raise_first(error):
-    """Raise, on all ranks, the error of the first rank that has one."""
-    errors = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    raise error or next(filter(None, errors))
-
-def log_step(row, steps_left, pace, cfg, device):
-    """Print row, which has step and tokens among its numbers, and write it to metrics.jsonl;
-    pace is the number of seconds that an update takes, None if unknown."""
-    formats = {"loss": ".4f", "bpb": ".3f", "lr": ".2e", "grad": ".2f"}
-    fields = [f"step {row['step']}/{row['step'] + steps_left}"]
+def log(out, step, head, row, tail):
+    """Print head, the numbers of row and tail, which has the tokens; append step and row, which
+    may have lists, to metrics.jsonl in the directory out, if any, NaN and infinity as null."""
+    formats = {"bpb": ".3f", "val_bpb": ".3f", "lr": ".2e", "grad": ".2f"}
+    fields = [head]
     for name, value in row.items():
-        if name not in ("step", "tokens"):
-            fields.append(f"{name} {value:{formats.get(name, '')}}".replace("nan", "n/a"))
-    fields.append(f"tokens {row['tokens'] / 1e6:.1f}M")
-    on_gpu = device.type == "cuda"
-    peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if on_gpu else None
-    if pace:
-        speed = cfg.batch_size * cfg.seq_len / pace
-        fields.append(f"{speed / 1e3:.1f}k tok/s")
-        if peak and cfg.precision == "bf16":
-            fields.append(f"mfu {speed * flops_per_token(cfg) / peak / dist.get_world_size():.1%}")
-        if on_gpu:
-            fields.append(f"mem {torch.cuda.max_memory_allocated(device) / 2**30:.1f}G")
-        fields.append(f"eta {timedelta(seconds=round(steps_left * pace))}")
-    print(" | ".join(fields))
-    write_row(cfg.out, row)
-
-def write_row(out, row):
-    """Append row to metrics.jsonl in the directory out, if it is not empty, with null for numbers
-    that are not finite."""
+        if name != "tokens" and not isinstance(value, list):
+            fields.append(f"{name.removeprefix('val_')} {value:{formats.get(name, '.4f')}}")
+    print(" | ".join(fields + tail).replace("nan", "n/a"))
     if out and dist.get_rank() == 0:
         row = {k: None if str(v) in ("nan", "inf", "-inf") else v for k, v in row.items()}
         with open(Path(out) / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({"step": step} | row) + "\n")
+
+def progress(tokens, steps_left, pace, cfg, device):
+    """Fields of a log line: tokens so far and, if pace, the seconds per update, is known,
+    throughput, MFU, memory and time left."""
+    fields = [f"tokens {tokens / 1e6:.1f}M"]
+    if not pace:
+        return fields
+    speed = cfg.batch_size * cfg.seq_len / pace
+    fields.append(f"{speed / 1e3:.1f}k tok/s")
+    if device.type == "cuda":
+        peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device))
+        if peak and cfg.precision == "bf16":
+            fields.append(f"mfu {speed * flops_per_token(cfg) / peak / dist.get_world_size():.1%}")
+        fields.append(f"mem {torch.cuda.max_memory_allocated(device) / 2**30:.1f}G")
+    return [*fields, f"eta {timedelta(seconds=round(steps_left * pace))}"]
+
+def check_directories(init, export, write_tokens):
+    """Raise ValueError for directories to write that are not empty, or without safetensors."""
+    for folder in (export, write_tokens):
+        if folder and os.path.isdir(folder) and os.listdir(folder):
+            raise ValueError(f"{folder} is not empty")
+    if init or export:
+        with explain("--init and --export need: pip install safetensors", ImportError):
+            import safetensors  # noqa: F401
 
 def bits_per_byte(nats, n_bytes):
     """nats over n_bytes of text in bits per byte; NaN, printed as n/a, if n_bytes is unknown."""
@@ -2373,22 +2274,13 @@ def stable_hash(*key):
     """64 bits that depend on the key alone: the seed of all that is drawn."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
-def shuffled(index, n, key):
-    """Position of index in a pseudo-random permutation of range(n) seeded by key: a Feistel network
-    on the bits of n, repeated until the result is below n, which needs no memory."""
-    half = (n.bit_length() + 1) // 2
-    while True:
-        left, right = divmod(index, 1 << half)
-        for i in range(4):
-            mixed = left ^ stable_hash(key, i, right) % (1 << half)
-            left = right
-            right = mixed
-        index = (left << half) + right
-        if index < n:
-            return index
+@functools.lru_cache(64)  # one for each corpus of a mix, and some for the next epoch
+def permutation(n, *key):
+    """A random permutation of range(n), int64 [n], seeded by key."""
+    return np.random.default_rng(stable_hash(*key)).permutation(n)
 
 class Corpus:
-    """Ids start ... stop - 1 of the concatenation of parts, each an array or a token shard's path.
+    """Ids start ... stop - 1 of the concatenation of parts, which are (name, ids).
 
     separator: the id after each document, -1 if unknown; token_bytes [V]: the length of each id's
     text, 0 if it has none; in_order: windows come in order and not shuffled.
@@ -2396,7 +2288,7 @@ class Corpus:
 
     def __init__(self, parts, start, stop, separator, token_bytes, in_order):
         self.parts = parts
-        self.ends = np.cumsum([len(open_part(part)) for part in parts])
+        self.ends = np.cumsum([len(ids) for name, ids in parts])
         self.start = start
         self.size = stop - start
         self.separator = separator
@@ -2407,18 +2299,18 @@ class Corpus:
         """Ids first ... first + n - 1, int64 [n]; ValueError for an id that is not below V."""
         pieces = []
         first += self.start
-        stop = first + n
-        while first < stop:
+        while n > 0:
             i = np.searchsorted(self.ends, first, side="right")
-            ids = open_part(self.parts[i])
-            begin = first - (self.ends[i] - len(ids))
-            ids = ids[begin : begin + stop - first].astype(np.int64)
+            name, part = self.parts[i]
+            begin = first - (self.ends[i] - len(part))
+            ids = part[begin : begin + n].astype(np.int64)
             unknown = (ids >= len(self.token_bytes)) & (ids != self.separator)
             if unknown.any():
-                where = f"{self.parts[i]}, position {begin + unknown.argmax()}"
+                where = f"{name}, position {begin + unknown.argmax()}"
                 raise ValueError(f"{where}: token id {ids[unknown][0]} is not in the vocabulary")
             pieces.append(ids)
             first += len(ids)
+            n -= len(ids)
         return np.concatenate(pieces)
 
     def n_windows(self, length):
@@ -2432,7 +2324,7 @@ class Corpus:
         offset = 0
         if not self.in_order:
             offset = stable_hash(seed, epoch) % length
-            index = shuffled(index, self.n_windows(length), (seed, epoch))
+            index = permutation(self.n_windows(length), seed, epoch)[index]
         return self.read(offset + index * length, length + 1)
 
     def fingerprint(self):
@@ -2445,14 +2337,14 @@ def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size
     Held out are the shards with "val" in their names, or documents by a hash of their names; if
     these are less than a batch, the last 5 % of the ids, but at least a batch.
     """
-    train = [path for path in shards if "val" not in path.name]
-    heldout = [path for path in shards if "val" in path.name]
+    train = [(path, open_shard(path)) for path in shards if "val" not in path.name]
+    heldout = [(path, open_shard(path)) for path in shards if "val" in path.name]
     if not shards:
         documents = sorted(documents, key=lambda document: stable_hash(document[0]))
-        train = [ids for name, ids in documents if not is_held_out(name)]
-        heldout = [ids for name, ids in documents if is_held_out(name)]
-    n_train = sum(len(open_part(part)) for part in train)
-    total = n_train + sum(len(open_part(part)) for part in heldout)
+        train = [document for document in documents if not is_held_out(document[0])]
+        heldout = [document for document in documents if is_held_out(document[0])]
+    n_train = sum(len(ids) for name, ids in train)
+    total = sum(len(ids) for name, ids in train + heldout)
     least = (batch_size + 1) * length + 1  # ids of a batch of windows, and an offset
     if min(n_train, total - n_train) < least:
         n_train = total - max(total // 20, least)
@@ -2470,18 +2362,16 @@ def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size
 def vocabulary_size(vocab_size, tokenizer, init):
     """vocab_size or, if it is 0, that of the tokenizer, whose ids must fit. A vocabulary that is
     larger than the byte tokenizer's is a warning, and with --init a ValueError."""
-    if not vocab_size and not tokenizer:
+    if not tokenizer and not vocab_size:
         raise ValueError("token shards need --tokenizer or --vocab_size")
-    if not vocab_size or not tokenizer:
-        return vocab_size or tokenizer.n_vocab
-    n_ids = 1 + max(map(tokenizer.encode_single_token, tokenizer.token_byte_values()))
-    if vocab_size < n_ids:
+    n_ids = tokenizer.n_vocab if tokenizer else 0
+    if 0 < vocab_size < n_ids - 1:  # a vocabulary may lack the separator
         raise ValueError(f"--vocab_size {vocab_size} is less than the {n_ids} ids of the tokenizer")
-    if tokenizer.name == "bytes" and vocab_size > tokenizer.n_vocab:
-        print(f"warning: a vocabulary of {vocab_size:,} entries over bytes: --tokenizer is missing")
+    if vocab_size > n_ids and tokenizer and tokenizer.name == "bytes":
         if init:
             raise ValueError(f"--init {init} needs the --tokenizer of its {vocab_size:,} entries")
-    return vocab_size
+        print(f"warning: a vocabulary of {vocab_size:,} entries over bytes: --tokenizer is missing")
+    return vocab_size or n_ids
 
 def is_held_out(name):
     """Whether a document is among the 5 % that are held out, by a hash of its name."""
@@ -2494,13 +2384,11 @@ def find_files(path):
     endings = (".txt", ".md", ".py", ".jsonl") if path else (".py",)
     skipped = set() if path else {"site-packages", "dist-packages", "test", "tests", "idle_test"}
     files = [root]
-    seen = set(root.resolve().parents)  # following a link to one of these would not end
+    seen = {root.resolve(), *root.resolve().parents}  # a link to one of these would not end
     for folder, folders, names in os.walk(root, followlinks=True):
-        if Path(folder).resolve() in seen:
-            folders.clear()
-            continue
-        seen.add(Path(folder).resolve())
-        folders[:] = set(folders) - skipped
+        targets = {name: Path(folder, name).resolve() for name in set(folders) - skipped}
+        folders[:] = [name for name in targets if targets[name] not in seen]
+        seen.update(targets.values())
         files += [Path(folder, name) for name in names]
     files = sorted(file for file in files if file.is_file())
     texts = [file for file in files if file.suffix.lower() in endings]
@@ -2513,20 +2401,15 @@ def find_files(path):
 
 def read_documents(path, files):
     """(name, text) of each document: a text file, named by its path below `path`, or a line of a
-    .jsonl file, named by its text."""
+    .jsonl file, a JSON object with a string "text", named by its text."""
     root = Path(path or sysconfig.get_paths()["stdlib"])
     for file in files:
-        if file.suffix.lower() == ".jsonl":
-            yield from read_json_lines(file)
+        if file.suffix.lower() != ".jsonl":
+            with explain(f"{file} is not UTF-8 text", UnicodeDecodeError):
+                text = file.read_text("utf-8-sig", errors="strict" if path else "ignore")
+            yield file.relative_to(root).as_posix(), text
             continue
-        with explain(f"{file} is not UTF-8 text", UnicodeDecodeError):
-            text = file.read_text("utf-8-sig", errors="strict" if path else "ignore")
-        yield file.relative_to(root).as_posix(), text
-
-def read_json_lines(file):
-    """(text, text) of each line, a JSON object with a string "text"; empty lines are skipped."""
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(open(file, "rb"), 1):
             if line.strip():
                 what = f'{file}, line {number}, is not a JSON object with a string "text"'
                 with explain(what, ValueError, KeyError, TypeError, AttributeError):
@@ -2562,48 +2445,39 @@ def tokenize(documents, tokenizer, separator):
     """(name, ids) of each document that is not empty; the last id is the separator."""
     dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
     for name, text in documents:
-        # tiktoken's PanicException, of the longest words, is a BaseException.
-        with explain(f"the tokenizer cannot take document {name[:80]!r}", BaseException):
+        with explain(f"the tokenizer cannot take document {name[:80]!r}", ValueError):
             ids = tokenizer.encode_to_numpy(text, disallowed_special=())
         if text:
             yield name, np.append(ids, separator).astype(dtype)
 
 def write_tokens(folder, documents):
     """Write tokenized documents to .npy shards in a new or empty folder: train_00000.npy ..., and
-    val_00000.npy ... of the documents that are held out; two shards per 2**27 ids."""
-    if os.path.exists(folder) and os.listdir(folder):
-        raise ValueError(f"--write_tokens {folder} is not empty")
+    val_00000.npy ... of the documents that are held out; two shards per 10,000 documents."""
+    groups = iter(lambda: list(itertools.islice(documents, 10000)), [])
     with written_beside(folder) as partial:
-        for n in itertools.count():
-            splits = {"train": [], "val": []}
-            n_ids = 0
-            while n_ids < 2**27 and (document := next(documents, None)):
-                name, ids = document
-                splits["val" if is_held_out(name) else "train"].append(ids)
-                n_ids += len(ids)
-            if not n_ids:
-                break
-            for split, parts in splits.items():
+        for n, group in enumerate(groups):
+            for split, held_out in (("train", False), ("val", True)):
+                parts = [ids for name, ids in group if is_held_out(name) == held_out]
                 if parts:
                     np.save(partial / f"{split}_{n:05d}.npy", np.concatenate(parts))
-    print(f"{folder}: {n} shards to train on, with what is held out beside them")
+    print(f"{folder}: the documents are written")
 
-def open_part(part):
-    """Ids of a part of a Corpus: an array itself, or a shard that is memory-mapped while the result
-    lives: .npy of uint16 or uint32, or .bin, uint16 after a header of 256 int32."""
-    if isinstance(part, np.ndarray):
-        return part
-    with explain(f"{part} is not a token shard", ValueError, EOFError):
-        if part.suffix.lower() == ".npy":
-            ids = np.load(part, mmap_mode="r")
+def open_shard(path):
+    """Ids of a token shard, in place and without a file descriptor: .npy of uint16 or uint32, or
+    .bin, uint16 after a header of 256 int32."""
+    with explain(f"{path} is not a token shard", ValueError, EOFError):
+        if path.suffix.lower() == ".npy":
+            ids = np.load(path, mmap_mode="r")
         else:
-            magic, version, size = np.fromfile(part, np.int32, 3).tolist()
-            ids = np.memmap(part, np.uint16, "r", offset=1024)
-            if [magic, version, size] != [20240520, 1, len(ids)]:
+            ids = np.memmap(path, np.uint16, "r", offset=1024)
+            if np.fromfile(path, np.int32, 3).tolist() != [20240520, 1, len(ids)]:
                 raise ValueError("unexpected header, or its length does not match the file")
         if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32):
             raise ValueError(f"it holds {ids.dtype} {ids.shape}, not a row of uint16 or uint32")
-    return ids
+    # numpy's maps keep a descriptor each, torch's do not.
+    header = ids.offset // ids.itemsize
+    dtype = getattr(torch, ids.dtype.name)
+    return torch.from_file(str(path), size=header + len(ids), dtype=dtype).numpy()[header:]
 
 if __name__ == "__main__":
     main()

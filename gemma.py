@@ -1384,12 +1384,12 @@ def shared_store(rank):
             time.sleep(0.1)
 
 def log(out, step, head, row, tail):
-    """Print head, the numbers of row and tail, which has the tokens; append step and row to
-    metrics.jsonl in the directory out, if any, with null for numbers that are not finite."""
+    """Print head, the numbers of row and tail, which has the tokens; append step and row, which
+    may have lists, to metrics.jsonl in the directory out, if any, NaN and infinity as null."""
     formats = {"bpb": ".3f", "val_bpb": ".3f", "lr": ".2e", "grad": ".2f"}
     fields = [head]
     for name, value in row.items():
-        if name != "tokens":
+        if name != "tokens" and not isinstance(value, list):
             fields.append(f"{name.removeprefix('val_')} {value:{formats.get(name, '.4f')}}")
     print(" | ".join(fields + tail).replace("nan", "n/a"))
     if out and dist.get_rank() == 0:

@@ -761,8 +761,8 @@ class ModelParallel:
         self.gradient = None
 
     def run(self, batches, scale=1.0):
-        """This rank's part of the mean loss over the global batch, these being micro-batches of it.
-        Where autograd is on, its gradient, times scale, is added to that of the parameters."""
+        """This rank's part of the mean loss over the global batch that these micro-batches are part
+        of. Where autograd is on, its gradient, times scale, is added to that of the parameters."""
         if self.cfg.pp > 1:
             return self.run_pipeline(batches, scale)
         total = torch.zeros((), device=self.device)
@@ -1312,6 +1312,22 @@ def train(parallel, optimizer, mix, heldout, state, cfg):
         if n_skipped == 3 or (n_skipped and steps_left == 0):
             raise ValueError(f"no finite gradient in the last {n_skipped} steps to {step + 1}")
 
+def export_and_sample(model, heldout, tokenizer, cfg):
+    """Export the model; print its loss by position, and how it continues a text."""
+    if cfg.export:
+        to_hf(model, cfg, cfg.export)
+    nats = loss_by_position(model, heldout, min(64, heldout.n_windows(cfg.seq_len)), cfg)
+    edges = [0, *itertools.takewhile(lambda n: n < cfg.seq_len, (4 * 2**i for i in range(30)))]
+    pairs = itertools.pairwise([*edges, cfg.seq_len])
+    means = [f"{a}-{b - 1} {sum(nats[a:b]) / (b - a):.3f}" for a, b in pairs]
+    print("loss by position |", " | ".join(means))
+    if tokenizer:
+        ids = get_batch(heldout, 0, 1, cfg)["tokens"][0, :32].tolist()
+        if cfg.prompt:
+            ids = tokenizer.encode_ordinary(cfg.prompt)
+        allowed_ids = torch.from_numpy(heldout.token_bytes > 0)
+        print(tokenizer.decode(sample(model, ids, 256, allowed_ids, cfg)))
+
 @record
 def main(argv=None):
     """Run the command line: read the data, build or resume the run, train, export and sample."""
@@ -1379,22 +1395,8 @@ def main(argv=None):
             print(f"  {weight:.1%} {name or 'the library'}, {epochs:.2f} epochs")
         if not train(parallel, optimizer, mix, heldout, state, cfg):
             return print(f"stopped after step {state['step']}")
-        if dist.get_rank() > 0 or cfg.tp * cfg.pp > 1:  # the rest needs the model on one rank
-            return
-        model = parallel.model
-        if cfg.export:
-            to_hf(model, cfg, cfg.export)
-        nats = loss_by_position(model, heldout, min(64, heldout.n_windows(cfg.seq_len)), cfg)
-        edges = [0, *itertools.takewhile(lambda n: n < cfg.seq_len, (4 * 2**i for i in range(30)))]
-        pairs = itertools.pairwise([*edges, cfg.seq_len])
-        means = [f"{a}-{b - 1} {sum(nats[a:b]) / (b - a):.3f}" for a, b in pairs]
-        print("loss by position |", " | ".join(means))
-        if tokenizer:
-            ids = get_batch(heldout, 0, 1, cfg)["tokens"][0, :32].tolist()
-            if cfg.prompt:
-                ids = tokenizer.encode_ordinary(cfg.prompt)
-            allowed_ids = torch.from_numpy(heldout.token_bytes > 0)
-            print(tokenizer.decode(sample(model, ids, 256, allowed_ids, cfg)))
+        if dist.get_rank() == 0 and cfg.tp * cfg.pp == 1:  # what follows needs a whole model
+            export_and_sample(parallel.model, heldout, tokenizer, cfg)
 
 # ---------------------------------------- Plumbing ----------------------------------------
 
@@ -1507,12 +1509,12 @@ def shared_store(rank):
             time.sleep(0.1)
 
 def log(out, step, head, row, tail):
-    """Print head, the numbers of row and tail, which has the tokens; append step and row to
-    metrics.jsonl in the directory out, if any, with null for numbers that are not finite."""
+    """Print head, the numbers of row and tail, which has the tokens; append step and row, which
+    may have lists, to metrics.jsonl in the directory out, if any, NaN and infinity as null."""
     formats = {"bpb": ".3f", "val_bpb": ".3f", "lr": ".2e", "grad": ".2f"}
     fields = [head]
     for name, value in row.items():
-        if name != "tokens":
+        if name != "tokens" and not isinstance(value, list):
             fields.append(f"{name.removeprefix('val_')} {value:{formats.get(name, '.4f')}}")
     print(" | ".join(fields + tail).replace("nan", "n/a"))
     if out and dist.get_rank() == 0:

@@ -11,10 +11,11 @@ rotary positions, no biases; and what Llama 3 changed:
 - four dimensions of parallelism: tensor, context, pipeline, sharded data (§3.3.2).
 Qwen2.5 (arXiv 2412.15115) is the presets qwen2_5_*: the same model with a bias on q, k and v.
 
-Map: §3.1.2 Mixture | §3.2 Llama3, Block, attention_mask, SPECIALS | §3.3.2 Pipeline, parallelize,
-SumGradient, SumOutput, GatherSequence, context_positions, stage_layers | §3.4 phases,
-learning_rate, train_in_stages | §3.4.2 needle_rate, rope_frequencies | §3.4.3 update_average.
-"Released" means the code and configurations that Meta published: inference only.
+Map: §3.1.2 DataMix | §3.2 Llama3, Block, attention_mask, SPECIALS | §3.3.2 parallelize, Pipeline,
+split_matrices, split_sequence, keep_stage, stage_layers | §3.4 phases, learning_rate, train |
+§3.4.2 needle_loss | §3.4.3 update_average. "Released" means the code and configurations that Meta
+published, which are of inference: rope_frequencies (the scaling of RoPE is not in the paper),
+cut_text, RMSNorm.
 Legend: B batch, T positions, D width, H heads, K key-value heads, E head width, F hidden width,
 V vocabulary; under tensor and context parallelism H, K, F, V and T are a rank's own share.
 Conventions: rotary pairs are (i, i + E/2), Hugging Face's order, not the released interleaved one;
@@ -23,13 +24,18 @@ RMSNorm before each branch; T + 1 tokens make T inputs and T targets, and target
 Run: python llama3.py                          # a laptop: the preset demo, all three stages
      torchrun --nproc_per_node=8 llama3.py     # GPUs: the preset small
      torchrun --nnodes=16 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
-         llama3.py --preset 8b --tp 8 --tokenizer tokenizer.model --out /shared/8b \
-         --data "0.5:web/,0.25:maths/,0.17:code/,0.08:languages/"
-Annealing judges a data set (§3.1.3): this, against the same without new/, by the held-out loss:
+         llama3.py --preset 8b --tp 8 --recompute block --tokenizer tokenizer.model \
+         --data "0.5:web/,0.25:maths/,0.17:code/,0.08:languages/" --out /shared/8b --resume
+Plans of the paper's 405B, at 8,192 positions and from 16,384 on (Table 4): 53 GiB per rank each.
+     python llama3.py --dry_run --preset 405b --tp 8 --pp 16 --recompute block --world_size 16384
+     python llama3.py --dry_run --preset 405b --tp 8 --cp 16 --pp 16 --recompute block \
+         --world_size 16384
+The run stops before a phase that its layout cannot hold; the same command with --resume and another
+--dp or --cp goes on. Annealing judges a data set (§3.1.3): this, against the same without new/:
      python llama3.py --preset 8b --init half_trained/ --ramp "" --tokens 0 --long_tokens 0 \
          --anneal_tokens 40e9 --lr 1.5e-4 --warmup_steps 0 --data default/ \
          --anneal_data "0.3:new/,0.7:default/"
-Expect: in about a minute on two CPU cores the demo's held-out bits per byte fall from 8.13 to 2.34
+Expect: in about a minute on two CPU cores the demo's held-out bits per byte fall from 8.13 to 2.32
 through all three stages; so small a model finds next to no needle.
 """
 
@@ -54,6 +60,7 @@ import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from fractions import Fraction
 from pathlib import Path
 from signal import SIG_DFL, SIGINT, SIGTERM, signal
 from typing import Literal, get_args
@@ -128,7 +135,6 @@ class Config:
     pp: int = 1  # ranks among which the layers are split
     pp_chunks: int = 1  # pipeline stages on each rank
     dp: int = 0  # ranks among which data and optimizer are sharded; 0: all that are left
-    dp_replicate: int = 1  # copies of the sharded model, with the gradients summed over them
     # Machine
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     compile: bool = False  # compile each block with torch.compile
@@ -142,7 +148,7 @@ class Config:
     val_batches: int = 16  # maximum number of batches per validation
     prompt: str = ""  # text that the sample continues; empty: the start of the held-out text
     out: str = ""  # directory of checkpoints, metrics.jsonl and config.json; empty: write nothing
-    save_every: int = 1000  # updates between checkpoints
+    save_every: int = 1000  # updates between checkpoints; each phase begins with one, too
     resume: bool = False  # continue from the newest checkpoint in --out, if there is one
     eval: bool = False  # validate and sample what --init or --out holds, without training
     init: str = ""  # Hugging Face checkpoint directory to start from; fixes shape and rope
@@ -157,7 +163,10 @@ LLAMA = dict(
     long_lengths="16384,32768,49152,65536,98304,131072", anneal_tokens=4e10, rope_scaling="llama3",
     precision="bf16", micro_batch=1, compile=True,
 )  # fmt: skip
-# Undisclosed: how Qwen2.5 was optimized. The batch, the rates and the stages are Llama's.
+# Qwen2.5 §3: 18T tokens at 4,096 positions, 32,768 at the end with another rotary base.
+# Undisclosed: how it was optimized: rates and tokens per batch are Llama's, without its ramp and
+# its annealing. Undisclosed: the tokens of the second phase, here Llama's 800B. Undisclosed: a mask
+# between documents, here none (document_mask), and a token before each, here none (bos).
 QWEN = dict(
     qkv_bias=True, rope_theta=1e4, long_rope_theta=1e6, rope_original=32768, bos=False,
     document_mask=False, seq_len=4096, batch_size=4096, tokens=17.2e12, long_lengths="32768",
@@ -190,6 +199,7 @@ PRESETS = {
     # Table 3; the recipes of the smaller ones are "similar" (§3.4).
     "8b": LLAMA | dict(zip(SIZES, (4096, 32, 32, 8, 14336)), lr=3e-4, min_lr=3e-6),
     "70b": LLAMA | dict(zip(SIZES, (8192, 80, 64, 8, 28672)), lr=1.5e-4, min_lr=1.5e-6),
+    # Undisclosed: stages per pipeline rank. 126 layers, embedding and head make 16 x 8 (§3.3.2).
     "405b": LLAMA
     | dict(zip(SIZES, (16384, 126, 128, 8, 53248)), lr=8e-5, min_lr=8e-7, pp_chunks=8),
     # Qwen2.5, Table 1, and the published widths.
@@ -219,114 +229,100 @@ class Phase:
     """A part of a run in which length, batch, mix and positions stay the same."""
 
     stage: str  # initial, long-context or annealing
-    first: int  # the update that it begins with
-    end: int  # the update that the next one begins with
-    before: int  # sequences of the phases before it
+    begin: int  # tokens of the run before it
+    end: int  # tokens of the run at its end
     cfg: Config  # the run's, with this phase's seq_len, batch_size, data and rope_...
+
+def parse_stages(cfg):
+    """(stage, length, sequences per update, tokens of the run at its end) of each part of --ramp,
+    the rest of the initial stage, each of --long_lengths, and annealing."""
+    rows = []
+    for part in filter(None, cfg.ramp.split(",")):
+        with explain(f"--ramp: {part} is not LENGTHxSEQUENCES:TOKENS", ValueError):
+            size, tokens = part.split(":")
+            length, sequences = map(int, size.split("x"))
+            end = float(tokens)
+        if min(length, sequences) < 1 or not (rows[-1][3] if rows else 0) < end:
+            raise ValueError(f"--ramp: {part} is out of order, or has no length or no sequences")
+        rows.append(("initial", length, sequences, end))
+    rows = [(*row[:3], min(row[3], cfg.tokens)) for row in rows]
+    rows.append(("initial", cfg.seq_len, cfg.batch_size, cfg.tokens))
+    lengths = cfg.long_lengths.split(",") if cfg.long_tokens else []
+    with explain(f"--long_lengths {cfg.long_lengths} is not LENGTH,...", ValueError):
+        lengths = [int(length) for length in filter(None, lengths)]
+    later = [("long-context", length, cfg.long_tokens / len(lengths)) for length in lengths]
+    later.append(("annealing", [cfg.seq_len, *lengths][-1], cfg.anneal_tokens))
+    for stage, length, tokens in later:  # the same tokens per update, if ranks can share them
+        if length < 1:
+            raise ValueError(f"--long_lengths {length} is not positive")
+        sequences = max(cfg.seq_len * cfg.batch_size // length, 1)
+        unit = max(cfg.dp, 1) * max(cfg.micro_batch, 1)
+        if sequences > unit * cfg.pp:
+            unit *= cfg.pp
+        sequences = sequences - sequences % unit or sequences
+        rows.append((stage, length, sequences, rows[-1][3] + tokens))
+    return rows
 
 def phases(cfg):
     """§3.4, the run as a list of Phase: the initial stage with its ramp and its mixes, the lengths
     of the long-context stage, annealing. Tokens measure all of them, rounded to updates."""
     # Departure: the paper goes on to the next length once short evaluations are back and needles
-    # are found (§3.4.2); here tokens decide, and needle_rate only reports.
-    rows, number = [], r"\d+\.?\d*(?:e\+?\d+)?"
-    lengths = cfg.long_lengths.split(",") if cfg.long_lengths and cfg.long_tokens else []
-    if not all(re.fullmatch(r"[1-9]\d*", length) for length in lengths):
-        raise ValueError(f"--long_lengths {cfg.long_lengths} is not LENGTH,...")
-    lengths = [int(length) for length in lengths]
-    for part in filter(None, cfg.ramp.split(",")):
-        if not (found := re.fullmatch(rf"([1-9]\d*)x([1-9]\d*):({number})", part)):
-            raise ValueError(f"--ramp: {part} is not LENGTHxSEQUENCES:TOKENS")
-        until = min(float(found[3]), cfg.tokens)
-        rows.append(("initial", int(found[1]), int(found[2]), until))
-    rows.append(("initial", cfg.seq_len, cfg.batch_size, cfg.tokens))
-    later = [("long-context", length, cfg.long_tokens / len(lengths)) for length in lengths]
-    later += [("annealing", (lengths or [cfg.seq_len])[-1], cfg.anneal_tokens)]
-    for stage, length, tokens in later:  # constant tokens per batch, or eights that ranks can share
-        sequences = cfg.seq_len * cfg.batch_size // length
-        if cfg.seq_len * cfg.batch_size % length and sequences > 8:
-            sequences -= sequences % 8
-        rows.append((stage, length, sequences, rows[-1][3] + tokens))
-    mixes, starts = cfg.data.split(";")[::2], ["0", *cfg.data.split(";")[1::2]]
-    starts = [float(start) if re.fullmatch(number, start) else math.nan for start in starts]
-    if len(mixes) != len(starts) or not all(a < b for a, b in itertools.pairwise(starts)):
+    # are found (§3.4.2); here tokens decide, and needle_loss only reports.
+    stages = parse_stages(cfg)
+    mixes = cfg.data.split(";")[::2]
+    starts = [0.0]  # tokens of the run at which each mix begins
+    with explain(f"--data {cfg.data} is not MIX;TOKENS;MIX;TOKENS;MIX...", ValueError):
+        starts += map(float, cfg.data.split(";")[1::2])
+    if len(mixes) != len(starts) or sorted(set(starts)) != starts:
         raise ValueError(f"--data {cfg.data} is not MIX;TOKENS;MIX;TOKENS;MIX..., in order")
-    plan, done, first, before = [], 0.0, 0, 0
-    for stage, length, sequences, until in rows:
-        for cut in [*(start for start in starts if done < start < until), until]:
-            steps = max(round((cut - done) / max(length * sequences, 1)), 0)
-            now = dict(seq_len=length, batch_size=sequences)
+    plan = []
+    begin = 0
+    done = 0.0  # as begin, before rounding
+    for stage, length, sequences, end in stages:
+        for cut in [*(start for start in starts if done < start < end), end]:
+            now = {"seq_len": length, "batch_size": sequences}
             now["data"] = mixes[bisect.bisect_right(starts, done) - 1]
             if stage == "annealing" and cfg.anneal_data:
                 now["data"] = cfg.anneal_data
-            extended = stage != "initial" and lengths
-            if not extended and cfg.rope_from != "initial":
+            is_long = stage != "initial" and length > cfg.seq_len
+            if not is_long and cfg.rope_from != "initial":
                 now["rope_scaling"] = "none"
-            if extended and cfg.long_rope_theta:
+            if is_long and cfg.long_rope_theta:
                 now["rope_theta"] = cfg.long_rope_theta
             if cfg.pp > 1 and not cfg.micro_batch:  # two micro-batches for each rank of a pipeline
-                now["micro_batch"] = max(sequences // (data_ranks(cfg) * 2 * cfg.pp), 1)
-            if steps:
-                changed = dataclasses.replace(cfg, **now)
-                plan.append(Phase(stage, first, first + steps, before, changed))
-            first, done, before = first + steps, max(cut, done), before + steps * sequences
+                now["micro_batch"] = max(sequences // (max(cfg.dp, 1) * 2 * cfg.pp), 1)
+            n_updates = max(round((cut - done) / (length * sequences)), 0)
+            if n_updates:
+                size = n_updates * length * sequences
+                plan.append(Phase(stage, begin, begin + size, dataclasses.replace(cfg, **now)))
+                begin += size
+            done = max(cut, done)
+    if not plan:
+        raise ValueError("--tokens, --long_tokens and --anneal_tokens give not a single update")
     return plan
 
-def plan_position(plan, state):
-    """(index of the phase, updates of the plan before it and in it) at a state of the run, by the
-    sequences read; those of updates that go_back undid do not count."""
-    position = state["sequences"] - state["undone"]
-    i = bisect.bisect_right([phase.before for phase in plan], position) - 1
-    return i, plan[i].first + (position - plan[i].before) / plan[i].cfg.batch_size
+def phase_index(plan, tokens):
+    """Index of the phase that the run is in after so many tokens."""
+    return max(bisect.bisect_right([phase.begin for phase in plan], tokens) - 1, 0)
+
+def updates_of_plan(plan, tokens):
+    """Updates that the first `tokens` tokens of the run take, as a float."""
+    n_updates = 0.0
+    for phase in plan:
+        size = phase.cfg.batch_size * phase.cfg.seq_len
+        n_updates += max(min(tokens, phase.end) - phase.begin, 0) / size
+    return n_updates
+
+def tokens_of_updates(plan, n_updates):
+    """Tokens of the run that its first n_updates updates take."""
+    for phase in plan:
+        size = phase.cfg.batch_size * phase.cfg.seq_len
+        if n_updates * size <= phase.end - phase.begin:
+            return phase.begin + n_updates * size
+        n_updates -= (phase.end - phase.begin) // size
+    return plan[-1].end
 
 # ---------------------------------------- Model ----------------------------------------
-
-class SumGradient(torch.autograd.Function):
-    """Megatron's f, where a tensor enters the ranks of a group: its gradient sums over them."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient, group=ctx.group)
-        return gradient, None
-
-class SumOutput(torch.autograd.Function):
-    """Megatron's g, where partial results leave the ranks of a group: they sum over them."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        x = x.contiguous().clone()
-        dist.all_reduce(x, group=group)
-        return x
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient, None
-
-class GatherSequence(torch.autograd.Function):
-    """§3.3.2, context parallelism: all ranks' positions, in the order of the ranks, of dimension 3
-    of [2, B, K, T, E]; the backward pass sums the gradient of a rank's own positions."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        parts = x.new_empty(group.size() * len(x), *x.shape[1:])
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gather(parts, x, group=group)
-        return torch.cat(parts.chunk(group.size()), 3)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        parts = torch.cat(gradient.chunk(ctx.group.size(), 3)).float()  # summed in fp32
-        own = torch.empty_like(parts[: len(gradient)])
-        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        scatter(own, parts, group=ctx.group)
-        return own.type_as(gradient), None
 
 class Linear(nn.Linear):
     """A linear layer that works in the precision of its input, whatever its weights are kept in."""
@@ -372,14 +368,6 @@ def rotate(x, cos, sin):
     first, second = x.float().chunk(2, -1)  # [B, H, T, E/2]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).type_as(x)
 
-def context_positions(length, ranks, rank):
-    """§3.3.2: the positions of a context-parallel rank. Of 2 x ranks chunks it holds one from the
-    front and its mirror image from the back, so that causal attention costs all ranks the same."""
-    if ranks == 1:
-        return torch.arange(length)
-    chunks = torch.arange(length).chunk(2 * ranks)
-    return torch.cat((chunks[rank], chunks[2 * ranks - 1 - rank]))
-
 @functools.cache
 def flex_kernels():
     """(attention that skips masked blocks, maker of its masks), compiled; they train on GPUs."""
@@ -412,156 +400,150 @@ def attend(q, k, v, mask):
     return flex(q, k, v, block_mask=mask, enable_gqa=True)
 
 class GroupedQueryAttention(nn.Module):
-    """§3.2, [B, T, D] -> [B, T, D]. Under a tensor-parallel group tp each rank has its own heads,
-    under a context-parallel group cp its own positions, and keys and values of all."""
+    """Causal attention in which H / K query heads share a key-value head (§3.2), [B, T, D] ->
+    [B, T, D]. cos and sin [T, E/2] turn queries and keys, mask hides other documents."""
 
-    def __init__(self, dim, n_heads, n_kv_heads, bias=False, tp=None, cp=None):
+    def __init__(self, dim, n_heads, n_kv_heads, bias=False):
         super().__init__()
-        self.tp, self.cp, self.head_dim = tp, cp, dim // n_heads
-        width, kv_width = (n * self.head_dim // group_size(tp) for n in (n_heads, n_kv_heads))
-        self.q = Linear(dim, width, bias=bias)
-        self.k = Linear(dim, kv_width, bias=bias)
-        self.v = Linear(dim, kv_width, bias=bias)
-        self.out = Linear(width, dim, bias=False)
+        self.head_dim = dim // n_heads
+        self.q = Linear(dim, dim, bias=bias)
+        self.k = Linear(dim, n_kv_heads * self.head_dim, bias=bias)
+        self.v = Linear(dim, n_kv_heads * self.head_dim, bias=bias)
+        self.out = Linear(dim, dim, bias=False)
+        self.attend = attend  # context parallelism gathers keys and values first
 
-    def forward(self, x, rope, mask):
-        x = SumGradient.apply(x, self.tp) if self.tp else x
-        q, k, v = (  # [B, H, T, E], [B, K, T, E] twice
-            linear(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for linear in (self.q, self.k, self.v)
-        )
-        q, k = rotate(q, *rope), rotate(k, *rope)
-        if self.cp:
-            k, v = GatherSequence.apply(torch.stack((k, v)), self.cp)
-        x = self.out(attend(q, k, v, mask).transpose(1, 2).flatten(2))  # [B, T, D]
-        return SumOutput.apply(x, self.tp) if self.tp else x
-
-class GatedSiLU(torch.autograd.Function):
-    """silu(gate) * up, which keeps its two inputs for the backward pass and not silu(gate) too."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(gradient, gate).mul_(up), F.silu(gate).mul_(gradient)
+    def forward(self, x, cos, sin, mask=None):
+        heads = (-1, self.head_dim)
+        q = self.q(x).unflatten(-1, heads).transpose(1, 2)  # [B, H, T, E]
+        k = self.k(x).unflatten(-1, heads).transpose(1, 2)  # [B, K, T, E]
+        v = self.v(x).unflatten(-1, heads).transpose(1, 2)  # [B, K, T, E]
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
+        x = self.attend(q, k, v, mask)  # [B, H, T, E]
+        return self.out(x.transpose(1, 2).flatten(2))  # [B, T, D]
 
 class SwiGLU(nn.Module):
-    """(silu(x W_gate) * x W_up) W_down, [B, T, D] -> [B, T, D]; under tp a rank has a part of F."""
+    """(silu(x W_gate) * x W_up) W_down, [B, T, D] -> [B, T, D] (§3.2)."""
 
-    def __init__(self, dim, hidden_dim, tp=None):
+    def __init__(self, dim, hidden_dim):
         super().__init__()
-        self.tp = tp
-        self.gate = Linear(dim, hidden_dim // group_size(tp), bias=False)
-        self.up = Linear(dim, hidden_dim // group_size(tp), bias=False)
-        self.down = Linear(hidden_dim // group_size(tp), dim, bias=False)
+        self.gate = Linear(dim, hidden_dim, bias=False)
+        self.up = Linear(dim, hidden_dim, bias=False)
+        self.down = Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x):
-        x = SumGradient.apply(x, self.tp) if self.tp else x
-        x = self.down(GatedSiLU.apply(self.gate(x), self.up(x)))
-        return SumOutput.apply(x, self.tp) if self.tp else x
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 class Block(nn.Module):
-    """§3.2, [B, T, D] -> [B, T, D]: attention and feed-forward, each behind a norm and added."""
+    """Attention and feed-forward, each behind a norm and added, [B, T, D] -> [B, T, D] (§3.2)."""
 
-    # Undisclosed: whether tensor-parallel ranks share the norms' positions (sequence parallelism is
-    # cited, not said to be used). They do not: each has all, and their activations are not cut.
-
-    def __init__(self, cfg, tp=None, cp=None):
+    def __init__(self, cfg):
         super().__init__()
         heads = cfg.n_heads, cfg.n_kv_heads, cfg.qkv_bias
         self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.attn = GroupedQueryAttention(cfg.dim, *heads, tp, cp)
+        self.attn = GroupedQueryAttention(cfg.dim, *heads)
         self.mlp_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.mlp = SwiGLU(cfg.dim, cfg.hidden_dim, tp)
+        self.mlp = SwiGLU(cfg.dim, cfg.hidden_dim)
 
-    def forward(self, x, rope, mask):
-        x = x + self.attn(self.attn_norm(x), rope, mask)
+    def forward(self, x, cos, sin, mask=None):
+        x = x + self.attn(self.attn_norm(x), cos, sin, mask)
         return x + self.mlp(self.mlp_norm(x))
 
 class Llama3(nn.Module):
-    """§3.2, tokens [B, T] -> logits [B, T, V]; or a pipeline's stage of it, which has some layers,
-    and takes and gives [B, T, D] where it is not the first or the last."""
+    """§3.2, tokens [B, T] -> logits [B, T, V] in fp32 or, with targets, the summed loss. `dtype` is
+    the precision of the residual stream. parallelize cuts it over ranks, from outside."""
 
-    def __init__(self, cfg, layers=None, first=True, last=True, tp=None, cp=None):
+    def __init__(self, cfg):
         super().__init__()
-        self.tp, self.cp, self.recompute = tp, cp, cfg.recompute
-        self.dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-        rows = cfg.vocab_size // group_size(tp)
-        layers = range(cfg.n_layers) if layers is None else layers
-        self.token_embedding = nn.Embedding(rows, cfg.dim) if first else None
-        self.blocks = nn.ModuleDict({str(i): Block(cfg, tp, cp) for i in layers})
-        self.final_norm = RMSNorm(cfg.dim, cfg.norm_eps) if last else None
-        self.head = Linear(cfg.dim, rows, bias=False) if last else None
-        if cfg.tied and first and last:
-            self.head.weight = self.token_embedding.weight
+        self.dtype = torch.float32
+        self.vocab_size = cfg.vocab_size
+        self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.dim)
+        self.blocks = nn.ModuleDict({str(i): Block(cfg) for i in range(cfg.n_layers)})
+        self.final_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.head = None if cfg.tied else Linear(cfg.dim, cfg.vocab_size, bias=False)
         self.extend(cfg)
 
     def extend(self, cfg):
-        """Takes the rotary frequencies of cfg, which the long-context stage changes."""
+        """Take the rotary frequencies of cfg, which the long-context stage changes."""
         shape = cfg.dim // cfg.n_heads, cfg.rope_theta
         self.rope = rope_frequencies(*shape, cfg.rope_scaling, cfg.rope_factor, cfg.rope_original)
 
-    def embed(self, tokens):
-        """[B, T] -> [B, T, D]; under tensor parallelism a rank looks up its rows of the table."""
-        if not self.tp:
-            return self.token_embedding(tokens).to(self.dtype)
-        rows = self.token_embedding.weight.shape[0]
-        tokens = tokens - self.tp.rank() * rows
-        mine = (tokens >= 0) & (tokens < rows)
-        x = self.token_embedding(tokens.clamp(0, rows - 1)) * mine[..., None]
-        return SumOutput.apply(x, self.tp).to(self.dtype)
+    def forward(self, tokens, targets=None, documents=None):
+        """Logits or, with targets, the sum of the cross-entropies in nats. documents [B, T] numbers
+        the document of each token; without it a sequence is one document."""
+        x = self.transform(self.embed(tokens), documents)
+        x = self.final_norm(x)
+        return self.logits(x) if targets is None else self.loss(x, targets)
 
-    def forward(self, x, documents=None):
-        if self.token_embedding is not None:
-            x = self.embed(x)
+    def embed(self, tokens):
+        """[B, T] -> [B, T, D], not scaled."""
+        return self.token_embedding(tokens).to(self.dtype)
+
+    def transform(self, x, documents=None):
+        """The blocks, [B, T, D] -> [B, T, D]."""
         # Undisclosed: whether positions restart with a document. They do not: rotary attention sees
         # differences alone, so that both give the same result.
-        ranks, rank = group_size(self.cp), self.cp.rank() if self.cp else 0
-        shares = [context_positions(x.shape[1] * ranks, ranks, i) for i in range(ranks)]
-        rows, columns = shares[rank].to(x.device), torch.cat(shares).to(x.device)
+        rows, columns = self.positions(x)
         frequencies, scale = self.rope
         angles = rows[:, None] * frequencies.to(x.device)  # [T, E/2]
-        rope, mask = (angles.cos() * scale, angles.sin() * scale), None
-        if self.cp and documents is None:
-            documents = torch.zeros_like(columns).expand(len(x), -1)
-        if documents is not None:  # [B, T], of all ranks
+        cos = angles.cos() * scale
+        sin = angles.sin() * scale
+        mask = None
+        if documents is not None:
             mask = attention_mask(documents, rows, columns)
         for block in self.blocks.values():
-            if self.recompute == "block" and self.training:
-                x = checkpoint(block, x, rope, mask, use_reentrant=False)
-            else:
-                x = block(x, rope, mask)
-        if self.head is None:
-            return x
-        x = self.final_norm(x)
-        x = SumGradient.apply(x, self.tp) if self.tp else x
-        return self.head(x).float()
+            x = block(x, cos, sin, mask)
+        return x
 
-def group_size(group):
-    """Ranks of a process group; None is a group of one."""
-    return group.size() if group else 1
+    def positions(self, x):
+        """Positions [T] of the queries and of the keys."""
+        rows = torch.arange(x.shape[1], device=x.device)
+        return rows, rows
+
+    def logits(self, x):
+        """The head, [..., D] -> [..., V] in fp32."""
+        head = self.head or self.token_embedding
+        return F.linear(x, head.weight.type_as(x)).float()
+
+    def loss(self, x, targets):
+        """Sum of the cross-entropies, in nats, of the targets [B, T] after x [B, T, D]."""
+        return chunked_loss(self.logits, x.flatten(0, 1), targets, self.vocab_size)
+
+def slices(n, vocab_size):
+    """Slices of n positions, each with at most 2**25 logits, which take 128 MiB in fp32."""
+    size = max(2**25 // vocab_size, 1)
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+def chunked_loss(head, x, targets, vocab_size):
+    """Sum of the cross-entropies, in nats, of the logits head(x) of N positions x [N, D], chunk by
+    chunk, each recomputed in the backward pass, so that the logits of all positions never exist.
+    targets: N ids, of which -100 is not scored; or a function from a slice of n positions to their
+    distributions [n, V], zero for a position that is not scored."""
+
+    def chunk_loss(x, rows):
+        chosen = targets.flatten()[rows] if torch.is_tensor(targets) else targets(rows)
+        return F.cross_entropy(head(x), chosen, reduction="sum")
+
+    chunks = slices(len(x), vocab_size)
+    if len(chunks) == 1:  # nothing to save
+        return chunk_loss(x, chunks[0])
+    return sum(checkpoint(chunk_loss, x[rows], rows, use_reentrant=False) for rows in chunks)
 
 def init_weights(model, cfg, tp=None):
     """Gains are 1, biases 0, matrices normal. A parameter is drawn from (seed, its name), so that
-    every layout starts from the same numbers."""
+    every layout starts from the same numbers. Raises ValueError for a parameter without a rule."""
     # Undisclosed: all of it. N(0, 0.02), and for what is added to the residual stream, 2 L times,
     # 0.02 / sqrt(2 L), as GPT-2 has it.
     for name, p in model.named_parameters():
-        whole = whole_shape(name, p, tp)
+        whole = torch.empty(whole_shape(name, p, tp))
         if re.search(r"(token_embedding|head|q|k|v|out|gate|up|down)\.weight$", name):
             depth = 2 * cfg.n_layers if re.search(r"(out|down)\.weight$", name) else 1
-            key = "token_embedding.weight" if cfg.tied and name == "head.weight" else name
-            draw = torch.Generator().manual_seed(stable_hash(cfg.seed, key))
-            drawn = torch.empty(whole).normal_(0.0, 0.02 / math.sqrt(depth), generator=draw)
-            fill(name, p, drawn, tp)
+            generator = torch.Generator().manual_seed(stable_hash(cfg.seed, name))
+            fill(name, p, whole.normal_(0.0, 0.02 / math.sqrt(depth), generator=generator), tp)
         elif re.search(r"(q|k|v)\.bias$", name):
-            fill(name, p, torch.zeros(whole), tp)
+            fill(name, p, whole.zero_(), tp)
         elif re.search(r"_norm\.weight$", name):
-            fill(name, p, torch.ones(whole), tp)
+            fill(name, p, whole.fill_(1.0), tp)
         else:
             raise ValueError(f"no rule initialises {name}")
 
@@ -581,68 +563,54 @@ def flops_per_token(cfg):
 
 # ---------------------------------------- Data ----------------------------------------
 
-class Mixture:
-    """Corpora that are drawn by weight, one sequence at a time.
+class DataMix:
+    """§3.1.2, "data mix": corpora in given proportions, {name: Fraction}, to be read as one Corpus.
 
-    Of each block of 1,000 sequences every corpus has its exact share, in an order that the seed
-    shuffles, so that its own position is arithmetic. starts: windows of each corpus that earlier
-    phases spent; first: sequences that earlier phases drew from this mixture.
+    Of as many sequences as the proportions' common denominator every corpus has its exact share, in
+    an order that the seed shuffles, so that the window of a corpus that a sequence reads follows
+    from the sequence's index alone.
     """
 
-    def __init__(self, mix, corpora, starts, first):
-        self.names = list(mix)
-        self.weights = list(mix.values())
+    def __init__(self, proportions, corpora):
+        self.proportions = proportions
         self.corpora = corpora
-        self.starts = starts
-        self.first = first
-        self.block = 1000 if len(mix) > 1 else 1
-        sums = itertools.accumulate(self.weights, initial=0.0)
-        self.bounds = [round(self.block * part) for part in sums]
-        self.shares = [b - a for a, b in itertools.pairwise(self.bounds)]
+        self.block = math.lcm(*(share.denominator for share in proportions.values()))
+        self.shares = [int(share * self.block) for share in proportions.values()]
+        self.bounds = [0, *itertools.accumulate(self.shares)]
         self.separator = corpora[0].separator
         self.token_bytes = corpora[0].token_bytes
 
-    def draw(self, index, seed):
-        """(corpus, window of it) of sequence `index` of the phase."""
-        block, place = divmod(self.first + index, self.block)
-        place = permutation(self.block, seed, "mixture", block)[place]
-        corpus = bisect.bisect_right(self.bounds, place) - 1
-        position = block * self.shares[corpus] + place - self.bounds[corpus]
-        return corpus, self.starts[corpus] + position
-
-    def spent(self, n):
-        """Windows of each corpus that are spent after n sequences of the phase."""
-        blocks = math.ceil((self.first + n) / self.block)
-        return [start + blocks * share for start, share in zip(self.starts, self.shares)]
-
     def n_windows(self, length):
-        """Sequences of length + 1 ids until one of the corpora begins another epoch."""
-        pairs = zip(self.corpora, self.weights)
-        return round(min(corpus.n_windows(length) / weight for corpus, weight in pairs))
+        """Sequences of length + 1 ids before one of the corpora is read again."""
+        pairs = zip(self.corpora, self.shares)
+        return min(self.block * corpus.n_windows(length) // share for corpus, share in pairs)
 
     def window(self, index, length, seed):
-        """Window `index` of the phase, length + 1 ids."""
-        corpus, position = self.draw(index, seed)
-        return self.corpora[corpus].window(position, length, seed)
+        """The length + 1 ids of sequence `index`."""
+        block, position = divmod(index, self.block)
+        position = permutation(self.block, seed, "data mix", block)[position]
+        i = bisect.bisect_right(self.bounds, position) - 1
+        index = block * self.shares[i] + position - self.bounds[i]
+        return self.corpora[i].window(index, length, seed)
 
     def fingerprint(self):
-        """A number that tells mixtures of other shares or other data apart."""
+        """A hash of the proportions and of the fingerprints of the corpora."""
         return stable_hash(self.shares, [corpus.fingerprint() for corpus in self.corpora])
 
-def parse_mix(text):
-    """{path: weight} of WEIGHT:PATH,...; a path alone has weight 1. The weights are divided by
+def read_mix(text):
+    """{path: Fraction} of WEIGHT:PATH,...; a path alone has weight 1. The weights are divided by
     their sum."""
     mix = {}
     for part in text.split(","):
         weight, path = re.fullmatch(r"(?:([^:/\\]*):)?(.*)", part, re.S).groups()
         with explain(f"{part} is not WEIGHT:PATH", ValueError):
-            number = float(weight or 1)
-        if not 0 < number < math.inf:
+            number = Fraction(weight or 1)
+        if number <= 0:
             raise ValueError(f"the weight of {path or 'the library'} is {weight}, not positive")
-        mix[path] = mix.get(path, 0.0) + number
-    mix = {path: weight / sum(mix.values()) for path, weight in mix.items()}
-    if min(mix.values()) < 2e-3:  # two sequences of a block of Mixture
-        raise ValueError(f"the weight of {min(mix, key=mix.get)} is too small")
+        mix[path] = mix.get(path, 0) + number
+    mix = {path: number / sum(mix.values()) for path, number in mix.items()}
+    if math.lcm(*(number.denominator for number in mix.values())) > 10**6:
+        raise ValueError(f"the weights of {text} have a common denominator above 1,000,000")
     return mix
 
 def cut_text(text):
@@ -668,41 +636,38 @@ def tokenize_pieces(documents, tokenizer, separator):
         if text:
             yield name, np.concatenate([begin, *ids, [separator]]).astype(dtype)
 
-def load_mixtures(cfg, sources, tokenizer, separator):
-    """(Mixture of each phase of the run, Mixture of the held-out documents of its first mix).
-
-    sources: {path: (text files, token shards)}. Each length has an order of its own, in which no
-    phase draws a window that another drew, within an epoch.
-    """
-    # Undisclosed: whether the longer stages see text of the initial stage again. Here they may.
+def load_mixes(cfg):
+    """(tokenizer or None, DataMix of each phase, DataMix of the documents held out of the first);
+    sets cfg.vocab_size. With --write_tokens the data is written as shards, and the result None."""
+    # Undisclosed: whether a stage sees text of an earlier one again. A sequence's index in the run
+    # decides what it reads of its mix, so that phases of the same length and mix go on, and others
+    # may read again.
     plan = phases(cfg)
+    mixes = [read_mix(cfg.data.split(";")[0]), *(read_mix(phase.cfg.data) for phase in plan)]
+    sources = {path: find_files(path) for path in dict.fromkeys(itertools.chain(*mixes))}
+    tokenizer = None
+    separator = -1  # unknown
+    if cfg.tokenizer or any(files for files, _ in sources.values()):
+        tokenizer, separator = load_specials(cfg)
+        cfg.vocab_size = cfg.vocab_size or 8 * math.ceil(tokenizer.n_vocab / 8)
+        if cfg.vocab_size < tokenizer.n_vocab:
+            raise ValueError(f"--vocab_size {cfg.vocab_size} is below {tokenizer.n_vocab} ids")
+    else:
+        print("without --tokenizer there are no borders of documents, and no mask")
+    cfg.vocab_size = vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
     length = max(phase.cfg.seq_len for phase in plan)
     batch = math.ceil(max(phase.cfg.seq_len * phase.cfg.batch_size for phase in plan) / length)
-    common = parse_mix(cfg.data.split(";")[0])
     corpora = {}
-    for mix in (common, *(parse_mix(phase.cfg.data) for phase in plan)):
-        for path in (path for path in mix if path not in corpora):
-            files, shards = sources[path]
-            documents = tokenize_pieces(read_documents(path, files), tokenizer, separator)
-            sizes = cfg.vocab_size, math.ceil(batch * mix[path]), length
-            with explain(path or "the standard library", ValueError):
-                corpora[path] = load_corpora(shards, documents, tokenizer, separator, *sizes)
-    mixtures = []
-    spent = {}
-    last = None
-    for phase in plan:
-        mix = parse_mix(phase.cfg.data)
-        length = phase.cfg.seq_len
-        if (phase.cfg.data, length) != last:  # else the mixture of the phase before goes on
-            last = phase.cfg.data, length
-            first = 0
-            starts = [spent.get((path, length), 0) for path in mix]
-        mixtures.append(Mixture(mix, [corpora[path][0] for path in mix], starts, first))
-        n = (phase.end - phase.first) * phase.cfg.batch_size
-        spent.update(((path, length), i) for path, i in zip(mix, mixtures[-1].spent(n)))
-        first += n
-    heldout = Mixture(common, [corpora[path][1] for path in common], [0] * len(common), 0)
-    return mixtures, heldout
+    for path, (files, shards) in sources.items():
+        documents = tokenize_pieces(read_documents(path, files), tokenizer, separator)
+        if cfg.write_tokens:
+            return write_tokens(cfg.write_tokens, documents)
+        share = max(mix.get(path, 0) for mix in mixes)
+        sizes = cfg.vocab_size, math.ceil(batch * share), length
+        with explain(path or "the standard library", ValueError):
+            corpora[path] = load_corpora(shards, documents, tokenizer, separator, *sizes)
+    heldout = DataMix(mixes[0], [corpora[path][1] for path in mixes[0]])
+    return tokenizer, [DataMix(m, [corpora[p][0] for p in m]) for m in mixes[1:]], heldout
 
 def get_batch(corpus, first, n, cfg):
     """Sequences first ... first + n - 1 of the phase: tokens, targets and, with the mask,
@@ -729,30 +694,11 @@ def get_batch(corpus, first, n, cfg):
 
 # ---------------------------------------- Objective ----------------------------------------
 
-def token_loss(logits, targets, tp=None):
-    """(sum of the nats of targets [N], how many of them had the largest logit, where autograd is
-    off) of logits [N, V]. Under tp each rank has its columns, and no rank ever has them all."""
-    counted, first = targets >= 0, tp.rank() * logits.shape[1] if tp else 0
-    if not tp and torch.is_grad_enabled():
-        return F.cross_entropy(logits, targets, reduction="sum"), 0
-    top = logits.detach().amax(1)  # [N]
-    mine = (targets >= first) & (targets < first + logits.shape[1])
-    local = (targets - first).clamp(0, logits.shape[1] - 1)[:, None]
-    target = logits.gather(1, local)[:, 0] * mine
-    if tp:
-        dist.all_reduce(top, dist.ReduceOp.MAX, group=tp)
-    total = (logits - top[:, None]).exp().sum(1)
-    if tp:
-        target, total = SumOutput.apply(target, tp), SumOutput.apply(total, tp)
-    nats = (total.log() + top - target) * counted
-    return nats.sum(), ((target >= top) & counted).sum()
-
 def objective(model, batch, cfg):
-    """Next-token cross-entropy, with metrics: the sum of the batch's nats, divided by
-    batch["n_targets"], the count of the whole global batch; hits counts targets ranked first."""
-    logits = model(batch["tokens"], batch.get("documents"))
-    nats, hits = token_loss(logits.flatten(0, 1), batch["targets"].flatten(), model.tp)
-    return nats / max(batch["n_targets"], 1), {"hits": hits}
+    """Next-token cross-entropy: the sum of the batch's nats, divided by batch["n_targets"], the
+    count of the whole global batch. There are no metrics."""
+    nats = model(batch["tokens"], batch["targets"], batch.get("documents"))
+    return nats / max(batch["n_targets"], 1), {}
 
 # ---------------------------------------- Optimizer ----------------------------------------
 
@@ -768,44 +714,52 @@ def build_optimizer(model, cfg):
 
 def learning_rate(step, cfg):
     """§3.4.1: linear warm-up, then a cosine; §3.4.3: linear to 0 while annealing. step counts the
-    updates made before."""
+    updates of the plan that are over; those of phases with another batch have other tokens."""
     # Undisclosed: the rate of the long-context stage, where the cosine goes on, and from which
     # annealing begins.
-    last = phases(cfg)[-1]
-    start = min(step, last.first) if last.stage == "annealing" else step
+    plan = phases(cfg)
+    end = updates_of_plan(plan, plan[-1].end)
+    begin = end  # of annealing
+    if plan[-1].stage == "annealing":
+        begin = updates_of_plan(plan, plan[-1].begin)
+    start = min(step, begin)
     if start < cfg.warmup_steps:
         rate = cfg.lr * start / cfg.warmup_steps
     else:
         done = (start - cfg.warmup_steps) / max(cfg.cosine_steps - cfg.warmup_steps, 1)
         rate = cfg.min_lr + (cfg.lr - cfg.min_lr) / 2 * (1 + math.cos(math.pi * min(done, 1)))
-    return rate * (last.end - step) / (last.end - last.first) if step > start else rate
+    return rate * (end - step) / (end - begin) if step > start else rate
 
 def clip_gradients(model, loss, cfg, mesh):
-    """(norm of the whole gradient, loss summed over ranks), after scaling the gradient down to
-    cfg.clip. What several ranks hold counts once."""
-    whole, copied = [], []  # by tensor parallelism: a part on each rank, the same on all
+    """(norm of the complete gradient, loss summed over ranks), after scaling the gradient down to a
+    norm of cfg.clip. What tensor-parallel ranks hold alike counts once."""
+    split = []
+    replicated = []
     for name, p in model.named_parameters():
-        if not (name == "head.weight" and cfg.tied):  # the last stage's copy of the embedding
-            local = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
-            (copied if tensor_dimension(name) is None else whole).append(local)
-    square, more = (nn.utils.get_total_norm(part).double() ** 2 for part in (whole, copied))
-    square = square + more / mesh["tp"].size()
+        local = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
+        (replicated if tensor_dimension(name) is None else split).append(local)
+    square, shared = (nn.utils.get_total_norm(part).double() ** 2 for part in (split, replicated))
+    square = square + shared / mesh["tp"].size()
     # The update waits for the device here alone.
     square, loss = sum_over_ranks(*torch.stack([square, loss]).tolist())
-    norm = math.sqrt(square / mesh["dp_replicate"].size()) if square >= 0 else math.nan
+    norm = math.sqrt(square) if square >= 0 else math.nan
     if cfg.clip and norm > cfg.clip:
         for p in model.parameters():
             p.grad.mul_(cfg.clip / (norm + 1e-6))
     return norm, loss
 
-def update_average(pipeline, done, phase):
-    """§3.4.3, Polyak averaging: after `done` updates of annealing, at each of cfg.average equally
-    spaced ones, the running mean takes in the parameters."""
+def update_average(pipeline, position, phase, n_checkpoints):
+    """§3.4.3, Polyak averaging: at each of n_checkpoints equally spaced updates of annealing, the
+    running mean takes in the parameters. position counts the tokens of the run so far."""
     # Undisclosed: how many checkpoints and how far apart; here ten, uniformly.
-    n, steps = min(phase.cfg.average, phase.end - phase.first), phase.end - phase.first
-    if (count := done * n // steps) > (done - 1) * n // steps:
-        for name, p in pipeline.model.named_parameters():
-            pipeline.average[name].lerp_(p.data, 1 / count)
+    size = phase.cfg.batch_size * phase.cfg.seq_len
+    n_updates = (phase.end - phase.begin) // size
+    n_checkpoints = min(n_checkpoints, n_updates)
+    done = (position - phase.begin) // size
+    count = done * n_checkpoints // n_updates
+    if count > (done - 1) * n_checkpoints // n_updates:
+        for mean, p in zip(pipeline.average.parameters(), pipeline.model.parameters()):
+            mean.data.lerp_(p.data, 1 / count)
 
 # ---------------------------------------- Precision ----------------------------------------
 
@@ -823,22 +777,135 @@ PEAK_FLOPS = {  # dense bf16, by the device's exact name; a device not listed ge
 
 def make_mesh(cfg, device_type):
     """§3.3.2: [TP, CP, PP, DP] from the innermost, rank = tp + TP (cp + CP (pp + PP dp))."""
-    sizes = dict(dp_replicate=cfg.dp_replicate, dp=cfg.dp, pp=cfg.pp, cp=cfg.cp, tp=cfg.tp)
+    sizes = dict(dp=cfg.dp, pp=cfg.pp, cp=cfg.cp, tp=cfg.tp)
     return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 def fit_ranks(cfg, ranks):
     """cfg with dp, where it is 0, as the ranks that are left, and chunks of a pipeline only."""
-    others = cfg.tp * cfg.cp * cfg.pp * cfg.dp_replicate
-    sizes = (cfg.tp, cfg.cp, cfg.pp, cfg.dp_replicate)
-    if min(sizes) < 1 or ranks % others or (cfg.dp and cfg.dp * others != ranks):
-        sizes = f"tp {cfg.tp} x cp {cfg.cp} x pp {cfg.pp} x dp_replicate {cfg.dp_replicate}"
-        raise ValueError(f"{sizes} x dp {cfg.dp or 'any'} are not {ranks} ranks")
+    others = cfg.tp * cfg.cp * cfg.pp
+    if others < 1 or ranks % others or (cfg.dp and cfg.dp * others != ranks):
+        sizes = f"tp {cfg.tp} x cp {cfg.cp} x pp {cfg.pp} x dp {cfg.dp or 'any'}"
+        raise ValueError(f"{sizes} are not {ranks} ranks")
     chunks = cfg.pp_chunks if cfg.pp > 1 else 1
     return dataclasses.replace(cfg, dp=ranks // others, pp_chunks=chunks)
 
-def data_ranks(cfg):
-    """Data-parallel ranks: those that read sequences of their own."""
-    return max(cfg.dp, 1) * cfg.dp_replicate
+class SumGradient(torch.autograd.Function):
+    """Megatron's f, where a tensor enters the ranks of a group: its gradient sums over them."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+class SumOutput(torch.autograd.Function):
+    """Megatron's g, where partial results leave the ranks of a group: they sum over them."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        x = x.contiguous().clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+def split_branch(forward, tp, x, *inputs):
+    """A branch whose matrices are cut over tensor-parallel ranks, between Megatron's f and g."""
+    return SumOutput.apply(forward(SumGradient.apply(x, tp), *inputs), tp)
+
+def split_embed(model, tp, tokens):
+    """Llama3.embed, of a rank that has a part of the table's rows."""
+    rows = model.token_embedding.weight.shape[0]
+    tokens = tokens - tp.rank() * rows
+    mine = (tokens >= 0) & (tokens < rows)
+    x = model.token_embedding(tokens.clamp(0, rows - 1)) * mine[..., None]
+    return SumOutput.apply(x, tp).to(model.dtype)
+
+def split_loss(model, tp, x, targets):
+    """Llama3.loss, of a rank that has a part of the vocabulary: no rank ever has all logits."""
+
+    def chunk_loss(x, targets):
+        logits = model.logits(SumGradient.apply(x, tp))  # [N, V of this rank]
+        first = tp.rank() * logits.shape[1]
+        local = (targets - first).clamp(0, logits.shape[1] - 1)[:, None]
+        mine = (targets >= first) & (targets < first + logits.shape[1])
+        target = SumOutput.apply(logits.gather(1, local)[:, 0] * mine, tp)
+        top = logits.detach().amax(1)  # [N]
+        dist.all_reduce(top, dist.ReduceOp.MAX, group=tp)
+        total = SumOutput.apply((logits - top[:, None]).exp().sum(1), tp)
+        return ((total.log() + top - target) * (targets >= 0)).sum()
+
+    x = x.flatten(0, 1)  # [B T, D]
+    targets = targets.flatten()
+    nats = 0.0
+    for rows in slices(len(x), model.vocab_size // tp.size()):
+        nats = nats + checkpoint(chunk_loss, x[rows], targets[rows], use_reentrant=False)
+    return nats
+
+def split_matrices(model, tp):
+    """Tensor parallelism: keep this rank's part of the matrices, and sum over the ranks."""
+    for name, p in list(model.named_parameters()):
+        dim = tensor_dimension(name)
+        if dim is not None:
+            owner, _, attribute = name.rpartition(".")
+            part = nn.Parameter(p.chunk(tp.size(), dim)[tp.rank()].contiguous())
+            setattr(model.get_submodule(owner), attribute, part)
+    for block in model.blocks.values():
+        block.attn.forward = functools.partial(split_branch, block.attn.forward, tp)
+        block.mlp.forward = functools.partial(split_branch, block.mlp.forward, tp)
+    model.embed = functools.partial(split_embed, model, tp)
+    model.loss = functools.partial(split_loss, model, tp)
+
+class GatherSequence(torch.autograd.Function):
+    """§3.3.2, context parallelism: all ranks' positions, in the order of the ranks, of dimension 3
+    of [2, B, K, T, E]; the backward pass sums the gradient of a rank's own positions."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        parts = x.new_empty(group.size() * len(x), *x.shape[1:])
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(parts, x, group=group)
+        return torch.cat(parts.chunk(group.size()), 3)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        parts = torch.cat(gradient.chunk(ctx.group.size(), 3)).float()  # summed in fp32
+        own = torch.empty_like(parts[: len(gradient)])
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        scatter(own, parts, group=ctx.group)
+        return own.type_as(gradient), None
+
+def context_positions(length, ranks, rank):
+    """§3.3.2: the positions of a context-parallel rank. Of 2 x ranks chunks it holds one from the
+    front and its mirror image from the back, so that causal attention costs all ranks the same."""
+    if ranks == 1:
+        return torch.arange(length)
+    chunks = torch.arange(length).chunk(2 * ranks)
+    return torch.cat((chunks[rank], chunks[2 * ranks - 1 - rank]))
+
+def split_sequence(model, cp):
+    """Context parallelism: a rank has the positions of two chunks, and attends to those of all."""
+
+    def positions(x):
+        chunks = [context_positions(x.shape[1] * cp.size(), cp.size(), i) for i in range(cp.size())]
+        return chunks[cp.rank()].to(x.device), torch.cat(chunks).to(x.device)
+
+    def attend_to_all(q, k, v, mask):
+        k, v = GatherSequence.apply(torch.stack((k, v)), cp)
+        return attend(q, k, v, mask)
+
+    model.positions = positions
+    for block in model.blocks.values():
+        block.attn.attend = attend_to_all
 
 def stage_layers(cfg, stage):
     """§3.3.2: the layers of a pipeline stage, one less on the first and on the last, which have
@@ -847,11 +914,40 @@ def stage_layers(cfg, stage):
     edges = [round((cfg.n_layers + 2) * i / stages) for i in (stage, stage + 1)]
     return range(max(edges[0] - 1, 0), min(edges[1] - 1, cfg.n_layers))
 
+def keep_stage(model, cfg, stage):
+    """Pipeline parallelism: keep the layers of a stage, the embedding on the first and the head and
+    the loss on the last."""
+    layers = stage_layers(cfg, stage)
+    for name in list(model.blocks):
+        if int(name) not in layers:
+            del model.blocks[name]
+    is_first = stage == 0
+    is_last = stage == cfg.pp * cfg.pp_chunks - 1
+    if not is_first:
+        model.token_embedding = None
+    if not is_last:
+        model.final_norm = None
+        model.head = None
+
+    def forward(x, targets, documents=None):
+        if is_first:
+            x = model.embed(x)
+        x = model.transform(x, documents)
+        if is_last:
+            x = model.loss(model.final_norm(x), targets).view(1)
+        return x
+
+    model.forward = forward
+
 def tensor_dimension(name):
     """The dimension along which tensor parallelism cuts a parameter; None: each rank has it all."""
     if re.search(r"(token_embedding|head|q|k|v|gate|up)\.(weight|bias)$", name):
         return 0
     return 1 if re.search(r"(out|down)\.weight$", name) else None
+
+def group_size(group):
+    """Ranks of a process group; None is a group of one."""
+    return group.size() if group else 1
 
 def whole_shape(name, p, tp):
     """The shape that a parameter has without tensor parallelism."""
@@ -877,195 +973,216 @@ def whole_tensor(name, tensor, tp):
         tensor = torch.cat(parts, tensor_dimension(name))
     return tensor
 
-def parallelize(model, cfg, mesh):
-    """§3.3.2, sharded data parallelism of a model on the meta device, or a stage of it, which gets
-    its memory here, layer by layer: parameters, gradients and optimizer are cut over the data- and
-    context-parallel ranks, gradients reduced in fp32, and parameters not resharded after the
-    forward pass."""
-    shards = mesh["dp", "cp"]._flatten("dp_cp")
-    if cfg.dp_replicate > 1:
-        shards = DeviceMesh._concatenate([mesh["dp_replicate"], shards])
-    dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+def parallelize(model, cfg, mesh, shards, stage=0):
+    """§3.3.2: cut a model on the meta device along [TP, CP, PP, DP], recompute and compile blocks,
+    and allocate this rank's part, whose values are not set. With DP (FSDP), parameters, gradients
+    and optimizer are sharded over `shards`, the data- and context-parallel ranks, gradients are
+    reduced in fp32, and parameters are not resharded after the forward pass."""
+    # Departure: the residual stream and the norms are not cut by tensor parallelism (sequence
+    # parallelism is cited, not said to be used): each of the TP ranks keeps all of them, so that
+    # 405B at 8,192 positions needs --recompute block to fit 80 GB.
+    model.dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    if cfg.pp > 1:
+        keep_stage(model, cfg, stage)
+    if cfg.tp > 1:
+        split_matrices(model, mesh["tp"].get_group())
+    if cfg.cp > 1:
+        split_sequence(model, mesh["cp"].get_group())
+    policy = MixedPrecisionPolicy(model.dtype, torch.float32, cast_forward_inputs=False)
     settings = dict(mesh=shards, mp_policy=policy, reshard_after_forward=False)
     for block in model.blocks.values():
-        block.to_empty(device=mesh.device_type)
+        if cfg.recompute == "block":
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         if cfg.compile:
             torch.compiler.config.fail_on_recompile_limit_hit = True
             block.compile(dynamic=False)
         if shards.size() > 1:
             fully_shard(block, **settings)
-    for part in (model.token_embedding, model.final_norm, model.head):
-        if part is not None:
-            part.to_empty(device=mesh.device_type)
-    if cfg.tied and model.head is not None and model.token_embedding is not None:
-        model.head.weight = model.token_embedding.weight
-    return fully_shard(model, **settings) if shards.size() > 1 else model
+    if shards.size() > 1:
+        fully_shard(model, **settings)
+    return model.to_empty(device=mesh.device_type)
+
+def build_stages(cfg, mesh, shards):
+    """(pipeline stages of this rank, all their parameters by their names in the model)."""
+    stages = []
+    merged = nn.Module()
+    merged.blocks = nn.ModuleDict()
+    for i in range(mesh["pp"].get_local_rank(), cfg.pp * cfg.pp_chunks, cfg.pp):
+        with torch.device("meta"):
+            model = Llama3(cfg)
+        stages.append(parallelize(model, cfg, mesh, shards, i))
+        for name, child in stages[-1].named_children():
+            if name == "blocks":
+                merged.blocks.update(child)
+            else:
+                merged.add_module(name, child)
+    return stages, merged
 
 class Pipeline:
     """The part of the model that one rank has, run over micro-batches: one after the other where
-    that is all of it, and else by 1F1B, interleaved where a rank has several stages (§3.3.2)."""
+    that is all layers, and else by 1F1B, interleaved where a rank has several stages (§3.3.2)."""
 
     # Departure: consecutive micro-batches of a stage are what the engine's schedule makes of them,
     # about one per pipeline rank, not the paper's free N.
 
-    def __init__(self, cfg, mesh, averages=False):
-        """Builds this rank's part, without values yet, and room for its average."""
-        self.mesh, self.schedule, self.n_targets, self.hits = mesh, None, 0.0, 0.0
-        self.tp, self.cp = (
-            mesh[name].get_group() if mesh[name].size() > 1 else None for name in ("tp", "cp")
-        )
-        copy, shard = mesh["dp_replicate"].get_local_rank(), mesh["dp"].get_local_rank()
-        self.data_rank = copy * cfg.dp + shard
-        # sharding averages gradients over its ranks, and they are to be summed
-        self.scale, self.stages = data_ranks(cfg) * cfg.cp, []
-        for i in range(mesh["pp"].get_local_rank(), cfg.pp * cfg.pp_chunks, cfg.pp):
-            ends = i == 0, i == cfg.pp * cfg.pp_chunks - 1
-            with torch.device("meta"):
-                stage = Llama3(cfg, stage_layers(cfg, i), *ends, self.tp, self.cp)
-            self.stages.append(parallelize(stage, cfg, mesh))
-        self.model = nn.Module()  # all parameters, by their names in the whole model
-        self.model.blocks = nn.ModuleDict()
-        for stage in self.stages:
-            self.model.blocks.update(stage.blocks)
-            for name in ("token_embedding", "final_norm", "head"):
-                if getattr(stage, name) is not None:
-                    setattr(self.model, name, getattr(stage, name))
-        # what a checkpoint holds, under a name of the tensor-parallel rank: all have the same names
-        part, self.saved, self.average = f"tp{mesh['tp'].get_local_rank()}", nn.Module(), {}
-        self.saved.add_module(part, self.model)
-        for name, p in self.model.named_parameters() if averages and cfg.average else ():
-            self.average[name] = torch.zeros_like(p.data)
-            key = f"average/{part}/{name}".replace(".", "/")
-            self.saved.register_buffer(key, self.average[name])
+    def __init__(self, cfg, mesh):
+        self.mesh = mesh
+        self.tp = mesh["tp"].get_group() if cfg.tp > 1 else None
+        self.data_rank = mesh["dp"].get_local_rank()
+        self.n_shards = cfg.dp * cfg.cp  # sharding averages over these ranks, losses are summed
+        ranks = mesh.mesh.permute(1, 3, 0, 2).flatten(2)  # [PP, TP, DP CP]
+        names = ("pp", "tp", "shard")
+        self.shards = DeviceMesh(mesh.device_type, ranks, mesh_dim_names=names)["shard"]
+        self.stages, self.model = build_stages(cfg, mesh, self.shards)
+        self.average = None
+        # All tensor-parallel ranks have the same names: in a checkpoint, the rank is part of them.
+        self.saved = nn.ModuleDict({f"tp{mesh['tp'].get_local_rank()}": self.model})
+
+    def add_average(self, cfg):
+        """Make room for the average of the parameters, which is saved with them."""
+        _, self.average = build_stages(cfg, self.mesh, self.shards)
+        for p in self.average.requires_grad_(False).parameters():
+            p.data.zero_()
+        self.saved[f"average_tp{self.mesh['tp'].get_local_rank()}"] = self.average
 
     def enter(self, cfg):
-        """Prepares for a phase: its positions, and a schedule, whose shapes are fixed."""
-        self.cfg, pp = cfg, self.mesh["pp"]
-        if cfg.compile:
-            torch.compiler.reset()  # drops what was compiled for other lengths
+        """Prepare for a phase: its positions, and a schedule, whose shapes are fixed."""
+        self.cfg = cfg
         for stage in self.stages:
             stage.extend(cfg)
-        if pp.size() > 1:
-            device = next(self.stages[0].parameters()).device
-            number, place = cfg.pp * cfg.pp_chunks, dict(device=device, group=pp.get_group())
-            stages = [
-                PipelineStage(stage, pp.get_local_rank() + i * cfg.pp, number, **place)
-                for i, stage in enumerate(self.stages)
-            ]
-            steps, settings = split_batch(cfg, data_ranks(cfg))[0], dict(scale_grads=False)
-            if len(stages) == 1:
-                self.schedule = Schedule1F1B(stages[0], steps, self.loss, **settings)
-            else:
-                self.schedule = ScheduleInterleaved1F1B(stages, steps, self.loss, **settings)
+        if cfg.pp == 1:
+            return
+        group = self.mesh["pp"].get_group()
+        device = next(self.model.parameters()).device
+        steps, _ = split_batch(cfg, cfg.dp)
+        stages = []
+        for i, stage in enumerate(self.stages):
+            index = group.rank() + i * cfg.pp
+            stages.append(PipelineStage(stage, index, cfg.pp * cfg.pp_chunks, device, group=group))
+        settings = dict(n_microbatches=steps, loss_fn=self.share, scale_grads=False)
+        if cfg.pp_chunks == 1:
+            self.schedule = Schedule1F1B(stages[0], **settings)
+        else:
+            self.schedule = ScheduleInterleaved1F1B(stages, **settings)
 
-    def loss(self, logits, targets):
-        """The objective of a micro-batch as the schedule asks for it, on the last stage."""
-        nats, hits = token_loss(logits.flatten(0, 1), targets.flatten(), self.tp)
-        self.hits += hits
-        return nats / max(self.n_targets, 1) * self.scale
+    def share(self, nats, _):
+        """Part of the mean loss over the global batch that a micro-batch's nats are, times the
+        number over which sharding averages gradients."""
+        return nats.sum() / max(self.n_targets, 1) * self.n_shards
 
     def run(self, batches):
         """This rank's part of the mean loss over the global batch, to be summed over all ranks;
-        where autograd is on, gradients of all of it are added to the parameters."""
-        cfg, losses, pp = self.cfg, [], self.mesh["pp"].get_local_rank()
-        own = context_positions(cfg.seq_len, cfg.cp, self.mesh["cp"].get_local_rank())
-        names = ("tokens", "targets")
-        batches = [batch | {name: batch[name][:, own] for name in names} for batch in batches]
-        self.n_targets, self.hits = batches[0]["n_targets"], 0.0
-        if self.schedule:
-            step = self.schedule.step if torch.is_grad_enabled() else self.schedule.eval
-            names = [name for name in batches[0] if not name.startswith("n_")]
-            whole = {name: torch.cat([batch[name] for batch in batches]) for name in names}
-            tokens, last = whole.pop("tokens"), dict(target=whole.pop("targets"), losses=losses)
-            first, last = (tokens,) if pp == 0 else (), last if pp == cfg.pp - 1 else {}
-            step(*first, **whole, **last, return_outputs=False)
-            if cfg.tied and torch.is_grad_enabled():
-                self.sum_tied_gradients()
-        else:
-            for i, batch in enumerate(batches, 1):
-                loss, metrics = objective(self.stages[0], batch, cfg)
-                self.hits += metrics["hits"]
-                losses.append(loss * self.scale)
+        where autograd is on, its gradients are added to the parameters."""
+        cfg = self.cfg
+        self.n_targets = batches[0]["n_targets"]
+        parts = [self.own_part(batch) for batch in batches]
+        losses = []
+        if cfg.pp > 1:
+            self.run_schedule(parts, losses)
+        for i, part in enumerate(parts, 1):
+            if cfg.pp == 1:
+                losses.append(objective(self.stages[0], part, cfg)[0] * self.n_shards)
                 if torch.is_grad_enabled():
-                    if self.scale > 1:  # ranks meet once, in the last micro-batch
-                        self.stages[0].set_requires_gradient_sync(i == len(batches))
-                        self.stages[0].set_reshard_after_backward(i == len(batches))
-                        self.stages[0].set_is_last_backward(i == len(batches))
-                    losses[-1].backward()
+                    self.backward(losses[-1], is_last=i == len(parts))
         if not torch.is_grad_enabled():  # as the backward pass would
             for module in itertools.chain(*(stage.modules() for stage in self.stages)):
-                module.reshard() if isinstance(module, FSDPModule) else None
-        self.hits = self.hits / cfg.tp
-        total = torch.zeros((), dtype=torch.float64, device=batches[0]["tokens"].device)
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+        total = torch.zeros((), dtype=torch.float64, device=parts[0]["tokens"].device)
         for loss in losses:
             total += loss.detach()
-        return total / self.scale / cfg.tp
+        return total / self.n_shards / cfg.tp
+
+    def own_part(self, batch):
+        """A micro-batch with this rank's positions of tokens and targets, and all documents."""
+        if self.cfg.cp == 1:
+            return batch
+        own = context_positions(self.cfg.seq_len, self.cfg.cp, self.mesh["cp"].get_local_rank())
+        part = {"documents": torch.zeros_like(batch["tokens"])}  # the mask is written out
+        return part | batch | {name: batch[name][:, own] for name in ("tokens", "targets")}
+
+    def backward(self, loss, is_last):
+        """Add the gradients of a micro-batch; ranks meet once, in the last."""
+        if self.n_shards > 1:
+            self.stages[0].set_requires_gradient_sync(is_last)
+            self.stages[0].set_reshard_after_backward(is_last)
+            self.stages[0].set_is_last_backward(is_last)
+        loss.backward()
+
+    def run_schedule(self, parts, losses):
+        """Forward and, where autograd is on, backward passes of all micro-batches through the
+        pipeline; the last stage has their losses."""
+        names = [name for name in parts[0] if not name.startswith("n_")]
+        inputs = {name: torch.cat([part[name] for part in parts]) for name in names}
+        tokens = inputs.pop("tokens")
+        rank = self.mesh["pp"].get_local_rank()
+        first = [tokens] if rank == 0 else []
+        if rank == self.cfg.pp - 1:
+            inputs |= {"target": inputs["targets"], "losses": losses}
+        step = self.schedule.step if torch.is_grad_enabled() else self.schedule.eval
+        step(*first, **inputs, return_outputs=False)
+
+    def use_average(self):
+        """Put the average in place of the parameters."""
+        for p, mean in zip(self.model.parameters(), self.average.parameters()):
+            p.data.copy_(mean.data)
 
     @torch.no_grad()
     def evaluate(self, batches):
         """run without gradients."""
         return self.run(batches)
 
-    def sum_tied_gradients(self):
-        """First and last stage have a copy each of a tied embedding: both get the sum."""
-        rank, group = self.mesh["pp"].get_local_rank(), self.mesh["pp"].get_group()
-        ends = {0: self.stages[0].token_embedding, self.cfg.pp - 1: self.stages[-1].head}
-        if rank in ends:
-            gradient = ends[rank].weight.grad
-            gradient = gradient.to_local() if self.scale > 1 else gradient
-            other = torch.empty_like(gradient)
-            peer = dist.get_global_rank(group, self.cfg.pp - 1 - rank)
-            operations = [dist.P2POp(dist.isend, gradient, peer, group)]
-            operations.append(dist.P2POp(dist.irecv, other, peer, group))
-            for request in dist.batch_isend_irecv(operations):
-                request.wait()
-            gradient += other
-
 def memory_per_rank(cfg):
-    """Bytes on the rank of cfg.world_size that needs most, by kind, as an eager backward pass
-    begins in the phase cfg."""
-    steps, micro = split_batch(cfg, data_ranks(cfg))
-    stages, shards, found = cfg.pp * cfg.pp_chunks, max(cfg.dp, 1) * cfg.cp, []
-    # Kept per position and block: inputs of both norms (fp32), their outputs before and after the
-    # gain, and, cut by tensor parallelism, q, k, v, the attended values and three of the MLP's.
-    size, kv_dim = 2 if cfg.precision == "bf16" else 4, cfg.dim * cfg.n_kv_heads // cfg.n_heads
-    cut = 2 * cfg.dim + 2 * kv_dim + 3 * cfg.hidden_dim
-    block = 8 * cfg.dim + size * (4 * cfg.dim + cut / cfg.tp)
-    head = 4 * cfg.dim + size * 2 * cfg.dim + 4 * cfg.vocab_size / cfg.tp  # norm, loss's softmax
+    """Bytes on the rank that needs most, by kind, at the peak of an eager update in the phase cfg:
+    blocks x layer + tables."""
+    steps, micro = split_batch(cfg, cfg.dp)
+    size = 2 if cfg.precision == "bf16" else 4
+    kv_dim = cfg.dim * cfg.n_kv_heads // cfg.n_heads
+    matrices = 2 * cfg.dim * (cfg.dim + kv_dim) + 3 * cfg.dim * cfg.hidden_dim
+    biases = cfg.qkv_bias * (cfg.dim + 2 * kv_dim)
+    layer = (matrices + biases) / cfg.tp + 2 * cfg.dim
+    table = cfg.vocab_size * cfg.dim / cfg.tp
+    # Kept for the backward pass, per position and block: inputs of both norms in fp32, their
+    # outputs before and after the gain and, cut by tensor parallelism, q, k, v, the attended
+    # values and four of the MLP. Recomputed blocks keep their input, and one is there in full.
+    split = 2 * cfg.dim + 2 * kv_dim + 4 * cfg.hidden_dim
+    block = 8 * cfg.dim + size * (4 * cfg.dim + split / cfg.tp)
+    kept_block = size * cfg.dim if cfg.recompute == "block" else block
+    positions = micro * cfg.seq_len // cfg.cp
+    # The final norm, and of a chunk the fp32 logits, their softmax and its gradient.
+    head = positions * (4 + 2 * size) * cfg.dim
+    columns = cfg.vocab_size // cfg.tp
+    head += 12 * columns * slices(positions, columns)[0].stop
+    # Or, of the block whose backward pass runs, the gradients of three of the MLP and of its input.
+    gradients = positions * size * (3 * cfg.hidden_dim / cfg.tp + cfg.dim)
+    n_shards = cfg.dp * cfg.cp
+    ranks = []
     for rank in range(cfg.pp):
-        whole = local = blocks = 0
-        for i in range(rank, stages, cfg.pp):
-            with torch.device("meta"):
-                stage = Llama3(cfg, stage_layers(cfg, i), i == 0, i == stages - 1)
-            for name, p in stage.named_parameters():
-                shape = [*p.shape, 1]
-                if (dim := tensor_dimension(name)) is not None:
-                    shape[dim] //= cfg.tp
-                whole += math.prod(shape)
-                local += -(-shape[0] // shards) * math.prod(shape[1:])
-            blocks += len(stage.blocks)
-        # stages that have run forward and not backward, of 1F1B and of its interleaved form
+        is_last = rank == cfg.pp - 1
+        stages = range(rank, cfg.pp * cfg.pp_chunks, cfg.pp)
+        n_blocks = sum(len(stage_layers(cfg, stage)) for stage in stages)
+        n_tables = (rank == 0) + (is_last and not cfg.tied)
+        n = n_blocks * layer + n_tables * table + is_last * cfg.dim
+        # Micro-batches that have run forward and not backward, of 1F1B or its interleaved form.
         flight = min(cfg.pp - rank, steps)
         if cfg.pp_chunks > 1:
             at_once = steps // max(steps // cfg.pp, 1)  # consecutive micro-batches of a stage
             flight = (cfg.pp_chunks - 1) * at_once + 2 * (cfg.pp - rank) - 1
             flight = min(flight, steps * cfg.pp_chunks) / cfg.pp_chunks
-        kept = flight * blocks * block
-        if cfg.recompute == "block":  # every block's input, and one block at a time in full
-            kept = flight * blocks * size * cfg.dim + block * (blocks > 0)
-        kept += head if rank == cfg.pp - 1 else 0
-        memory = dict(parameters=4 * local, gradients=4 * local, optimizer=8 * local)
-        memory["average"] = 4 * local if cfg.anneal_tokens and cfg.average else 0
-        sharded = shards * cfg.dp_replicate > 1  # the whole of the parameters and fp32 gradients
-        memory["gathered"] = whole * ((size + 4) * sharded or size * (size == 2))
-        memory["activations"] = int(micro * cfg.seq_len // cfg.cp * kept)
-        found.append(memory)
-    return max(found, key=lambda memory: sum(memory.values()))
+        activations = flight * n_blocks * kept_block * positions
+        recomputed = block * positions * (cfg.recompute == "block")
+        memory = {"parameters": 4 * n / n_shards, "gradients": 4 * n / n_shards}
+        memory["optimizer"] = 8 * n / n_shards
+        memory["average"] = 4 * n / n_shards * (cfg.anneal_tokens > 0 and cfg.average > 0)
+        # Complete parameters and fp32 gradients of shards, or bf16 copies of the parameters.
+        memory["gathered"] = n * (size + 4) * (n_shards > 1) or n * size * (size == 2)
+        memory["activations"] = activations + max(recomputed + gradients, head * is_last)
+        ranks.append(memory)
+    return max(ranks, key=lambda memory: sum(memory.values()))
 
 def pipeline_bubble(cfg):
     """§3.3.2: idle over working time, (PP - 1) / (V M), of V stages a rank and M micro-batches."""
-    return (cfg.pp - 1) / (cfg.pp_chunks * split_batch(cfg, data_ranks(cfg))[0])
+    return (cfg.pp - 1) / (cfg.pp_chunks * split_batch(cfg, cfg.dp)[0])
 
 # ---------------------------------------- Checkpoint ----------------------------------------
 
@@ -1094,19 +1211,33 @@ HF_ROPE_FIXED = {
     "low_freq_factor": 1.0, "high_freq_factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0,
     "truncate": True, "partial_rotary_factor": 1.0,
 }  # fmt: skip
+HF_ENDS = {  # entries of a published vocabulary: ids before and after a document
+    128256: (128000, 128001), 151936: (151643, 151643), 152064: (151643, 151643),
+}  # fmt: skip
 SHAPE = (*HF_CONFIG, "qkv_bias")  # fields of Config that a checkpoint fixes
 
-def hf_name(name, tied):
+def hf_name(name):
     """Hugging Face's name of our parameter."""
-    name = "token_embedding.weight" if tied and name == "head.weight" else name
     for ours, theirs in HF_NAMES.items():
         name = name.replace(ours, theirs)
     return name
 
-def hf_file(name):
-    """The file of a checkpoint that has a tensor: one for each layer, and for what is in none."""
-    layer = re.match(r"model\.layers\.(\d+)\.", name)
-    return f"model-{layer[1].zfill(5) if layer else name.split('.')[-2]}.safetensors"
+def hf_files(cfg):
+    """{name of our parameter: its file}: one file, or as many as 5 GB each (or one tensor) need."""
+    with torch.device("meta"):
+        model = Llama3(cfg)
+    numbers = {}
+    number = 1
+    n_bytes = 0
+    for name, p in model.named_parameters():
+        if n_bytes and n_bytes + 4 * p.numel() > 5e9:
+            number += 1
+            n_bytes = 0
+        numbers[name] = number
+        n_bytes += 4 * p.numel()
+    if number == 1:
+        return dict.fromkeys(numbers, "model.safetensors")
+    return {name: f"model-{i:05d}-of-{number:05d}.safetensors" for name, i in numbers.items()}
 
 def read_llama_config(path):
     """Config of the LlamaForCausalLM or Qwen2ForCausalLM in the directory path."""
@@ -1145,32 +1276,31 @@ def read_hf_config(path, fields, fixed):
             raise ValueError(f"{path}: config.json has {key} {theirs[key]!r}, not {value!r}")
     return {field: theirs.get(key, default) for field, (key, default) in fields.items()}
 
-def read_hf_weights(model, cfg, path, tp=None):
-    """Fill the parameters that this rank has from the safetensors of the directory path."""
-    from safetensors import safe_open
+def read_hf_tensors(path):
+    """{name: tensor} of model.safetensors or, without it, of the files that the index names."""
+    from safetensors.torch import load_file
 
-    wanted = {hf_name(name, cfg.tied): (name, p) for name, p in model.named_parameters()}
-    with explain(f"{path} holds no weights of this model", Exception):
-        files = {"model.safetensors"}
-        if not (Path(path) / "model.safetensors").exists():
-            index = json.loads((Path(path) / "model.safetensors.index.json").read_text())
-            files = {index["weight_map"][key] for key in wanted}
-        for file in sorted(files):
-            with safe_open(Path(path) / file, "pt") as tensors:
-                for key in wanted.keys() & set(tensors.keys()):
-                    name, p = wanted.pop(key)
-                    tensor = tensors.get_tensor(key)
-                    if list(tensor.shape) != whole_shape(name, p, tp):
-                        raise ValueError(f"{key} in {file} is {list(tensor.shape)}")
-                    fill(name, p, tensor, tp)
-        if wanted:
-            raise ValueError(f"there is no {next(iter(wanted))}")
+    files = {"model.safetensors"}
+    if not (Path(path) / "model.safetensors").exists():
+        index = json.loads((Path(path) / "model.safetensors.index.json").read_text())
+        files = set(index["weight_map"].values())
+    return {name: tensor for file in files for name, tensor in load_file(Path(path) / file).items()}
+
+def fill_whole(model, path, tp=None):
+    """Fill the parameters that this rank has from a Hugging Face checkpoint directory."""
+    with explain(f"{path} holds no Llama or Qwen2 model of this shape", Exception):
+        tensors = read_hf_tensors(path)
+        for name, p in model.named_parameters():
+            tensor = tensors[hf_name(name)]
+            if list(tensor.shape) != whole_shape(name, p, tp):
+                raise ValueError(f"{hf_name(name)} is {list(tensor.shape)}")
+            fill(name, p, tensor, tp)
 
 def from_hf(path):
     """(model, cfg) from the checkpoint directory of a LlamaForCausalLM or Qwen2ForCausalLM."""
     cfg = read_llama_config(path)
     model = Llama3(cfg)
-    read_hf_weights(model, cfg, path)
+    fill_whole(model, path)
     return model, cfg
 
 def make_llama_config(cfg):
@@ -1182,49 +1312,57 @@ def make_llama_config(cfg):
     elif cfg.rope_scaling != "none":
         rope["factor"] = cfg.rope_factor
         rope["original_max_position_embeddings"] = cfg.rope_original
-        if cfg.rope_scaling == "llama3":
-            rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    if cfg.rope_scaling == "llama3":
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     config = {key: getattr(cfg, field) for field, (key, _) in HF_CONFIG.items()}
     config["architectures"] = ["Qwen2ForCausalLM" if cfg.qkv_bias else "LlamaForCausalLM"]
     config |= {"model_type": "qwen2" if cfg.qkv_bias else "llama", "hidden_act": "silu"}
     config |= {"rope_theta": theta, "rope_parameters": rope | {"rope_theta": theta}}
     config |= {"max_position_embeddings": cfg.seq_len, "torch_dtype": "float32"}
-    if cfg.vocab_size == 128256:
-        config |= {"bos_token_id": 128000, "eos_token_id": 128001}
-    return config
+    begin, end = HF_ENDS.get(cfg.vocab_size, (None, None))
+    return config | {"bos_token_id": begin, "eos_token_id": end}
+
+def gather_tensors(model, cfg, mesh):
+    """(name, complete tensor) of each parameter of the whole model, one after the other, on the
+    first rank; all ranks, of which each has a part of the model, call this and get every name."""
+    own = dict(model.named_parameters())
+    tp = mesh["tp"].get_group() if cfg.tp > 1 else None
+    pp = mesh["pp"].get_group()
+    holders = [None] * pp.size()  # names that each rank of a pipeline has
+    dist.all_gather_object(holders, list(own), group=pp)
+    with torch.device("meta"):
+        whole = Llama3(cfg)
+    for name, p in whole.named_parameters():
+        holder = [name in names for names in holders].index(True)
+        tensor = torch.empty(p.shape, device="cpu")
+        if holder == pp.rank():
+            tensor = whole_tensor(name, own[name].data, tp).cpu()
+        if holder > 0 and holder == pp.rank():
+            dist.send(tensor.contiguous(), group=pp, group_dst=0)
+        elif holder > 0 and pp.rank() == 0:
+            dist.recv(tensor, group=pp, group_src=holder)
+        yield name, tensor
 
 def to_hf(model, cfg, path, mesh=None):
     """Write model, or on every rank its part of one, to the directory path as a LlamaForCausalLM
-    or Qwen2ForCausalLM: a file for each layer, from the pipeline stage that has it."""
+    or Qwen2ForCausalLM. The first rank writes; it holds the tensors of one file at a time."""
     from safetensors.torch import save_file
 
-    files = {}
-    for name, p in model.named_parameters():
-        if not (cfg.tied and name == "head.weight"):
-            key = hf_name(name, cfg.tied)
-            files.setdefault(hf_file(key), []).append((key, name, p))
-    tp = mesh["tp"].get_group() if mesh and mesh["tp"].size() > 1 else None
-    inner = ("dp_replicate", "dp", "cp", "tp")  # the first of these writes its stage's part
-    writes = not mesh or all(mesh[name].get_local_rank() == 0 for name in inner)
-    rank = dist.get_rank() if mesh else 0
-    other = contextlib.nullcontext(Path(f"{Path(path)}.tmp"))  # which rank 0 makes
-    with other if rank else written_beside(path) as folder:
-        if mesh:
-            dist.barrier()
-        for file, group in files.items():
-            tensors = {key: whole_tensor(name, p.data, tp) for key, name, p in group}
-            if writes:
-                tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-                save_file(tensors, folder / file, metadata={"format": "pt"})
-        if rank == 0:
-            (folder / "config.json").write_text(json.dumps(make_llama_config(cfg), indent=2) + "\n")
-            with torch.device("meta"):
-                names = [hf_name(name, cfg.tied) for name, _ in Llama3(cfg).named_parameters()]
-            index = {"metadata": {}, "weight_map": {name: hf_file(name) for name in names}}
+    files = hf_files(cfg)
+    tensors = model.named_parameters() if mesh is None else gather_tensors(model, cfg, mesh)
+    if mesh is not None and dist.get_rank() > 0:
+        for _ in tensors:
+            pass  # this rank's part in gathering
+        return
+    with written_beside(path) as folder:
+        for file, group in itertools.groupby(tensors, lambda item: files[item[0]]):
+            content = {hf_name(name): tensor.data.cpu().contiguous() for name, tensor in group}
+            save_file(content, folder / file, metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(make_llama_config(cfg), indent=2) + "\n")
+        if len(set(files.values())) > 1:
+            index = {"metadata": {}, "weight_map": {hf_name(k): v for k, v in files.items()}}
             text = json.dumps(index, indent=2) + "\n"
             (folder / "model.safetensors.index.json").write_text(text)
-        if mesh:
-            dist.barrier()
 
 @contextlib.contextmanager
 def written_beside(path):
@@ -1361,50 +1499,23 @@ def validate(loss_of, corpus, step, cfg, device, rank, ranks):
     log(cfg.out, step, f"val {step}", row, [])
 
 def load_specials(cfg):
-    """(tokenizer, id after each document): Llama 3's special tokens for a BPE rank file, and the
-    first eight of them for another tokenizer; without --bos they begin with END."""
-    # Departure: Qwen2.5's rank file is used with Llama's pattern, which takes digits by three.
-    specials = SPECIALS if cfg.bos else SPECIALS[1:]
-    if not os.path.isfile(cfg.tokenizer):
-        specials = specials[:8]
+    """(tokenizer, id after each document): Llama 3's special tokens for a BPE rank file, the first
+    eight of them for another tokenizer; without --bos one token after each document alone."""
+    is_file = os.path.isfile(cfg.tokenizer)
+    specials = SPECIALS if is_file else SPECIALS[:8]
+    if not cfg.bos:
+        specials = ["<|endoftext|>"]
     tokenizer = load_tokenizer(cfg.tokenizer or "bytes", specials)
-    if "<|endoftext|>" in tokenizer.special_tokens_set:  # of tiktoken's own encodings
+    if is_file and cfg.qkv_bias:  # Qwen2.5's pattern takes digits one by one
+        id_of = tokenizer.encode_single_token
+        tokenizer = tiktoken.Encoding(
+            cfg.tokenizer, pat_str=PATTERN.replace("{1,3}", ""),
+            mergeable_ranks={text: id_of(text) for text in tokenizer.token_byte_values()},
+            special_tokens={token: id_of(token) for token in tokenizer.special_tokens_set},
+        )  # fmt: skip
+    if "<|endoftext|>" in tokenizer.special_tokens_set:
         return tokenizer, tokenizer.eot_token
     return tokenizer, tokenizer.encode_single_token(END)
-
-def find_sources(cfg):
-    """({path: (text files, token shards)} of all mixes, tokenizer or None, id after each document,
-    -1 if unknown); sets cfg.vocab_size."""
-    mixes = cfg.data.split(";")[::2]
-    if cfg.anneal_data:
-        mixes.append(cfg.anneal_data)
-    paths = dict.fromkeys(path for mix in mixes for path in parse_mix(mix))
-    sources = {path: find_files(path) for path in paths}
-    tokenizer = None
-    separator = -1
-    if cfg.tokenizer or any(files for files, _ in sources.values()):
-        tokenizer, separator = load_specials(cfg)
-        cfg.vocab_size = cfg.vocab_size or 8 * math.ceil(tokenizer.n_vocab / 8)
-        if cfg.vocab_size < tokenizer.n_vocab:
-            raise ValueError(f"--vocab_size {cfg.vocab_size} is below {tokenizer.n_vocab} ids")
-    else:
-        print("without --tokenizer there are no borders of documents, and no mask")
-    cfg.vocab_size = vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
-    return sources, tokenizer, separator
-
-def gather_model(pipeline, cfg):
-    """The whole model on rank 0 and None on the others, however it is laid out; all ranks call."""
-    if dist.get_world_size() == 1:
-        return pipeline.stages[0]
-    pp, parameters = pipeline.mesh["pp"], pipeline.model.named_parameters()
-    tensors = {name: whole_tensor(name, p.data, pipeline.tp).cpu() for name, p in parameters}
-    stages = [None] * pp.size() if pp.get_local_rank() == 0 else None
-    dist.gather_object(tensors, stages, dist.get_global_rank(pp.get_group(), 0), pp.get_group())
-    if dist.get_rank() > 0:
-        return None
-    model = Llama3(cfg)
-    model.load_state_dict({k: v for stage in stages for k, v in stage.items()}, strict=not cfg.tied)
-    return model.to(pipeline.stages[0].token_embedding.weight.device)
 
 def sample(model, ids, n, allowed_ids, cfg):
     """ids and n more, drawn at temperature 0.8 among allowed_ids [V] (boolean)."""
@@ -1418,39 +1529,32 @@ def sample(model, ids, n, allowed_ids, cfg):
             ids = ids + torch.multinomial(p, 1).tolist()
     return ids
 
-def needle_rate(pipeline, heldout, tokenizer, cfg, device):
-    """§3.4.2, needle in a haystack: the share of a planted fact's tokens that the model ranks first
-    where T tokens of text end with the question. NaN where that does not fit or no tokenizer is."""
+def needle_loss(pipeline, heldout, tokenizer, cfg, device):
+    """§3.4.2, needle in a haystack: nats per token of a planted fact that T tokens of text end by
+    asking for. NaN where that does not fit."""
     # Undisclosed: the fact. A number of five digits, at depths spread evenly over held-out text.
-    tokens = []
-    targets = []
-    for i in range(cfg.batch_size if tokenizer else 0):
-        number = stable_hash(cfg.seed, "needle", i) % 90000 + 10000
-        fact, question, answer = (
-            tokenizer.encode_ordinary(text)
-            for text in (f"\nkey={number}\n", "\nkey=", str(number))
-        )
-        window = heldout.window(i, cfg.seq_len, cfg.seed)
-        depth = (len(window) - len(fact + question + answer)) * i // cfg.batch_size
-        if depth < 0:
-            return math.nan
-        window[depth : depth + len(fact)] = fact
-        window[-len(question + answer) :] = question + answer
-        tokens.append(window[:-1])
-        asked = np.arange(cfg.seq_len) >= cfg.seq_len - len(answer)
-        targets.append(np.where(asked, window[1:], -100))
-    if not tokens:
-        return math.nan
-    steps, micro = split_batch(cfg, data_ranks(cfg))
+    steps, micro = split_batch(cfg, cfg.dp)
     batches = []
-    for i in range(pipeline.data_rank * steps, (pipeline.data_rank + 1) * steps):
-        part = (np.stack(rows[i * micro : (i + 1) * micro]) for rows in (tokens, targets))
-        batch = dict(zip(("tokens", "targets"), (torch.from_numpy(x).to(device) for x in part)))
+    for first in range(pipeline.data_rank * steps * micro, cfg.batch_size, micro)[:steps]:
+        batch = get_batch(heldout, first, micro, cfg)
+        for row in range(micro):
+            number = str(stable_hash(cfg.seed, "needle", first + row) % 90000 + 10000)
+            fact = torch.tensor(tokenizer.encode_ordinary(f"\nkey={number}\n"))
+            end = torch.tensor(tokenizer.encode_ordinary(f"\nkey={number}"))
+            n_answer = len(tokenizer.encode_ordinary(number))
+            depth = (cfg.seq_len - len(fact) - len(end)) * (first + row) // cfg.batch_size
+            if depth < 0:
+                return math.nan
+            batch["tokens"][row, depth : depth + len(fact)] = fact
+            batch["tokens"][row, 1 - len(end) :] = end[:-1]
+            batch["targets"][row] = -100
+            batch["targets"][row, -n_answer:] = end[-n_answer:]
         batch["documents"] = torch.zeros_like(batch["tokens"])
-        batches.append(batch | {"n_targets": sum((row >= 0).sum() for row in targets)})
-    pipeline.evaluate(batches)
-    (hits,) = sum_over_ranks(pipeline.hits)
-    return hits / batches[0]["n_targets"]
+        batch["n_targets"] = int((batch["targets"] >= 0).sum())
+        batches.append({k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()})
+    sum_counts(batches, cfg.dp)
+    (loss,) = sum_over_ranks(pipeline.evaluate(batches))
+    return loss
 
 def is_spike(state, loss, limit):
     """Whether loss is `limit` standard deviations above its running mean, over some 50 updates,
@@ -1475,53 +1579,60 @@ def check(cfg, ranks):
     for wrong, message in (
         (cfg.dim % (2 * cfg.n_heads) or cfg.dim < 4 * cfg.n_heads,
          f"{cfg.n_heads} heads do not divide the width {cfg.dim} into even parts of 4 or more"),
-        (cfg.rope_theta <= 1, f"--rope_theta {cfg.rope_theta} is not above 1"),
         (cfg.n_heads % cfg.n_kv_heads,
          f"{cfg.n_kv_heads} key-value heads do not divide {cfg.n_heads} heads"),
         (cfg.n_kv_heads % cfg.tp,
          f"--tp {cfg.tp} does not divide {cfg.n_kv_heads} key-value heads"),
         (cfg.hidden_dim % cfg.tp, f"--tp {cfg.tp} does not divide --hidden_dim {cfg.hidden_dim}"),
-        (cfg.rope_factor < 1, f"--rope_factor {cfg.rope_factor} is not 1 or more"),
         (cfg.vocab_size % cfg.tp, f"--tp {cfg.tp} does not divide --vocab_size {cfg.vocab_size}"),
+        (cfg.tied and cfg.pp > 1, "--pp does not work with --tied: the embedding is on one rank"),
         (stages > cfg.n_layers + 2,
          f"{cfg.n_layers} layers, embedding and head are fewer than {stages} stages"),
         (cfg.resume and not cfg.out, "--resume needs --out"),
         (cfg.eval and not cfg.out and not cfg.init, "--eval needs --out or --init"),
         (cfg.write_tokens and ranks > 1, "--write_tokens runs in one process, without torchrun"),
+        (cfg.write_tokens and re.search("[,;]", cfg.data + cfg.anneal_data),
+         "--write_tokens takes one corpus, not a mix"),
     ):  # fmt: skip
         if wrong:
             raise ValueError(message)
-    if not phases(cfg):
-        raise ValueError("--tokens, --long_tokens and --anneal_tokens give not a single update")
-    for phase in phases(cfg):
-        if phase.first < cfg.steps or not cfg.steps:
-            check_phase(phase)
+    problems = [phase_problem(phase) for phase in phases(cfg)]
+    if all(problems):
+        raise ValueError(problems[0])
 
-def check_phase(phase):
-    """Raise ValueError for a phase whose batch does not fit the layout."""
+def phase_problem(phase):
+    """Why the layout cannot hold a phase; empty if it can."""
     cfg = phase.cfg
-    where = f"{phase.stage}, {cfg.batch_size} sequences of {cfg.seq_len}"
-    steps, micro = split_batch(cfg, data_ranks(cfg))
-    rounds = max(1, steps // cfg.pp)
-    for wrong, message in (
-        (data_ranks(cfg) * steps * micro != cfg.batch_size or not cfg.batch_size,
-         f"not {data_ranks(cfg)} data-parallel ranks x micro-batches of {micro}"),
-        (cfg.cp > 1 and cfg.seq_len % (2 * cfg.cp),
-         f"--cp {cfg.cp} needs a multiple of {2 * cfg.cp}"),
-        (cfg.pp > 1 and cfg.pp_chunks == 1 and steps < cfg.pp,
-         f"{steps} micro-batches are fewer than --pp {cfg.pp}: see --micro_batch, --pp_chunks"),
-        (cfg.pp_chunks > 1 and steps % rounds,
-         f"{steps} micro-batches are not {rounds} equal rounds"),
-    ):  # fmt: skip
-        if wrong:
-            raise ValueError(f"{where}: {message}")
+    steps, micro = split_batch(cfg, cfg.dp)
+    where = f"{phase.stage}, {cfg.batch_size:,} sequences of {cfg.seq_len:,}"
+    if cfg.dp * steps * micro != cfg.batch_size:
+        return f"{where}: not {cfg.dp} data-parallel ranks x micro-batches of {micro}"
+    if cfg.cp > 1 and cfg.seq_len % (2 * cfg.cp):
+        return f"{where}: --cp {cfg.cp} needs a multiple of {2 * cfg.cp}"
+    if cfg.pp_chunks == 1 and steps < cfg.pp:
+        return f"{where}: {steps} micro-batches are fewer than --pp {cfg.pp}: see --micro_batch"
+    if cfg.pp_chunks > 1 and steps % max(1, steps // cfg.pp):
+        return f"{where}: {steps} micro-batches are not {steps // cfg.pp} equal rounds"
+    return ""
+
+def limit_to_layout(plan, position, end):
+    """Tokens at which the run ends: `end`, or where a phase begins that the layout cannot hold,
+    which is printed. Raises ValueError if that is the phase of the present position."""
+    for phase in plan:
+        if position < phase.end and phase.begin < end and phase_problem(phase):
+            if phase.begin <= position:
+                raise ValueError(phase_problem(phase))
+            print(f"{phase_problem(phase)}: the run ends before it, after {phase.begin:,} tokens;")
+            print("the same command with --resume and another --dp, --cp or --micro_batch goes on")
+            return phase.begin
+    return end
 
 def dry_run(cfg):
     """Print parameters, FLOPs per token, bytes on the rank that needs most, and for each phase its
-    activations and the pipeline's bubble, or why the layout cannot run it; from shapes alone."""
+    activations and the pipeline's bubble, or why the layout cannot hold it; from shapes alone."""
     cfg = fit_ranks(cfg, cfg.world_size)
     cfg.vocab_size = cfg.vocab_size or 8 * math.ceil(load_specials(cfg)[0].n_vocab / 8)
-    check(dataclasses.replace(cfg, steps=1), cfg.world_size)
+    check(cfg, cfg.world_size)
     plan = phases(cfg)
     with torch.device("meta"):
         total, activated = count_parameters(Llama3(cfg))
@@ -1531,119 +1642,95 @@ def dry_run(cfg):
     print_memory(memory_per_rank(plan[-1].cfg))
     for phase in plan:
         now = phase.cfg
-        line = f"{phase.stage}, {now.batch_size:,} sequences of {now.seq_len:,}"
-        try:
-            check_phase(phase)
-        except ValueError as error:
-            print(f"{error} | another layout is needed")
+        if phase_problem(phase):
+            print(f"{phase_problem(phase)} | another layout is needed")
             continue
         memory = memory_per_rank(now)
-        steps, _ = split_batch(now, data_ranks(now))
-        print(
-            f"{line} | {phase.end - phase.first:,} updates | {steps} micro-batches | "
-            f"bubble {pipeline_bubble(now):.1%} | "
-            f"activations {memory['activations'] / 2**30:.3f} GiB | "
-            f"sum {sum(memory.values()) / 2**30:.3f} GiB"
-        )
-
-def only_text(sources):
-    """(name, text) of each document of the one corpus in --data, which must be text."""
-    texts = [(path, files) for path, (files, _) in sources.items() if files]
-    if len(sources) > 1 or not texts:
-        raise ValueError("--write_tokens takes one corpus, not a mix, and text, not token shards")
-    return read_documents(*texts[0])
-
-class BatchReader:
-    """Reads batches in a thread, each by the mixture and the batch size of its phase."""
-
-    def __init__(self, plan, mixtures, *place):
-        self.plan = plan
-        self.mixtures = mixtures
-        self.place = place
-        self.thread = ThreadPoolExecutor(1)
-        self.key = None
-
-    def start(self, state):
-        """Future of the batch at a state of the run, which is not read again if it is the last."""
-        i, _ = plan_position(self.plan, state)
-        cfg = self.plan[i].cfg
-        key = state["sequences"], cfg.batch_size, i
-        if key != self.key:
-            self.key = key
-            first = state["sequences"] - self.plan[i].before
-            work = read_batch, self.mixtures[i], first, cfg, *self.place
-            self.future = self.thread.submit(*work)
-        return self.future
-
-def update_unless_spike(pipeline, optimizer, batches, done, state, cfg):
-    """One update from this rank's micro-batches, after `done` of the plan; returns the row for
-    log, and whether its loss is a spike. Skips the update if it is, or if loss or gradient
-    are not finite, which is the same on all ranks."""
-    now = pipeline.cfg
-    loss = pipeline.run(batches)
-    norm, loss = clip_gradients(pipeline.model, loss, cfg, pipeline.mesh)
-    lr = learning_rate(done, cfg)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    finite = math.isfinite(norm) and math.isfinite(loss)
-    spike = finite and is_spike(state, loss, cfg.spike)
-    if finite and not spike:
-        optimizer.step()
-        state["tokens"] += now.batch_size * now.seq_len
-    else:
-        why = f"its loss {loss:.4f} is a spike" if spike else "its loss or gradient is not finite"
-        print(f"step {state['step'] + 1} skipped: {why}")
-    optimizer.zero_grad()
-    state["step"] += 1
-    state["sequences"] += now.batch_size
-    state["n_skipped"] = 0 if finite else state["n_skipped"] + 1
-    bpb = bits_per_byte(loss * batches[0]["n_targets"], batches[0]["n_bytes"])
-    row = {"loss": loss, "bpb": bpb, "lr": lr, "grad": norm, "tokens": state["tokens"]}
-    return row, spike
+        n_updates = (phase.end - phase.begin) // (now.batch_size * now.seq_len)
+        print(f"{phase.stage}, {now.batch_size:,} sequences of {now.seq_len:,} |", end=" ")
+        print(f"{n_updates:,} updates | {split_batch(now, now.dp)[0]} micro-batches |", end=" ")
+        print(f"bubble {pipeline_bubble(now):.1%} |", end=" ")
+        print(f"activations {memory['activations'] / 2**30:.3f} GiB |", end=" ")
+        print(f"sum {sum(memory.values()) / 2**30:.3f} GiB")
 
 def go_back(pipeline, optimizer, state, path, n_returns):
     """Undo the updates since the checkpoint at path, and go on with the data that follows theirs.
-    Raises ValueError if that was done three times without a new checkpoint."""
-    # Undisclosed: the recovery; there were few spikes, and no manual intervention (§3.4.1). This is
-    # what others describe.
+    Raises ValueError at the third time without a new checkpoint."""
+    # Undisclosed: the recovery; there were few spikes, and no manual intervention (§3.4.1). This
+    # is what others describe.
     if n_returns == 3:
         raise ValueError(f"three times back to {path}, and on to step {state['step']}")
     kept = {"step": state["step"], "sequences": state["sequences"], "watched": 0}
     load_checkpoint(path, pipeline.saved, optimizer, state)
     undone = kept["sequences"] - state["sequences"]
-    state.update(kept, undone=state["undone"] + undone)
+    state.update(kept)
     print(f"back to the weights of {path.name}, and past {undone} sequences")
 
-def train_in_stages(pipeline, optimizer, data, state, cfg, device):
-    """Update the model until the phases or cfg.steps are over; False if a signal ends it. data is
-    (phases, their mixtures, held-out Mixture, tokenizer)."""
-    plan, mixtures, heldout, tokenizer = data
-    place = device, pipeline.data_rank, data_ranks(cfg)
+def update_unless_spike(pipeline, optimizer, batches, n_updates, state, cfg):
+    """One update from this rank's micro-batches, after n_updates of the plan; returns the row for
+    log, and why the update was skipped, if it was, which is the same on all ranks."""
+    now = pipeline.cfg
+    lr = learning_rate(n_updates, cfg)
+    loss = pipeline.run(batches)
+    norm, loss = clip_gradients(pipeline.model, loss, cfg, pipeline.mesh)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    state["step"] += 1
+    state["sequences"] += now.batch_size
+    state["position"] += now.batch_size * now.seq_len
+    why = ""
+    if not (math.isfinite(norm) and math.isfinite(loss)):
+        why = "its loss or gradient is not finite"
+    elif is_spike(state, loss, cfg.spike):
+        why = f"its loss {loss:.4f} is a spike"
+    else:
+        optimizer.step()
+        state["tokens"] += now.batch_size * now.seq_len
+    optimizer.zero_grad()
+    if why:
+        print(f"step {state['step']} skipped: {why}")
+    bpb = bits_per_byte(loss * batches[0]["n_targets"], batches[0]["n_bytes"])
+    return {"loss": loss, "bpb": bpb, "lr": lr, "grad": norm, "tokens": state["tokens"]}, why
+
+def train(pipeline, optimizer, plan, mixes, heldout, tokenizer, state, end, cfg, device):
+    """Update the model until `end` tokens of the plan are over; False if a signal ends it."""
+    place = device, pipeline.data_rank, cfg.dp
     signals = catch_signals()
-    reader = BatchReader(plan, mixtures, *place)
-    ahead = reader.start(state)
+    thread = ThreadPoolExecutor(1)  # reads the next batch during an update
+
+    def find(position):  # the phase; at the end the last that is carried out
+        return phase_index(plan, min(position, end - 1))
+
+    def read(i, sequences):  # (phase and first sequence, future) of a batch
+        return (i, sequences), thread.submit(read_batch, mixes[i], sequences, plan[i].cfg, *place)
+
     saved = state["step"]
-    clock = time.perf_counter()
-    n_returns = 0
+    key = None  # of the batch that is read ahead
     phase = None
+    n_skipped = 0
+    n_returns = 0
     while True:
         step = state["step"]
-        i, done = plan_position(plan, state)
-        steps_left = math.ceil(cfg.steps - done)
+        i = find(state["position"])
         if phase is not plan[i]:
             phase = plan[i]
-            set_phase(pipeline, phase, mixtures[i])
+            now = phase.cfg
+            pipeline.enter(now)
+            print_phase(phase, mixes[i])
             first_step = step
             pace = None  # seconds per update
-            state["watched"] *= done >= phase.first + 1  # another batch has another loss
+        if key != (i, state["sequences"]):
+            key, ahead = read(i, state["sequences"])
+        n_updates = updates_of_plan(plan, state["position"])
+        steps_left = math.ceil(updates_of_plan(plan, end) - n_updates)
         error = ahead.exception()  # waits until that batch is read
         if step > first_step + 1:  # the first update may compile and is left out
             seconds = time.perf_counter() - clock
             pace = 0.9 * (pace or seconds) + 0.1 * seconds
         (stop,) = sum_over_ranks(len(signals) + (error is not None))
-        end = steps_left <= 0 or stop
-        due = end or step % cfg.save_every == 0
-        if cfg.out and step > saved and not state["n_skipped"] and due:
+        is_over = steps_left <= 0 or stop
+        is_due = is_over or step % cfg.save_every == 0 or step == first_step
+        if cfg.out and step > saved and not n_skipped and is_due:
             save_checkpoint(cfg.out, pipeline.saved, optimizer, state)
             saved = step
             n_returns = 0
@@ -1651,93 +1738,83 @@ def train_in_stages(pipeline, optimizer, data, state, cfg, device):
             raise error
         if stop:
             return False
-        if not end and step % cfg.val_every == 0:
-            validate(pipeline.evaluate, heldout, step, phase.cfg, *place)
-        if end:
+        if pipeline.average is not None and state["position"] >= plan[-1].end:
+            pipeline.use_average()
+        if is_over or step % cfg.val_every == 0:
+            validate(pipeline.evaluate, heldout, step, now, *place)
+        if is_over:
             return True
 
         clock = time.perf_counter()
         batches = ahead.result()
-        ahead = reader.start(state | {"sequences": state["sequences"] + phase.cfg.batch_size})
-        sum_counts(batches, data_ranks(cfg))
-        row, spike = update_unless_spike(pipeline, optimizer, batches, done, state, cfg)
-        if phase.stage == "annealing" and pipeline.average:
-            update_average(pipeline, done + 1 - phase.first, phase)
+        following = find(state["position"] + now.batch_size * now.seq_len)
+        key, ahead = read(following, state["sequences"] + now.batch_size)
+        sum_counts(batches, cfg.dp)
+        row, why = update_unless_spike(pipeline, optimizer, batches, n_updates, state, cfg)
+        if phase.stage == "annealing" and cfg.average:
+            update_average(pipeline, state["position"], phase, cfg.average)
         if step == 0 or steps_left == 1 or state["step"] % cfg.log_every == 0:
             head = f"step {step + 1}/{step + steps_left} | {phase.stage}"
-            tail = progress(state["tokens"], steps_left - 1, pace, phase.cfg, device)
+            tail = progress(state["tokens"], steps_left - 1, pace, now, device)
             log(cfg.out, step + 1, head, row, tail)
-        if (spike or state["n_skipped"] == 3) and saved:
+        n_skipped = n_skipped + 1 if "finite" in why else 0
+        if saved and (n_skipped == 3 or "spike" in why):
             n_returns += 1
+            n_skipped = 0
             go_back(pipeline, optimizer, state, Path(cfg.out, f"step_{saved:09d}"), n_returns)
-            ahead = reader.start(state)
-        elif state["n_skipped"] == 3 or (state["n_skipped"] and steps_left == 1):
-            skipped = f"the last {state['n_skipped']} steps to {step + 1}"
-            raise ValueError(f"no finite gradient in {skipped}")
-        elif phase.stage == "long-context" and done + 1 >= phase.end:
-            rate = needle_rate(pipeline, heldout, tokenizer, phase.cfg, device)
-            print(f"needle {phase.cfg.seq_len} | {rate:.3f} of the answers' tokens found")
+        elif n_skipped == 3 or (n_skipped and steps_left == 1):
+            raise ValueError(f"no finite gradient in the last {n_skipped} steps to {step + 1}")
+        elif phase.stage == "long-context" and state["position"] >= phase.end and tokenizer:
+            needle = needle_loss(pipeline, heldout, tokenizer, now, device)
+            print(f"needle {now.seq_len} | loss {needle:.4f}")
 
-def set_phase(pipeline, phase, mixture):
-    """Set the pipeline to a phase; print what is about to happen, and how far into each corpus."""
-    pipeline.enter(phase.cfg)
+def print_phase(phase, mix):
+    """Print what is about to happen, and the shares of the corpora."""
     cfg = phase.cfg
-    ranks = data_ranks(cfg)
-    steps, micro = split_batch(cfg, ranks)
-    rope = "unscaled"
-    if cfg.rope_scaling != "none":
-        rope = f"{cfg.rope_scaling} x {cfg.rope_factor:g}"
-    print(f"{phase.stage} to step {phase.end:,} | rope {rope} | tokens per step", end=" ")
-    print(f"{cfg.batch_size * cfg.seq_len:,} = {ranks} ranks x {steps} x {micro}", end=" ")
-    print(f"sequences of {cfg.seq_len:,}")
-    if len(mixture.names) > 1:
-        corpora = zip(mixture.names, mixture.corpora, mixture.shares, mixture.spent(0))
-        for name, corpus, share, spent in corpora:
-            epochs = spent / corpus.n_windows(cfg.seq_len)
-            print(f"  {share / mixture.block:.1%} {name}, from epoch {epochs:.3f}")
+    steps, micro = split_batch(cfg, cfg.dp)
+    print(f"{phase.stage} to {phase.end:,} tokens | rope {cfg.rope_scaling}", end=" | ")
+    print(f"tokens per step {cfg.batch_size * cfg.seq_len:,} = {cfg.dp} ranks x {steps}", end=" ")
+    print(f"x {micro} sequences of {cfg.seq_len:,}")
+    for name, share in mix.proportions.items():
+        if share < 1:
+            print(f"  {float(share):.2%} {name or 'the standard library'}")
 
-def finish(pipeline, data, state, cfg, device):
-    """Put the average in place of the parameters, if annealing is complete (§3.4.3); validate,
-    export and sample."""
-    plan, _, heldout, tokenizer = data
-    now = pipeline.cfg
-    _, done = plan_position(plan, state)
-    if plan[-1].stage == "annealing" and done >= plan[-1].end:
-        parameters = dict(pipeline.model.named_parameters())
-        for name, average in pipeline.average.items():
-            parameters[name].data.copy_(average)
-    place = device, pipeline.data_rank, data_ranks(cfg)
-    validate(pipeline.evaluate, heldout, state["step"], now, *place)
-    if cfg.export:
-        to_hf(pipeline.model, now, cfg.export, pipeline.mesh)
-    with torch.device("meta"):
-        small = count_parameters(Llama3(cfg))[0] < 2e9  # fits one rank
-    model = gather_model(pipeline, now) if tokenizer and small else None
-    if model is not None:
-        ids = get_batch(heldout, 0, 1, now)["tokens"][0, :32].tolist()
-        if cfg.prompt:
-            ids = tokenizer.encode_ordinary(cfg.prompt)
-        allowed_ids = torch.from_numpy(heldout.token_bytes > 0)
-        print(tokenizer.decode(sample(model, ids, 256, allowed_ids, now)))
+BUDGET = {"tokens", "long_tokens", "anneal_tokens"}  # fields that a run keeps when it is resumed
 
-def resume_plan(cfg, given, ranks):
-    """(path of the newest checkpoint or None, config.json of its run). A run that is continued has
-    the stages of its first start, but for those that are given anew."""
-    fixed = {name: getattr(cfg, name) for name in (*SHAPE, "tp", "pp")}
-    if not cfg.eval:
-        fixed["seed"] = cfg.seed
-    path, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
-    if cfg.eval and not path and not cfg.init:
-        raise ValueError(f"--eval: {cfg.out} has no checkpoint")
-    for name in ("tokens", "long_tokens", "anneal_tokens", "steps"):
-        if run and name not in given:
-            setattr(cfg, name, run[name])
-    check(cfg, ranks)
-    tenth = phases(cfg)[-1].end // 10
+def plan_stages(cfg, given, run):
+    """(phases, tokens of the plan after which the run ends); run is config.json of a run that goes
+    on. Cuts the warm-up to a tenth of the stages."""
+    plan = phases(cfg)
+    end = plan[-1].end
+    if cfg.steps:
+        end = tokens_of_updates(plan, cfg.steps)
+    if run and not given & {"steps", *BUDGET}:
+        end = run["end"]
+    tenth = int(updates_of_plan(plan, plan[-1].end)) // 10
     if cfg.warmup_steps > tenth:
         cfg.warmup_steps = tenth
         print(f"the warm-up is cut to {tenth} updates, a tenth of the stages")
-    return path, run
+    return plan, end
+
+def restore(pipeline, optimizer, state, checkpoint, cfg):
+    """Fill the parts of a run from a checkpoint, if there is one; its annealing may be new."""
+    if checkpoint:
+        with explain(f"{checkpoint} is damaged", OSError):
+            keys = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        if any("average" in key for key in keys):
+            pipeline.add_average(cfg)
+        load_checkpoint(checkpoint, pipeline.saved, optimizer, state)
+    if cfg.anneal_tokens and cfg.average and pipeline.average is None:
+        pipeline.add_average(cfg)
+
+def print_run(plan, end, cfg, device):
+    """Print versions, layout, sizes and the number of updates."""
+    with torch.device("meta"):
+        total, activated = count_parameters(Llama3(cfg))
+    print(f"torch {torch.__version__} | {device.type} {cfg.precision} | tp {cfg.tp} x", end=" ")
+    print(f"cp {cfg.cp} x pp {cfg.pp} x dp {cfg.dp}")
+    print(f"parameters {total:,} | activated {activated:,} | FLOPs per token", end=" ")
+    print(f"{flops_per_token(plan[-1].cfg):.3g} | {updates_of_plan(plan, end):,.0f} updates")
 
 @record
 def main(argv=None):
@@ -1757,47 +1834,55 @@ def main(argv=None):
         ranks = dist.get_world_size()
         cfg = fit_ranks(cfg, ranks)
         check(cfg, ranks)
-        sources, tokenizer, separator = find_sources(cfg)
-        if cfg.write_tokens:
-            documents = tokenize_pieces(only_text(sources), tokenizer, separator)
-            return write_tokens(cfg.write_tokens, documents)
-        path, run = resume_plan(cfg, given, ranks)
-        mixtures, heldout = load_mixtures(cfg, sources, tokenizer, separator)
-        plan = [phase for phase in phases(cfg) if phase.first < (cfg.steps or math.inf)]
-        data = plan, mixtures, heldout, tokenizer
 
-        pipeline = Pipeline(cfg, make_mesh(cfg, device.type), cfg.anneal_tokens > 0)
+        fixed = {"tp": cfg.tp, "pp": cfg.pp} | ({} if cfg.eval else {"seed": cfg.seed})
+        checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
+        for name in BUDGET - given:  # a run that goes on has the stages of its first start
+            setattr(cfg, name, run.get(name, getattr(cfg, name)))
+        data = load_mixes(cfg)
+        if not data:
+            return
+        tokenizer, mixes, heldout = data
+        for name in SHAPE:
+            if run and run[name] != getattr(cfg, name):
+                raise ValueError(f"{checkpoint} has {name} {run[name]}, not {getattr(cfg, name)}")
+        plan, end = plan_stages(cfg, given, run)
+        pipeline = Pipeline(cfg, make_mesh(cfg, device.type))
         init_weights(pipeline.model, cfg, pipeline.tp)
         if cfg.init:
-            read_hf_weights(pipeline.model, cfg, cfg.init, pipeline.tp)
+            fill_whole(pipeline.model, cfg.init, pipeline.tp)
         optimizer = build_optimizer(pipeline.model, cfg)
-        state = {"step": 0, "sequences": 0, "undone": 0, "tokens": 0, "n_skipped": 0}
+        state = {"step": 0, "sequences": 0, "position": 0, "tokens": 0}
         state |= {"watched": 0, "loss_mean": 0.0, "loss_variance": 0.0}
-        if path:
-            load_checkpoint(path, pipeline.saved, optimizer, state)
-        fingerprints = [mixture.fingerprint() for mixture in mixtures]
-        i, done = plan_position(plan, state)
-        n_begun = i + (done > plan[i].first)  # phases
+        restore(pipeline, optimizer, state, checkpoint, cfg)
+        i = phase_index(plan, state["position"])
+        fingerprints = [mix.fingerprint() for mix in mixes]
+        n_begun = i + (state["position"] > plan[i].begin)  # phases
         theirs = run.get("data_fingerprint", [])[:n_begun]
         if theirs != fingerprints[: len(theirs)] and not cfg.eval:
-            raise ValueError(f"{path} has another data_fingerprint than --data or --anneal_data")
+            raise ValueError(f"{checkpoint} has another data_fingerprint than --data")
         if cfg.eval:
+            if not checkpoint and not cfg.init:
+                raise ValueError(f"--eval: {cfg.out} has no checkpoint")
+            end = state["position"]
             cfg.out = ""  # nothing is written
         if cfg.out:
-            run = dataclasses.asdict(cfg) | {"data_fingerprint": fingerprints}
+            run = dataclasses.asdict(cfg) | {"end": end, "data_fingerprint": fingerprints}
             lock = claim_directory(cfg.out, run)  # held while the run lives
-        with torch.device("meta"):
-            total, activated = count_parameters(Llama3(cfg))
-        print(f"torch {torch.__version__} | {device.type} {cfg.precision} | tp {cfg.tp} x", end=" ")
-        print(f"cp {cfg.cp} x pp {cfg.pp} x dp {cfg.dp} x dp_replicate {cfg.dp_replicate}")
-        print(f"parameters {total:,} | activated {activated:,} | FLOPs per token", end=" ")
-        cfg.steps = min(cfg.steps or math.inf, plan[-1].end)
-        print(f"{flops_per_token(plan[-1].cfg):.3g} | {cfg.steps:,} updates")
-        if cfg.eval:
-            cfg.steps = 0
-        if not train_in_stages(pipeline, optimizer, data, state, cfg, device):
+        print_run(plan, end, cfg, device)
+        end = limit_to_layout(plan, state["position"], end)
+        arguments = plan, mixes, heldout, tokenizer, state, end, cfg, device
+        if not train(pipeline, optimizer, *arguments):
             return print(f"stopped after step {state['step']}")
-        finish(pipeline, data, state, cfg, device)
+        now = pipeline.cfg
+        if cfg.export:
+            to_hf(pipeline.model, now, cfg.export, pipeline.mesh)
+        if tokenizer and cfg.tp * cfg.cp * cfg.pp == 1:  # else: --export, then --init and --eval
+            ids = get_batch(heldout, 0, 1, now)["tokens"][0, :32].tolist()
+            if cfg.prompt:
+                ids = tokenizer.encode_ordinary(cfg.prompt)
+            allowed_ids = torch.from_numpy(heldout.token_bytes > 0)
+            print(tokenizer.decode(sample(pipeline.stages[0], ids, 256, allowed_ids, now)))
 
 # ---------------------------------------- Plumbing ----------------------------------------
 
@@ -1910,12 +1995,12 @@ def shared_store(rank):
             time.sleep(0.1)
 
 def log(out, step, head, row, tail):
-    """Print head, the numbers of row and tail, which has the tokens; append step and row to
-    metrics.jsonl in the directory out, if any, with null for numbers that are not finite."""
+    """Print head, the numbers of row and tail, which has the tokens; append step and row, which
+    may have lists, to metrics.jsonl in the directory out, if any, NaN and infinity as null."""
     formats = {"bpb": ".3f", "val_bpb": ".3f", "lr": ".2e", "grad": ".2f"}
     fields = [head]
     for name, value in row.items():
-        if name != "tokens":
+        if name != "tokens" and not isinstance(value, list):
             fields.append(f"{name.removeprefix('val_')} {value:{formats.get(name, '.4f')}}")
     print(" | ".join(fields + tail).replace("nan", "n/a"))
     if out and dist.get_rank() == 0:

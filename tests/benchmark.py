@@ -1,4 +1,4 @@
-"""Speed and memory, side by side: python tests/benchmark.py gpt1|gpt3|llama3|deepseek_v3|bert|t5|gemma [--pairs 10]
+"""Speed and memory, side by side: python tests/benchmark.py gpt1|gpt3|llama3|deepseek_v3|bert|t5|gemma|kimi_muon [--pairs 10]
 
 Each line compares the script (A) with something else (B) in interleaved pairs A B A B ... of one run
 and prints the medians. CPU time is the process's, over all its threads. Nothing here is asserted.
@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from fractions import Fraction
 
 import torch
 import torch.nn as nn
@@ -178,41 +179,44 @@ def the_pipeline(module, cfg):
     cfg = module.fit_ranks(dataclasses.replace(cfg, tokens=1e12), 1)
     corpora = module.load_corpora([], documents, tokenizer, separator, cfg.vocab_size, cfg.batch_size, cfg.seq_len)
     plan = module.phases(cfg)
-    mixture, heldout = (module.Mixture({"": 1.0}, [corpus], [0], 0) for corpus in corpora)
+    mix, heldout = (module.DataMix({"": Fraction(1)}, [corpus]) for corpus in corpora)
     pipeline = module.Pipeline(cfg, module.make_mesh(cfg, "cpu"))
     module.init_weights(pipeline.model, cfg)
     optimizer = module.build_optimizer(pipeline.model, cfg)
-    state = dict.fromkeys(("tokens", "undone", "n_skipped", "watched", "loss_mean", "loss_variance"), 0)
-    state |= {"step": 1, "sequences": cfg.batch_size}
+    size = cfg.batch_size * cfg.seq_len
+    state = dict.fromkeys(("tokens", "watched", "loss_mean", "loss_variance"), 0)
+    state |= {"step": 1, "sequences": cfg.batch_size, "position": size}
 
     def run():
-        now = dataclasses.replace(cfg, steps=state["step"] + STEPS, spike=0.0)
+        now = dataclasses.replace(cfg, spike=0.0)
+        end = state["position"] + STEPS * size
+        module.validate = lambda *_: None  # at the end, and no part of an update
         with contextlib.redirect_stdout(io.StringIO()):
-            module.train_in_stages(pipeline, optimizer, (plan, [mixture], heldout, tokenizer), state, now, torch.device("cpu"))
+            module.train(pipeline, optimizer, plan, [mix], heldout, tokenizer, state, end, now, torch.device("cpu"))
 
     return run
 
 
-def the_dualpipe(module, cfg):
+def the_pipeline_1f1b(module, cfg):
     """run(): STEPS updates through deepseek_v3.py's own loop, on documents of some 200 tokens."""
     generator = torch.Generator().manual_seed(0)
     texts = ("".join(map(chr, torch.randint(32, 127, (200,), generator=generator).tolist())) for _ in range(3000))
     tokenizer = module.load_tokenizer("bytes", module.SPECIALS)
     documents = module.tokenize(((str(i), text) for i, text in enumerate(texts)), tokenizer, tokenizer.eot_token)
-    cfg = module.fit_layout(dataclasses.replace(cfg, tokens=1e12, tokenizer="bytes"), 1)
+    cfg = module.fit_layout(dataclasses.replace(cfg, tokens=1e12), 1)
     sizes = cfg.vocab_size, cfg.batch_size, cfg.seq_len
     corpora = module.load_corpora([], documents, tokenizer, tokenizer.eot_token, *sizes)
-    pipe = module.DualPipe(cfg, module.expert_mesh(cfg, "cpu"))
+    pipe = module.Pipeline1F1B(cfg, module.expert_mesh(cfg, "cpu"))
     module.init_weights(pipe.model, cfg)
-    pipe.share(cfg)
-    optimizer = module.build_optimizer(pipe.zero, cfg)
-    state = dict.fromkeys(("step", "sequences", "tokens", "n_documents", "n_fim", "n_cut"), 0)
+    pipe.share()
+    optimizer = module.build_optimizer(pipe.flats, cfg)
+    state = dict.fromkeys(("step", "sequences", "tokens", "position"), 0)
 
     def run():
-        now = dataclasses.replace(cfg, steps=state["step"] + STEPS)
+        end = state["position"] + STEPS * cfg.batch_size * cfg.seq_len
         module.validate = lambda *_: None  # at the end, and no part of an update
         with contextlib.redirect_stdout(io.StringIO()):
-            module.train(pipe, optimizer, *corpora, state, now, torch.device("cpu"), [])
+            module.train(pipe, optimizer, *corpora, state, end, cfg, torch.device("cpu"), [])
 
     return run
 
@@ -359,16 +363,16 @@ def llama3_main(module, args):
 
 def deepseek_v3_main(module, args):
     cfg = module.Config(vocab_size=4096, dim=256, n_layers=4, n_dense=1, hidden_dim=704, n_heads=4, q_rank=128, kv_rank=64, head_dim=64,
-                        rope_dim=32, n_experts=32, n_shared=1, expert_dim=128, top_k=4, n_groups=4, groups_kept=2, mtp="none",
+                        rope_dim=32, n_experts=32, n_shared=1, expert_dim=128, top_k=4, n_groups=4, groups_kept=2, mtp=False,
                         seq_len=256, batch_size=8, precision="fp32", val_every=10**9, warmup_steps=1, init_std=0.02)  # fmt: skip
     if args.measure_memory:
         kind = args.measure_memory
-        run = the_dualpipe(module, cfg) if kind == "script" else plain_loop(module, cfg, kind)
+        run = the_pipeline_1f1b(module, cfg) if kind == "script" else plain_loop(module, cfg, kind)
         run(), run()
         return print(peak_of_this_process())
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, fp32, {args.pairs} pairs of {STEPS} steps, "
           f"{cfg.n_layers} blocks of width {cfg.dim}, {cfg.n_experts} experts, {cfg.batch_size} x {cfg.seq_len} tokens")  # fmt: skip
-    compare("Hugging Face's class", the_dualpipe(module, cfg), plain_loop(module, cfg, "hf"), args.pairs)
+    compare("Hugging Face's class", the_pipeline_1f1b(module, cfg), plain_loop(module, cfg, "hf"), args.pairs)
     memory = {kind: peak_memory(kind, [args.script]) for kind in ("script", "hf")}
     print("peak MiB", ", ".join(f"{kind} {size:.0f}" for kind, size in memory.items()), end="; ")
     print(f"script / hf {memory['script'] / memory['hf']:.3f}")
@@ -377,23 +381,15 @@ def deepseek_v3_main(module, args):
 
 
 def bert_corpora(module, cfg):
-    """Documents of some forty sentences of 5 to 30 letters, as many as the runs below need."""
+    """Instances of documents of some forty sentences of 5 to 30 letters, as many as the runs below need."""
     import random
 
+    from ranks import make_instances
+
     rng = random.Random(0)
-    documents = (
-        (str(i), ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz ", k=rng.randint(5, 30))) for _ in range(rng.randint(20, 60))])
-        for i in range(600)
-    )
-    tokenizer = module.load_tokenizer("bytes", module.SPECIALS)
-    return sentence_corpora(module, documents, tokenizer, cfg, cfg.seq_len)
-
-
-def sentence_corpora(module, documents, tokenizer, cfg, length):
-    separator = tokenizer.encode_single_token("[SEP]")
-    sizes = tokenizer.n_vocab, cfg.batch_size, length
-    corpora = module.load_corpora([], module.tokenize_sentences(documents, tokenizer), tokenizer, separator, *sizes)
-    return [module.SentenceCorpus(corpus, tokenizer) for corpus in corpora]
+    letters = "abcdefghijklmnopqrstuvwxyz "
+    sentences = [["".join(rng.choices(letters, k=rng.randint(5, 30))) for _ in range(rng.randint(20, 60))] for _ in range(600)]
+    return make_instances(module, cfg, [(str(i), document) for i, document in enumerate(sentences)])
 
 
 def the_phases(module, cfg):
@@ -408,7 +404,7 @@ def the_phases(module, cfg):
     def run():
         now = dataclasses.replace(cfg, steps=state["step"] + STEPS)
         with contextlib.redirect_stdout(io.StringIO()):
-            module.train(model, optimizer, *corpora, state, now, torch.device("cpu"), [])
+            module.train(model, optimizer, *corpora, state, now, torch.device("cpu"))
 
     return run
 
@@ -443,7 +439,7 @@ def the_phases_of_hugging_face(module, cfg):
 
 def bert_main(module, args):
     cfg = module.Config(vocab_size=8192, dim=256, n_layers=4, n_heads=4, hidden_dim=1024, dropout=0.0, batch_size=16, micro_batch=16,
-                        seq_len=128, long_share=0.0, precision="fp32", tokenizer="bytes", val_every=10**9, warmup_steps=1)  # fmt: skip
+                        seq_len=128, long_share=0.0, precision="fp32", dupe_factor=1, val_every=10**9, warmup_steps=1)  # fmt: skip
     if args.measure_memory:
         run = (the_phases if args.measure_memory == "script" else the_phases_of_hugging_face)(module, cfg)
         run(), run()
@@ -455,7 +451,7 @@ def bert_main(module, args):
     everywhere = dataclasses.replace(cfg)
     inner = module.BERT.forward
 
-    def all_positions(self, tokens, segments=None, attention_mask=None, positions=None):
+    def all_positions(self, tokens, segments, attention_mask, positions):
         logits, next_logits = inner(self, tokens, segments, attention_mask)
         return module.gather_states(logits, positions), next_logits
 
@@ -469,24 +465,10 @@ def bert_main(module, args):
     memory = {kind: peak_memory(kind, [args.script]) for kind in ("script", "hf")}
     print("peak MiB", ", ".join(f"{kind} {size:.0f}" for kind, size in memory.items()), end="; ")
     print(f"script / hf {memory['script'] / memory['hf']:.3f}")
-    demo = module.Config(**module.PRESETS["demo"])
-    documents = list(module.split_sentences(module.read_documents("", module.find_files("")[0]), demo))
-    tokenizer = module.choose_tokenizer(demo.tokenizer, documents)
-    corpus, _ = sentence_corpora(module, documents, tokenizer, demo, demo.long_seq_len)
-    n, rates = 2400, []
-    for i in range(max(args.pairs // 2, 3)):
-        module.block_instances.cache_clear()  # with all that is made for a block
-        started = time.perf_counter()
-        module.get_batch(corpus, i * n, n, demo)
-        rates.append(n / (time.perf_counter() - started))
-    built, used = statistics.median(rates), 1000 * throughput("bert", 1, torch.get_num_threads()) / demo.seq_len
-    print(f"instances: {built:.0f} built a second, {used:.0f} used by the demo, ratio {built / used:.1f}")
 
 
-def the_mesh(module, cfg, corpora):
+def the_shards(module, cfg, corpora):
     """run(): STEPS updates through t5.py's own loop."""
-    cfg = module.mesh_shape(cfg, 1)
-    mesh = module.init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "tp"))
     model = module.T5(cfg)
     module.init_weights(model, cfg)
     optimizer = module.build_optimizer(model, cfg)
@@ -496,7 +478,7 @@ def the_mesh(module, cfg, corpora):
     def run():
         now = dataclasses.replace(cfg, steps=state["sequences"] // cfg.batch_size + STEPS)
         with contextlib.redirect_stdout(io.StringIO()):
-            module.train(model, optimizer, *corpora, state, now, mesh, [])
+            module.train(model, optimizer, *corpora, state, now, torch.device("cpu"))
 
     return run
 
@@ -510,7 +492,7 @@ def t5_hugging_face(module, cfg, corpus):
         dropout_rate=cfg.dropout, pad_token_id=cfg.pad, eos_token_id=cfg.eos, decoder_start_token_id=cfg.pad, use_cache=False,
     ))  # fmt: skip
     model.train()
-    optimizer, done = torch.optim.Adafactor(model.parameters(), lr=cfg.lr, eps=(2e-19, 1e-3)), itertools.count()
+    optimizer, done = module.Adafactor(model.parameters(), lr=cfg.lr), itertools.count()
 
     def step():
         batch = module.get_batch(corpus, cfg.batch_size * next(done), cfg.batch_size, cfg)
@@ -533,18 +515,18 @@ def t5_main(module, args):
     documents = module.tokenize([("text", text)], tokenizer, cfg.eos)
     corpora = module.load_corpora([], documents, tokenizer, -1, cfg.vocab_size, cfg.batch_size, cfg.seq_len)
     if args.measure_memory:
-        run = the_mesh(module, cfg, corpora) if args.measure_memory == "script" else t5_hugging_face(module, cfg, corpora[0])
+        run = the_shards(module, cfg, corpora) if args.measure_memory == "script" else t5_hugging_face(module, cfg, corpora[0])
         run(), run()
         return print(peak_of_this_process())
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, fp32, {args.pairs} pairs of {STEPS} steps, 2 x {cfg.n_layers} "
           f"blocks of width {cfg.dim}, {cfg.batch_size} x (512 inputs, 114 targets)")  # fmt: skip
-    compare("Hugging Face's class", the_mesh(module, cfg, corpora), t5_hugging_face(module, cfg, corpora[0]), args.pairs)
+    compare("Hugging Face's class", the_shards(module, cfg, corpora), t5_hugging_face(module, cfg, corpora[0]), args.pairs)
     memory = {kind: peak_memory(kind, [args.script]) for kind in ("script", "hf")}
     print("peak MiB", ", ".join(f"{kind} {size:.0f}" for kind, size in memory.items()), end="; ")
     print(f"script / hf {memory['script'] / memory['hf']:.3f}")
     demo = module.Config(**module.PRESETS["demo"], vocab_size=384, pad=257, eos=256, sentinel=360, precision="fp32", val_every=10**9)
-    demo.seq_len = demo.pack * module.row_lengths(demo)[0]
-    run, n = the_mesh(module, demo, corpora), demo.batch_size * STEPS
+    demo.seq_len = module.row_lengths(demo)[0]
+    run, n = the_shards(module, demo, corpora), demo.batch_size * STEPS
     build = lambda: [module.get_batch(corpora[0], i * demo.batch_size, demo.batch_size, demo) for i in range(STEPS)]  # noqa: E731
     run(), build()
     rows = [(measure(build)[1], measure(run)[1]) for _ in range(args.pairs)]
@@ -602,6 +584,85 @@ def gemma_main(module, args):
         print(f"local attention, T {T}: {1000 * statistics.median(measure(run)[0] for _ in range(args.pairs)):.1f} ms of CPU time")
 
 
+def the_muon(module, cfg):
+    """run(): STEPS updates through kimi_muon.py's own loop, on made-up text."""
+    tokenizer = module.load_tokenizer("bytes", ["<|endoftext|>"])
+    text = "".join(map(chr, torch.randint(32, 127, (400_000,)).tolist()))
+    documents = module.tokenize([("text", text)], tokenizer, tokenizer.eot_token)
+    sizes = cfg.vocab_size, cfg.batch_size, cfg.seq_len
+    corpora = module.load_corpora([], documents, tokenizer, tokenizer.eot_token, *sizes)
+    mesh = module.init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "ep"))
+    with torch.device("meta"):
+        model = module.Kimi(cfg)
+    module.parallelize(model, cfg, mesh)
+    module.init_weights(model, cfg)
+    shards = module.shard_parameters(model, cfg, mesh)
+    parts = model, shards, module.build_optimizer(shards, cfg), None
+    state = {"step": 1, "sequences": 0, "tokens": 0}  # step 0 would validate
+
+    def run():
+        end = (state["sequences"] + STEPS * cfg.batch_size) * cfg.seq_len
+        now = dataclasses.replace(cfg, tokens=float(end))
+        module.validate = lambda *_: None  # at the end, and no part of an update
+        with contextlib.redirect_stdout(io.StringIO()):
+            module.train(*parts, *corpora, state, now, torch.device("cpu"))
+
+    return run
+
+
+def muon_share(module, cfg):
+    """CPU time of Muon's step, and of the update that it is part of, at the shape cfg."""
+    clocks = {"muon": 0.0, "update": 0.0}
+
+    def clocked(function, kind):
+        def call(*args, **more):
+            start = time.process_time()
+            result = function(*args, **more)
+            clocks[kind] += time.process_time() - start
+            return result
+
+        return call
+
+    step, update = module.Muon.step, module.muon_clip_step
+    module.Muon.step, module.muon_clip_step = clocked(step, "muon"), clocked(update, "update")
+    run = the_muon(module, cfg)
+    run()
+    clocks.update(muon=0.0, update=0.0)
+    run(), run()
+    module.Muon.step, module.muon_clip_step = step, update
+    print(f"Muon {500 * clocks['muon'] / STEPS:.1f} of {500 * clocks['update'] / STEPS:.1f} ms of CPU time an update, "
+          f"{clocks['muon'] / clocks['update']:.1%}", flush=True)  # fmt: skip
+
+
+def kimi_muon_main(module, args):
+    """The benchmark shape of deepseek_v3 against Hugging Face's class with AdamW; Muon's share of an update; batched Newton-Schulz."""
+    from test_hf_parity import kimi_config
+    from transformers import DeepseekV3ForCausalLM
+
+    cfg = module.Config(vocab_size=4096, dim=256, n_layers=4, hidden_dim=704, n_heads=4, q_rank=128, kv_rank=64, head_dim=64, rope_dim=32,
+                        n_experts=32, expert_dim=128, top_k=4, seq_len=256, batch_size=8, long_tokens=0.0, lr=1e-4, precision="fp32",
+                        ep=1, dp=1, val_every=10**9)  # fmt: skip
+    peer = lambda: DeepseekV3ForCausalLM(kimi_config(cfg)).train()  # noqa: E731
+    if args.measure_memory:
+        run = the_muon(module, cfg) if args.measure_memory == "script" else plain_loop(module, cfg, peer)
+        run(), run()
+        return print(peak_of_this_process())
+    demo = module.Config(**module.PRESETS["demo"], vocab_size=257, precision="fp32", ep=1, dp=1, val_every=10**9)
+    muon_share(module, dataclasses.replace(demo, long_tokens=0.0))
+    muon_share(module, cfg)
+    for shape in ((64, 64, 96), (64, 96, 64), (64, 128, 128), (64, 128, 256)):
+        g, clocks = torch.randn(shape), []
+        for orthogonalize in (lambda: [module.newton_schulz(x, torch.float32) for x in g], lambda: module.newton_schulz(g, torch.float32)):  # noqa: B023
+            orthogonalize()
+            clocks.append(statistics.median(measure(orthogonalize)[0] for _ in range(args.pairs)))
+        print(f"Newton-Schulz of {shape}: {1000 * clocks[0]:.1f} ms one by one, {1000 * clocks[1]:.1f} in a batch, {clocks[0] / clocks[1]:.2f} times")
+    for optimizer in ("muon", "adamw"):
+        title = f"Hugging Face's, {optimizer}"
+        compare(title, the_muon(module, dataclasses.replace(cfg, optimizer=optimizer)), plain_loop(module, cfg, peer), args.pairs)
+    memory = {kind: peak_memory(kind, [args.script]) for kind in ("script", "hf")}
+    print("peak MiB", ", ".join(f"{kind} {size:.0f}" for kind, size in memory.items()))
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("script")
@@ -610,7 +671,7 @@ def main():
     args = parser.parse_args()
     module = importlib.import_module(args.script)
     module.init_distributed(60)
-    own = {"gpt3": gpt3_main, "llama3": llama3_main, "deepseek_v3": deepseek_v3_main, "bert": bert_main, "t5": t5_main, "gemma": gemma_main}
+    own = {"gpt3": gpt3_main, "llama3": llama3_main, "deepseek_v3": deepseek_v3_main, "bert": bert_main, "t5": t5_main, "gemma": gemma_main, "kimi_muon": kimi_muon_main}
     if args.script in own:
         return own[args.script](module, args)
     cfg = module.Config(vocab_size=257, dim=256, n_layers=4, n_heads=4, hidden_dim=1024, dropout=0.0,

@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import pathlib
+import re
 import socket
 import tempfile
 import time
@@ -144,22 +145,29 @@ class Process:
 
 def make_corpora(module, cfg):
     """Corpora of made-up documents, many shorter than a window, so that targets are not all counted."""
+    if hasattr(module, "Source"):  # items of all kinds, made on the spot
+        tokenizer = module.load_tokenizer("bytes", module.SPECIALS)
+        return [module.Source(cfg, tokenizer, [f"some text, number {i}. " * 9 for i in range(7)], [], held_out) for held_out in (0, 1)]
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(3, 40, (300,), generator=generator).tolist()
     texts = ("".join(chr(97 + (i * k) % 26) for k in range(n)) for i, n in enumerate(lengths))
+    if hasattr(module, "Instances"):
+        return make_instances(module, cfg, [(f"{i}", text.split("e")) for i, text in enumerate(texts)])
     tokenizer = module.load_tokenizer("bytes", getattr(module, "SPECIALS", ["<|endoftext|>"]))
-    end = "[SEP]" if hasattr(module, "SentenceCorpus") else "<|endoftext|>"
-    separator = tokenizer.encode_single_token(getattr(module, "END", end))
-    if hasattr(module, "SentenceCorpus"):
-        documents = module.tokenize_sentences(((f"{i}", text.split("e")) for i, text in enumerate(texts)), tokenizer)
-    else:
-        tokenize = getattr(module, "tokenize_pieces", None) or module.tokenize
-        documents = tokenize(((f"{i}", text) for i, text in enumerate(texts)), tokenizer, separator)
+    separator = tokenizer.encode_single_token(getattr(module, "END", "<|endoftext|>"))
+    tokenize = getattr(module, "tokenize_pieces", None) or module.tokenize
+    documents = tokenize(((f"{i}", text) for i, text in enumerate(texts)), tokenizer, separator)
     vocab_size = cfg.vocab_size or tokenizer.n_vocab
-    corpora = module.load_corpora([], documents, tokenizer, separator, vocab_size, cfg.batch_size, cfg.seq_len)
-    if hasattr(module, "SentenceCorpus"):
-        return [module.SentenceCorpus(corpus, tokenizer) for corpus in corpora]
-    return corpora
+    return module.load_corpora([], documents, tokenizer, separator, vocab_size, cfg.batch_size, cfg.seq_len)
+
+
+def make_instances(module, cfg, documents):
+    """(training, held-out) instances of documents whose sentences are letters."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    tokenizer = module.WordPiece([*module.SPECIALS, *letters, *(f"##{c}" for c in letters)], "letters")
+    with tempfile.TemporaryDirectory() as folder:
+        module.write_instances(folder, module.tokenize_sentences(documents, tokenizer), tokenizer, cfg)
+        return [module.Instances(folder, split, tokenizer, cfg) for split in ("train", "val")]
 
 
 def make_model(module, row, cfg):
@@ -182,12 +190,16 @@ def gradients(name, row, overrides):
     cfg = module.Config(**{**row.tiny, **overrides})
     corpus, _ = make_corpora(module, cfg)
     model = make_model(module, row, cfg)
-    if hasattr(module, "DualPipe"):
+    if hasattr(module, "Source"):
+        return omni_gradients(module, cfg, corpus, model.state_dict(), device)
+    if hasattr(module, "FlatParameters"):
         return expert_gradients(module, cfg, corpus, model.state_dict(), device)
     if hasattr(module, "Pipeline"):
         return pipeline_gradients(module, cfg, corpus, dict(model.named_parameters()), device)
     if hasattr(module, "ModelParallel"):
         return split_gradients(module, cfg, corpus, dict(model.named_parameters()), device)
+    if hasattr(module, "ShardedParameters"):
+        return flat_gradients(module, cfg, corpus, model.state_dict(), device)
     if hasattr(module, "build_sharded"):
         return sharded_gradients(module, cfg, corpus, dict(model.named_parameters()), device)
     mesh = module.init_device_mesh(device.type, (module.dist.get_world_size(),), mesh_dim_names=("dp",))
@@ -214,10 +226,9 @@ def pipeline_gradients(module, cfg, corpus, values, device):
     (phase,) = module.phases(cfg)
     pipeline = module.Pipeline(cfg, module.make_mesh(cfg, device.type))
     for key, p in pipeline.model.named_parameters():
-        value = values["token_embedding.weight" if key == "head.weight" and cfg.tied else key]
-        module.fill(key, p, value.detach(), pipeline.tp)
+        module.fill(key, p, values[key].detach(), pipeline.tp)
     pipeline.enter(phase.cfg)
-    batches = global_batch(module, corpus, phase.cfg, device, pipeline.data_rank, module.data_ranks(cfg))
+    batches = global_batch(module, corpus, phase.cfg, device, pipeline.data_rank, cfg.dp)
     norm, loss = module.clip_gradients(pipeline.model, pipeline.run(batches), phase.cfg, pipeline.mesh)
     found = {key: module.whole_tensor(key, p.grad, pipeline.tp).numpy() for key, p in pipeline.model.named_parameters()}
     return loss, found, norm
@@ -259,28 +270,88 @@ def sharded_gradients(module, cfg, corpus, values, device):
     return loss, {key: whole(p.grad).numpy() for key, p in model.named_parameters()}, norm
 
 
+def flat_gradients(module, cfg, corpus, values, device):
+    """The same for a script with flat masters, from an update that changes nothing but the balancing biases."""
+    mesh = module.init_device_mesh(device.type, (cfg.dp, cfg.ep), mesh_dim_names=("dp", "ep"))
+    with torch.device("meta"):
+        model = module.Kimi(cfg)
+    module.parallelize(model, cfg, mesh)
+    module.init_weights(model, cfg)
+    for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if key in values:
+            tensor.data.copy_(values[key].chunk(cfg.ep)[mesh["ep"].get_local_rank()] if module.is_expert(key) else values[key])
+    flats = module.shard_parameters(model, cfg, mesh)
+    found = {}
+
+    def collect():
+        for flat in flats:
+            g = flat.master.grad
+            g = g.full_tensor() if hasattr(g, "full_tensor") else g
+            for key, (start, stop, shape) in flat.spans.items():
+                parts = [g[start:stop].view(shape)]
+                if module.is_expert(key) and cfg.ep > 1:
+                    parts = [torch.empty(shape) for _ in range(cfg.ep)]
+                    dist.all_gather(parts, g[start:stop].view(shape).contiguous(), group=model.ep)
+                found[key] = torch.cat(parts).numpy()
+
+    batches = global_batch(module, corpus, cfg, device, dist.get_rank(), dist.get_world_size())
+    optimizer = types.SimpleNamespace(param_groups=[], step=collect)
+    loss, _, *_ = module.muon_clip_step(model, flats, [optimizer], batches, 0.0, 0.01, cfg)
+    found |= {key: value.numpy() for key, value in model.named_buffers() if key.endswith("router.bias")}
+    return loss, found, None
+
+
 def expert_gradients(module, cfg, corpus, values, device):
     """The same for a script whose experts are laid out over ranks; with them go the balancing biases after an update."""
     cfg = module.fit_layout(cfg, dist.get_world_size())
-    (phase,) = module.plan(cfg)
-    pipe = module.DualPipe(cfg, module.expert_mesh(cfg, device.type))
+    (_, phase), *_ = module.plan(cfg)
+    pipe = module.Pipeline1F1B(cfg, module.expert_mesh(cfg, device.type))
     rank, ranks = pipe.mesh["ep"].get_local_rank(), pipe.mesh["ep"].size()
     for key, tensor in [*pipe.model.named_parameters(), *pipe.model.named_buffers()]:
         if not key.endswith("load"):
             value = values[key]
             tensor.data.copy_(value.chunk(ranks)[rank] if module.is_expert(key) else value)
-    for router in pipe.routers:
+    for router in pipe.routers.values():
         router.load.zero_()
-    pipe.share(cfg)
-    pipe.enter(phase.cfg)
-    batches = global_batch(module, corpus, phase.cfg, device, pipe.data_rank, module.reading_ranks(cfg))
-    pipe.run(batches)
-    pipe.zero.reduce()
-    norm, main, ahead = pipe.zero.clip(pipe.main, pipe.ahead, limit=cfg.clip)
-    module.update_biases(pipe.routers, 0.01, pipe.zero.data.get_group())
+    pipe.share()
+    pipe.enter(phase)
+    batches = global_batch(module, corpus, phase, device, pipe.data.get_local_rank(), module.reading_ranks(cfg))
+    norm, main, ahead = pipe.reduce(pipe.run(batches), cfg.clip)
+    module.update_biases(list(pipe.routers.values()), 0.01, pipe.data.get_group())
     found = {key: value.numpy() for key, value in pipe.model.named_buffers() if key.endswith("router.bias")}
-    for key, master in pipe.zero.masters.items():
-        whole, shape = master.grad, values[key].shape
-        whole = whole.full_tensor() if hasattr(whole, "full_tensor") else whole
-        found[key] = whole.view(shape).numpy()
+    for flat in pipe.flats.values():  # of which p.grad are views
+        flat.gradients[: flat.n] = flat.master.grad.full_tensor()
+    for key, p in pipe.model.named_parameters():
+        parts = [p.grad]
+        if module.is_expert(key) and ranks > 1:
+            parts = [torch.empty_like(p.grad) for _ in range(ranks)]
+            dist.all_gather(parts, p.grad, group=pipe.mesh["ep"].get_group())
+        found[key] = torch.cat(parts).numpy()
     return main + cfg.mtp_weight * ahead, found, norm
+
+
+def omni_gradients(module, cfg, source, values, device):
+    """The same for a script that deals items to ranks and trains some of the parts of its model."""
+    mesh = module.init_device_mesh(device.type, (cfg.dp, cfg.ep), mesh_dim_names=("dp", "ep"))
+    model = module.build_omni(cfg, mesh)
+    part = re.compile(r"part\d+\.")
+    for key, p in model.named_parameters():
+        value = values[part.sub("", key)]
+        if part.search(key):
+            value = value.chunk(cfg.ep)[mesh["ep"].get_local_rank()]
+        module.fill_parameter(p, value)
+    batches, imbalance = module.read_dealt(source, 3, cfg, device, dist.get_rank(), dist.get_world_size())
+    assert 1 <= imbalance < 2
+    module.sum_counts(batches, dist.get_world_size())
+    optimizer = types.SimpleNamespace(param_groups=[], step=lambda: None, zero_grad=lambda: None)
+    loss, norm, _ = module.omni_step(model, optimizer, batches, 0.0, cfg)
+    found = {}
+    for key, p in model.named_parameters():
+        if p.requires_grad:
+            g = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+            if part.search(key):
+                parts = [torch.empty_like(g) for _ in range(cfg.ep)]
+                dist.all_gather(parts, g, group=mesh["ep"].get_group())
+                g = torch.cat(parts)
+            found[part.sub("", key)] = g.numpy()
+    return loss, found, norm

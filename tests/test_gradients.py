@@ -29,8 +29,22 @@ def reference(name, overrides):
             assert router.load.sum() == cfg.top_k * positions
             found[key + ".bias"] = (router.bias + 0.01 * torch.sign(router.load.mean() - router.load)).numpy()
         return (metrics["main"] + cfg.mtp_weight * metrics["mtp"]).item(), found
-    inputs = [batch[key] for key in ("tokens", "documents") if key in batch]
-    loss = F.cross_entropy(model(*inputs).flatten(0, 1), batch["targets"].flatten())
+    if name == "omni":
+        loss, _ = module.objective(model, batch, cfg)
+        loss.backward()
+        trained = module.re.compile(module.STAGES[cfg.stage].trained)
+        return loss.item(), {key: p.grad.numpy() for key, p in model.named_parameters() if trained.match(key)}
+    if name == "kimi_muon":
+        loss, _ = module.objective(model, batch, cfg)
+        loss.backward()
+        found = {key: p.grad.numpy() for key, p in model.named_parameters()}
+        for key, router in ((key, m) for key, m in model.named_modules() if isinstance(m, module.SigmoidRouter)):
+            assert router.load.sum() == cfg.top_k * batch["tokens"].numel()
+            signs = torch.sign(router.load.mean() - router.load)
+            found[key + ".bias"] = (router.bias + 0.01 * (signs - signs.mean())).numpy()
+        return loss.item(), found
+    inputs = {key: batch[key] for key in ("tokens", "documents") if key in batch}
+    loss = F.cross_entropy(model(**inputs).flatten(0, 1), batch["targets"].flatten())
     loss.backward()
     return loss.item(), {name: p.grad.numpy() for name, p in model.named_parameters()}
 
@@ -86,7 +100,10 @@ def test_gradient_of_the_logits_is_p_minus_y(script):
     logits = torch.randn(*batch["tokens"].shape, cfg.vocab_size, requires_grad=True)
     model = lambda *inputs: logits  # noqa: E731
     if hasattr(module, "chunked_loss"):
-        model = lambda _, targets: module.chunked_loss(lambda x: x, logits.flatten(0, 1), targets, cfg.vocab_size)  # noqa: E731
+        model = lambda _, targets, documents=None: module.chunked_loss(lambda x: x, logits.flatten(0, 1), targets, cfg.vocab_size)  # noqa: E731
+        if module.__name__ == "deepseek_v3":  # whose model returns two more sums
+            nats = model
+            model = lambda *inputs: F.pad(nats(*inputs)[None], (0, 2))  # noqa: E731
     else:
         model.tp, model.modules = None, list
     loss, _ = module.objective(model, batch, cfg)
@@ -103,13 +120,14 @@ def held_bytes(name, row, overrides):
     device = module.init_distributed(30)
     cfg = module.fit_ranks(module.Config(**{**row.tiny, **overrides}), module.dist.get_world_size())
     phase = module.phases(cfg)[0]
-    pipeline = module.Pipeline(cfg, module.make_mesh(cfg, device.type), averages=True)
+    pipeline = module.Pipeline(cfg, module.make_mesh(cfg, device.type))
+    pipeline.add_average(cfg)
     module.init_weights(pipeline.model, cfg, pipeline.tp)
     optimizer = module.build_optimizer(pipeline.model, cfg)
     pipeline.enter(phase.cfg)
-    place = pipeline.data_rank, module.data_ranks(cfg)
+    place = pipeline.data_rank, cfg.dp
     batches = module.read_batch(make_corpora(module, cfg)[0], 0, phase.cfg, device, *place)
-    module.sum_counts(batches, module.data_ranks(cfg))
+    module.sum_counts(batches, cfg.dp)
     module.clip_gradients(pipeline.model, pipeline.run(batches), cfg, pipeline.mesh)
     optimizer.step()
     local = lambda tensor: 4 * (tensor.to_local() if hasattr(tensor, "to_local") else tensor).numel()  # noqa: E731
@@ -117,16 +135,16 @@ def held_bytes(name, row, overrides):
     held = dict(
         parameters=sum(map(local, parameters)), gradients=sum(local(p.grad) for p in parameters),
         optimizer=sum(local(optimizer.state[p][key]) for p in parameters for key in ("exp_avg", "exp_avg_sq")),
-        average=sum(map(local, pipeline.average.values())),
+        average=sum(map(local, pipeline.average.parameters())),
     )  # fmt: skip
     return held, module.memory_per_rank(phase.cfg)
 
 
-@pytest.mark.parametrize("overrides", [dict(tp=2, pp=2), dict(dp=4), dict(pp=2, dp=2, tied=True), dict(tp=2, cp=2)])
+@pytest.mark.parametrize("overrides", [dict(tp=2, pp=2), dict(dp=4), dict(pp=2, dp=2), dict(tp=2, cp=2, tied=True)])
 def test_llama3_planned_bytes_are_those_of_a_real_layout(ranks, overrides):
     found = ranks.run(4, held_bytes, "llama3", SCRIPTS["llama3"], {"anneal_tokens": 96.0, **overrides})
     for kind in ("parameters", "gradients", "optimizer", "average"):
-        assert max(held[kind] for held, _ in found) == found[0][1][kind], kind
+        assert max(held[kind] for held, _ in found) == pytest.approx(found[0][1][kind], rel=0.02), kind
 
 
 def in_place_of_each_other(name):
@@ -152,14 +170,14 @@ def test_llama3_collectives_and_their_gradients(ranks):
 
 
 def exchanged_in_fp8(name):
-    """Rows to the other rank and back, in bf16 and in E4M3 either way: what arrives, and what the gradient is."""
-    module = importlib.import_module(name)
-    module.init_distributed(30)
-    rank, group, found = module.dist.get_rank(), module.dist.group.WORLD, []
+    """Rows to the other rank and back, in their precision and in E4M3 either way: what arrives, and what the gradient is."""
+    v3 = importlib.import_module(name)
+    v3.init_distributed(30)
+    rank, group, found = v3.dist.get_rank(), v3.dist.group.WORLD, []
     send, receive = ([1, 3], [1, 2]) if rank == 0 else ([2, 1], [3, 1])
-    for out, back in ((False, False), (True, False), (False, True)):
+    for there, back in ((v3.all_to_all, v3.all_to_all), (v3.all_to_all_fp8, v3.all_to_all), (v3.all_to_all, v3.all_to_all_fp8)):
         x = torch.randn(sum(send), 200, generator=torch.Generator().manual_seed(rank)).requires_grad_()
-        y = module.Exchange.apply(x, send, receive, group, out, back)
+        y = v3.Exchange.apply(x, send, receive, group, there, back)
         gradient = torch.randn(sum(receive), 200, generator=torch.Generator().manual_seed(9 + rank))
         y.backward(gradient)
         found.append((x.detach(), y.detach(), gradient, x.grad))
@@ -167,10 +185,10 @@ def exchanged_in_fp8(name):
 
 
 def test_deepseek_v3_rows_travel_in_e4m3_where_they_should(ranks):
-    import deepseek_v3
+    import deepseek_v3 as v3
 
     first, second = ranks.run(2, exchanged_in_fp8, "deepseek_v3")
-    coded = lambda x: deepseek_v3.dequantize(*deepseek_v3.quantize(x, 1, 128, powers=True))[: len(x), :200]  # noqa: E731
+    coded = lambda x: v3.dequantize(*v3.quantize(x, 1, 128, powers=True))[: len(x), :200]  # noqa: E731
     for (x0, y0, g0, d0), (x1, y1, g1, d1), out, back in zip(first, second, (False, True, False), (False, False, True)):
         code, code_back = (coded if on else lambda x: x for on in (out, back))
         assert torch.equal(y0, torch.cat((code(x0)[:1], code(x1)[:2]))) and torch.equal(y1, torch.cat((code(x0)[1:], code(x1)[2:])))

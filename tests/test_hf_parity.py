@@ -27,9 +27,9 @@ def llama_config(kind, cfg, **more):
 
 def deepseek_config(cfg):
     rope = dict(rope_type="default", rope_theta=cfg.rope_theta)
-    if cfg.rope_scaling == "yarn":
-        rope |= dict(rope_type="yarn", factor=cfg.rope_factor, beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=1.0,
-                     original_max_position_embeddings=cfg.rope_original)  # fmt: skip
+    if cfg.rope_factor > 1:
+        rope |= dict(rope_type="yarn", factor=cfg.rope_factor, original_max_position_embeddings=cfg.rope_original)
+        rope |= {key: value for key, value in (("mscale", cfg.rope_mscale), ("mscale_all_dim", cfg.rope_mscale_all_dim)) if value}
     return transformers.DeepseekV3Config(
         vocab_size=cfg.vocab_size, hidden_size=cfg.dim, intermediate_size=cfg.hidden_dim, moe_intermediate_size=cfg.expert_dim,
         num_hidden_layers=cfg.n_layers, num_attention_heads=cfg.n_heads, num_key_value_heads=cfg.n_heads,
@@ -37,7 +37,7 @@ def deepseek_config(cfg):
         topk_group=cfg.groups_kept, routed_scaling_factor=cfg.route_scale, norm_topk_prob=True, first_k_dense_replace=cfg.n_dense,
         q_lora_rank=cfg.q_rank or None, kv_lora_rank=cfg.kv_rank, qk_nope_head_dim=cfg.head_dim, qk_rope_head_dim=cfg.rope_dim,
         v_head_dim=cfg.head_dim, max_position_embeddings=cfg.seq_len, rms_norm_eps=cfg.norm_eps,
-        num_mtp_layers=int(cfg.mtp != "none"), rope_parameters=rope, attn_implementation="eager",
+        num_mtp_layers=int(cfg.mtp), rope_parameters=rope, attn_implementation="eager",
     )  # fmt: skip
 
 
@@ -69,15 +69,44 @@ for case, overrides in LLAMAS.items():
     CASES[case] = ("llama3", overrides, lambda cfg, kind=kind: getattr(transformers, kind.format("ForCausalLM"))(
         llama_config(getattr(transformers, kind.format("Config")), cfg)))  # fmt: skip
 
-DEEPSEEKS = {  # the specification's configuration; with YaRN; without a latent for queries, in one group
-    "deepseek_v3": dict(), "deepseek_v3_yarn": dict(rope_scaling="yarn", rope_original=16, rope_factor=8.0),
-    "deepseek_v3_lite": dict(q_rank=0, n_groups=1, groups_kept=1, n_shared=2, mtp="none"),
+DEEPSEEKS = {  # the specification's configuration; with YaRN, as it may be written; V2-Lite's: without a latent for queries, in one group
+    "deepseek_v3": dict(), "deepseek_v3_yarn": dict(rope_original=16, rope_factor=8.0),
+    "deepseek_v3_yarn_without_mscale": dict(rope_original=16, rope_factor=8.0, rope_mscale=0.0, rope_mscale_all_dim=0.0),
+    "deepseek_v3_yarn_with_two": dict(rope_original=16, rope_factor=8.0, rope_mscale=0.7, rope_mscale_all_dim=0.4),
+    "deepseek_v3_yarn_with_one": dict(rope_original=16, rope_factor=8.0, rope_mscale=0.0, rope_mscale_all_dim=0.4),
+    "deepseek_v3_lite": dict(q_rank=0, n_groups=1, groups_kept=1, n_shared=2, mtp=False),
 }  # fmt: skip
 for case, overrides in DEEPSEEKS.items():
     shape = dict(vocab_size=512, dim=64, hidden_dim=176, expert_dim=48, n_layers=4, n_heads=4, n_shared=1, n_experts=16, top_k=4,
                  n_groups=4, groups_kept=2, route_scale=2.5, n_dense=1, q_rank=24, kv_rank=32, head_dim=16, rope_dim=8,
                  rope_theta=10000.0, seq_len=48, init_std=0.02, balance_loss=0.0, mtp_weight=0.0)  # fmt: skip
     CASES[case] = ("deepseek_v3", shape | overrides, lambda cfg: transformers.DeepseekV3ForCausalLM(deepseek_config(cfg)))
+
+
+def kimi_config(cfg):
+    rope = dict(rope_type="default", rope_theta=cfg.rope_theta)
+    if cfg.rope_factor > 1:
+        rope |= dict(rope_type="yarn", factor=cfg.rope_factor, beta_fast=cfg.rope_beta_fast, beta_slow=1, mscale=1.0, mscale_all_dim=1.0,
+                     original_max_position_embeddings=cfg.rope_original)  # fmt: skip
+    return transformers.DeepseekV3Config(
+        vocab_size=cfg.vocab_size, hidden_size=cfg.dim, intermediate_size=cfg.hidden_dim, moe_intermediate_size=cfg.expert_dim,
+        num_hidden_layers=cfg.n_layers, num_attention_heads=cfg.n_heads, num_key_value_heads=cfg.n_heads,
+        n_shared_experts=cfg.n_shared, n_routed_experts=cfg.n_experts, num_experts_per_tok=cfg.top_k, n_group=1, topk_group=1,
+        routed_scaling_factor=cfg.route_scale, norm_topk_prob=True, first_k_dense_replace=cfg.n_dense,
+        q_lora_rank=cfg.q_rank or None, kv_lora_rank=cfg.kv_rank, qk_nope_head_dim=cfg.head_dim, qk_rope_head_dim=cfg.rope_dim,
+        v_head_dim=cfg.head_dim, max_position_embeddings=cfg.seq_len, rms_norm_eps=cfg.norm_eps, num_mtp_layers=0,
+        rope_parameters=rope, attn_implementation="eager",
+    )  # fmt: skip
+
+
+KIMIS = {  # K2 as released, with YaRN of beta 1; K2.5's YaRN; Moonlight, without a latent for queries
+    "kimi_k2": dict(rope_factor=32.0, rope_original=16), "kimi_k25": dict(rope_factor=64.0, rope_original=400, rope_beta_fast=32.0),
+    "moonlight": dict(q_rank=0, n_shared=2, norm_eps=1e-5, route_scale=2.446),
+}  # fmt: skip
+for case, overrides in KIMIS.items():
+    shape = dict(vocab_size=512, dim=64, hidden_dim=96, expert_dim=32, n_layers=4, n_heads=4, n_shared=1, n_experts=8, top_k=2, q_rank=32,
+                 kv_rank=16, head_dim=16, rope_dim=8, rope_theta=50000.0, seq_len=48)  # fmt: skip
+    CASES[case] = ("kimi_muon", shape | overrides, lambda cfg: transformers.DeepseekV3ForCausalLM(kimi_config(cfg)))
 
 
 @pytest.fixture(params=CASES)
@@ -133,12 +162,8 @@ def test_reads_what_hugging_face_writes(case, tmp_path):
         for p in theirs.parameters():
             p.normal_(0, 0.1)
     theirs.save_pretrained(tmp_path)
-    if module.__name__ == "deepseek_v3":  # of which this class of theirs has no multi-token prediction
-        cfg.mtp = "none"
-        config = json.loads((tmp_path / "config.json").read_text())
-        (tmp_path / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0, "num_mtp_layers": 0}))
     ours, read = module.from_hf(tmp_path)
-    wanted = (*module.HF_CONFIG, "hidden_dim", *(name for name in vars(cfg) if name in ("rope_theta", "rope_scaling", "qkv_bias")))
+    wanted = (*module.HF_CONFIG, "hidden_dim", *(name for name in vars(cfg) if name in ("rope_theta", "rope_scaling", "qkv_bias", "rope_mscale", "rope_mscale_all_dim")))
     assert {name: getattr(read, name) for name in wanted} == {name: getattr(cfg, name) for name in wanted}
     tokens = torch.randint(cfg.vocab_size, (2, cfg.seq_len))
     close(ours.eval()(tokens), theirs(tokens).logits)
@@ -176,7 +201,8 @@ def test_deepseek_v3_predicts_ahead_as_hugging_face_does(tmp_path):
     positions = torch.arange(cfg.seq_len - 1)[None]
     hidden = ahead.eval().forward_layer(0, state[:, :-1], positions, None, input_ids=tokens[:, 1:])
     hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-    close(ours(tokens, tokens)[1], theirs.lm_head(hidden))
+    state = ours.final_norm(ours.run_blocks(ours.embed(tokens), 0.0)[0])
+    close(ours.logits(ours.mtp(state, ours.embed(tokens), *ours.rope(state))[0]), theirs.lm_head(hidden))
 
 
 def test_deepseek_v3_reads_fp8_weights_with_their_block_scales(tmp_path):
@@ -210,8 +236,7 @@ YARN = dict(type="yarn", factor=40, beta_fast=32, beta_slow=1, mscale=1.0, mscal
     ("model_type", dict(model_type=None)), ("scoring_func", dict(scoring_func="softmax")), ("attention_bias", dict(attention_bias=True)),
     ("rope_interleave", dict(rope_interleave=False)), ("v_head_dim", dict(v_head_dim=8)), ("num_key_value_heads", dict(num_key_value_heads=2)),
     ("num_nextn_predict_layers", dict(num_nextn_predict_layers=2)), ("linear", dict(rope_scaling=dict(type="linear", factor=2))),
-    ("rope_parameters", dict(rope_scaling={key: value for key, value in YARN.items() if key != "mscale_all_dim"})),
-    ("beta_fast", dict(rope_scaling=YARN | dict(beta_fast=16))),
+    ("attention_factor", dict(rope_scaling=YARN | dict(attention_factor=1.5))), ("beta_fast", dict(rope_scaling=YARN | dict(beta_fast=16))),
 ])  # fmt: skip
 def test_deepseek_v3_refuses_other_configs_by_name(key, change, tmp_path):
     """The released config.json is read with Hugging Face's defaults; what would change the result is refused."""
@@ -220,8 +245,8 @@ def test_deepseek_v3_refuses_other_configs_by_name(key, change, tmp_path):
     config = dict(model_type="deepseek_v3", num_hidden_layers=4, num_nextn_predict_layers=1, q_lora_rank=None, rope_theta=20000, rope_scaling=YARN)
     (tmp_path / "config.json").write_text(json.dumps(config))
     cfg = deepseek_v3.read_config(tmp_path)
-    read = (cfg.n_layers, cfg.dim, cfg.q_rank, cfg.mtp, cfg.seq_len, cfg.rope_theta, cfg.rope_scaling, cfg.rope_factor, cfg.rope_original)
-    assert read == (4, 7168, 0, "sequential", 4096, 20000, "yarn", 40, 4096)
+    read = (cfg.n_layers, cfg.dim, cfg.q_rank, cfg.mtp, cfg.seq_len, cfg.rope_theta, cfg.rope_factor, cfg.rope_original)
+    assert read == (4, 7168, 0, True, 4096, 20000, 40, 4096)
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=f"holds no DeepSeek-V3 model.*{key}"):
         deepseek_v3.read_config(tmp_path)
@@ -260,8 +285,9 @@ def test_gpt3_banded_layers_are_gpt2s_with_another_mask(banded, tmp_path):
 
 
 EXPORT = {
+    "kimi_muon": "--batch_size 2 --dim 32 --hidden_dim 48 --n_layers 2 --seq_len 16 --long_tokens 0 --val_batches 1 --lr 0.01",
     "gemma": "--batch_size 2 --dim 32 --hidden_dim 48 --n_layers 3 --seq_len 16 --window 8 --long_tokens 0 --val_batches 1 --lr 0.01",
-    "t5": "--tokenizer bytes --batch_size 2 --dim 32 --hidden_dim 48 --inputs 64 --pack 1 --lr 0.03 --ramp_down 0 --val_batches 1",
+    "t5": "--tokenizer bytes --batch_size 2 --dim 32 --hidden_dim 48 --inputs 64 --lr 0.03 --ramp_down 0 --val_batches 1",
     "gpt3": "--batch_size 2 --first_batch 0 --batch_multiple 1 --tokenizer= --dim 32 --hidden_dim 48 --seq_len 16 --val_batches 1 --lr 0.01 --warmup 0.1",
     "gpt1": "--batch_size 2 --dim 32 --hidden_dim 128 --seq_len 16 --n_heads 2 --val_batches 1 --lr 0.01 --warmup_steps 1",
     "chinchilla": "--sweep= --batch_size 2 --dim 32 --hidden_dim 48 --seq_len 16 --n_heads 4 --val_batches 1 --lr 0.01 --warmup_steps 1",

@@ -36,7 +36,7 @@ def test_script_keeps_the_laws(path):
             extra = {"safetensors", "matplotlib"} if node.col_offset else set()  # inside a function only
             for module in modules:
                 assert module.split(".")[0] in allowed | extra, f"line {node.lineno} imports {module}"
-    assert [m for m in re.findall(r"^# -+ (\w+) -+$", source, re.M)] == SECTIONS
+    assert [m for m in re.findall(r"^# -+ (\w+) -+$", source, re.M) if m in SECTIONS] == SECTIONS  # others may stand between
     assert all(len(line) <= 100 for line in source.splitlines())
     docstring = ast.get_docstring(tree)
     assert all(word in docstring for word in ("Map:", "Legend:", "Run:", "Expect:"))
