@@ -259,10 +259,10 @@ def rotate(x, cos, sin):
 @torch.no_grad()
 def largest_logits(q, k, scale):
     """S_max of each head (K2 §2.1), [H]: the largest scale q_i k_jᵀ with j <= i, over the batch,
-    of queries and keys [B, H, T, E], in blocks of 256 queries, so that no T x T scores exist."""
+    of queries and keys [B, H, T, E], in blocks of 128 queries, so that no T x T scores exist."""
     largest = []
-    for start in range(0, q.shape[2], 256):
-        rows = q[:, :, start : start + 256]  # [B, H, S, E]
+    for start in range(0, q.shape[2], 128):
+        rows = q[:, :, start : start + 128]  # [B, H, S, E]
         stop = start + rows.shape[2]
         scores = rows @ k[:, :, :stop].mT  # [B, H, S, stop]
         future = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(start + 1)
@@ -499,9 +499,9 @@ def slices(n, vocab_size):
 
 def chunked_loss(head, x, targets, vocab_size):
     """Sum of the cross-entropies, in nats, of the logits head(x) of N positions x [N, D], chunk by
-    chunk, each recomputed in the backward pass, so that the logits of all never exist. targets are
-    ids, N in all, of which -100 is not scored, or a function of a slice of the positions that
-    returns their distributions [n, V], zero where nothing is scored."""
+    chunk, each recomputed in the backward pass, so that the logits of all positions never exist.
+    targets: N ids, of which -100 is not scored; or a function from a slice of n positions to their
+    distributions [n, V], zero for a position that is not scored."""
 
     def chunk_loss(x, rows):
         chosen = targets.flatten()[rows] if torch.is_tensor(targets) else targets(rows)
