@@ -1705,10 +1705,9 @@ def train(pipeline, optimizer, plan, mixes, heldout, tokenizer, state, end, cfg,
         return (i, sequences), thread.submit(read_batch, mixes[i], sequences, plan[i].cfg, *place)
 
     saved = state["step"]
-    key = None  # of the batch that is read ahead
-    phase = None
-    n_skipped = 0
-    n_returns = 0
+    clock = time.perf_counter()
+    key = phase = None  # key: of the batch that is read ahead
+    n_skipped = n_returns = 0
     while True:
         step = state["step"]
         i = find(state["position"])
@@ -1783,12 +1782,13 @@ BUDGET = {"tokens", "long_tokens", "anneal_tokens"}  # fields that a run keeps w
 
 def plan_stages(cfg, given, run):
     """(phases, tokens of the plan after which the run ends); run is config.json of a run that goes
-    on. Cuts the warm-up to a tenth of the stages."""
+    on, whose --steps cut it at as many tokens. Cuts the warm-up to a tenth of the stages."""
     plan = phases(cfg)
     end = plan[-1].end
     if cfg.steps:
         end = tokens_of_updates(plan, cfg.steps)
-    if run and not given & {"steps", *BUDGET}:
+    if run and run["steps"] and not given & {"steps", *BUDGET}:
+        cfg.steps = run["steps"]
         end = run["end"]
     tenth = int(updates_of_plan(plan, plan[-1].end)) // 10
     if cfg.warmup_steps > tenth:
