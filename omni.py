@@ -27,7 +27,7 @@ Conventions: rotary pairs are the two halves of the rotated part; norms are fp32
 target; a target of -100 is not scored; items are padded at their ends.
 
 Run: python omni.py                              # a laptop: stage S2 alone, from nothing
-     python omni.py --preset demo_walk --out walk    # all stages; walk/t1/speech.wav is what it says
+     python omni.py --preset demo_walk --out walk    # all stages; it says walk/t1/speech.wav
      torchrun --nproc_per_node=8 omni.py --ep 8  # GPUs: the preset small
      torchrun --nnodes=16 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
          omni.py --preset 35b_a3b --ep 8 --stage s1a --init Qwen3.5-35B-A3B --data manifest.jsonl \
@@ -1600,6 +1600,8 @@ def read_manifest(path, cfg):
     folder = Path(path).parent
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             with explain(f"{path}, line {number}", ValueError, OSError, KeyError, TypeError):
                 row = {"text": ""} | json.loads(line)
                 unknown = row.keys() - {"text", "audio", "image", "video", "fps", "speech"}
