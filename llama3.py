@@ -301,11 +301,11 @@ def phases(cfg):
         raise ValueError("--tokens, --long_tokens and --anneal_tokens give not a single update")
     return plan
 
-def find_phase(plan, tokens):
+def phase_index(plan, tokens):
     """Index of the phase that the run is in after so many tokens."""
     return max(bisect.bisect_right([phase.begin for phase in plan], tokens) - 1, 0)
 
-def count_updates(plan, tokens):
+def updates_before(plan, tokens):
     """Updates that the first `tokens` tokens of the run take, as a float."""
     n_updates = 0.0
     for phase in plan:
@@ -718,10 +718,10 @@ def learning_rate(step, cfg):
     # Undisclosed: the rate of the long-context stage, where the cosine goes on, and from which
     # annealing begins.
     plan = phases(cfg)
-    end = count_updates(plan, plan[-1].end)
+    end = updates_before(plan, plan[-1].end)
     begin = end  # of annealing
     if plan[-1].stage == "annealing":
-        begin = count_updates(plan, plan[-1].begin)
+        begin = updates_before(plan, plan[-1].begin)
     start = min(step, begin)
     if start < cfg.warmup_steps:
         rate = cfg.lr * start / cfg.warmup_steps
@@ -1286,7 +1286,7 @@ def read_hf_tensors(path):
         files = set(index["weight_map"].values())
     return {name: tensor for file in files for name, tensor in load_file(Path(path) / file).items()}
 
-def fill_weights(model, path, tp=None):
+def fill_from_hf(model, path, tp=None):
     """Fill the parameters that this rank has from a Hugging Face checkpoint directory."""
     with explain(f"{path} holds no Llama or Qwen2 model of this shape", Exception):
         tensors = read_hf_tensors(path)
@@ -1300,7 +1300,7 @@ def from_hf(path):
     """(model, cfg) from the checkpoint directory of a LlamaForCausalLM or Qwen2ForCausalLM."""
     cfg = read_llama_config(path)
     model = Llama3(cfg)
-    fill_weights(model, path)
+    fill_from_hf(model, path)
     return model, cfg
 
 def make_llama_config(cfg):
@@ -1666,7 +1666,7 @@ def go_back(pipeline, optimizer, state, path, n_returns):
     state.update(kept)
     print(f"back to the weights of {path.name}, and past {undone} sequences")
 
-def training_step(pipeline, optimizer, batches, n_updates, state, cfg):
+def pipeline_step(pipeline, optimizer, batches, n_updates, state, cfg):
     """One update from this rank's micro-batches, after n_updates of the plan; returns the row for
     log, and why the update was skipped, if it was, which is the same on all ranks."""
     now = pipeline.cfg
@@ -1699,7 +1699,7 @@ def train(pipeline, optimizer, plan, mixes, heldout, tokenizer, state, end, cfg,
     thread = ThreadPoolExecutor(1)  # reads the next batch during an update
 
     def find(position):  # the phase; at the end the last that is carried out
-        return find_phase(plan, min(position, end - 1))
+        return phase_index(plan, min(position, end - 1))
 
     def read(i, sequences):  # (phase and first sequence, future) of a batch
         return (i, sequences), thread.submit(read_batch, mixes[i], sequences, plan[i].cfg, *place)
@@ -1720,8 +1720,8 @@ def train(pipeline, optimizer, plan, mixes, heldout, tokenizer, state, end, cfg,
             pace = None  # seconds per update
         if key != (i, state["sequences"]):
             key, ahead = read(i, state["sequences"])
-        n_updates = count_updates(plan, state["position"])
-        steps_left = math.ceil(count_updates(plan, end) - n_updates)
+        n_updates = updates_before(plan, state["position"])
+        steps_left = math.ceil(updates_before(plan, end) - n_updates)
         error = ahead.exception()  # waits until that batch is read
         if step > first_step + 1:  # the first update may compile and is left out
             seconds = time.perf_counter() - clock
@@ -1749,7 +1749,7 @@ def train(pipeline, optimizer, plan, mixes, heldout, tokenizer, state, end, cfg,
         following = find(state["position"] + now.batch_size * now.seq_len)
         key, ahead = read(following, state["sequences"] + now.batch_size)
         sum_counts(batches, cfg.dp)
-        row, why = training_step(pipeline, optimizer, batches, n_updates, state, cfg)
+        row, why = pipeline_step(pipeline, optimizer, batches, n_updates, state, cfg)
         if phase.stage == "annealing" and cfg.average:
             update_average(pipeline, state["position"], phase, cfg.average)
         if step == 0 or steps_left == 1 or state["step"] % cfg.log_every == 0:
@@ -1780,7 +1780,7 @@ def print_phase(phase, mix):
 
 BUDGET = {"tokens", "long_tokens", "anneal_tokens"}  # fields that a run keeps when it is resumed
 
-def plan_run(cfg, given, run):
+def plan_and_end(cfg, given, run):
     """(phases, tokens of the plan after which the run ends); run is config.json of a run that goes
     on, whose --steps cut it at as many tokens. Cuts the warm-up to a tenth of the stages."""
     plan = phases(cfg)
@@ -1790,7 +1790,7 @@ def plan_run(cfg, given, run):
     if run and run["steps"] and not given & {"steps", *BUDGET}:
         cfg.steps = run["steps"]
         end = run["end"]
-    tenth = int(count_updates(plan, plan[-1].end)) // 10
+    tenth = int(updates_before(plan, plan[-1].end)) // 10
     if cfg.warmup_steps > tenth:
         cfg.warmup_steps = tenth
         print(f"the warm-up is cut to {tenth} updates, a tenth of the stages")
@@ -1814,7 +1814,7 @@ def print_run(plan, end, cfg, device):
     print(f"torch {torch.__version__} | {device.type} {cfg.precision} | tp {cfg.tp} x", end=" ")
     print(f"cp {cfg.cp} x pp {cfg.pp} x dp {cfg.dp}")
     print(f"parameters {total:,} | activated {activated:,} | FLOPs per token", end=" ")
-    print(f"{flops_per_token(plan[-1].cfg):.3g} | {count_updates(plan, end):,.0f} updates")
+    print(f"{flops_per_token(plan[-1].cfg):.3g} | {updates_before(plan, end):,.0f} updates")
 
 @record
 def main(argv=None):
@@ -1846,16 +1846,16 @@ def main(argv=None):
         for name in SHAPE:
             if run and run[name] != getattr(cfg, name):
                 raise ValueError(f"{checkpoint} has {name} {run[name]}, not {getattr(cfg, name)}")
-        plan, end = plan_run(cfg, given, run)
+        plan, end = plan_and_end(cfg, given, run)
         pipeline = Pipeline(cfg, make_mesh(cfg, device.type))
         init_weights(pipeline.model, cfg, pipeline.tp)
         if cfg.init:
-            fill_weights(pipeline.model, cfg.init, pipeline.tp)
+            fill_from_hf(pipeline.model, cfg.init, pipeline.tp)
         optimizer = build_optimizer(pipeline.model, cfg)
         state = {"step": 0, "sequences": 0, "position": 0, "tokens": 0}
         state |= {"watched": 0, "loss_mean": 0.0, "loss_variance": 0.0}
         restore(pipeline, optimizer, state, checkpoint, cfg)
-        i = find_phase(plan, state["position"])
+        i = phase_index(plan, state["position"])
         fingerprints = [mix.fingerprint() for mix in mixes]
         n_begun = i + (state["position"] > plan[i].begin)  # phases
         theirs = run.get("data_fingerprint", [])[:n_begun]
@@ -1895,7 +1895,8 @@ def report_user_errors():
         with contextlib.redirect_stdout(open(os.devnull, "w") if rank else sys.stdout):
             yield
     except BrokenPipeError:  # the program that reads our output, such as head, has ended
-        os._exit(1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (OSError, ValueError) as error:
         time.sleep(5 * (rank > 0))  # so that rank 0, if it fails too, reports first
         print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
@@ -1911,8 +1912,6 @@ def explain(what, *errors):
     try:
         yield
     except errors as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
         cause = str(error).strip().rpartition("\n")[2]  # without the tracebacks of other ranks
         raise ValueError(f"{what}: {type(error).__name__}: {cause}") from error
 
@@ -1996,12 +1995,12 @@ def shared_store(rank):
             time.sleep(0.1)
 
 def log(out, step, head, row, tail):
-    """Print head, the numbers of row and tail, which has the tokens; append step and row to
-    metrics.jsonl in the directory out, if any, with null for numbers that are not finite."""
+    """Print head, the numbers of row and tail, which has the tokens; append step and row, which
+    may have lists, to metrics.jsonl in the directory out, if any, NaN and infinity as null."""
     formats = {"bpb": ".3f", "val_bpb": ".3f", "lr": ".2e", "grad": ".2f"}
     fields = [head]
     for name, value in row.items():
-        if name != "tokens":
+        if name != "tokens" and not isinstance(value, list):
             fields.append(f"{name.removeprefix('val_')} {value:{formats.get(name, '.4f')}}")
     print(" | ".join(fields + tail).replace("nan", "n/a"))
     if out and dist.get_rank() == 0:
@@ -2046,7 +2045,7 @@ def stable_hash(*key):
     """64 bits that depend on the key alone: the seed of all that is drawn."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
-@functools.lru_cache(4)
+@functools.lru_cache(64)  # one for each corpus of a mix, and some for the next epoch
 def permutation(n, *key):
     """A random permutation of range(n), int64 [n], seeded by key."""
     return np.random.default_rng(stable_hash(*key)).permutation(n)
@@ -2124,8 +2123,9 @@ def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size
         batch = f"a batch of {batch_size} x {length}"
         raise ValueError(f"{total:,} tokens are too few for {batch} and another to hold out")
     token_bytes = np.zeros(vocab_size, np.int64)
-    for text in tokenizer.token_byte_values() if tokenizer else []:
-        token_bytes[tokenizer.encode_single_token(text)] = len(text)
+    if tokenizer:
+        for text in tokenizer.token_byte_values():
+            token_bytes[tokenizer.encode_single_token(text)] = len(text)
     parts = train + heldout
     corpus = Corpus(parts, 0, n_train, separator, token_bytes, in_order=False)
     return corpus, Corpus(parts, n_train, total, separator, token_bytes, in_order=True)
