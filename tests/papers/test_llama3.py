@@ -35,7 +35,7 @@ def test_plan_of_the_405b():
     for stage, tokens in (("long-context", 8e11), ("annealing", 4e10)):
         assert sum(s[1] * s[2] * s[3] for s in sizes if s[0] == stage) == pytest.approx(tokens, rel=1e-3)
     assert all(a.end == b.begin for a, b in zip(plan, plan[1:])) and plan[0].begin == 0
-    assert llama3.updates_of_plan(plan, plan[3].begin) == 60 + 342_101 + 711_083
+    assert llama3.updates_before(plan, plan[3].begin) == 60 + 342_101 + 711_083
     assert llama3.tokens_of_updates(plan, 60) == plan[0].end and llama3.phase_index(plan, plan[0].end) == 1
     qwen = llama3.phases(llama3.Config(**llama3.PRESETS["qwen2_5_7b"]))
     assert [(p.cfg.seq_len, p.cfg.rope_theta) for p in qwen] == [(4096, 1e4), (32768, 1e6)]
@@ -148,7 +148,7 @@ def test_mixes():
     """They change by tokens and by stage; shares are exact, the paper's 50/25/17/8 as a weight of 0.0025, and without gaps."""
     cfg = llama3.Config(data="0.9:a,0.1:b;1e6;b,c", anneal_data="c", tokens=2e6, anneal_tokens=1e6, ramp="64x8:5e5", seq_len=100, batch_size=100)
     plan = llama3.phases(cfg)
-    assert [(p.stage, llama3.updates_of_plan(plan, p.end), p.cfg.data) for p in plan] == [
+    assert [(p.stage, llama3.updates_before(plan, p.end), p.cfg.data) for p in plan] == [
         ("initial", 977, "0.9:a,0.1:b"), ("initial", 1027, "0.9:a,0.1:b"), ("initial", 1127, "b,c"), ("annealing", 1227, "c")]  # fmt: skip
     assert llama3.read_mix("3:x/web,1:y") == {"x/web": 0.75, "y": 0.25}
     for weights in ("0.5:a,0.25:b,0.17:c,0.08:d", "0.9975:a,0.0025:b", "1:a,2:b"):
