@@ -1286,7 +1286,7 @@ def read_hf_tensors(path):
         files = set(index["weight_map"].values())
     return {name: tensor for file in files for name, tensor in load_file(Path(path) / file).items()}
 
-def fill_from_hf(model, path, tp=None):
+def fill_layout_from_hf(model, path, tp=None):
     """Fill the parameters that this rank has from a Hugging Face checkpoint directory."""
     with explain(f"{path} holds no Llama or Qwen2 model of this shape", Exception):
         tensors = read_hf_tensors(path)
@@ -1300,7 +1300,7 @@ def from_hf(path):
     """(model, cfg) from the checkpoint directory of a LlamaForCausalLM or Qwen2ForCausalLM."""
     cfg = read_llama_config(path)
     model = Llama3(cfg)
-    fill_from_hf(model, path)
+    fill_layout_from_hf(model, path)
     return model, cfg
 
 def make_llama_config(cfg):
@@ -1850,7 +1850,7 @@ def main(argv=None):
         pipeline = Pipeline(cfg, make_mesh(cfg, device.type))
         init_weights(pipeline.model, cfg, pipeline.tp)
         if cfg.init:
-            fill_from_hf(pipeline.model, cfg.init, pipeline.tp)
+            fill_layout_from_hf(pipeline.model, cfg.init, pipeline.tp)
         optimizer = build_optimizer(pipeline.model, cfg)
         state = {"step": 0, "sequences": 0, "position": 0, "tokens": 0}
         state |= {"watched": 0, "loss_mean": 0.0, "loss_variance": 0.0}
