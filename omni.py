@@ -148,7 +148,6 @@ class Config:
     dp: int = 0  # ranks among which data and model are sharded; 0: all that are left
     ep: int = 1  # ranks among which the experts of a block are divided
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
-    compile: bool = False  # compile each block of the encoders with torch.compile
     recompute: Literal["none", "block"] = "none"  # block: recompute blocks in the backward pass
     timeout: int = 600  # timeout of a collective, in seconds
     dry_run: bool = False  # print parameters, FLOPs and memory per rank, then exit
@@ -523,7 +522,6 @@ class Segment:
     rows and columns of tokens; step: position ids from one temporal patch to the next."""
 
     text: list = ()
-    scored: bool = False  # whether the model learns to predict the text
     n_audio: int = 0
     grid: tuple = (0, 0, 0)
     step: float = 0.0
@@ -1301,8 +1299,8 @@ def arrange_media(modality, n_audio, grid, rng, cfg):
 
 @dataclasses.dataclass
 class Item:
-    """An item of the data: its segments, of which the last is scored; the answer (its number in
-    ANSWERS from 1, or 0) that each token of that one belongs to; media, as draw_item has them."""
+    """An item of the data: its segments, of which the last is what the model learns to predict; the
+    answer (its number in ANSWERS from 1, or 0) of each of its tokens; media as draw_item has."""
 
     modality: str
     segments: list
@@ -1339,8 +1337,9 @@ def make_item(caption, media, tokenizer, rng, cfg):
         ids += new
         answers += [1 + list(ANSWERS).index(name) if name else 0] * len(new)
     n_bytes = sum(len(text.encode()) for text, _ in caption)
-    segments.append(Segment([*ids, tokenizer.eot_token], scored=True))
-    return Item(modality, segments, [*answers, 0], n_bytes, media, int(rng.integers(6)))
+    segments.append(Segment([*ids, tokenizer.eot_token]))
+    answers.append(answers[-1])  # an answer at the end is right if the caption ends behind it
+    return Item(modality, segments, answers, n_bytes, media, int(rng.integers(6)))
 
 class Source:
     """Items by number: of a manifest (its rows), or made on the spot where there is none; documents
@@ -2470,7 +2469,7 @@ def show(model, source, cfg, device):
 def main(argv=None):
     """Run the command line: read the data, train the stages one after the other, export, show."""
     with report_user_errors():
-        cfg, given = parse(argv)
+        cfg, _ = parse(argv)
         if cfg.dry_run:
             return dry_run(cfg)
         device = init_distributed(cfg.timeout)
