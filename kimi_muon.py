@@ -259,10 +259,10 @@ def rotate(x, cos, sin):
 @torch.no_grad()
 def largest_logits(q, k, scale):
     """S_max of each head (K2 §2.1), [H]: the largest scale q_i k_jᵀ with j <= i, over the batch,
-    of queries and keys [B, H, T, E], in blocks of 256 queries, so that no T x T scores exist."""
+    of queries and keys [B, H, T, E], in blocks of 128 queries, so that no T x T scores exist."""
     largest = []
-    for start in range(0, q.shape[2], 256):
-        rows = q[:, :, start : start + 256]  # [B, H, S, E]
+    for start in range(0, q.shape[2], 128):
+        rows = q[:, :, start : start + 128]  # [B, H, S, E]
         stop = start + rows.shape[2]
         scores = rows @ k[:, :, :stop].mT  # [B, H, S, stop]
         future = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(start + 1)

@@ -305,7 +305,7 @@ def phase_index(plan, tokens):
     """Index of the phase that the run is in after so many tokens."""
     return max(bisect.bisect_right([phase.begin for phase in plan], tokens) - 1, 0)
 
-def updates_of_plan(plan, tokens):
+def updates_before(plan, tokens):
     """Updates that the first `tokens` tokens of the run take, as a float."""
     n_updates = 0.0
     for phase in plan:
@@ -718,10 +718,10 @@ def learning_rate(step, cfg):
     # Undisclosed: the rate of the long-context stage, where the cosine goes on, and from which
     # annealing begins.
     plan = phases(cfg)
-    end = updates_of_plan(plan, plan[-1].end)
+    end = updates_before(plan, plan[-1].end)
     begin = end  # of annealing
     if plan[-1].stage == "annealing":
-        begin = updates_of_plan(plan, plan[-1].begin)
+        begin = updates_before(plan, plan[-1].begin)
     start = min(step, begin)
     if start < cfg.warmup_steps:
         rate = cfg.lr * start / cfg.warmup_steps
@@ -1286,7 +1286,7 @@ def read_hf_tensors(path):
         files = set(index["weight_map"].values())
     return {name: tensor for file in files for name, tensor in load_file(Path(path) / file).items()}
 
-def fill_whole(model, path, tp=None):
+def fill_layout_from_hf(model, path, tp=None):
     """Fill the parameters that this rank has from a Hugging Face checkpoint directory."""
     with explain(f"{path} holds no Llama or Qwen2 model of this shape", Exception):
         tensors = read_hf_tensors(path)
@@ -1300,7 +1300,7 @@ def from_hf(path):
     """(model, cfg) from the checkpoint directory of a LlamaForCausalLM or Qwen2ForCausalLM."""
     cfg = read_llama_config(path)
     model = Llama3(cfg)
-    fill_whole(model, path)
+    fill_layout_from_hf(model, path)
     return model, cfg
 
 def make_llama_config(cfg):
@@ -1666,7 +1666,7 @@ def go_back(pipeline, optimizer, state, path, n_returns):
     state.update(kept)
     print(f"back to the weights of {path.name}, and past {undone} sequences")
 
-def update_unless_spike(pipeline, optimizer, batches, n_updates, state, cfg):
+def pipeline_step(pipeline, optimizer, batches, n_updates, state, cfg):
     """One update from this rank's micro-batches, after n_updates of the plan; returns the row for
     log, and why the update was skipped, if it was, which is the same on all ranks."""
     now = pipeline.cfg
@@ -1705,10 +1705,9 @@ def train(pipeline, optimizer, plan, mixes, heldout, tokenizer, state, end, cfg,
         return (i, sequences), thread.submit(read_batch, mixes[i], sequences, plan[i].cfg, *place)
 
     saved = state["step"]
-    key = None  # of the batch that is read ahead
-    phase = None
-    n_skipped = 0
-    n_returns = 0
+    clock = time.perf_counter()
+    key = phase = None  # key: of the batch that is read ahead
+    n_skipped = n_returns = 0
     while True:
         step = state["step"]
         i = find(state["position"])
@@ -1721,8 +1720,8 @@ def train(pipeline, optimizer, plan, mixes, heldout, tokenizer, state, end, cfg,
             pace = None  # seconds per update
         if key != (i, state["sequences"]):
             key, ahead = read(i, state["sequences"])
-        n_updates = updates_of_plan(plan, state["position"])
-        steps_left = math.ceil(updates_of_plan(plan, end) - n_updates)
+        n_updates = updates_before(plan, state["position"])
+        steps_left = math.ceil(updates_before(plan, end) - n_updates)
         error = ahead.exception()  # waits until that batch is read
         if step > first_step + 1:  # the first update may compile and is left out
             seconds = time.perf_counter() - clock
@@ -1750,7 +1749,7 @@ def train(pipeline, optimizer, plan, mixes, heldout, tokenizer, state, end, cfg,
         following = find(state["position"] + now.batch_size * now.seq_len)
         key, ahead = read(following, state["sequences"] + now.batch_size)
         sum_counts(batches, cfg.dp)
-        row, why = update_unless_spike(pipeline, optimizer, batches, n_updates, state, cfg)
+        row, why = pipeline_step(pipeline, optimizer, batches, n_updates, state, cfg)
         if phase.stage == "annealing" and cfg.average:
             update_average(pipeline, state["position"], phase, cfg.average)
         if step == 0 or steps_left == 1 or state["step"] % cfg.log_every == 0:
@@ -1781,16 +1780,17 @@ def print_phase(phase, mix):
 
 BUDGET = {"tokens", "long_tokens", "anneal_tokens"}  # fields that a run keeps when it is resumed
 
-def plan_stages(cfg, given, run):
+def plan_and_end(cfg, given, run):
     """(phases, tokens of the plan after which the run ends); run is config.json of a run that goes
-    on. Cuts the warm-up to a tenth of the stages."""
+    on, whose --steps cut it at as many tokens. Cuts the warm-up to a tenth of the stages."""
     plan = phases(cfg)
     end = plan[-1].end
     if cfg.steps:
         end = tokens_of_updates(plan, cfg.steps)
-    if run and not given & {"steps", *BUDGET}:
+    if run and run["steps"] and not given & {"steps", *BUDGET}:
+        cfg.steps = run["steps"]
         end = run["end"]
-    tenth = int(updates_of_plan(plan, plan[-1].end)) // 10
+    tenth = int(updates_before(plan, plan[-1].end)) // 10
     if cfg.warmup_steps > tenth:
         cfg.warmup_steps = tenth
         print(f"the warm-up is cut to {tenth} updates, a tenth of the stages")
@@ -1814,7 +1814,7 @@ def print_run(plan, end, cfg, device):
     print(f"torch {torch.__version__} | {device.type} {cfg.precision} | tp {cfg.tp} x", end=" ")
     print(f"cp {cfg.cp} x pp {cfg.pp} x dp {cfg.dp}")
     print(f"parameters {total:,} | activated {activated:,} | FLOPs per token", end=" ")
-    print(f"{flops_per_token(plan[-1].cfg):.3g} | {updates_of_plan(plan, end):,.0f} updates")
+    print(f"{flops_per_token(plan[-1].cfg):.3g} | {updates_before(plan, end):,.0f} updates")
 
 @record
 def main(argv=None):
@@ -1846,11 +1846,11 @@ def main(argv=None):
         for name in SHAPE:
             if run and run[name] != getattr(cfg, name):
                 raise ValueError(f"{checkpoint} has {name} {run[name]}, not {getattr(cfg, name)}")
-        plan, end = plan_stages(cfg, given, run)
+        plan, end = plan_and_end(cfg, given, run)
         pipeline = Pipeline(cfg, make_mesh(cfg, device.type))
         init_weights(pipeline.model, cfg, pipeline.tp)
         if cfg.init:
-            fill_whole(pipeline.model, cfg.init, pipeline.tp)
+            fill_layout_from_hf(pipeline.model, cfg.init, pipeline.tp)
         optimizer = build_optimizer(pipeline.model, cfg)
         state = {"step": 0, "sequences": 0, "position": 0, "tokens": 0}
         state |= {"watched": 0, "loss_mean": 0.0, "loss_variance": 0.0}

@@ -1600,6 +1600,8 @@ def read_manifest(path, cfg):
     folder = Path(path).parent
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             with explain(f"{path}, line {number}", ValueError, OSError, KeyError, TypeError):
                 row = {"text": ""} | json.loads(line)
                 unknown = row.keys() - {"text", "audio", "image", "video", "fps", "speech"}

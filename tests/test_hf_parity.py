@@ -326,3 +326,60 @@ def test_directories_that_hold_no_such_model(script, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "mistral", "n_head": 3}))
     with pytest.raises(ValueError, match="holds no"):
         module.from_hf(tmp_path)
+
+
+def test_omni_hears_and_sees_as_hugging_face_does(tmp_path):
+    """Text, an image and a video through Qwen3_5Moe, and sounds through the audio tower of Qwen3OmniMoe: read from their
+    directories, of whose weights none is at its initial 0 or 1, and written again bit for bit."""
+    import omni
+    from transformers.models.qwen3_omni_moe import configuration_qwen3_omni_moe, modeling_qwen3_omni_moe
+
+    rope = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    text = dict(vocab_size=512, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+                linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4, moe_intermediate_size=32,
+                shared_expert_intermediate_size=32, num_experts=8, num_experts_per_tok=2, max_position_embeddings=512, rope_parameters=rope)
+    vision = dict(depth=2, hidden_size=48, intermediate_size=96, num_heads=4, patch_size=4, out_hidden_size=64, num_position_embeddings=64)
+    marks = dict(image_token_id=502, video_token_id=503, vision_start_token_id=505, vision_end_token_id=506)
+    theirs = transformers.Qwen3_5MoeForConditionalGeneration(
+        transformers.Qwen3_5MoeConfig(text_config=text, vision_config=vision, attn_implementation="eager", **marks))
+    tower = modeling_qwen3_omni_moe.Qwen3OmniMoeAudioEncoder(configuration_qwen3_omni_moe.Qwen3OmniMoeAudioEncoderConfig(
+        num_mel_bins=128, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=96, d_model=48, max_source_positions=100, n_window=50,
+        n_window_infer=200, downsample_hidden_size=8, output_dim=64, attn_implementation="eager"))  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    for p in [*theirs.parameters(), *tower.parameters()]:
+        p.data.normal_(0, 0.2, generator=generator)
+    theirs.eval().save_pretrained(tmp_path / "a")
+    tower.eval().save_pretrained(tmp_path / "a" / "audio_tower")
+    ours, cfg = omni.from_hf(tmp_path / "a")
+    ours.eval()
+    assert (cfg.audio_convs, cfg.audio_chunk, cfg.audio_window) == (3, 100, 200)
+    tokens = torch.randint(500, (2, 131), generator=generator)
+    close(ours(tokens), theirs(tokens).logits)
+
+    pixels = lambda *size: torch.randint(256, size, generator=generator, dtype=torch.uint8).numpy()  # noqa: E731
+    image, size = omni.cut_into_patches(pixels(1, 32, 16, 3), 4, 1, 10**9)
+    video, clip_size = omni.cut_into_patches(pixels(5, 16, 24, 3), 4, 1, 10**9)
+    segments = [omni.Segment([1, 2, 505]), omni.Segment(grid=(1, 4, 2)), omni.Segment([506, 7])]
+    for i in range(3):
+        segments += [omni.Segment([10 + i, 505]), omni.Segment(grid=(1, 2, 3)), omni.Segment([506])]
+    positions, kinds = map(torch.from_numpy, omni.position_ids([*segments, omni.Segment([40, 41])]))
+    tokens = torch.empty(1, len(kinds), dtype=torch.int64)
+    tokens[0, kinds == omni.TEXT] = torch.tensor([i for segment in segments for i in segment.text] + [40, 41])
+    tokens[0, kinds == omni.VISION] = torch.tensor([502] * 8 + [503] * 18)
+    mel, n_frames = omni.cut_into_windows([torch.zeros(128, 1)], 100, 2)
+    batch = dict(kinds=kinds[None], positions=positions[:, None], mel=mel, mel_frames=n_frames,
+                 patches=omni.stack([*image, *video], 0.0), grid=torch.tensor([size] + [clip_size] * 3))  # fmt: skip
+    expected = theirs(input_ids=tokens, pixel_values=image.flatten(0, 1), image_grid_thw=torch.tensor([[1, *size]]),
+                      pixel_values_videos=video.flatten(0, 1), video_grid_thw=torch.tensor([[3, *clip_size]]),
+                      mm_token_type_ids=(tokens == 502).int() + 2 * (tokens == 503).int())  # fmt: skip
+    close(ours(tokens, batch), expected.logits)
+
+    mels = [torch.randn(128, n, generator=generator) for n in (437, 250, 100, 33)]
+    expected = tower(torch.cat(mels, 1), torch.tensor([mel.shape[1] for mel in mels])).last_hidden_state
+    close(ours.audio_adapter(ours.audio(*omni.cut_into_windows(mels, 100, 2), torch.float32)), expected)
+
+    omni.to_hf(ours, cfg, tmp_path / "b")
+    for kind, folder in ((type(theirs), "b"), (type(tower), "b/audio_tower")):
+        read = kind.from_pretrained(tmp_path / folder).state_dict()
+        for key, value in (theirs if folder == "b" else tower).state_dict().items():
+            assert torch.equal(read[key], value), key

@@ -52,7 +52,6 @@ def test_k2s_schedule_and_the_batches_of_both(monkeypatch):
     monkeypatch.setitem(kimi.SCHEDULES, "k2", ((5 / 80, "linear", 1.0), (50 / 80, "linear", 1.0), (1.0, "cosine", 0.1)))
     toy = [kimi.learning_rate(step, config(lr=1.0, tokens=80.0)) for step in (0, 1, 4, 5, 50, 51, 65, 79, 80)]
     assert toy == pytest.approx([0, 0.2, 0.8, 1, 1, 0.997535, 0.55, 0.102465, 0.1], abs=1e-6)
-    # from any sequence of the run
     cfg = config(batch_size=4, seq_len=8, tokens=8.0 * 4 * 10, long_tokens=8.0 * 4 * 4, long_seq_len=16, ramp_tokens=32.0, first_batch=2)
     plan = lambda sequences: [(start, n, p.batch_size, p.seq_len) for start, n, p in kimi.phases_left(sequences, cfg)]  # noqa: E731
     assert plan(0) == [(0, 2, 2, 8), (4, 5, 4, 8), (24, 4, 2, 16)]
@@ -88,15 +87,14 @@ def test_largest_logits_by_blocks_are_those_of_the_square():
     with Sizes():
         found = kimi.largest_logits(q, k, 0.3)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
-    assert max(sizes) <= B * H * 256 * T < B * H * T * T
+    assert max(sizes) <= B * H * 128 * T < B * H * T * T
 
 
 def test_router_and_its_factor_are_the_specifications():
     router = kimi.SigmoidRouter(4, 4, 2, 2.827)
     router.weight.data, router.bias = torch.eye(4), torch.tensor([0.0, 0.0, -0.5, 0.0])
     experts, gates, counts = router(torch.tensor([[0.0, 1.0, 2.0, -1.0]]))
-    assert dict(zip(experts[0].tolist(), gates[0].tolist())) == pytest.approx({1: 1.678801, 0: 1.148199}, abs=1e-6)
-    assert counts.tolist() == [1, 1, 0, 0] == router.load.tolist()
+    assert dict(zip(experts[0].tolist(), gates[0].tolist())) == pytest.approx({1: 1.678801, 0: 1.148199}, abs=1e-6) and counts.tolist() == [1, 1, 0, 0]
     for n, k, factor in ((64, 6, 2.446), (384, 8, 2.828)):  # M Figure 6: the mean of 1 / |gates| of normal logits
         router = kimi.SigmoidRouter(n, n, k, 1.0)
         router.weight.data = torch.eye(n)
@@ -232,7 +230,7 @@ def test_biases_move_by_centred_signs_and_entropies_are_of_squares(alone):
 
 
 def three_steps(layout, precision):
-    """Parameters after three updates with made-up gradients, and the bytes of masters, momenta and moments of this rank."""
+    """Parameters after three updates with made-up gradients and logits, and the bytes of masters, momenta and moments of this rank."""
     kimi.init_distributed(30)
     cfg = config(precision=precision, **layout)
     mesh = kimi.init_device_mesh("cpu", (cfg.dp, cfg.ep), mesh_dim_names=("dp", "ep"))
@@ -248,6 +246,7 @@ def three_steps(layout, precision):
                 p.grad += normal(*p.shape, seed=100 * step + i) / dist.get_world_size()
         [shard.reduce() for shard in shards]
         [optimizer.step() for optimizer in optimizers]
+        kimi.clip_heads(model, shards, torch.linspace(0.5, 2.0, 12).view(4, 3), 1.0)
         [(shard.gather(), shard.gradients.zero_()) for shard in shards]
     found = {name: (p.detach().float().numpy(), model.first_expert) for name, p in model.named_parameters()}
     states = [t for o in optimizers for state in o.state.values() for t in state.values()] + [shard.master for shard in shards]

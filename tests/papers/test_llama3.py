@@ -35,7 +35,7 @@ def test_plan_of_the_405b():
     for stage, tokens in (("long-context", 8e11), ("annealing", 4e10)):
         assert sum(s[1] * s[2] * s[3] for s in sizes if s[0] == stage) == pytest.approx(tokens, rel=1e-3)
     assert all(a.end == b.begin for a, b in zip(plan, plan[1:])) and plan[0].begin == 0
-    assert llama3.updates_of_plan(plan, plan[3].begin) == 60 + 342_101 + 711_083
+    assert llama3.updates_before(plan, plan[3].begin) == 60 + 342_101 + 711_083
     assert llama3.tokens_of_updates(plan, 60) == plan[0].end and llama3.phase_index(plan, plan[0].end) == 1
     qwen = llama3.phases(llama3.Config(**llama3.PRESETS["qwen2_5_7b"]))
     assert [(p.cfg.seq_len, p.cfg.rope_theta) for p in qwen] == [(4096, 1e4), (32768, 1e6)]
@@ -84,16 +84,10 @@ def test_document_mask():
     assert mask[0, 0].int().tolist() == [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0],
                                          [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 1]]  # fmt: skip
     model, _ = build()
-    documents = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 1, 1, 1, 1, 1]])
-    tokens = torch.randint(256, (2, 6), generator=torch.Generator().manual_seed(0))
-    logits = model(tokens, documents=documents)
-    for b in range(2):
-        for j in range(6):
-            changed = tokens.clone()
-            changed[b, j] = (changed[b, j] + 1) % 256
-            moved = (model(changed, documents=documents) != logits).any(-1)
-            assert moved[b].tolist() == [i >= j and documents[b, i].item() == documents[b, j].item() for i in range(6)]
-            assert not moved[1 - b].any()
+    documents, tokens = torch.tensor([[0, 0, 0, 1, 1, 2]]), torch.tensor([[5, 6, 7, 8, 9, 10]])
+    for j in range(6):
+        moved = (model(tokens + (torch.arange(6) == j), documents=documents) != model(tokens, documents=documents)).any(-1)
+        assert moved[0].tolist() == mask[0, 0, :, j].tolist()
 
 
 def test_block_mask_is_the_dense_one(monkeypatch):
@@ -154,7 +148,7 @@ def test_mixes():
     """They change by tokens and by stage; shares are exact, the paper's 50/25/17/8 as a weight of 0.0025, and without gaps."""
     cfg = llama3.Config(data="0.9:a,0.1:b;1e6;b,c", anneal_data="c", tokens=2e6, anneal_tokens=1e6, ramp="64x8:5e5", seq_len=100, batch_size=100)
     plan = llama3.phases(cfg)
-    assert [(p.stage, llama3.updates_of_plan(plan, p.end), p.cfg.data) for p in plan] == [
+    assert [(p.stage, llama3.updates_before(plan, p.end), p.cfg.data) for p in plan] == [
         ("initial", 977, "0.9:a,0.1:b"), ("initial", 1027, "0.9:a,0.1:b"), ("initial", 1127, "b,c"), ("annealing", 1227, "c")]  # fmt: skip
     assert llama3.read_mix("3:x/web,1:y") == {"x/web": 0.75, "y": 0.25}
     for weights in ("0.5:a,0.25:b,0.17:c,0.08:d", "0.9975:a,0.0025:b", "1:a,2:b"):
@@ -298,18 +292,18 @@ def test_stages_layouts_and_resumes(run, tmp_path):
     assert final[0] == pytest.approx(final[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("batch", [8, 2])
-def test_resumes_with_another_batch_to_the_same_budget(run, tmp_path, batch, monkeypatch):
+@pytest.mark.parametrize("batch, tokens, steps", [(8, 640, 0), (2, 640, 0), (8, 6400, 10)])
+def test_resumes_with_another_batch_to_the_same_budget(run, tmp_path, batch, tokens, steps, monkeypatch):
     """10 updates of 4 sequences, stopped after 5: the data go on where they were, and end at 40 sequences."""
-    flags = ["--tokens", 640, "--long_tokens", 0, "--anneal_tokens", 0, "--out", tmp_path / "out"]
+    budget, out = ["--tokens", tokens, "--long_tokens", 0, "--anneal_tokens", 0, "--steps", steps], ["--out", tmp_path / "out"]
     kill = lambda *args: (args[0] >= 4 and os.kill(os.getpid(), signal.SIGTERM)) or rate(*args)  # noqa: E731
     rate = llama3.learning_rate
     monkeypatch.setattr(llama3, "learning_rate", kill)
-    assert "stopped after step 5" in run(1, *flags)
+    assert "stopped after step 5" in run(1, *budget, *out)
     monkeypatch.undo()
     firsts, get_batch = [], llama3.get_batch
     monkeypatch.setattr(llama3, "get_batch", lambda corpus, first, n, cfg: firsts.append((corpus.corpora[0].in_order, first)) or get_batch(corpus, first, n, cfg))
-    run(1, *flags, "--resume", "--batch_size", batch)
+    run(1, *out, "--resume", "--batch_size", batch)
     read = [first for held, first in firsts if not held]
     assert read == list(range(20, 40 + batch, batch)), "one batch is read ahead"
     assert column(tmp_path / "out", "tokens")[-1] == pytest.approx(640, abs=16 * batch - 16)
@@ -350,10 +344,10 @@ def test_files_of_a_published_size():
     assert sorted(sizes) == [f"model-{i:05d}-of-00007.safetensors" for i in range(1, 8)]
 
 
-@pytest.mark.parametrize("kind, last", [("spike", 146), ("nan", 46), ("always nan", 46)])
+@pytest.mark.parametrize("kind, last", [("spike", 146), ("nan", 46)])
 def test_goes_back_and_past_the_data(run, tmp_path, monkeypatch, capsys, kind, last):
     """A window of noise among easy text, or losses of nan: back to the checkpoint six updates before, and no sequence since
-    then comes again. Steps go on counting, and the plan is carried out nevertheless; three returns are too many."""
+    then comes again. Steps go on counting, and the plan is carried out nevertheless."""
     drawn, inner, objective, calls = [], llama3.get_batch, llama3.objective, []
 
     def get_batch(corpus, first, n, cfg):
@@ -368,17 +362,12 @@ def test_goes_back_and_past_the_data(run, tmp_path, monkeypatch, capsys, kind, l
     def losses(model, batch, cfg):
         loss, metrics = objective(model, batch, cfg)
         calls.extend([1] * torch.is_grad_enabled())
-        bad = "nan" in kind and last - 3 < len(calls) and (len(calls) <= last or kind == "always nan")
-        return loss * (math.nan if bad and torch.is_grad_enabled() else 1), metrics
+        bad = kind == "nan" and last - 3 < len(calls) <= last and torch.is_grad_enabled()
+        return loss * (math.nan if bad else 1), metrics
 
     monkeypatch.setattr(llama3, "get_batch", get_batch)
     monkeypatch.setattr(llama3, "objective", losses)
-    flags = ["--lr", 6e-3, "--steps", last + 14, "--save_every", 20, "--out", tmp_path / "out"]
-    if kind == "always nan":
-        err = run(1, *flags, status=2)
-        assert re.search("three times back to .*step_000000040, and on to step 52", err) and len(err.splitlines()) == 1
-        return
-    out = run(1, *flags)
+    out = run(1, "--lr", 6e-3, "--steps", last + 14, "--save_every", 20, "--out", tmp_path / "out")
     assert out.count(f"back to the weights of step_{last - 6:09}, and past 24 sequences") == 1 and f"step {last} skipped" in out
     assert drawn == [4 * i for i in range(last + 21)], "one batch is read ahead"
     assert column(tmp_path / "out", "step") == list(range(1, last + 21)) and column(tmp_path / "out", "tokens")[-1] == (last + 14) * 64
