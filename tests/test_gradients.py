@@ -43,8 +43,8 @@ def reference(name, overrides):
             signs = torch.sign(router.load.mean() - router.load)
             found[key + ".bias"] = (router.bias + 0.01 * (signs - signs.mean())).numpy()
         return loss.item(), found
-    inputs = {key: batch[key] for key in ("tokens", "documents") if key in batch}
-    loss = F.cross_entropy(model(**inputs).flatten(0, 1), batch["targets"].flatten())
+    documents = {key: batch[key] for key in ("documents",) if key in batch}
+    loss = F.cross_entropy(model(batch["tokens"], **documents).flatten(0, 1), batch["targets"].flatten())
     loss.backward()
     return loss.item(), {name: p.grad.numpy() for name, p in model.named_parameters()}
 
