@@ -3,8 +3,8 @@ r"""DeepSeek-V3 Technical Report (DeepSeek-AI, 2024, arXiv 2412.19437) in one fi
 New against its parent, llama3.py (and against DeepSeek-V2, arXiv 2405.04434, where marked):
 - multi-head latent attention: keys and values from one small latent, and one rotary key that all
   heads share (§2.1.1);
-- a mixture of many small experts and a shared one, balanced by a bias that only selects and not by
-  a loss (new: sigmoid affinities, no auxiliary loss, no dropped token, §2.1.2);
+- a mixture of many small experts and a shared one (§2.1.2; new: sigmoid affinities, a bias that
+  balances the selection, only a weak sequence-wise balance loss, no dropped token);
 - multi-token prediction: one further module predicts the token after the next (new, §2.2);
 - experts on different ranks, pipeline stages and ZeRO-1 instead of tensor parallelism (§3.2);
 - FP8 matrix products with a scale for every tile of 1 x 128 or 128 x 128 (new, §3.3);
@@ -16,9 +16,10 @@ update_biases | §2.2 MultiTokenPrediction, objective | §3.2 Pipeline1F1B, Flat
 exchanged, recompute_activations | §3.3 quantize, fprop, dgrad, wgrad, FP8Linear, FP8Experts,
 all_to_all_fp8, AdamWithBF16Moments | §4.1 pack, fill_in_the_middle | §4.2 plan, learning_rate |
 §4.3 yarn_frequencies, plan. "Released" means the inference code and the weights that DeepSeek
-published. Left out: DualPipe, 12-bit activations, and the moving average of the weights (§3.2.3).
-Legend: B batch, T positions, N = B T tokens, D width, H heads, E head width, R its rotary part, F
-hidden width, V vocabulary, X experts, K experts per token, M rows at the experts of a rank.
+published. Left out: DualPipe, the average of the weights (§3.2.3), 12-bit activations (§3.3.3) and
+the random split of joined tokens (§4.1). Legend: B batch, T positions, N = B T tokens, D width, H
+heads, E head width, to which R rotary channels are added, F hidden width, V vocabulary, X experts,
+K experts per token, M rows at the experts of a rank.
 Conventions: rotary pairs are (i, i + R/2), not the released interleaved ones; RMSNorm before each
 branch; T + 1 tokens give T inputs and T targets; a target of -100 is not scored; losses and
 gradients are sums over ranks, each divided by a count of the whole global batch.
@@ -28,12 +29,12 @@ Run: python deepseek_v3.py                          # a laptop: the preset demo
      torchrun --nnodes=256 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
          deepseek_v3.py --preset 671b --pp 16 --ep 64 --data shards/ --eos_id 1 \
          --fim_ids 128801,128800,128802 --out /shared/671b --resume
-     (26 GiB a rank. The run stops before the extension to 32K tokens, which the same command
-     continues on 128 nodes, 67 GiB a rank; there is no layout here for the extension to 128K, since
-     480 sequences do not feed 16 stages.)
+     (26 GiB per rank. The run stops before the extension to 32K; the same command on 128 nodes
+     continues it, with 67 GiB per rank. No layout fits the extension to 128K: 480 sequences are too
+     few for 16 stages.)
 Expect: in about a minute on two CPU cores the demo's held-out bits per byte fall from 8.05 to 2.77;
-the loss of multi-token prediction stays close to the main one, and the fullest expert's load falls
-from 2.6 to some 1.3 times the mean.
+the loss of multi-token prediction stays close to the main loss, and the load of the busiest expert
+falls from 2.6 to about 1.3 times the mean.
 """
 
 import argparse
@@ -87,10 +88,10 @@ class Config:
     vocab_size: int = 0  # V, vocabulary size; 0: that of the tokenizer
     dim: int = 7168  # D, width of the residual stream
     n_layers: int = 61  # number of blocks
-    n_dense: int = 3  # leading blocks with a dense feed-forward layer instead of experts
+    n_dense: int = 3  # number of leading blocks with a dense feed-forward layer instead of experts
     hidden_dim: int = 18432  # F, width of the dense feed-forward layers
     n_heads: int = 128  # H, attention heads
-    q_rank: int = 1536  # d_c', width of the latent of the queries; 0: no such latent
+    q_rank: int = 1536  # d_c', width of the query latent; 0: queries are not compressed
     kv_rank: int = 512  # d_c, width of the latent of keys and values
     head_dim: int = 128  # d_h, width of a head without its rotary part
     rope_dim: int = 64  # d_h^R, width of the rotary part of queries and keys
@@ -99,21 +100,21 @@ class Config:
     # Experts, §2.1.2
     n_experts: int = 256  # X, routed experts of a layer
     n_shared: int = 1  # shared experts of a layer, which process every token
-    expert_dim: int = 2048  # F of an expert
+    expert_dim: int = 2048  # hidden width of an expert
     top_k: int = 8  # K, routed experts per token
-    n_groups: int = 8  # groups of experts, each on a node of its own
-    groups_kept: int = 4  # groups that the experts of one token may come from
+    n_groups: int = 8  # number of groups of experts, each meant for one node
+    groups_kept: int = 4  # maximum number of groups that the experts of a token come from
     route_scale: float = 2.5  # factor of the gates of the routed experts
-    gamma: float = 0.001  # step of the balancing biases in one update
+    gamma: float = 0.001  # change of a balancing bias in one update
     balance_loss: float = 1e-4  # alpha, weight of the sequence-wise balance loss
     # Multi-token prediction, §2.2
-    mtp: bool = True  # predict the token after the next one, too
+    mtp: bool = True  # also predict the token after the next one
     mtp_weight: float = 0.3  # lambda, weight of the loss of multi-token prediction
-    mtp_last_weight: float = 0.1  # lambda after 10 of 14.8 parts of the tokens
+    mtp_last_weight: float = 0.1  # lambda after 10/14.8 of the tokens
     # Data, §4.1
     data: str = ""  # file or directory of text or token shards; empty: Python's standard library
     tokenizer: str = ""  # bytes, an encoding of tiktoken or a BPE rank file; empty: bytes
-    eos_id: int = 0  # id that ends a document of shards, without --tokenizer; 0: unknown
+    eos_id: int = 0  # id that ends each document in token shards, without --tokenizer; 0: unknown
     fim_ids: str = ""  # BEGIN,HOLE,END: ids for fill-in-the-middle; empty: those of the tokenizer
     fim: float = 0.1  # share of documents that are rearranged for fill-in-the-middle
     pack: int = 256  # maximum number of sequences that documents are packed into at once
@@ -129,13 +130,13 @@ class Config:
     rope_theta: float = 10000.0  # base of the rotary frequencies
     rope_factor: float = 1.0  # YaRN's s, the factor by which the context is extended; 1: no YaRN
     rope_original: int = 4096  # context length before the extension
-    rope_mscale: float = 1.0  # mscale of a released configuration; 0: it has none
-    rope_mscale_all_dim: float = 1.0  # mscale_all_dim of a released configuration; 0: it has none
+    rope_mscale: float = 1.0  # YaRN's mscale in released configurations; 0: absent
+    rope_mscale_all_dim: float = 1.0  # mscale_all_dim in released configurations; 0: absent
     steps: int = 0  # maximum number of updates; 0: as many as the schedule has
     # Optimization, §4.2
     lr: float = 2.2e-4  # peak learning rate
-    min_lr: float = 2.2e-5  # learning rate from 14.3 of 14.8 parts of the tokens
-    last_lr: float = 7.3e-6  # learning rate from 14.633 of 14.8 parts of the tokens
+    min_lr: float = 2.2e-5  # learning rate from 14.3/14.8 of the tokens on
+    last_lr: float = 7.3e-6  # learning rate from 14.633/14.8 of the tokens on
     decay: Literal["cosine", "steps"] = "cosine"  # steps: 0.316 lr from 80 %, 0.1 lr from 90 %
     warmup_steps: int = 2000  # updates of linear warm-up, at most a tenth of the run
     weight_decay: float = 0.1  # decoupled weight decay of matrices and embeddings
@@ -150,7 +151,7 @@ class Config:
     # Machine
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"  # auto: bf16 on a GPU, else fp32
     compile: bool = False  # compile attention and dense feed-forward layers with torch.compile
-    recompute: Literal["none", "paper", "block"] = "none"  # paper: norms and up-projections
+    recompute: Literal["none", "paper", "block"] = "none"  # activations to recompute; paper: §3.2.3
     timeout: int = 600  # timeout of a collective, in seconds
     dry_run: bool = False  # print parameters, FLOPs and memory per rank, then exit
     world_size: int = 1  # number of ranks that --dry_run plans for
@@ -189,9 +190,9 @@ PRESETS = {
         vocab_size=129280, first_batch=3072, long="32768x1920:1000,131072x480:1000",
         precision="fp8", recompute="block", micro_batch=1,
     ),
-    # DeepSeek-V2-Lite (V2, appendix B), the small ablation of §4.5.
-    # Undisclosed: rates and batch of the ablation, and the factor of the gates; these are V2-Lite's
-    # and Moonlight's.
+    # The small ablation of §4.5, in the shape of DeepSeek-V2-Lite (V2, appendix B).
+    # Undisclosed: learning rate and batch of the ablation, here V2-Lite's, and the factor of its
+    # gates, here Moonlight's.
     "16b": dict(
         vocab_size=102400, dim=2048, n_layers=27, n_dense=1, hidden_dim=10944, n_heads=16, q_rank=0,
         n_experts=64, n_shared=2, expert_dim=1408, top_k=6, n_groups=1, groups_kept=1,
@@ -199,8 +200,8 @@ PRESETS = {
         precision="bf16", micro_batch=1, compile=True,
     ),
 }  # fmt: skip
-# Undisclosed: whether a token begins a document, too. §4.1 shows only the one that ends it, an
-# <|eos_token|>; here it has the name that tiktoken's encodings know.
+# Undisclosed: whether a token also begins a document. §4.1 shows only the <|eos_token|> that ends
+# it, which has tiktoken's name here.
 SPECIALS = ("<|endoftext|>", "<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>")  # §4.1
 PATTERN = (  # how GPT-4 and Llama 3 split text into words, for BPE rank files
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -218,8 +219,8 @@ def plan(cfg):
     for size in [*range(first_batch, cfg.batch_size, cfg.batch_multiple), cfg.batch_size]:
         end = cfg.tokens
         if size < cfg.batch_size:
-            grown = (size + cfg.batch_multiple - first_batch) / (cfg.batch_size - first_batch)
-            end = min(cfg.ramp_tokens * min(grown, 1.0), cfg.tokens)
+            share = (size + cfg.batch_multiple - first_batch) / (cfg.batch_size - first_batch)
+            end = min(cfg.ramp_tokens * min(share, 1.0), cfg.tokens)
         n_updates = max(math.ceil((end - tokens) / (size * cfg.seq_len)), 0)
         parts.append((n_updates, dataclasses.replace(cfg, batch_size=size)))
         tokens += n_updates * size * cfg.seq_len
@@ -242,7 +243,7 @@ def plan(cfg):
     return phases
 
 def planned_updates(tokens, end, cfg):
-    """Updates of the plan from `tokens` tokens of the run to `end` tokens."""
+    """Number of updates that take the run from `tokens` to `end` tokens."""
     n_updates = 0
     for phase_end, phase in plan(cfg):
         update = phase.batch_size * phase.seq_len
@@ -252,8 +253,8 @@ def planned_updates(tokens, end, cfg):
     return n_updates
 
 def current_phase(tokens, cfg):
-    """Config of the phase after so many tokens, with γ and λ of the moment: λ falls after 10 of the
-    14.8 parts of the tokens of pre-training, γ after 14.3 of them."""
+    """Config of the phase after so many tokens, with the γ and λ that hold there: λ falls after
+    10/14.8 of the tokens of pre-training, and γ becomes 0 after 14.3/14.8 of them."""
     phases = plan(cfg)
     phase = next((phase for end, phase in phases if tokens < end), phases[-1][1])
     phase = dataclasses.replace(phase)
@@ -299,9 +300,9 @@ def yarn_frequencies(dim, theta, factor, original):
     return frequencies * (1 - ramp) + frequencies / factor * ramp
 
 def yarn_scales(factor, mscale, mscale_all_dim):
-    """(factor of cos and sin, factor of the attention scores): with sqrt(t) = 0.1 m ln(s) + 1, that
-    of m = mscale over that of m = mscale_all_dim, and the latter's square, as released. §4.3 has 1
-    for both; 0 stands for a coefficient that a released configuration does not have."""
+    """(factor of cos and sin, factor of the attention scores), as released: r(mscale) divided by
+    r(mscale_all_dim), and r(mscale_all_dim) squared, where r(m) = 0.1 m ln(s) + 1. In §4.3 both are
+    1, and r is sqrt(t); 0 means that a released configuration lacks the coefficient."""
     root_all = 0.1 * mscale_all_dim * math.log(factor) + 1
     if not mscale or not mscale_all_dim:
         return 0.1 * math.log(factor) + 1, root_all**2
@@ -315,8 +316,9 @@ def rotate(x, cos, sin):
 class MultiHeadLatentAttention(nn.Module):
     """§2.1.1, causal attention, [B, T, D] -> [B, T, D]. Queries are expanded from a latent of
     q_rank channels (0: from the input), keys and values from a latent of kv_rank channels. A head
-    has head_dim channels without position and rope_dim rotary ones; the rotary key is one for all
-    heads. `scale` multiplies the scores."""
+    has head_dim channels without position and rope_dim rotary ones; all heads share the rotary key.
+    `scale` multiplies the scores."""
+    # Undisclosed: "additional scaling factors" at the latents (§4.2). The released code has none.
 
     def __init__(self, dim, n_heads, q_rank, kv_rank, head_dim, rope_dim):
         super().__init__()
@@ -368,7 +370,8 @@ class GatedMLP(nn.Module):
 
 def route(s, bias, top_k, n_groups, groups_kept, scale):
     """§2.1.2: the K experts of each token and their gates, [..., K] each, from affinities s
-    [..., X]. The bias only selects: the groups with the largest sums of two, then the best K."""
+    [..., X]. The bias affects the selection only: of the groups by the sum of their two best (in
+    the paper K / groups_kept instead of two, which is released), then of the K best experts."""
     biased = s.detach() + bias
     groups = biased.unflatten(-1, (n_groups, -1))  # [..., groups, X / groups]
     best_two = groups.topk(min(2, groups.shape[-1]), -1).values.sum(-1)  # [..., groups]
@@ -377,14 +380,13 @@ def route(s, bias, top_k, n_groups, groups_kept, scale):
     biased = groups.masked_fill(dropped[..., None], -math.inf).flatten(-2)
     experts = biased.topk(top_k, -1).indices  # Eq. 16
     selected = s.gather(-1, experts)  # without the bias
-    # The factor of the gates is in the released code and not in Eq. 13.
+    # `scale` and 1e-20 are in the released code, not in Eq. 13.
     gates = scale * selected / (selected.sum(-1, keepdim=True) + 1e-20)  # Eq. 13
     return experts, gates
 
 def sequence_balance(s, top_k):
     """Eq. 17-20 without α, summed over sequences, of affinities s [B, T, X]."""
-    # Undisclosed: whether f counts the experts that were selected. Eq. 18 says the top K of s,
-    # without bias and groups.
+    # Eq. 18 counts the top K of s without bias and groups, not the experts that were selected.
     best = torch.zeros_like(s).scatter(-1, s.topk(top_k, -1).indices, 1.0)
     f = best.mean(1) * (s.shape[-1] / top_k)  # Eq. 18: [B, X], without a gradient
     p = (s / s.sum(-1, keepdim=True)).mean(1)  # Eq. 19, 20: [B, X]
@@ -409,7 +411,7 @@ class Router(nn.Module):
         return torch.sigmoid(F.linear(x.float(), self.weight))
 
     def add_load(self, counts):
-        """Count the tokens of a batch."""
+        """Add the counts [X] of a batch to the load."""
         self.load += counts
 
     def forward(self, x):
@@ -514,9 +516,9 @@ class Block(nn.Module):
         return x + y, 0.0
 
 class MultiTokenPrediction(nn.Module):
-    """§2.2, one further module (D = 1): the state of the main model and the embeddings of the
-    tokens, [B, T, D] each, give the state [B, T - 1, D] that predicts one token further, and the
-    balance loss of its block."""
+    """§2.2, one module: final state of the main model and embeddings of the tokens, [B, T, D] each
+    -> the state [B, T - 1, D] that predicts one token further, and the balance loss of its block.
+    """
 
     def __init__(self, cfg):
         super().__init__()
@@ -527,8 +529,8 @@ class MultiTokenPrediction(nn.Module):
         self.final_norm = RMSNorm(cfg.dim, cfg.norm_eps)
 
     def forward(self, state, embedded, cos, sin):
-        # Undisclosed: the order of the two halves in use, and a norm before the shared head; as in
-        # the released weights, where the embedding comes first.
+        # Departure: the embedding comes first, and a norm precedes the shared head, as in the
+        # released weights. Eq. 21 has the state first, Eq. 23 no norm.
         embedded = self.embedding_norm(embedded[:, 1:])
         state = self.state_norm(state[:, :-1])
         x = self.merge(torch.cat((embedded, state), -1))  # Eq. 21: [B, T - 1, D]
@@ -536,9 +538,8 @@ class MultiTokenPrediction(nn.Module):
         return self.final_norm(x), balance
 
 class DeepSeekV3(nn.Module):
-    """§2, tokens [B, T] -> logits [B, T, V] in fp32 or, with targets, the three sums of the
-    objective. `dtype` is the precision of the residual stream; parameters may be kept in another.
-    """
+    """§2, tokens [B, T] -> logits [B, T, V] in fp32 or, with targets, the sums [3] of `losses`.
+    `dtype` is the precision of the residual stream; parameters may be kept in another."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -552,7 +553,8 @@ class DeepSeekV3(nn.Module):
         self.extend(cfg)
 
     def extend(self, cfg):
-        """Set the context extension of cfg (§4.3): rotary frequencies and attention scales."""
+        """Set the context extension of cfg: rotary frequencies and attention scales. §4.3 names the
+        shared key alone, but queries must rotate like it, as released."""
         sizes = cfg.rope_dim, cfg.rope_theta, cfg.rope_factor, cfg.rope_original
         self.frequencies = yarn_frequencies(*sizes)
         scales = yarn_scales(cfg.rope_factor, cfg.rope_mscale, cfg.rope_mscale_all_dim)
@@ -591,19 +593,19 @@ class DeepSeekV3(nn.Module):
 
     def losses(self, x, balance, tokens, targets):
         """Sums over the batch, [3]: nats of the next tokens, nats of multi-token prediction, and
-        the balance loss, from the output x of the blocks and the balance loss of these."""
+        the balance loss. x [B, T, D] is the output of the blocks, balance their balance loss."""
         state = self.final_norm(x)
         vocab_size = self.head.out_features
         nats = chunked_loss(self.logits, state.flatten(0, 1), targets, vocab_size)
-        nats_ahead = torch.zeros_like(nats)
+        mtp_nats = torch.zeros_like(nats)
         if self.mtp:
-            # Undisclosed: whether the module reads the state before or after the final norm; after
-            # it, as the released weights are used.
-            ahead, block_balance = self.mtp(state, self.embed(tokens), *self.rope(x))
-            further = targets[:, 1:].contiguous()  # Eq. 24: t_3 ... t_{T+1}
-            nats_ahead = chunked_loss(self.logits, ahead.flatten(0, 1), further, vocab_size)
+            # Undisclosed: whether the module reads the state before or after the final norm. Here
+            # after it, as Hugging Face's code does.
+            mtp_state, block_balance = self.mtp(state, self.embed(tokens), *self.rope(x))
+            mtp_targets = targets[:, 1:].contiguous()  # Eq. 24: t_3 ... t_{T+1}
+            mtp_nats = chunked_loss(self.logits, mtp_state.flatten(0, 1), mtp_targets, vocab_size)
             balance = balance + block_balance
-        return torch.stack((nats, nats_ahead, nats.new_zeros(()) + balance))
+        return torch.stack((nats, mtp_nats, nats.new_zeros(()) + balance))
 
 def slices(n, vocab_size):
     """Slices of n positions, each with at most 2**25 logits, which take 128 MiB in fp32."""
@@ -626,9 +628,9 @@ def chunked_loss(head, x, targets, vocab_size):
     return sum(checkpoint(chunk_loss, x[rows], rows, use_reentrant=False) for rows in chunks)
 
 def init_weights(model, cfg, first_expert=0):
-    """§4.2: N(0, 0.006) for all matrices, and gains of 1. A matrix is drawn from (seed, its name),
-    an expert's from its number too, so that every layout starts from the same numbers. The experts
-    of model are those from first_expert on. Raises ValueError for a parameter without a rule."""
+    """§4.2: N(0, 0.006) for all matrices, and gains of 1. A matrix is drawn from (seed, name), one
+    of an expert from (seed, name, expert), so that every layout starts from the same numbers. The
+    experts of model are numbered from first_expert. Raises ValueError for a parameter without a rule."""
     for name, p in model.named_parameters():
         if name.endswith("norm.weight"):
             p.data.fill_(1.0)
@@ -655,8 +657,8 @@ def routers(model):
     return [module for module in model.modules() if isinstance(module, Router)]
 
 def count_parameters(model):
-    """(total, activated by a token) parameters of the main model, as the paper counts them:
-    without multi-token prediction, which inference drops, and without the balancing biases."""
+    """(total, activated by a token) parameters of the main model, without multi-token prediction
+    and balancing biases. The embedding counts as activated, unlike in the 2.4B of §4.5."""
     named = [item for item in model.named_parameters() if not item[0].startswith("mtp.")]
     total = sum(p.numel() for _, p in named)
     routed = sum(p.numel() for name, p in named if is_expert(name))
@@ -664,8 +666,8 @@ def count_parameters(model):
     return total, total - routed * (len(router.bias) - router.top_k) // len(router.bias)
 
 def layer_sizes(cfg):
-    """Weights of attention, of a dense feed-forward layer, of one expert, and of the shared experts
-    and the router of a layer; norms have less than a thousandth of them."""
+    """Numbers of weights of attention, of a dense feed-forward layer, of one expert, and of the
+    shared experts and router of a layer, without norms, which are less than a thousandth."""
     attention = cfg.dim * (cfg.q_rank + cfg.kv_rank + cfg.rope_dim + cfg.n_heads * cfg.head_dim)
     attention += (cfg.q_rank or cfg.dim) * cfg.n_heads * (cfg.head_dim + cfg.rope_dim)
     attention += cfg.kv_rank * cfg.n_heads * 2 * cfg.head_dim
@@ -674,9 +676,9 @@ def layer_sizes(cfg):
     return attention, 3 * cfg.dim * cfg.hidden_dim, expert, shared
 
 def flops_per_token(cfg):
-    """Training FLOPs per token: 2 per weight of a matrix product that the token meets forward,
-    twice that backward, multi-token prediction included. Attention counts as causal, (T + 1) / 2
-    keys per query, half of what the full square gives."""
+    """Training FLOPs per token, with multi-token prediction: 2 per weight of a matrix product in
+    the forward pass and 4 in the backward pass. Attention is counted as causal: (T + 1) / 2 keys
+    per query, half of the full square."""
     attention, dense, expert, shared = layer_sizes(cfg)
     head_widths = cfg.n_heads * (2 * cfg.head_dim + cfg.rope_dim)
     attention += head_widths * (cfg.seq_len + 1) / 2  # q kᵀ, A v
@@ -691,9 +693,9 @@ def flops_per_token(cfg):
 # ---------------------------------------- Data ----------------------------------------
 
 def fill_in_the_middle(ids, fim_ids, key):
-    """§4.1, PSM: the ids of a document, whose text is cut at two places, as begin f_pre hole f_suf
-    end f_middle, and the id that ended it. key decides the places."""
-    # Undisclosed: the places. Two, uniformly, and between tokens, so that shards need no tokenizer.
+    """§4.1, PSM: the ids of a document, cut at two places that key decides, in the order begin,
+    prefix, hole, suffix, end, middle, and the id that ended the document."""
+    # Undisclosed: the places. Here uniform, and between tokens, so that shards need no tokenizer.
     begin, hole, end = fim_ids
     places = sorted(stable_hash(key, i) % len(ids) for i in range(2))
     prefix, middle, suffix = np.split(ids[:-1], places)
@@ -701,12 +703,12 @@ def fill_in_the_middle(ids, fim_ids, key):
 
 @functools.lru_cache(32)
 def pack(corpus, block, length, n, fim, fim_ids, seed):
-    """Block `block` of n packed sequences, [n, T + 1]; -1 where no ids are left. A share `fim` of
-    the documents is rearranged with fim_ids (begin, hole, end), none without these."""
-    # Undisclosed: the packing, "inspired by" best-fit packing (arXiv 2404.10830). Here a stretch of
-    # the corpus as long as n sequences goes into them: documents, cut where they are longer than a
-    # sequence, by size into the fullest sequence with room; what fits nowhere is cut to fill up
-    # what is left, and what fill-in-the-middle has added beyond that, some 0.1 %, is lost.
+    """Block `block` of n packed sequences, [n, T + 1]; padded with -1. A share `fim` of the
+    documents is rearranged with fim_ids (begin, hole, end), or none if fim_ids is empty."""
+    # Undisclosed: the packing, "inspired by" best-fit packing (arXiv 2404.10830). Here a block is a
+    # stretch of the corpus as long as n sequences. Its documents, cut to at most a sequence, go from
+    # the longest to the shortest into the fullest sequence with room. Those without room are cut to
+    # fill what is left; the excess that fill-in-the-middle adds, about 0.1 %, is lost.
     window = length + 1
     ids = corpus.window(block, n * window - 1, seed)
     pieces = []
@@ -748,7 +750,7 @@ def get_batch(corpus, first, n, cfg):
     A pure function of the seed and the index, so that any number of ranks, any accumulation and
     any resume see the same sequences. Held-out text is neither packed nor rearranged.
     """
-    # As many sequences are packed at once as leave at least four such blocks in the corpus.
+    # Blocks of at most cfg.pack sequences, halved until the corpus has at least four blocks.
     size = min(cfg.pack, corpus.n_windows(cfg.seq_len))
     while size > 1 and corpus.n_windows(size * (cfg.seq_len + 1) - 1) < 4:
         size //= 2
@@ -758,11 +760,11 @@ def get_batch(corpus, first, n, cfg):
         if corpus.in_order:
             windows.append(corpus.window(i, cfg.seq_len, cfg.seed))
             continue
-        group, place = divmod(i, 16 * size)  # 16 blocks at a time are mixed
-        place = permutation(16 * size, cfg.seed, "pack", group)[place]
-        block = 16 * group + place // size
+        group, index = divmod(i, 16 * size)  # the sequences of 16 blocks are shuffled together
+        index = permutation(16 * size, cfg.seed, "pack", group)[index]
+        block = 16 * group + index // size
         rows = pack(corpus, block, cfg.seq_len, size, cfg.fim, fim_ids, cfg.seed)
-        windows.append(rows[place % size])
+        windows.append(rows[index % size])
     windows = torch.from_numpy(np.stack(windows))  # [n, T + 1]
     tokens = windows[:, :-1].clamp(min=0)
     targets = windows[:, 1:].where(windows[:, 1:] >= 0, -100)
@@ -778,20 +780,20 @@ def objective(model, batch, cfg):
     of multi-token prediction too, although it has one less in each sequence (Eq. 24), and the
     balance loss by n_sequences."""
     # Undisclosed: how L_Bal adds up. Summed over layers and averaged over sequences, as in V2.
-    nats, nats_ahead, balance = model(batch["tokens"], batch["targets"])
+    nats, mtp_nats, balance = model(batch["tokens"], batch["targets"])
     main = nats / max(batch["n_targets"], 1)
-    ahead = nats_ahead / max(batch["n_targets"], 1)
+    mtp = mtp_nats / max(batch["n_targets"], 1)
     balance = balance / batch["n_sequences"]
-    loss = main + cfg.mtp_weight * ahead + cfg.balance_loss * balance
-    return loss, {"main": main.detach(), "mtp": ahead.detach()}
+    loss = main + cfg.mtp_weight * mtp + cfg.balance_loss * balance
+    return loss, {"main": main.detach(), "mtp": mtp.detach()}
 
 # ---------------------------------------- Optimizer ----------------------------------------
 
 class AdamWithBF16Moments(torch.optim.AdamW):
-    """§3.3.3, AdamW whose moments are kept in bf16 between updates, which compute in fp32."""
+    """§3.3.3, AdamW that computes in fp32 and keeps its moments in bf16 between updates."""
 
     def cast_moments(self, dtype):
-        """Moments in another dtype."""
+        """Cast the moments to dtype."""
         for state in self.state.values():
             state["exp_avg"] = state["exp_avg"].to(dtype)
             state["exp_avg_sq"] = state["exp_avg_sq"].to(dtype)
@@ -807,7 +809,7 @@ class AdamWithBF16Moments(torch.optim.AdamW):
 
 def build_optimizer(flats, cfg):
     """§4.2: AdamW over the masters of {name: FlatParameters}; with bf16 moments under fp8."""
-    # Undisclosed: eps, and what is decayed: matrices and embeddings, no gain of a norm.
+    # Undisclosed: eps, and what is decayed. Here matrices and embeddings, but no gains of norms.
     groups = []
     for kind in ("matrices", "experts", "routers", "norms"):
         masters = [flat.master for name, flat in flats.items() if name.endswith(kind)]
@@ -816,9 +818,9 @@ def build_optimizer(flats, cfg):
     return adam(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=cfg.adam_eps, fused=True)
 
 def learning_rate(tokens, cfg):
-    """§4.2, after so many tokens: linear warm-up over updates; constant to 10 of 14.8 parts of
-    pre-training, a cosine to 14.3, constant to 14.633, and constant to the end and in the extension
-    (§4.3). With --decay steps, V2's: constant, and down twice."""
+    """§4.2, after so many tokens: linear warm-up over updates; lr up to 10/14.8 of pre-training, a
+    cosine to min_lr at 14.3/14.8, min_lr up to 14.633/14.8, then last_lr, also in the extension
+    (§4.3). With --decay steps V2-Lite's: lr, reduced twice."""
     n_updates = planned_updates(0, tokens, cfg)
     if n_updates < cfg.warmup_steps:
         return cfg.lr * n_updates / cfg.warmup_steps
@@ -833,8 +835,8 @@ def learning_rate(tokens, cfg):
     return cfg.min_lr + (cfg.lr - cfg.min_lr) / 2 * (1 + math.cos(math.pi * done))
 
 def update_biases(balanced, gamma, group):
-    """§2.1.2: b += γ sign(mean load - load) for each router, with the loads of all data-parallel
-    ranks and micro-batches of an update; returns the loads over their mean, [layers, X]."""
+    """§2.1.2: b += γ sign(mean load - load) for each router, with loads summed over the
+    data-parallel ranks and micro-batches of an update. Returns load / mean load, [layers, X]."""
     loads = torch.stack([router.load for router in balanced])
     dist.all_reduce(loads, group=group)
     mean = loads.mean(1, keepdim=True)
@@ -851,10 +853,10 @@ def update_biases(balanced, gamma, group):
 # the feed-forward layers and of the experts take E4M3 operands, and AdamW's moments are bf16;
 # embedding, head, router, norms, attention itself and the merge of multi-token prediction are not
 # cast down. Off Hopper the same arithmetic is emulated: codes times scales, multiplied in fp32.
-# Departure: E4M3 codes of weights come from their bf16 copies. All linear layers cache their input
-# in E4M3, that of attention's output projection too, for which the paper has E5M6, a format of 12
-# bits that PyTorch lacks (§3.3.3). The experts cache the input of their SwiGLU in bf16 and its
-# output in E4M3, where the paper has the input in FP8 and computes the output again.
+# Departure: weights are quantized from bf16 copies. The input of attention's output projection
+# is cached in E4M3, where the paper has E5M6, 12 bits that PyTorch lacks, with powers of two as
+# scales (§3.3.3). Experts cache the input of their SwiGLU in bf16 and its output in E4M3, where the
+# paper caches the input in FP8 and computes the output again.
 
 PEAK_FLOPS = {  # dense bf16, by the device's exact name; a device not listed gets no MFU
     "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989e12,
@@ -863,8 +865,8 @@ PEAK_FLOPS = {  # dense bf16, by the device's exact name; a device not listed ge
 
 def quantize(x, rows, columns, powers=False, least=1e-4):
     """§3.3.2: x [M, N] in tiles of rows x columns as (E4M3 codes [M', N'], fp32 scales [M' / rows,
-    N' / columns]), x = code * scale, M' and N' padded to whole tiles, and M' to 16 rows. The
-    largest of each tile, at least `least`, becomes 448; with powers a scale is a power of two."""
+    N' / columns]), x = code * scale, M' and N' padded to whole tiles, and M' to 16 rows. Scale
+    = max(amax of the tile, least) / 448, with powers rounded up to a power of two."""
     down = -x.shape[0] % max(rows, 16)
     right = -x.shape[1] % columns
     x = F.pad(x.float(), (0, right, 0, down))
@@ -875,8 +877,8 @@ def quantize(x, rows, columns, powers=False, least=1e-4):
     codes = (tiles / scales[:, None, :, None]).to(torch.float8_e4m3fn)
     return codes.view(x.shape), scales
 
-# Undisclosed: how small gradients are kept. The released kernels, for inference, take 1e-4 as the
-# least, below which gradients of a loss that is divided by all tokens of a batch would vanish.
+# Undisclosed: `least` of gradients. With the 1e-4 of the released kernels, which are for inference,
+# gradients of a loss that is divided by all tokens of a batch would vanish.
 quantize_gradient = functools.partial(quantize, least=1e-30)
 
 def dequantize(codes, scales):
@@ -922,9 +924,9 @@ def wgrad(gradient, x, powers):
 
 class FP8Product(torch.autograd.Function):
     """§3.3.2, rows x [M, D] by one weight w [F, D] or by several, w [X, F, D], of which matrix i
-    has rows bounds[i] ... bounds[i + 1]: [M, F]. `blocks` has the codes and scales of each matrix;
+    multiplies rows bounds[i] ... bounds[i + 1] - 1: [M, F]. `blocks` has codes and scales of each;
     `powers`: whether the scales of x, and those of the gradient, are powers of two. x is kept in
-    E4M3; what comes in tiles with powers of two keeps every digit in the tiles along tokens."""
+    E4M3; with powers of two its new tiles along tokens lose no digit."""
 
     @staticmethod
     def forward(ctx, x, w, blocks, bounds, powers):
@@ -953,8 +955,8 @@ class FP8Product(torch.autograd.Function):
         return torch.cat(dx), torch.stack(dw).view(w.shape), None, None, None
 
 class FP8Linear(nn.Module):
-    """The linear layer of a weight [F, D], with FP8 operands. `blocks` has the codes of the weight,
-    which are made once per update."""
+    """A linear layer with a weight [F, D] and FP8 operands. `blocks` caches the codes and scales of
+    the weight until its next update."""
 
     def __init__(self, weight):
         super().__init__()
@@ -972,7 +974,7 @@ class FP8Experts(nn.Module):
     """Experts of weights gate_up [X, 2F, D] and down [X, D, F], with FP8 operands. The scales of
     the input, and of the gradient of the output, are powers of two (§3.3.3)."""
 
-    # Departure: PyTorch has no grouped product with these scales, so that each expert has its own.
+    # Departure: PyTorch has no grouped product with these scales: each expert has its own.
 
     def __init__(self, gate_up, down):
         super().__init__()
@@ -1001,7 +1003,7 @@ def use_fp8(model):
             parent.experts = FP8Experts(parent.experts.gate_up, parent.experts.down)
 
 def forget_codes(model):
-    """To be called after an update of the weights."""
+    """Drop the cached codes of all weights, after an update."""
     for module in model.modules():
         if isinstance(module, (FP8Linear, FP8Experts)):
             module.blocks = None
@@ -1015,8 +1017,8 @@ def expert_mesh(cfg, device_type):
     return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 def fit_layout(cfg, ranks):
-    """cfg with ep and dp, where they are 0, chosen: experts on as many ranks as divide them and the
-    ranks, 8 at most; copies on all ranks that are left."""
+    """cfg with ep and dp chosen where they are 0: ep divides the experts, the ranks of a stage and
+    8; dp takes all ranks that are left."""
     left = ranks // max(cfg.pp, 1)
     ep = cfg.ep or (left // cfg.dp if cfg.dp else math.gcd(left, cfg.n_experts, 8))
     dp = cfg.dp or left // max(ep, 1)
@@ -1026,12 +1028,12 @@ def fit_layout(cfg, ranks):
     return dataclasses.replace(cfg, ep=ep, dp=dp)
 
 def reading_ranks(cfg):
-    """Ranks that read sequences of their own: all of a pipeline stage."""
+    """Number of data-parallel ranks, which read different sequences: all ranks of a stage."""
     return max(cfg.dp, 1) * max(cfg.ep, 1)
 
 def layers_of_stage(cfg, stage):
     """The layers of a pipeline stage, as a range."""
-    # Undisclosed: how the 61 layers are cut. Evenly, the head counted as two.
+    # Undisclosed: how the 61 layers are divided. Here evenly, with the head counted as two.
     edges = [round((cfg.n_layers + 2) * i / cfg.pp) for i in (stage, stage + 1)]
     return range(*(min(edge, cfg.n_layers) for edge in edges))
 
@@ -1085,18 +1087,18 @@ def keeps_bf16(name, cfg):
     return cfg.precision in ("bf16", "fp8") and not re.search(r"(norm|router)\.weight$", name)
 
 def set_dtypes(model, cfg):
-    """Give the parameters of a model, which has no values yet, the dtypes that they are kept in."""
+    """Cast the parameters of a model on the meta device to the dtypes that they are kept in."""
     for name, p in model.named_parameters():
         if keeps_bf16(name, cfg):
             p.data = p.data.bfloat16()
 
 def keep_attention(context, operator, *args, **kwargs):
-    """A policy of selective checkpointing: keep what attention computes, and nothing else."""
+    """Policy of selective checkpointing: save the outputs of attention, recompute the rest."""
     is_attention = "scaled_dot_product" in operator.name()
     return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
 
 def recomputed(function, context_fn=noop_context_fn):
-    """The function, whose inputs alone are kept for the backward pass, which computes it again."""
+    """The function with activation checkpointing: inputs are saved, the rest is computed again."""
     return functools.partial(checkpoint, function, use_reentrant=False, context_fn=context_fn)
 
 def recompute_activations(model, how):
@@ -1116,9 +1118,9 @@ def recompute_activations(model, how):
             module.project = recomputed(module.project)
 
 def parallelize(model, cfg, mesh):
-    """Cut a model on the meta device to the part of this rank, and give it memory: the layers of
-    its pipeline stage, its part of the experts; bf16 weights but for norms and routers unless
-    cfg.precision is fp32, with fp32 gradients. Sets precision, recomputation and compilation."""
+    """Reduce a model on the meta device to the part of this rank, the layers of its pipeline stage
+    and its part of the experts, and allocate it. Weights are bf16, except norms and routers and
+    under fp32; gradients are fp32. Sets precision, recomputation and compilation."""
     stage = mesh["pp"].get_local_rank()
     is_last = stage == cfg.pp - 1
     for i in set(range(cfg.n_layers)) - set(layers_of_stage(cfg, stage)):
@@ -1156,9 +1158,9 @@ def parallelize(model, cfg, mesh):
     return model
 
 class FlatParameters:
-    """§3.2, ZeRO-1 for parameters of one kind in a block, [n] in all: they are views of one flat
-    tensor, their gradients, summed in fp32, views of another, and each rank of a mesh updates its
-    part of the fp32 values, the `master`, and has the Adam moments of that part."""
+    """§3.2, ZeRO-1 for the n values of parameters of one kind in a block. The parameters become
+    views of one flat tensor, and their fp32 gradients views of another. Each rank of the mesh has
+    one part of the fp32 values, the `master`, with its Adam moments, and updates that part."""
 
     def __init__(self, parameters, mesh):
         self.mesh = mesh
@@ -1178,13 +1180,12 @@ class FlatParameters:
         self.master = nn.Parameter(self.spread(self.weights[self.own].float()))
 
     def spread(self, part):
-        """This rank's part as one of a DTensor, so that a checkpoint fits another number of ranks.
-        """
-        whole = dict(run_check=False, shape=torch.Size([self.n]), stride=(1,))
-        return DTensor.from_local(part, self.mesh, [Shard(0)], **whole)
+        """DTensor [n] of all ranks' parts, so that a checkpoint fits another number of ranks."""
+        layout = dict(run_check=False, shape=torch.Size([self.n]), stride=(1,))
+        return DTensor.from_local(part, self.mesh, [Shard(0)], **layout)
 
     def reduce(self):
-        """Sum the gradients over the ranks, into this rank's part of them."""
+        """Sum the gradients over ranks; this rank's part becomes the gradient of its master."""
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         part = self.gradients[self.own]
         if self.mesh.size() > 1:
@@ -1239,12 +1240,12 @@ class PipelinePart(nn.Module):
         return self.model.losses(x, balance, tokens, targets)
 
 class Pipeline1F1B:
-    """§3.2.1, the part of the model that one rank has, run over micro-batches: on its own or, with
-    several stages, by the schedule 1F1B."""
+    """§3.2.1, this rank's part of the model, run over micro-batches, with several pipeline stages
+    in the schedule 1F1B."""
 
-    # Departure: 1F1B instead of DualPipe, whose point is to hide the all-to-all of the experts
-    # behind the computation of another micro-batch. PyTorch's DualPipeV runs the two one after the
-    # other, and wants 2 PP micro-batches, 32, where the first batch of 3,072 sequences gives 24.
+    # Departure: 1F1B instead of DualPipe, which hides the all-to-all of the experts behind the
+    # computation of another micro-batch. PyTorch's DualPipeV does not overlap the two, and needs 2
+    # PP = 32 micro-batches, where the first batch of 3,072 sequences gives 24.
 
     def __init__(self, cfg, mesh):
         self.mesh = mesh
@@ -1266,8 +1267,8 @@ class Pipeline1F1B:
             self.ends, _ = dist.new_subgroups_by_enumeration(pairs)
 
     def share(self):
-        """Divide the parameters, once they have values. A checkpoint holds what is in `saved`:
-        masters and balancing biases."""
+        """Shard the parameters over ranks, once they are initialised. `saved` is what a checkpoint
+        holds: masters and balancing biases."""
         self.flats = flatten_parameters(self.model, self.mesh, self.data)
         self.saved = nn.Module()
         for name, flat in self.flats.items():
@@ -1292,7 +1293,7 @@ class Pipeline1F1B:
             self.schedule = Schedule1F1B(stage, n_micro, self.last_stage_loss, scale_grads=False)
 
     def loss(self, model, batch):
-        """The objective of a micro-batch, whose metrics are added up."""
+        """The objective of a micro-batch; adds its metrics to self.metrics."""
         loss, metrics = objective(model, batch, self.cfg)
         self.metrics += torch.stack((metrics["main"], metrics["mtp"]))
         return loss
@@ -1321,10 +1322,10 @@ class Pipeline1F1B:
         return self.metrics
 
     def reduce(self, losses, limit):
-        """Sum the gradients over ranks, and scale them down to a norm of `limit`, if that is not 0.
-        Returns the norm of the whole gradient, and the losses [2] over all ranks."""
+        """Sum gradients and losses [2] over ranks, and clip the gradient to a norm of `limit`, if it
+        is not 0. Returns the norm of the whole gradient and the two losses."""
         gradients = []
-        counted = []  # the embedding of the last stage is that of the first
+        counted = []  # for the norm, without the last stage's copy of the embedding
         for name, flat in self.flats.items():
             flat.reduce()
             gradients.append(flat.master.grad.to_local())
@@ -1335,11 +1336,11 @@ class Pipeline1F1B:
         square = nn.utils.get_total_norm(counted).double() ** 2
         sums = torch.cat((square[None], losses.double()))
         dist.all_reduce(sums)
-        square, main, ahead = sums.tolist()  # here an update waits for the device
+        square, main, mtp = sums.tolist()  # here an update waits for the device
         norm = math.sqrt(square) if square >= 0 else math.nan
         if limit and norm > limit:
             torch._foreach_mul_(gradients, limit / (norm + 1e-6))
-        return norm, main, ahead
+        return norm, main, mtp
 
     def evaluate(self, batches):
         """The main loss, without gradients."""
@@ -1347,8 +1348,8 @@ class Pipeline1F1B:
             return self.run(batches)[0]
 
 def kept_bytes(cfg):
-    """Bytes per position that a dense layer, and one with experts, keep for the backward pass, with
-    tokens spread evenly over experts."""
+    """Bytes per position that a dense block, and a block with experts, keep for the backward pass,
+    if all experts get equally many tokens."""
     size = 4 if cfg.precision == "fp32" else 2  # of an activation
     cached = 1 if cfg.precision == "fp8" else size  # of an input of a linear layer
     width = cfg.n_heads * (cfg.head_dim + cfg.rope_dim)
@@ -1430,7 +1431,7 @@ HF_FIXED = {  # the only values that are supported
     "norm_topk_prob": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
     "tie_word_embeddings": False, "moe_layer_freq": 1, "rope_interleave": True,
 }  # fmt: skip
-HF_YARN = {  # key in rope_parameters: value, of which a number may be left out
+HF_YARN = {  # the only values that are supported in rope_parameters; keys may be absent
     "rope_type": "yarn", "beta_fast": 32, "beta_slow": 1, "attention_factor": None,
     "truncate": True, "partial_rotary_factor": 1.0,
 }  # fmt: skip
@@ -1450,8 +1451,8 @@ HF_NAMES = {  # part of a name: Hugging Face's
 }  # fmt: skip
 
 def named_matrices(model, first_expert=0):
-    """(name, tensor) of all parameters and balancing biases, each expert's apart, which count from
-    first_expert."""
+    """(name, tensor) of all parameters and balancing biases, with one matrix per expert; experts
+    are numbered from first_expert."""
     for name, p in model.named_parameters():
         if is_expert(name):
             for i, matrix in enumerate(p.data, first_expert):
@@ -1463,7 +1464,7 @@ def named_matrices(model, first_expert=0):
             yield name, buffer
 
 def deepseek_tensors(name, tensor, cfg):
-    """{Hugging Face's name: tensor, or half of it where they have two} of one of named_matrices."""
+    """{Hugging Face's name: tensor} of one of named_matrices; gate_up becomes two tensors."""
     name = name.replace("mtp.block", "mtp").replace("mtp.final_norm", "mtp.shared_norm")
     halves = {name: tensor}
     if "gate_up" in name:
@@ -1550,7 +1551,7 @@ def from_hf(path):
     return model, cfg
 
 def deepseek_config(cfg):
-    """config.json of the model."""
+    """The content of config.json for the model of cfg."""
     config = {key: getattr(cfg, field) for field, (key, _) in HF_CONFIG.items()} | HF_FIXED
     rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
     if cfg.rope_factor > 1:
@@ -1596,8 +1597,8 @@ def to_hf(model, cfg, path):
             (folder / "model.safetensors.index.json").write_text(text + "\n")
 
 def collect_matrices(pipe, cfg):
-    """named_matrices of the whole model on rank 0, on which each arrives from a rank that has it;
-    all ranks call this, and the others get None in place of the tensors."""
+    """named_matrices of the whole model on rank 0, which receives each tensor from a rank that has
+    it. All ranks call this; other ranks get None for tensors that they do not have."""
     with torch.device("meta"):
         model = DeepSeekV3(cfg)
     set_dtypes(model, cfg)
@@ -1648,7 +1649,7 @@ def read_hf_tensors(path):
 
 @contextlib.contextmanager
 def written_beside(path):
-    """A temporary directory, which becomes the new or empty directory path when the block ends."""
+    """A temporary directory that is renamed to the new or empty directory path at the end."""
     folder = Path(f"{Path(path)}.tmp")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -1665,7 +1666,7 @@ def newest_checkpoint(out, resume, fixed):
     checkpoints = sorted(Path(out).glob("step_*[0-9]")) if out else []
     if checkpoints:
         newest = [checkpoints[-1], json.loads((Path(out) / "config.json").read_text())]
-    dist.broadcast_object_list(newest)  # ranks on a network file system may list other files
+    dist.broadcast_object_list(newest)  # on a network file system, ranks may see different files
     path, run = newest
     (restarts,) = sum_over_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
     if path and not (resume or restarts):
@@ -1673,7 +1674,7 @@ def newest_checkpoint(out, resume, fixed):
     for name in fixed:
         if path and run.get(name) != fixed[name]:
             raise ValueError(f"{path} has {name} {run.get(name)}, and this run {fixed[name]}")
-    if resume or restarts:
+    if out and (resume or restarts):
         print(f"continuing from {path}" if path else f"no checkpoint in {out}: starting a run")
     return path, run
 
@@ -1712,7 +1713,7 @@ def save_checkpoint(out, model, optimizer, state):
     dist.barrier()
 
 def load_checkpoint(path, model, optimizer, state):
-    """Fill model, optimizer and state from a checkpoint; its hyperparameters stay as they are."""
+    """Fill model, optimizer and state from a checkpoint, except the optimizer's hyperparameters."""
     weights, moments = get_state_dict(model, optimizer)
     content = {"model": weights, "optimizer": moments["state"], "state": dict(state)}
     with explain(f"{path} does not fit or is damaged", dcp.CheckpointException):
@@ -1735,8 +1736,8 @@ def sum_over_ranks(*numbers):
     return sums.tolist()
 
 def read_batch(corpus, first, cfg, device, rank, ranks):
-    """Micro-batches, on the device, of data-parallel rank `rank` of `ranks` of the global batch
-    that begins with sequence `first`. Without collectives, so that a thread can call it."""
+    """The micro-batches that data-parallel rank `rank` of `ranks` reads, on the device; `first` is
+    the first sequence of the global batch. It has no collectives, so that a thread can call it."""
     steps, micro = split_batch(cfg, ranks)
     first += rank * steps * micro
     batches = [get_batch(corpus, first + i * micro, micro, cfg) for i in range(steps)]
@@ -1748,7 +1749,7 @@ def read_batch(corpus, first, cfg, device, rank, ranks):
 
 def sum_counts(batches, ranks):
     """Replace the counts (n_...) of micro-batches by those of the global batch, which `ranks`
-    data-parallel ranks read together; all others read the same as one of these."""
+    data-parallel ranks read together; each other rank reads the same as one of these."""
     names = [name for name in batches[0] if name.startswith("n_")]
     sums = sum_over_ranks(*(sum(batch[name] for batch in batches) for name in names))
     counts = {name: n * ranks / dist.get_world_size() for name, n in zip(names, sums)}
@@ -1781,7 +1782,7 @@ def validate(loss_of, corpus, step, cfg, device, rank, ranks):
     log(cfg.out, step, f"val {step}", row, [])
 
 def collect_model(pipe, cfg):
-    """The whole model on rank 0, and None on the others, which all ranks call."""
+    """The whole model on rank 0, and None on other ranks. All ranks call this."""
     if dist.get_world_size() == 1:
         return pipe.model
     model = DeepSeekV3(cfg) if dist.get_rank() == 0 else None
@@ -1845,7 +1846,7 @@ def check(cfg, ranks):
     check_directories(cfg.init, cfg.export, cfg.write_tokens)
 
 def check_batch(cfg):
-    """Raise ValueError for a phase of the run whose batch does not fit the layout."""
+    """Raise ValueError if the batch of the phase cfg does not fit the layout."""
     steps, micro = split_batch(cfg, reading_ranks(cfg))
     batch = f"{cfg.batch_size} sequences of {cfg.seq_len}"
     if reading_ranks(cfg) * steps * micro != cfg.batch_size:
@@ -1882,8 +1883,8 @@ def dry_run(cfg):
     with torch.device("meta"):
         model = DeepSeekV3(cfg)
     total, activated = count_parameters(model)
-    ahead = sum(p.numel() for p in model.mtp.parameters()) if model.mtp else 0
-    print(f"parameters {total:,} | activated {activated:,} | multi-token prediction {ahead:,}")
+    mtp = sum(p.numel() for p in model.mtp.parameters()) if model.mtp else 0
+    print(f"parameters {total:,} | activated {activated:,} | multi-token prediction {mtp:,}")
     phases = [phase for _, phase in plan(cfg)]
     flops = flops_per_token(phases[0])
     print(f"FLOPs per token {flops:.4g} | 6 N of the activated gives {6 * activated:.4g}")
@@ -1903,12 +1904,12 @@ def dry_run(cfg):
         print(f"{n_micro} micro-batches | {sizes} | sum {need / 2**30:.2f} GiB a rank: {fits}")
 
 def advance(pipe, optimizer, batches, lr, cfg):
-    """One update of parameters and balancing biases from this rank's micro-batches; cfg is that of
-    the moment. Returns the loss, the loss of multi-token prediction, the gradient norm, and the
-    loads of the experts over their mean, [layers + 1, X], of which the last layer is multi-token
-    prediction's and dense layers have 0. The model stays as it is if loss or norm is not finite."""
+    """Update parameters and balancing biases once, from this rank's micro-batches and the cfg of
+    current_phase; or not, if the loss or the gradient norm is not finite. Returns main loss, loss
+    of multi-token prediction, gradient norm, and expert loads over their mean, [layers + 1, X]: the
+    last row is that of multi-token prediction, and dense layers have 0."""
     losses = pipe.run(batches)
-    norm, loss, ahead = pipe.reduce(losses, cfg.clip)
+    norm, loss, mtp = pipe.reduce(losses, cfg.clip)
     for group in optimizer.param_groups:
         group["lr"] = lr
     finite = math.isfinite(norm) and math.isfinite(loss)
@@ -1926,7 +1927,7 @@ def advance(pipe, optimizer, batches, lr, cfg):
             layer = -1 if name.startswith("mtp") else int(name.split(".")[1])
             loads[layer] = load
     dist.all_reduce(loads, group=pipe.mesh["pp"].get_group())
-    return loss, ahead, norm, loads
+    return loss, mtp, norm, loads
 
 def train(pipe, optimizer, corpus, heldout, state, end, cfg, device):
     """Update the model until `end` tokens of the plan are read; False if a signal ends it."""
@@ -2004,7 +2005,7 @@ def train(pipe, optimizer, corpus, heldout, state, end, cfg, device):
             raise ValueError(f"no finite gradient in the last {n_skipped} steps to {step + 1}")
 
 def conclude(pipe, heldout, tokenizer, cfg):
-    """Export the model, and print what it writes, if one rank can hold it."""
+    """Export the model and, if one rank can hold it, print a sample."""
     if cfg.export:
         to_hf(pipe, cfg, cfg.export)
     with torch.device("meta"):
@@ -2021,7 +2022,7 @@ def conclude(pipe, heldout, tokenizer, cfg):
 
 def load_documents(cfg):
     """(tokenizer or None, training Corpus, held-out Corpus) of --data; sets vocab_size, eos_id and
-    fim_ids of cfg. With --write_tokens the data is written as shards instead: None."""
+    fim_ids of cfg. With --write_tokens, write the data as token shards and return None."""
     files, shards = find_files(cfg.data)
     tokenizer = None
     if cfg.tokenizer or files:
@@ -2136,7 +2137,7 @@ def report_user_errors():
         print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     finally:
-        # A rank that fails alone leaves at once; it would wait here for the others.
+        # destroy_process_group waits for the other ranks: a rank that fails alone skips it.
         if dist.is_initialized() and (dist.get_world_size() == 1 or not sys.exc_info()[0]):
             dist.destroy_process_group()
 
@@ -2172,7 +2173,8 @@ def parse(argv):
     parser.usage = "%(prog)s [--preset NAME] [--FLAG VALUE ...]"
     parser.error = refuse
     default = "small" if torch.cuda.is_available() else "demo"
-    parser.add_argument("--preset", choices=PRESETS, default=default, help=f"(default: {default})")
+    text = f"named set of values for the other flags (default: {default})"
+    parser.add_argument("--preset", choices=PRESETS, default=default, help=text)
     preset = parser.parse_known_args(argv)[0].preset
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
     for field in dataclasses.fields(Config):
@@ -2207,8 +2209,8 @@ def init_distributed(timeout):
     return device
 
 def shared_store(rank):
-    """A store for this start alone: the agents' store outlives a restart and then holds addresses
-    of dead processes. Rank 0 opens it and publishes its address in the agents' store."""
+    """A store for this start only: the store of torchrun's agents outlives a restart and then has
+    addresses of dead processes. Rank 0 opens it and publishes its address in the agents' store."""
     with explain("torchrun sets MASTER_ADDR and MASTER_PORT", KeyError):
         host = os.environ["MASTER_ADDR"]
         port = int(os.environ["MASTER_PORT"])
@@ -2229,8 +2231,8 @@ def shared_store(rank):
             time.sleep(0.1)
 
 def log(out, step, head, row, tail):
-    """Print head, the numbers of row and tail, which has the tokens; append step and row, which
-    may have lists, to metrics.jsonl in the directory out, if any, NaN and infinity as null."""
+    """Print head, the numbers of row except tokens and lists, and tail; append step and row to
+    metrics.jsonl in the directory out, if any, with null for NaN and infinity."""
     formats = {"bpb": ".3f", "val_bpb": ".3f", "lr": ".2e", "grad": ".2f"}
     fields = [head]
     for name, value in row.items():
@@ -2243,7 +2245,7 @@ def log(out, step, head, row, tail):
             file.write(json.dumps({"step": step} | row) + "\n")
 
 def progress(tokens, steps_left, pace, cfg, device):
-    """Fields of a log line: tokens so far and, if pace, the seconds per update, is known,
+    """Fields of a log line: tokens so far and, if pace (seconds per update) is known,
     throughput, MFU, memory and time left."""
     fields = [f"tokens {tokens / 1e6:.1f}M"]
     if not pace:
@@ -2258,7 +2260,7 @@ def progress(tokens, steps_left, pace, cfg, device):
     return [*fields, f"eta {timedelta(seconds=round(steps_left * pace))}"]
 
 def check_directories(init, export, write_tokens):
-    """Raise ValueError for directories to write that are not empty, or without safetensors."""
+    """Raise ValueError for a directory to write that is not empty or if safetensors is missing."""
     for folder in (export, write_tokens):
         if folder and os.path.isdir(folder) and os.listdir(folder):
             raise ValueError(f"{folder} is not empty")
@@ -2271,7 +2273,7 @@ def bits_per_byte(nats, n_bytes):
     return nats / math.log(2) / n_bytes if n_bytes else math.nan
 
 def stable_hash(*key):
-    """64 bits that depend on the key alone: the seed of all that is drawn."""
+    """A 64-bit integer that depends on the key alone; it seeds every random draw."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
 @functools.lru_cache(64)  # one for each corpus of a mix, and some for the next epoch
@@ -2296,7 +2298,7 @@ class Corpus:
         self.in_order = in_order
 
     def read(self, first, n):
-        """Ids first ... first + n - 1, int64 [n]; ValueError for an id that is not below V."""
+        """Ids first ... first + n - 1, int64 [n]; ValueError for an id outside the vocabulary."""
         pieces = []
         first += self.start
         while n > 0:
@@ -2334,8 +2336,8 @@ class Corpus:
 def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size, length):
     """(training, held-out) Corpus of shards or, without any, of tokenized documents.
 
-    Held out are the shards with "val" in their names, or documents by a hash of their names; if
-    these are less than a batch, the last 5 % of the ids, but at least a batch.
+    Shards with "val" in their names are held out, or documents by a hash of their names; if these
+    are less than a batch, the last 5 % of the ids are, and at least a batch.
     """
     train = [(path, open_shard(path)) for path in shards if "val" not in path.name]
     heldout = [(path, open_shard(path)) for path in shards if "val" in path.name]
@@ -2360,8 +2362,8 @@ def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size
     return corpus, Corpus(parts, n_train, total, separator, token_bytes, in_order=True)
 
 def vocabulary_size(vocab_size, tokenizer, init):
-    """vocab_size or, if it is 0, that of the tokenizer, whose ids must fit. A vocabulary that is
-    larger than the byte tokenizer's is a warning, and with --init a ValueError."""
+    """vocab_size or, if it is 0, that of the tokenizer, whose ids must fit. Over the
+    byte tokenizer, warns if vocab_size is larger than it needs; with --init, raises ValueError."""
     if not tokenizer and not vocab_size:
         raise ValueError("token shards need --tokenizer or --vocab_size")
     n_ids = tokenizer.n_vocab if tokenizer else 0
@@ -2384,11 +2386,12 @@ def find_files(path):
     endings = (".txt", ".md", ".py", ".jsonl") if path else (".py",)
     skipped = set() if path else {"site-packages", "dist-packages", "test", "tests", "idle_test"}
     files = [root]
-    seen = {root.resolve(), *root.resolve().parents}  # a link to one of these would not end
+    seen = {root.resolve(), *root.resolve().parents}  # a link to one of these would loop forever
     for folder, folders, names in os.walk(root, followlinks=True):
-        targets = {name: Path(folder, name).resolve() for name in set(folders) - skipped}
-        folders[:] = [name for name in targets if targets[name] not in seen]
-        seen.update(targets.values())
+        names_in_order = sorted(set(folders) - skipped, reverse=True)
+        targets = {Path(folder, name).resolve(): name for name in names_in_order}
+        folders[:] = sorted(targets[target] for target in targets.keys() - seen)
+        seen.update(targets)
         files += [Path(folder, name) for name in names]
     files = sorted(file for file in files if file.is_file())
     texts = [file for file in files if file.suffix.lower() in endings]
@@ -2400,8 +2403,8 @@ def find_files(path):
     return texts, shards
 
 def read_documents(path, files):
-    """(name, text) of each document: a text file, named by its path below `path`, or a line of a
-    .jsonl file, a JSON object with a string "text", named by its text."""
+    """(name, text) of each document: a text file, whose name is its path below `path`, or a line
+    of a .jsonl file, a JSON object with a string "text", which is also its name."""
     root = Path(path or sysconfig.get_paths()["stdlib"])
     for file in files:
         if file.suffix.lower() != ".jsonl":
@@ -2419,10 +2422,10 @@ def read_documents(path, files):
 
 def load_tokenizer(name, specials):
     """The tiktoken.Encoding `bytes`, of a BPE rank file, or of one of tiktoken's own names; special
-    tokens that it lacks get the ids after its last."""
+    tokens that it lacks are added after its last id."""
     ranks = {bytes([i]): i for i in range(256)}
     settings = {"name": name, "pat_str": r"[\s\S]", "mergeable_ranks": ranks, "special_tokens": {}}
-    if os.path.isfile(name):  # tiktoken's own loader would cache the first file of a name
+    if os.path.isfile(name):  # tiktoken's own loader caches by name and misses changes
         with explain(f"{name} is not a BPE rank file", ValueError):
             lines = [line.split() for line in Path(name).read_bytes().splitlines() if line.strip()]
             ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
@@ -2438,7 +2441,7 @@ def load_tokenizer(name, specials):
     ids = settings["special_tokens"]
     for token in specials:
         ids.setdefault(token, 1 + max([*ranks.values(), *ids.values()]))
-    settings.pop("explicit_n_vocab", None)  # a check of the number without new tokens
+    settings.pop("explicit_n_vocab", None)  # this check does not count the added tokens
     return tiktoken.Encoding(**settings)
 
 def tokenize(documents, tokenizer, separator):
@@ -2463,7 +2466,7 @@ def write_tokens(folder, documents):
     print(f"{folder}: the documents are written")
 
 def open_shard(path):
-    """Ids of a token shard, in place and without a file descriptor: .npy of uint16 or uint32, or
+    """Ids of a token shard, memory-mapped without a file descriptor: .npy of uint16 or uint32, or
     .bin, uint16 after a header of 256 int32."""
     with explain(f"{path} is not a token shard", ValueError, EOFError):
         if path.suffix.lower() == ".npy":

@@ -2,12 +2,12 @@ r"""Improving Language Understanding by Generative Pre-Training (Radford et al.,
 
 What is new compared with its parent, the Transformer (Vaswani et al., 2017):
 - a decoder-only Transformer, trained as a language model on unlabelled books (§3.1, Eq. 1, 2);
-- learned position embeddings (§4.1), added once at the bottom; no scaling by sqrt(D) (code);
+- learned position embeddings (§4.1), added once; no scaling of embeddings by sqrt(D) (code);
 - GELU in place of ReLU, weights drawn from N(0, 0.02) (§4.1); a bias on every projection (code);
 - dropout 0.1 on embeddings, residual branches and attention probabilities (§4.1);
 - Adam with decoupled weight decay, 2000 updates of warm-up, then a cosine to zero (§4.1);
 - no label smoothing.
-Kept: the norm follows each residual sum (post-norm), and no norm follows the last block.
+Kept: the norm follows each residual sum (post-norm); there is no final norm after the blocks.
 "Code" and "released" mean openai/finetune-transformer-lm; the pre-training code was never released.
 
 Map: Eq. 1 objective | Eq. 2 GPT1, Block | §4.1 PRESETS["gpt1"], init_weights, build_optimizer,
@@ -69,22 +69,22 @@ class Config:
 
     # Model, §4.1 "Model specifications"
     vocab_size: int = 0  # V, vocabulary size; 0: that of the tokenizer
-    seq_len: int = 512  # T, tokens of a sequence and positions of the model
+    seq_len: int = 512  # T, sequence length in tokens, and number of positions of the model
     dim: int = 768  # D, width of the residual stream
     n_layers: int = 12  # number of blocks
-    n_heads: int = 12  # H, attention heads
+    n_heads: int = 12  # H, number of attention heads
     hidden_dim: int = 3072  # F, width of the feed-forward layer
     dropout: float = 0.1  # dropout of embeddings, residual branches and attention probabilities
     # Data
     data: str = ""  # file or directory of text or token shards; empty: Python's standard library
-    tokenizer: str = ""  # bytes, an encoding of tiktoken or a BPE rank file; empty: bytes
+    tokenizer: str = ""  # "bytes", a tiktoken encoding or a BPE rank file; empty: bytes
     # Optimization, §4.1
     batch_size: int = 64  # sequences per update, over all ranks
     micro_batch: int = 0  # sequences per forward pass on one rank; 0: as many as the batch allows
     epochs: float = 100.0  # passes over the training data, if --steps is 0
     steps: int = 0  # updates of the run; 0: as many as --epochs needs
     lr: float = 2.5e-4  # peak learning rate
-    warmup_steps: int = 2000  # updates of linear warm-up, at most a tenth of the run
+    warmup_steps: int = 2000  # updates of linear warm-up; cut to a tenth of the run if longer
     weight_decay: float = 0.01  # decoupled weight decay of matrices and embeddings
     clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
     seed: int = 0  # seed of the weights, the order of the data and dropout
@@ -110,7 +110,7 @@ class Config:
 
 PRESETS = {
     # For a CPU, about a minute. Two blocks, because deep post-norm models learn slowly at first; no
-    # dropout, because the run is shorter than an epoch; 24 sequences, for 1, 2, 3, 4, 6 or 8 ranks.
+    # dropout, because the run is shorter than an epoch; 24 sequences, to run on 1-4, 6 or 8 ranks.
     "demo": dict(
         seq_len=128, dim=96, n_layers=2, n_heads=3, hidden_dim=384, dropout=0.0, batch_size=24,
         steps=1200, lr=6e-3, warmup_steps=100, log_every=50,
@@ -121,7 +121,7 @@ PRESETS = {
     "gpt1": dict(vocab_size=40478, micro_batch=16, compile=True),
 }  # fmt: skip
 # Departure: a byte-level BPE instead of the paper's 40,000 merges on lower-cased spaCy tokens, and
-# no cleaning with ftfy. Perplexities do not compare with the paper's 18.4.
+# no cleaning with ftfy. Perplexities are not comparable with the paper's 18.4.
 PATTERN = (  # how GPT-4 and Llama 3 split text into words, for BPE rank files
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -149,7 +149,7 @@ class CausalSelfAttention(nn.Module):
         return F.dropout(x, self.dropout, self.training)
 
 class MLP(nn.Module):
-    """GELU(x W_up + b_up) W_down + b_down, [B, T, D] -> [B, T, D] (§4.1)."""
+    """GELU(x W_up + b_up) W_down + b_down, with dropout, [B, T, D] -> [B, T, D] (§4.1)."""
 
     # Undisclosed: the form of GELU. The released code of GPT and GPT-2 has the tanh form.
 
@@ -190,15 +190,15 @@ class GPT1(nn.Module):
     def forward(self, tokens):
         positions = self.position_embedding.weight[: tokens.shape[1]]  # [T, D]
         x = self.token_embedding(tokens) + positions  # Eq. 2, h_0 = U W_e + W_p: [B, T, D]
-        # Undisclosed: what embedding dropout drops. The released code drops entries of the tables
-        # and uses them in the output projection, too; here it drops entries of the sum.
+        # Undisclosed: what embedding dropout drops. The released code drops entries of the tables,
+        # in the output projection, too; here dropout acts on the sum of the embeddings.
         x = F.dropout(x, self.dropout, self.training)
         for block in self.blocks:
             x = block(x)  # Eq. 2, h_l = transformer_block(h_{l-1})
         return F.linear(x, self.token_embedding.weight)  # Eq. 2, h_n W_eᵀ: [B, T, V]
 
 def init_weights(model, cfg):
-    """Draw matrices and embeddings from N(0, 0.02); set biases to 0 and gains to 1 (§4.1).
+    """Draw matrices and embeddings from N(0, 0.02), std 0.02; set biases to 0, gains to 1 (§4.1).
 
     Each parameter is drawn from a generator seeded by (seed, name), so that every layout
     starts from the same numbers. Raises ValueError for a parameter without a rule.
@@ -223,7 +223,7 @@ def flops_per_token(cfg):
     """Training FLOPs per token: 2 per weight of a matrix product forward, twice that backward.
     Attention counts as causal, (T + 1) / 2 keys per query, half of what the full square gives."""
     weights = cfg.n_layers * (4 * cfg.dim**2 + 2 * cfg.dim * cfg.hidden_dim)
-    attention = cfg.n_layers * 2 * cfg.dim * (cfg.seq_len + 1) / 2  # q kᵀ and A v
+    attention = cfg.n_layers * 2 * cfg.dim * (cfg.seq_len + 1) / 2  # q kᵀ and softmax(...) v
     return 6 * (weights + attention + cfg.vocab_size * cfg.dim)
 
 # ---------------------------------------- Data ----------------------------------------
@@ -236,13 +236,13 @@ def get_batch(corpus, first, n, cfg):
     """
     # Undisclosed: where the "randomly sampled, contiguous sequences" begin. An epoch reads
     # consecutive windows, from a random offset and in random order; they may cross books. T + 1
-    # tokens give T targets (the released code scores T - 1 of T).
+    # tokens give T targets (the released code scores T - 1 targets of T tokens).
     tokens = torch.zeros(n, cfg.seq_len, dtype=torch.int64)
     targets = torch.full_like(tokens, -100)
     for row in range(n):
         window = torch.from_numpy(corpus.window(first + row, cfg.seq_len, cfg.seed))  # [T + 1]
-        # The paper's vocabulary has no separator: it is removed, the prediction across it is not
-        # scored, and the row is padded at its end.
+        # The paper's vocabulary has no separator: separators are removed, the target after a
+        # separator is not scored, and the row is padded at its end.
         (kept,) = torch.where(window != corpus.separator)
         adjacent = kept.diff() == 1
         length = len(adjacent)
@@ -271,13 +271,13 @@ def build_optimizer(model, cfg):
         dict(params=[p for p in model.parameters() if p.ndim > 1], weight_decay=cfg.weight_decay),
         dict(params=[p for p in model.parameters() if p.ndim <= 1], weight_decay=0.0),
     ]
-    # Undisclosed: betas, eps and clipping; these and --clip 1 are from the released fine-tuning.
+    # Undisclosed: betas, eps and clipping; these and --clip 1 are the released fine-tuning's.
     # Departure: the released Adam adds eps to the uncorrected sqrt(v) and applies the bias
     # correction to the weight decay, too; torch's AdamW does neither.
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 def learning_rate(step, cfg):
-    """§4.1: linear from 0, then a cosine to 0; step: updates so far, sequences / batch_size."""
+    """§4.1: linear from 0, then a cosine to 0; step counts updates, as sequences / batch_size."""
     # Undisclosed: the cosine's span. As in the released code it is the whole run, so that after
     # the warm-up it begins a little below the peak.
     if cfg.warmup_steps and step <= cfg.warmup_steps:
@@ -298,7 +298,7 @@ PEAK_FLOPS = {  # dense bf16, by the device's exact name; a device not listed ge
 # ---------------------------------------- Parallelism ----------------------------------------
 
 def parallelize(model, cfg, mesh):
-    """Synchronous data parallelism, as released: each rank has a copy, gradients are averaged.
+    """Synchronous data parallelism, as released: ranks hold copies and average gradients.
     Recomputation and compilation are applied to the blocks first."""
     for block in model.blocks:
         if cfg.recompute == "block":
@@ -325,7 +325,7 @@ HF_FIXED = {  # the only values that are supported
     "model_type": "openai-gpt", "afn": "gelu", "layer_norm_epsilon": 1e-5,
     "tie_word_embeddings": True,
 }  # fmt: skip
-HF_NAMES = {
+HF_NAMES = {  # part of a parameter's name here: its name in OpenAIGPTLMHeadModel
     "token_embedding": "tokens_embed", "position_embedding": "positions_embed", "blocks": "h",
     "attn.qkv": "attn.c_attn", "attn.out": "attn.c_proj", "norm1": "ln_1", "norm2": "ln_2",
     "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj",
@@ -333,7 +333,7 @@ HF_NAMES = {
 SHAPE = (*HF_CONFIG, "hidden_dim")  # fields of Config that must agree with a checkpoint
 
 def hf_tensors(model):
-    """(name in Hugging Face's class, view of our tensor in its layout) of each parameter."""
+    """(Hugging Face's name, view of the tensor in Hugging Face's layout) of each parameter."""
     for name, p in model.named_parameters():
         for ours, theirs in HF_NAMES.items():
             name = name.replace(ours, theirs)
@@ -388,7 +388,7 @@ def read_hf_tensors(path):
 
 @contextlib.contextmanager
 def written_beside(path):
-    """A temporary directory, which becomes the new or empty directory path when the block ends."""
+    """A temporary directory that is renamed to the new or empty directory path at the end."""
     folder = Path(f"{Path(path)}.tmp")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -405,7 +405,7 @@ def newest_checkpoint(out, resume, fixed):
     checkpoints = sorted(Path(out).glob("step_*[0-9]")) if out else []
     if checkpoints:
         newest = [checkpoints[-1], json.loads((Path(out) / "config.json").read_text())]
-    dist.broadcast_object_list(newest)  # ranks on a network file system may list other files
+    dist.broadcast_object_list(newest)  # on a network file system, ranks may see different files
     path, run = newest
     (restarts,) = sum_over_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
     if path and not (resume or restarts):
@@ -413,7 +413,7 @@ def newest_checkpoint(out, resume, fixed):
     for name in fixed:
         if path and run.get(name) != fixed[name]:
             raise ValueError(f"{path} has {name} {run.get(name)}, and this run {fixed[name]}")
-    if resume or restarts:
+    if out and (resume or restarts):
         print(f"continuing from {path}" if path else f"no checkpoint in {out}: starting a run")
     return path, run
 
@@ -452,7 +452,7 @@ def save_checkpoint(out, model, optimizer, state):
     dist.barrier()
 
 def load_checkpoint(path, model, optimizer, state):
-    """Fill model, optimizer and state from a checkpoint; its hyperparameters stay as they are."""
+    """Fill model, optimizer and state from a checkpoint, except the optimizer's hyperparameters."""
     weights, moments = get_state_dict(model, optimizer)
     content = {"model": weights, "optimizer": moments["state"], "state": dict(state)}
     with explain(f"{path} does not fit or is damaged", dcp.CheckpointException):
@@ -475,8 +475,8 @@ def sum_over_ranks(*numbers):
     return sums.tolist()
 
 def read_batch(corpus, first, cfg, device, rank, ranks):
-    """Micro-batches, on the device, of data-parallel rank `rank` of `ranks` of the global batch
-    that begins with sequence `first`. Without collectives, so that a thread can call it."""
+    """The micro-batches that data-parallel rank `rank` of `ranks` reads, on the device; `first` is
+    the first sequence of the global batch. It has no collectives, so that a thread can call it."""
     steps, micro = split_batch(cfg, ranks)
     first += rank * steps * micro
     batches = [get_batch(corpus, first + i * micro, micro, cfg) for i in range(steps)]
@@ -488,7 +488,7 @@ def read_batch(corpus, first, cfg, device, rank, ranks):
 
 def sum_counts(batches, ranks):
     """Replace the counts (n_...) of micro-batches by those of the global batch, which `ranks`
-    data-parallel ranks read together; all others read the same as one of these."""
+    data-parallel ranks read together; each other rank reads the same as one of these."""
     names = [name for name in batches[0] if name.startswith("n_")]
     sums = sum_over_ranks(*(sum(batch[name] for batch in batches) for name in names))
     counts = {name: n * ranks / dist.get_world_size() for name, n in zip(names, sums)}
@@ -559,11 +559,11 @@ def dry_run(cfg):
         cfg.vocab_size = load_tokenizer(cfg.tokenizer or "bytes", ["<|endoftext|>"]).n_vocab
     check(cfg, cfg.world_size)
     with torch.device("meta"):
-        n, activated = count_parameters(GPT1(cfg))
+        total, activated = count_parameters(GPT1(cfg))
     # Kept for the backward pass, per position and block: the inputs of both norms in fp32; the
     # inputs of the four products and of GELU, q, k and v in the products' precision; a byte per
     # entry of a GPU's two dropout masks. The peak is where the backward pass begins, when the loss
-    # holds three fp32 tensors of V per position, or with recomputation in the largest block.
+    # holds three fp32 tensors of V per position; with recomputation, in a block if that is larger.
     # Autocast keeps bf16 copies of the weights.
     size = 2 if cfg.precision == "bf16" else 4
     block = 8 * cfg.dim + size * (6 * cfg.dim + 2 * cfg.hidden_dim)
@@ -573,18 +573,18 @@ def dry_run(cfg):
     if cfg.recompute == "block":
         per_position = cfg.n_layers * 4 * cfg.dim + max(block, head)
     activations = split_batch(cfg, cfg.world_size)[1] * cfg.seq_len * per_position
-    activations += 2 * n * (cfg.precision == "bf16")
-    print(f"parameters {n:,} | activated {activated:,}")
+    activations += 2 * total * (cfg.precision == "bf16")
+    print(f"parameters {total:,} | activated {activated:,}")
     print(f"FLOPs per token {flops_per_token(cfg):.4g} | 6 N gives {6 * activated:.4g}")
-    weights = {"parameters": 4 * n, "gradients": 4 * n, "optimizer": 8 * n}
+    weights = {"parameters": 4 * total, "gradients": 4 * total, "optimizer": 8 * total}
     print_memory(weights | {"activations": activations})
 
 def training_step(model, optimizer, batches, lr, cfg):
     """One update from this rank's micro-batches; returns loss and gradient norm of the global
-    batch. Skips the update if either is not finite, which is the same on all ranks."""
+    batch. If either is not finite, all ranks skip the update."""
     loss = torch.zeros((), device=batches[0]["tokens"].device)
     for i, batch in enumerate(batches):
-        model.require_backward_grad_sync = i == len(batches) - 1  # DDP: one all-reduce an update
+        model.require_backward_grad_sync = i == len(batches) - 1  # DDP: all-reduce once per update
         part, _ = objective(model, batch, cfg)
         (part * dist.get_world_size()).backward()  # DDP averages over the ranks
         loss += part.detach()
@@ -599,13 +599,13 @@ def training_step(model, optimizer, batches, lr, cfg):
     return loss, norm
 
 def train(model, optimizer, corpus, heldout, state, cfg, device):
-    """Update the model until the sequences of the run are used up; False if a signal ends it."""
-    place = device, dist.get_rank(), dist.get_world_size()
+    """Update the model until the end of the run; returns False if a signal ends it earlier."""
+    this_rank = device, dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp",))
     replicas = parallelize(model, cfg, mesh)
     signals = catch_signals()
     thread = ThreadPoolExecutor(1)  # reads the next batch during an update
-    ahead = thread.submit(read_batch, corpus, state["sequences"], cfg, *place)
+    next_batches = thread.submit(read_batch, corpus, state["sequences"], cfg, *this_rank)
     first_step = saved = state["step"]
     clock = time.perf_counter()
     pace = None  # seconds per update
@@ -617,9 +617,9 @@ def train(model, optimizer, corpus, heldout, state, cfg, device):
 
     while True:
         step = state["step"]
-        first = state["sequences"]  # of the batch to come
+        first = state["sequences"]  # first sequence of the next batch
         steps_left = math.ceil(cfg.steps - first / cfg.batch_size)
-        error = ahead.exception()  # waits until that batch is read
+        error = next_batches.exception()  # waits until the next batch is read
         if step > first_step + 1:  # the first update may compile and is left out
             seconds = time.perf_counter() - clock
             pace = 0.9 * (pace or seconds) + 0.1 * seconds
@@ -633,15 +633,15 @@ def train(model, optimizer, corpus, heldout, state, cfg, device):
         if stop:
             return False
         if end or step % cfg.val_every == 0:
-            validate(evaluate, heldout, step, cfg, *place)
+            validate(evaluate, heldout, step, cfg, *this_rank)
         if end:
             return True
 
         clock = time.perf_counter()
-        batches = ahead.result()
-        ahead = thread.submit(read_batch, corpus, first + cfg.batch_size, cfg, *place)
+        batches = next_batches.result()
+        next_batches = thread.submit(read_batch, corpus, first + cfg.batch_size, cfg, *this_rank)
         sum_counts(batches, dist.get_world_size())
-        torch.manual_seed(stable_hash(cfg.seed, step, dist.get_rank()))  # of dropout
+        torch.manual_seed(stable_hash(cfg.seed, step, dist.get_rank()))  # for dropout
         lr = learning_rate(first / cfg.batch_size, cfg)
         loss, norm = training_step(replicas, optimizer, batches, lr, cfg)
         finite = math.isfinite(loss) and math.isfinite(norm)
@@ -703,7 +703,7 @@ def main(argv=None):
         if not cfg.eval:
             fixed |= {"seed": cfg.seed, "data_fingerprint": corpus.fingerprint()}
         checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
-        if run and not given & {"steps", "epochs"}:  # as many sequences as its first start planned
+        if run and not given & {"steps", "epochs"}:  # keep the planned number of sequences
             cfg.steps = math.ceil(run["steps"] * run["batch_size"] / cfg.batch_size)
         if cfg.warmup_steps > cfg.steps // 10:
             cfg.warmup_steps = cfg.steps // 10
@@ -723,7 +723,7 @@ def main(argv=None):
             cfg.steps = 0
             cfg.out = ""  # nothing is written
         if cfg.out:
-            lock = claim_directory(cfg.out, dataclasses.asdict(cfg) | fixed)  # while the run lives
+            lock = claim_directory(cfg.out, dataclasses.asdict(cfg) | fixed)  # until the run ends
         steps, micro = split_batch(cfg, ranks)
         tokens = cfg.batch_size * cfg.seq_len
         print(f"torch {torch.__version__} | {device.type} {cfg.precision} | {n_windows:,} windows")
@@ -759,7 +759,7 @@ def report_user_errors():
         print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     finally:
-        # A rank that fails alone leaves at once; it would wait here for the others.
+        # destroy_process_group waits for the other ranks: a rank that fails alone skips it.
         if dist.is_initialized() and (dist.get_world_size() == 1 or not sys.exc_info()[0]):
             dist.destroy_process_group()
 
@@ -795,7 +795,8 @@ def parse(argv):
     parser.usage = "%(prog)s [--preset NAME] [--FLAG VALUE ...]"
     parser.error = refuse
     default = "small" if torch.cuda.is_available() else "demo"
-    parser.add_argument("--preset", choices=PRESETS, default=default, help=f"(default: {default})")
+    text = f"named set of values for the other flags (default: {default})"
+    parser.add_argument("--preset", choices=PRESETS, default=default, help=text)
     preset = parser.parse_known_args(argv)[0].preset
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
     for field in dataclasses.fields(Config):
@@ -830,8 +831,8 @@ def init_distributed(timeout):
     return device
 
 def shared_store(rank):
-    """A store for this start alone: the agents' store outlives a restart and then holds addresses
-    of dead processes. Rank 0 opens it and publishes its address in the agents' store."""
+    """A store for this start only: the store of torchrun's agents outlives a restart and then has
+    addresses of dead processes. Rank 0 opens it and publishes its address in the agents' store."""
     with explain("torchrun sets MASTER_ADDR and MASTER_PORT", KeyError):
         host = os.environ["MASTER_ADDR"]
         port = int(os.environ["MASTER_PORT"])
@@ -852,8 +853,8 @@ def shared_store(rank):
             time.sleep(0.1)
 
 def log(out, step, head, row, tail):
-    """Print head, the numbers of row and tail, which has the tokens; append step and row, which
-    may have lists, to metrics.jsonl in the directory out, if any, NaN and infinity as null."""
+    """Print head, the numbers of row except tokens and lists, and tail; append step and row to
+    metrics.jsonl in the directory out, if any, with null for NaN and infinity."""
     formats = {"bpb": ".3f", "val_bpb": ".3f", "lr": ".2e", "grad": ".2f"}
     fields = [head]
     for name, value in row.items():
@@ -866,7 +867,7 @@ def log(out, step, head, row, tail):
             file.write(json.dumps({"step": step} | row) + "\n")
 
 def progress(tokens, steps_left, pace, cfg, device):
-    """Fields of a log line: tokens so far and, if pace, the seconds per update, is known,
+    """Fields of a log line: tokens so far and, if pace (seconds per update) is known,
     throughput, MFU, memory and time left."""
     fields = [f"tokens {tokens / 1e6:.1f}M"]
     if not pace:
@@ -886,7 +887,7 @@ def print_memory(memory):
         print(f"{kind:12} {n_bytes / 2**30:8.3f} GiB per rank")
 
 def check_directories(init, export, write_tokens):
-    """Raise ValueError for directories to write that are not empty, or without safetensors."""
+    """Raise ValueError for a directory to write that is not empty or if safetensors is missing."""
     for folder in (export, write_tokens):
         if folder and os.path.isdir(folder) and os.listdir(folder):
             raise ValueError(f"{folder} is not empty")
@@ -899,7 +900,7 @@ def bits_per_byte(nats, n_bytes):
     return nats / math.log(2) / n_bytes if n_bytes else math.nan
 
 def stable_hash(*key):
-    """64 bits that depend on the key alone: the seed of all that is drawn."""
+    """A 64-bit integer that depends on the key alone; it seeds every random draw."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
 @functools.lru_cache(64)  # one for each corpus of a mix, and some for the next epoch
@@ -924,7 +925,7 @@ class Corpus:
         self.in_order = in_order
 
     def read(self, first, n):
-        """Ids first ... first + n - 1, int64 [n]; ValueError for an id that is not below V."""
+        """Ids first ... first + n - 1, int64 [n]; ValueError for an id outside the vocabulary."""
         pieces = []
         first += self.start
         while n > 0:
@@ -962,8 +963,8 @@ class Corpus:
 def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size, length):
     """(training, held-out) Corpus of shards or, without any, of tokenized documents.
 
-    Held out are the shards with "val" in their names, or documents by a hash of their names; if
-    these are less than a batch, the last 5 % of the ids, but at least a batch.
+    Shards with "val" in their names are held out, or documents by a hash of their names; if these
+    are less than a batch, the last 5 % of the ids are, and at least a batch.
     """
     train = [(path, open_shard(path)) for path in shards if "val" not in path.name]
     heldout = [(path, open_shard(path)) for path in shards if "val" in path.name]
@@ -988,8 +989,8 @@ def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size
     return corpus, Corpus(parts, n_train, total, separator, token_bytes, in_order=True)
 
 def vocabulary_size(vocab_size, tokenizer, init):
-    """vocab_size or, if it is 0, that of the tokenizer, whose ids must fit. A vocabulary that is
-    larger than the byte tokenizer's is a warning, and with --init a ValueError."""
+    """vocab_size or, if it is 0, that of the tokenizer, whose ids must fit. Over the
+    byte tokenizer, warns if vocab_size is larger than it needs; with --init, raises ValueError."""
     if not tokenizer and not vocab_size:
         raise ValueError("token shards need --tokenizer or --vocab_size")
     n_ids = tokenizer.n_vocab if tokenizer else 0
@@ -1012,11 +1013,12 @@ def find_files(path):
     endings = (".txt", ".md", ".py", ".jsonl") if path else (".py",)
     skipped = set() if path else {"site-packages", "dist-packages", "test", "tests", "idle_test"}
     files = [root]
-    seen = {root.resolve(), *root.resolve().parents}  # a link to one of these would not end
+    seen = {root.resolve(), *root.resolve().parents}  # a link to one of these would loop forever
     for folder, folders, names in os.walk(root, followlinks=True):
-        targets = {name: Path(folder, name).resolve() for name in set(folders) - skipped}
-        folders[:] = [name for name in targets if targets[name] not in seen]
-        seen.update(targets.values())
+        names_in_order = sorted(set(folders) - skipped, reverse=True)
+        targets = {Path(folder, name).resolve(): name for name in names_in_order}
+        folders[:] = sorted(targets[target] for target in targets.keys() - seen)
+        seen.update(targets)
         files += [Path(folder, name) for name in names]
     files = sorted(file for file in files if file.is_file())
     texts = [file for file in files if file.suffix.lower() in endings]
@@ -1028,8 +1030,8 @@ def find_files(path):
     return texts, shards
 
 def read_documents(path, files):
-    """(name, text) of each document: a text file, named by its path below `path`, or a line of a
-    .jsonl file, a JSON object with a string "text", named by its text."""
+    """(name, text) of each document: a text file, whose name is its path below `path`, or a line
+    of a .jsonl file, a JSON object with a string "text", which is also its name."""
     root = Path(path or sysconfig.get_paths()["stdlib"])
     for file in files:
         if file.suffix.lower() != ".jsonl":
@@ -1047,10 +1049,10 @@ def read_documents(path, files):
 
 def load_tokenizer(name, specials):
     """The tiktoken.Encoding `bytes`, of a BPE rank file, or of one of tiktoken's own names; special
-    tokens that it lacks get the ids after its last."""
+    tokens that it lacks are added after its last id."""
     ranks = {bytes([i]): i for i in range(256)}
     settings = {"name": name, "pat_str": r"[\s\S]", "mergeable_ranks": ranks, "special_tokens": {}}
-    if os.path.isfile(name):  # tiktoken's own loader would cache the first file of a name
+    if os.path.isfile(name):  # tiktoken's own loader caches by name and misses changes
         with explain(f"{name} is not a BPE rank file", ValueError):
             lines = [line.split() for line in Path(name).read_bytes().splitlines() if line.strip()]
             ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
@@ -1066,7 +1068,7 @@ def load_tokenizer(name, specials):
     ids = settings["special_tokens"]
     for token in specials:
         ids.setdefault(token, 1 + max([*ranks.values(), *ids.values()]))
-    settings.pop("explicit_n_vocab", None)  # a check of the number without new tokens
+    settings.pop("explicit_n_vocab", None)  # this check does not count the added tokens
     return tiktoken.Encoding(**settings)
 
 def tokenize(documents, tokenizer, separator):
@@ -1091,7 +1093,7 @@ def write_tokens(folder, documents):
     print(f"{folder}: the documents are written")
 
 def open_shard(path):
-    """Ids of a token shard, in place and without a file descriptor: .npy of uint16 or uint32, or
+    """Ids of a token shard, memory-mapped without a file descriptor: .npy of uint16 or uint32, or
     .bin, uint16 after a header of 256 int32."""
     with explain(f"{path} is not a token shard", ValueError, EOFError):
         if path.suffix.lower() == ".npy":

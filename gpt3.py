@@ -975,7 +975,7 @@ def read_hf_tensors(path):
 
 @contextlib.contextmanager
 def written_beside(path):
-    """A temporary directory, which becomes the new or empty directory path when the block ends."""
+    """A temporary directory that is renamed to the new or empty directory path at the end."""
     folder = Path(f"{Path(path)}.tmp")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -992,7 +992,7 @@ def newest_checkpoint(out, resume, fixed):
     checkpoints = sorted(Path(out).glob("step_*[0-9]")) if out else []
     if checkpoints:
         newest = [checkpoints[-1], json.loads((Path(out) / "config.json").read_text())]
-    dist.broadcast_object_list(newest)  # ranks on a network file system may list other files
+    dist.broadcast_object_list(newest)  # on a network file system, ranks may see different files
     path, run = newest
     (restarts,) = sum_over_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
     if path and not (resume or restarts):
@@ -1000,7 +1000,7 @@ def newest_checkpoint(out, resume, fixed):
     for name in fixed:
         if path and run.get(name) != fixed[name]:
             raise ValueError(f"{path} has {name} {run.get(name)}, and this run {fixed[name]}")
-    if resume or restarts:
+    if out and (resume or restarts):
         print(f"continuing from {path}" if path else f"no checkpoint in {out}: starting a run")
     return path, run
 
@@ -1039,7 +1039,7 @@ def save_checkpoint(out, model, optimizer, state):
     dist.barrier()
 
 def load_checkpoint(path, model, optimizer, state):
-    """Fill model, optimizer and state from a checkpoint; its hyperparameters stay as they are."""
+    """Fill model, optimizer and state from a checkpoint, except the optimizer's hyperparameters."""
     weights, moments = get_state_dict(model, optimizer)
     content = {"model": weights, "optimizer": moments["state"], "state": dict(state)}
     with explain(f"{path} does not fit or is damaged", dcp.CheckpointException):
@@ -1062,8 +1062,8 @@ def sum_over_ranks(*numbers):
     return sums.tolist()
 
 def read_batch(corpus, first, cfg, device, rank, ranks):
-    """Micro-batches, on the device, of data-parallel rank `rank` of `ranks` of the global batch
-    that begins with sequence `first`. Without collectives, so that a thread can call it."""
+    """The micro-batches that data-parallel rank `rank` of `ranks` reads, on the device; `first` is
+    the first sequence of the global batch. It has no collectives, so that a thread can call it."""
     steps, micro = split_batch(cfg, ranks)
     first += rank * steps * micro
     batches = [get_batch(corpus, first + i * micro, micro, cfg) for i in range(steps)]
@@ -1075,7 +1075,7 @@ def read_batch(corpus, first, cfg, device, rank, ranks):
 
 def sum_counts(batches, ranks):
     """Replace the counts (n_...) of micro-batches by those of the global batch, which `ranks`
-    data-parallel ranks read together; all others read the same as one of these."""
+    data-parallel ranks read together; each other rank reads the same as one of these."""
     names = [name for name in batches[0] if name.startswith("n_")]
     sums = sum_over_ranks(*(sum(batch[name] for batch in batches) for name in names))
     counts = {name: n * ranks / dist.get_world_size() for name, n in zip(names, sums)}
@@ -1416,7 +1416,7 @@ def report_user_errors():
         print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     finally:
-        # A rank that fails alone leaves at once; it would wait here for the others.
+        # destroy_process_group waits for the other ranks: a rank that fails alone skips it.
         if dist.is_initialized() and (dist.get_world_size() == 1 or not sys.exc_info()[0]):
             dist.destroy_process_group()
 
@@ -1452,7 +1452,8 @@ def parse(argv):
     parser.usage = "%(prog)s [--preset NAME] [--FLAG VALUE ...]"
     parser.error = refuse
     default = "small" if torch.cuda.is_available() else "demo"
-    parser.add_argument("--preset", choices=PRESETS, default=default, help=f"(default: {default})")
+    text = f"named set of values for the other flags (default: {default})"
+    parser.add_argument("--preset", choices=PRESETS, default=default, help=text)
     preset = parser.parse_known_args(argv)[0].preset
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
     for field in dataclasses.fields(Config):
@@ -1487,8 +1488,8 @@ def init_distributed(timeout):
     return device
 
 def shared_store(rank):
-    """A store for this start alone: the agents' store outlives a restart and then holds addresses
-    of dead processes. Rank 0 opens it and publishes its address in the agents' store."""
+    """A store for this start only: the store of torchrun's agents outlives a restart and then has
+    addresses of dead processes. Rank 0 opens it and publishes its address in the agents' store."""
     with explain("torchrun sets MASTER_ADDR and MASTER_PORT", KeyError):
         host = os.environ["MASTER_ADDR"]
         port = int(os.environ["MASTER_PORT"])
@@ -1509,8 +1510,8 @@ def shared_store(rank):
             time.sleep(0.1)
 
 def log(out, step, head, row, tail):
-    """Print head, the numbers of row and tail, which has the tokens; append step and row, which
-    may have lists, to metrics.jsonl in the directory out, if any, NaN and infinity as null."""
+    """Print head, the numbers of row except tokens and lists, and tail; append step and row to
+    metrics.jsonl in the directory out, if any, with null for NaN and infinity."""
     formats = {"bpb": ".3f", "val_bpb": ".3f", "lr": ".2e", "grad": ".2f"}
     fields = [head]
     for name, value in row.items():
@@ -1523,7 +1524,7 @@ def log(out, step, head, row, tail):
             file.write(json.dumps({"step": step} | row) + "\n")
 
 def progress(tokens, steps_left, pace, cfg, device):
-    """Fields of a log line: tokens so far and, if pace, the seconds per update, is known,
+    """Fields of a log line: tokens so far and, if pace (seconds per update) is known,
     throughput, MFU, memory and time left."""
     fields = [f"tokens {tokens / 1e6:.1f}M"]
     if not pace:
@@ -1543,7 +1544,7 @@ def print_memory(memory):
         print(f"{kind:12} {n_bytes / 2**30:8.3f} GiB per rank")
 
 def check_directories(init, export, write_tokens):
-    """Raise ValueError for directories to write that are not empty, or without safetensors."""
+    """Raise ValueError for a directory to write that is not empty or if safetensors is missing."""
     for folder in (export, write_tokens):
         if folder and os.path.isdir(folder) and os.listdir(folder):
             raise ValueError(f"{folder} is not empty")
@@ -1556,7 +1557,7 @@ def bits_per_byte(nats, n_bytes):
     return nats / math.log(2) / n_bytes if n_bytes else math.nan
 
 def stable_hash(*key):
-    """64 bits that depend on the key alone: the seed of all that is drawn."""
+    """A 64-bit integer that depends on the key alone; it seeds every random draw."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
 @functools.lru_cache(64)  # one for each corpus of a mix, and some for the next epoch
@@ -1581,7 +1582,7 @@ class Corpus:
         self.in_order = in_order
 
     def read(self, first, n):
-        """Ids first ... first + n - 1, int64 [n]; ValueError for an id that is not below V."""
+        """Ids first ... first + n - 1, int64 [n]; ValueError for an id outside the vocabulary."""
         pieces = []
         first += self.start
         while n > 0:
@@ -1619,8 +1620,8 @@ class Corpus:
 def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size, length):
     """(training, held-out) Corpus of shards or, without any, of tokenized documents.
 
-    Held out are the shards with "val" in their names, or documents by a hash of their names; if
-    these are less than a batch, the last 5 % of the ids, but at least a batch.
+    Shards with "val" in their names are held out, or documents by a hash of their names; if these
+    are less than a batch, the last 5 % of the ids are, and at least a batch.
     """
     train = [(path, open_shard(path)) for path in shards if "val" not in path.name]
     heldout = [(path, open_shard(path)) for path in shards if "val" in path.name]
@@ -1645,8 +1646,8 @@ def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size
     return corpus, Corpus(parts, n_train, total, separator, token_bytes, in_order=True)
 
 def vocabulary_size(vocab_size, tokenizer, init):
-    """vocab_size or, if it is 0, that of the tokenizer, whose ids must fit. A vocabulary that is
-    larger than the byte tokenizer's is a warning, and with --init a ValueError."""
+    """vocab_size or, if it is 0, that of the tokenizer, whose ids must fit. Over the
+    byte tokenizer, warns if vocab_size is larger than it needs; with --init, raises ValueError."""
     if not tokenizer and not vocab_size:
         raise ValueError("token shards need --tokenizer or --vocab_size")
     n_ids = tokenizer.n_vocab if tokenizer else 0
@@ -1669,11 +1670,12 @@ def find_files(path):
     endings = (".txt", ".md", ".py", ".jsonl") if path else (".py",)
     skipped = set() if path else {"site-packages", "dist-packages", "test", "tests", "idle_test"}
     files = [root]
-    seen = {root.resolve(), *root.resolve().parents}  # a link to one of these would not end
+    seen = {root.resolve(), *root.resolve().parents}  # a link to one of these would loop forever
     for folder, folders, names in os.walk(root, followlinks=True):
-        targets = {name: Path(folder, name).resolve() for name in set(folders) - skipped}
-        folders[:] = [name for name in targets if targets[name] not in seen]
-        seen.update(targets.values())
+        names_in_order = sorted(set(folders) - skipped, reverse=True)
+        targets = {Path(folder, name).resolve(): name for name in names_in_order}
+        folders[:] = sorted(targets[target] for target in targets.keys() - seen)
+        seen.update(targets)
         files += [Path(folder, name) for name in names]
     files = sorted(file for file in files if file.is_file())
     texts = [file for file in files if file.suffix.lower() in endings]
@@ -1685,8 +1687,8 @@ def find_files(path):
     return texts, shards
 
 def read_documents(path, files):
-    """(name, text) of each document: a text file, named by its path below `path`, or a line of a
-    .jsonl file, a JSON object with a string "text", named by its text."""
+    """(name, text) of each document: a text file, whose name is its path below `path`, or a line
+    of a .jsonl file, a JSON object with a string "text", which is also its name."""
     root = Path(path or sysconfig.get_paths()["stdlib"])
     for file in files:
         if file.suffix.lower() != ".jsonl":
@@ -1704,10 +1706,10 @@ def read_documents(path, files):
 
 def load_tokenizer(name, specials):
     """The tiktoken.Encoding `bytes`, of a BPE rank file, or of one of tiktoken's own names; special
-    tokens that it lacks get the ids after its last."""
+    tokens that it lacks are added after its last id."""
     ranks = {bytes([i]): i for i in range(256)}
     settings = {"name": name, "pat_str": r"[\s\S]", "mergeable_ranks": ranks, "special_tokens": {}}
-    if os.path.isfile(name):  # tiktoken's own loader would cache the first file of a name
+    if os.path.isfile(name):  # tiktoken's own loader caches by name and misses changes
         with explain(f"{name} is not a BPE rank file", ValueError):
             lines = [line.split() for line in Path(name).read_bytes().splitlines() if line.strip()]
             ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
@@ -1723,7 +1725,7 @@ def load_tokenizer(name, specials):
     ids = settings["special_tokens"]
     for token in specials:
         ids.setdefault(token, 1 + max([*ranks.values(), *ids.values()]))
-    settings.pop("explicit_n_vocab", None)  # a check of the number without new tokens
+    settings.pop("explicit_n_vocab", None)  # this check does not count the added tokens
     return tiktoken.Encoding(**settings)
 
 def tokenize(documents, tokenizer, separator):
@@ -1748,7 +1750,7 @@ def write_tokens(folder, documents):
     print(f"{folder}: the documents are written")
 
 def open_shard(path):
-    """Ids of a token shard, in place and without a file descriptor: .npy of uint16 or uint32, or
+    """Ids of a token shard, memory-mapped without a file descriptor: .npy of uint16 or uint32, or
     .bin, uint16 after a header of 256 int32."""
     with explain(f"{path} is not a token shard", ValueError, EOFError):
         if path.suffix.lower() == ".npy":
