@@ -2053,7 +2053,7 @@ def read_hf_tensors(path):
 
 @contextlib.contextmanager
 def written_beside(path):
-    """A temporary directory, which becomes the new or empty directory path when the block ends."""
+    """A temporary directory that is renamed to path, a new or empty directory, at the block's end."""
     folder = Path(f"{Path(path)}.tmp")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -2070,7 +2070,7 @@ def newest_checkpoint(out, resume, fixed):
     checkpoints = sorted(Path(out).glob("step_*[0-9]")) if out else []
     if checkpoints:
         newest = [checkpoints[-1], json.loads((Path(out) / "config.json").read_text())]
-    dist.broadcast_object_list(newest)  # ranks on a network file system may list other files
+    dist.broadcast_object_list(newest)  # on a network file system, ranks may see different files
     path, run = newest
     (restarts,) = sum_over_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
     if path and not (resume or restarts):
@@ -2117,7 +2117,7 @@ def save_checkpoint(out, model, optimizer, state):
     dist.barrier()
 
 def load_checkpoint(path, model, optimizer, state):
-    """Fill model, optimizer and state from a checkpoint; its hyperparameters stay as they are."""
+    """Fill model, optimizer and state from a checkpoint, except the optimizer's hyperparameters."""
     weights, moments = get_state_dict(model, optimizer)
     content = {"model": weights, "optimizer": moments["state"], "state": dict(state)}
     with explain(f"{path} does not fit or is damaged", dcp.CheckpointException):
@@ -2141,7 +2141,7 @@ def sum_over_ranks(*numbers):
 
 def sum_counts(batches, ranks):
     """Replace the counts (n_...) of micro-batches by those of the global batch, which `ranks`
-    data-parallel ranks read together; all others read the same as one of these."""
+    data-parallel ranks read together; each other rank reads the same as one of these."""
     names = [name for name in batches[0] if name.startswith("n_")]
     sums = sum_over_ranks(*(sum(batch[name] for batch in batches) for name in names))
     counts = {name: n * ranks / dist.get_world_size() for name, n in zip(names, sums)}
@@ -2455,9 +2455,9 @@ def show(model, source, cfg, device):
     """Print captions of held-out items and what the model writes; with a Talker that was trained,
     say the last of them, in a .wav file in --out."""
     for modality in STAGES["s1a"].modalities:
-        for item in source.items_of(modality, 2):
+        for item in source.items_of(modality, 1):
             truth = source.tokenizer.decode(item.segments[-1].text[:-1])
-            ids = sample(model, item, 64, source, cfg, device)
+            ids = sample(model, item, 48, source, cfg, device)
             print(f"{modality:6}{truth!r}, and the model: {source.tokenizer.decode(ids)!r}")
     if cfg.stage == "t1" and cfg.out and ids:
         speech = sample_speech(model, item, ids, source, cfg, device)
@@ -2516,7 +2516,7 @@ def report_user_errors():
         print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     finally:
-        # A rank that fails alone leaves at once; it would wait here for the others.
+        # destroy_process_group waits for the other ranks: a rank that fails alone skips it.
         if dist.is_initialized() and (dist.get_world_size() == 1 or not sys.exc_info()[0]):
             dist.destroy_process_group()
 
@@ -2587,8 +2587,8 @@ def init_distributed(timeout):
     return device
 
 def shared_store(rank):
-    """A store for this start alone: the agents' store outlives a restart and then holds addresses
-    of dead processes. Rank 0 opens it and publishes its address in the agents' store."""
+    """A store for this start only: the store of torchrun's agents outlives a restart and then has
+    addresses of dead processes. Rank 0 opens the new store and publishes its address there."""
     with explain("torchrun sets MASTER_ADDR and MASTER_PORT", KeyError):
         host = os.environ["MASTER_ADDR"]
         port = int(os.environ["MASTER_PORT"])
@@ -2609,12 +2609,12 @@ def shared_store(rank):
             time.sleep(0.1)
 
 def log(out, step, head, row, tail):
-    """Print head, the numbers of row and tail, which has the tokens; append step and row to
-    metrics.jsonl in the directory out, if any, with null for numbers that are not finite."""
+    """Print head, the numbers of row except tokens and lists, and tail; append step and row to
+    metrics.jsonl in the directory out, if any, with null for NaN and infinity."""
     formats = {"bpb": ".3f", "val_bpb": ".3f", "lr": ".2e", "grad": ".2f"}
     fields = [head]
     for name, value in row.items():
-        if name != "tokens":
+        if name != "tokens" and not isinstance(value, list):
             fields.append(f"{name.removeprefix('val_')} {value:{formats.get(name, '.4f')}}")
     print(" | ".join(fields + tail).replace("nan", "n/a"))
     if out and dist.get_rank() == 0:
@@ -2623,7 +2623,7 @@ def log(out, step, head, row, tail):
             file.write(json.dumps({"step": step} | row) + "\n")
 
 def progress(tokens, steps_left, pace, cfg, device):
-    """Fields of a log line: tokens so far and, if pace, the seconds per update, is known,
+    """Fields of a log line: tokens so far and, if pace (seconds per update) is known,
     throughput, MFU, memory and time left."""
     fields = [f"tokens {tokens / 1e6:.1f}M"]
     if not pace:
@@ -2643,7 +2643,7 @@ def print_memory(memory):
         print(f"{kind:12} {n_bytes / 2**30:8.3f} GiB per rank")
 
 def check_directories(init, export, write_tokens):
-    """Raise ValueError for directories to write that are not empty, or without safetensors."""
+    """Raise ValueError if a directory to write is not empty or safetensors is needed and missing."""
     for folder in (export, write_tokens):
         if folder and os.path.isdir(folder) and os.listdir(folder):
             raise ValueError(f"{folder} is not empty")
@@ -2656,7 +2656,7 @@ def bits_per_byte(nats, n_bytes):
     return nats / math.log(2) / n_bytes if n_bytes else math.nan
 
 def stable_hash(*key):
-    """64 bits that depend on the key alone: the seed of all that is drawn."""
+    """A 64-bit integer that depends on the key alone; it seeds every random draw."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
 @functools.lru_cache(64)  # one for each corpus of a mix, and some for the next epoch
@@ -2665,8 +2665,8 @@ def permutation(n, *key):
     return np.random.default_rng(stable_hash(*key)).permutation(n)
 
 def vocabulary_size(vocab_size, tokenizer, init):
-    """vocab_size or, if it is 0, that of the tokenizer, whose ids must fit. A vocabulary that is
-    larger than the byte tokenizer's is a warning, and with --init a ValueError."""
+    """vocab_size or, if it is 0, that of the tokenizer, whose ids must fit. For the
+    byte tokenizer, warns of a larger vocab_size; with --init, raises ValueError."""
     if not tokenizer and not vocab_size:
         raise ValueError("token shards need --tokenizer or --vocab_size")
     n_ids = tokenizer.n_vocab if tokenizer else 0
@@ -2689,7 +2689,7 @@ def find_files(path):
     endings = (".txt", ".md", ".py", ".jsonl") if path else (".py",)
     skipped = set() if path else {"site-packages", "dist-packages", "test", "tests", "idle_test"}
     files = [root]
-    seen = {root.resolve(), *root.resolve().parents}  # a link to one of these would not end
+    seen = {root.resolve(), *root.resolve().parents}  # a link to one of these would loop forever
     for folder, folders, names in os.walk(root, followlinks=True):
         targets = {name: Path(folder, name).resolve() for name in set(folders) - skipped}
         folders[:] = [name for name in targets if targets[name] not in seen]
@@ -2705,8 +2705,8 @@ def find_files(path):
     return texts, shards
 
 def read_documents(path, files):
-    """(name, text) of each document: a text file, named by its path below `path`, or a line of a
-    .jsonl file, a JSON object with a string "text", named by its text."""
+    """(name, text) of each document: a text file, whose name is its path below `path`, or a line
+    of a .jsonl file, a JSON object with a string "text", which is also its name."""
     root = Path(path or sysconfig.get_paths()["stdlib"])
     for file in files:
         if file.suffix.lower() != ".jsonl":
@@ -2724,10 +2724,10 @@ def read_documents(path, files):
 
 def load_tokenizer(name, specials):
     """The tiktoken.Encoding `bytes`, of a BPE rank file, or of one of tiktoken's own names; special
-    tokens that it lacks get the ids after its last."""
+    tokens that it lacks are added after its last id."""
     ranks = {bytes([i]): i for i in range(256)}
     settings = {"name": name, "pat_str": r"[\s\S]", "mergeable_ranks": ranks, "special_tokens": {}}
-    if os.path.isfile(name):  # tiktoken's own loader would cache the first file of a name
+    if os.path.isfile(name):  # tiktoken's own loader would cache it by its name
         with explain(f"{name} is not a BPE rank file", ValueError):
             lines = [line.split() for line in Path(name).read_bytes().splitlines() if line.strip()]
             ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
@@ -2743,7 +2743,7 @@ def load_tokenizer(name, specials):
     ids = settings["special_tokens"]
     for token in specials:
         ids.setdefault(token, 1 + max([*ranks.values(), *ids.values()]))
-    settings.pop("explicit_n_vocab", None)  # a check of the number without new tokens
+    settings.pop("explicit_n_vocab", None)  # this check does not count the added tokens
     return tiktoken.Encoding(**settings)
 
 if __name__ == "__main__":
