@@ -2455,9 +2455,9 @@ def show(model, source, cfg, device):
     """Print captions of held-out items and what the model writes; with a Talker that was trained,
     say the last of them, in a .wav file in --out."""
     for modality in STAGES["s1a"].modalities:
-        for item in source.items_of(modality, 2):
+        for item in source.items_of(modality, 1):
             truth = source.tokenizer.decode(item.segments[-1].text[:-1])
-            ids = sample(model, item, 64, source, cfg, device)
+            ids = sample(model, item, 48, source, cfg, device)
             print(f"{modality:6}{truth!r}, and the model: {source.tokenizer.decode(ids)!r}")
     if cfg.stage == "t1" and cfg.out and ids:
         speech = sample_speech(model, item, ids, source, cfg, device)
