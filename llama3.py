@@ -103,30 +103,30 @@ class Config:
     rope_scaling: Literal["none", "pi", "ntk", "yarn", "llama3"] = "none"  # context extension
     rope_factor: float = 8.0  # factor by which the context is extended
     rope_original: int = 8192  # positions of the context before its extension
-    rope_from: Literal["initial", "long-context"] = "long-context"  # first stage with extension
+    rope_from: Literal["initial", "long-context"] = "long-context"  # first stage with the extension
     # Data, §3.1
-    data: str = ""  # WEIGHT:PATH,...;TOKENS;WEIGHT:PATH,...: mix, and tokens until the next mix
+    data: str = ""  # WEIGHT:PATH,...;TOKENS;WEIGHT:PATH,...: mix; the next begins at TOKENS
     anneal_data: str = ""  # mix of the annealing stage; empty: the last mix of --data
     tokenizer: str = ""  # bytes, an encoding of tiktoken or a BPE rank file; empty: bytes
     bos: bool = True  # a token before each document as well as after it; Qwen2.5 has none
     # Stages, §3.4
-    seq_len: int = 8192  # T, tokens of a sequence of the initial stage after --ramp
-    batch_size: int = 2048  # sequences per update, over all ranks, at a length of --seq_len
-    ramp: str = ""  # LENGTHxSEQUENCES:TOKENS,...: first batches, each until so many tokens
+    seq_len: int = 8192  # T, sequence length of the initial stage after --ramp
+    batch_size: int = 2048  # sequences per update over all ranks, at the length --seq_len
+    ramp: str = ""  # LENGTHxSEQUENCES:TOKENS,...: first batches, each up to TOKENS of the run
     tokens: float = 14.8e12  # tokens of the initial stage
-    long_lengths: str = ""  # LENGTH,...: sequences of the long-context stage, at tokens per batch
-    long_tokens: float = 0.0  # tokens of the long-context stage, in equal parts for its lengths
+    long_lengths: str = ""  # LENGTH,...: lengths of the long-context stage; same tokens per batch
+    long_tokens: float = 0.0  # tokens of the long-context stage, split equally among its lengths
     anneal_tokens: float = 0.0  # tokens of the annealing stage, at the last length
     average: int = 10  # number of checkpoints of the annealing stage in the average; 0: none
     steps: int = 0  # maximum number of updates; 0: as many as the stages need
     # Optimization, §3.4.1
     lr: float = 3e-4  # peak learning rate
     min_lr: float = 3e-6  # learning rate at the end of the cosine
-    warmup_steps: int = 8000  # updates of linear warm-up, at most a tenth of the stages
+    warmup_steps: int = 8000  # updates of linear warm-up, at most a tenth of the run
     cosine_steps: int = 1200000  # updates until the end of the cosine
     weight_decay: float = 0.1  # decoupled weight decay of matrices and embeddings
     clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
-    spike: float = 6.0  # standard deviations above the mean loss that undo updates; 0: none
+    spike: float = 6.0  # undo updates at a loss this many deviations above the mean; 0: never
     seed: int = 0  # seed of the weights and the order of the data
     # Parallelism, §3.3.2
     micro_batch: int = 0  # sequences per forward pass on one rank; 0: as many as the batch allows
@@ -265,7 +265,7 @@ def parse_stages(cfg):
 
 def phases(cfg):
     """§3.4, the run as a list of Phase: the initial stage with its ramp and its mixes, the lengths
-    of the long-context stage, annealing. Tokens measure all of them, rounded to updates."""
+    of the long-context stage, annealing. All are measured in tokens, rounded to updates."""
     # Departure: the paper goes on to the next length once short evaluations are back and needles
     # are found (§3.4.2); here tokens decide, and needle_loss only reports.
     stages = parse_stages(cfg)
@@ -344,7 +344,7 @@ class RMSNorm(nn.Module):
         return y * self.weight.type_as(x)
 
 def rope_frequencies(dim, theta, scaling, factor, original):
-    """(frequencies [E/2] in radians a position, factor of cos and sin) of rotary embeddings, whose
+    """(frequencies [E/2] in radians per position, factor of cos and sin) of rotary embeddings, whose
     context of `original` positions a scaling extends `factor` times."""
     if scaling == "ntk":  # the highest frequency stays, the lowest is divided by s
         theta *= factor ** (dim / (dim - 2))
@@ -370,7 +370,7 @@ def rotate(x, cos, sin):
 
 @functools.cache
 def flex_kernels():
-    """(attention that skips masked blocks, maker of its masks), compiled; they train on GPUs."""
+    """(attention that skips masked blocks, maker of its masks), compiled; both need a GPU to train."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     return torch.compile(flex_attention), torch.compile(create_block_mask)
@@ -389,7 +389,7 @@ def attention_mask(documents, rows, columns):
     return (same & (columns <= rows[:, None]))[:, None]
 
 def attend(q, k, v, mask):
-    """softmax(q kᵀ / sqrt(E)) v over what mask shows (None: the past and the present); query head
+    """softmax(q kᵀ / sqrt(E)) v over the positions that mask allows (None: causal); query head
     j uses key-value head j // (H / K). [B, H, T, E], [B, K, T, E] twice -> [B, H, T, E]."""
     if mask is None or torch.is_tensor(mask):
         settings = dict(is_causal=mask is None, enable_gqa=True)
@@ -401,7 +401,7 @@ def attend(q, k, v, mask):
 
 class GroupedQueryAttention(nn.Module):
     """Causal attention in which H / K query heads share a key-value head (§3.2), [B, T, D] ->
-    [B, T, D]. cos and sin [T, E/2] turn queries and keys, mask hides other documents."""
+    [B, T, D]. cos and sin [T, E/2] rotate queries and keys; mask hides other documents."""
 
     def __init__(self, dim, n_heads, n_kv_heads, bias=False):
         super().__init__()
@@ -435,7 +435,7 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 class Block(nn.Module):
-    """Attention and feed-forward, each behind a norm and added, [B, T, D] -> [B, T, D] (§3.2)."""
+    """Pre-norm attention and feed-forward, with residuals, [B, T, D] -> [B, T, D] (§3.2)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -554,7 +554,7 @@ def count_parameters(model):
 
 def flops_per_token(cfg):
     """Training FLOPs per token: 2 per weight of a matrix product forward, twice that backward.
-    Attention counts as causal, (T + 1) / 2 keys a query, half of what the full square gives, and
+    Attention counts as causal, (T + 1) / 2 keys per query, half of what the full square gives, and
     as within one document."""
     kv_dim = cfg.dim // cfg.n_heads * cfg.n_kv_heads
     weights = cfg.n_layers * (2 * cfg.dim * (cfg.dim + kv_dim) + 3 * cfg.dim * cfg.hidden_dim)
@@ -714,7 +714,7 @@ def build_optimizer(model, cfg):
 
 def learning_rate(step, cfg):
     """§3.4.1: linear warm-up, then a cosine; §3.4.3: linear to 0 while annealing. step counts the
-    updates of the plan that are over; those of phases with another batch have other tokens."""
+    updates of the plan that are done, whatever their batch."""
     # Undisclosed: the rate of the long-context stage, where the cosine goes on, and from which
     # annealing begins.
     plan = phases(cfg)
@@ -750,7 +750,7 @@ def clip_gradients(model, loss, cfg, mesh):
 
 def update_average(pipeline, position, phase, n_checkpoints):
     """§3.4.3, Polyak averaging: at each of n_checkpoints equally spaced updates of annealing, the
-    running mean takes in the parameters. position counts the tokens of the run so far."""
+    parameters enter the running mean. position counts the tokens of the run so far."""
     # Undisclosed: how many checkpoints and how far apart; here ten, uniformly.
     size = phase.cfg.batch_size * phase.cfg.seq_len
     n_updates = (phase.end - phase.begin) // size
@@ -815,7 +815,6 @@ class SumOutput(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return gradient, None
-
 
 def split_branch(forward, tp, x, *inputs):
     """A branch whose matrices are cut over tensor-parallel ranks, between Megatron's f and g."""
@@ -955,7 +954,7 @@ def whole_shape(name, p, tp):
     return [size * group_size(tp) if i == dim else size for i, size in enumerate(p.shape)]
 
 def fill(name, p, whole, tp):
-    """Writes this rank's part of the whole tensor to the parameter."""
+    """Write this rank's part of the whole tensor to the parameter."""
     if tp and tensor_dimension(name) is not None:
         whole = whole.chunk(tp.size(), tensor_dimension(name))[tp.rank()]
     if isinstance(p, DTensor):
@@ -1098,11 +1097,11 @@ class Pipeline:
         if self.cfg.cp == 1:
             return batch
         own = context_positions(self.cfg.seq_len, self.cfg.cp, self.mesh["cp"].get_local_rank())
-        part = {"documents": torch.zeros_like(batch["tokens"])}  # the mask is written out
+        part = {"documents": torch.zeros_like(batch["tokens"])}  # one document; causal by the mask
         return part | batch | {name: batch[name][:, own] for name in ("tokens", "targets")}
 
     def backward(self, loss, is_last):
-        """Add the gradients of a micro-batch; ranks meet once, in the last."""
+        """Add the gradients of a micro-batch; ranks reduce them once, in the last."""
         if self.n_shards > 1:
             self.stages[0].set_requires_gradient_sync(is_last)
             self.stages[0].set_reshard_after_backward(is_last)
@@ -1530,8 +1529,8 @@ def sample(model, ids, n, allowed_ids, cfg):
     return ids
 
 def needle_loss(pipeline, heldout, tokenizer, cfg, device):
-    """§3.4.2, needle in a haystack: nats per token of a planted fact that T tokens of text end by
-    asking for. NaN where that does not fit."""
+    """§3.4.2, needle in a haystack: nats per token of a number planted in T tokens of text,
+    whose end asks for it; NaN if T is too short."""
     # Undisclosed: the fact. A number of five digits, at depths spread evenly over held-out text.
     steps, micro = split_batch(cfg, cfg.dp)
     batches = []
@@ -1557,8 +1556,8 @@ def needle_loss(pipeline, heldout, tokenizer, cfg, device):
     return loss
 
 def is_spike(state, loss, limit):
-    """Whether loss is `limit` standard deviations above its running mean, over some 50 updates,
-    which it joins: a level that lasts is soon no spike."""
+    """Whether loss is `limit` standard deviations above its running mean over about 50
+    updates. The mean then takes it in, so that a lasting level is soon no spike."""
     n, mean, variance = state["watched"], state["loss_mean"], state["loss_variance"]
     spike = bool(limit) and n >= 20 and loss > mean + limit * math.sqrt(variance)
     rate = max(1 / (n + 1), 0.02)
@@ -1693,16 +1692,16 @@ def pipeline_step(pipeline, optimizer, batches, n_updates, state, cfg):
     return {"loss": loss, "bpb": bpb, "lr": lr, "grad": norm, "tokens": state["tokens"]}, why
 
 def train(pipeline, optimizer, plan, mixes, heldout, tokenizer, state, end, cfg, device):
-    """Update the model until `end` tokens of the plan are over; False if a signal ends it."""
-    place = device, pipeline.data_rank, cfg.dp
+    """Update the model until `end` tokens of the plan are read; False if a signal stops it."""
+    reader = device, pipeline.data_rank, cfg.dp
     signals = catch_signals()
     thread = ThreadPoolExecutor(1)  # reads the next batch during an update
 
-    def find(position):  # the phase; at the end the last that is carried out
+    def phase_at(position):  # its index; at the end of the run, that of the last phase
         return phase_index(plan, min(position, end - 1))
 
     def read(i, sequences):  # (phase and first sequence, future) of a batch
-        return (i, sequences), thread.submit(read_batch, mixes[i], sequences, plan[i].cfg, *place)
+        return (i, sequences), thread.submit(read_batch, mixes[i], sequences, plan[i].cfg, *reader)
 
     saved = state["step"]
     clock = time.perf_counter()
@@ -1710,7 +1709,7 @@ def train(pipeline, optimizer, plan, mixes, heldout, tokenizer, state, end, cfg,
     n_skipped = n_returns = 0
     while True:
         step = state["step"]
-        i = find(state["position"])
+        i = phase_at(state["position"])
         if phase is not plan[i]:
             phase = plan[i]
             now = phase.cfg
@@ -1740,22 +1739,22 @@ def train(pipeline, optimizer, plan, mixes, heldout, tokenizer, state, end, cfg,
         if pipeline.average is not None and state["position"] >= plan[-1].end:
             pipeline.use_average()
         if is_over or step % cfg.val_every == 0:
-            validate(pipeline.evaluate, heldout, step, now, *place)
+            validate(pipeline.evaluate, heldout, step, now, *reader)
         if is_over:
             return True
 
         clock = time.perf_counter()
         batches = ahead.result()
-        following = find(state["position"] + now.batch_size * now.seq_len)
+        following = phase_at(state["position"] + now.batch_size * now.seq_len)
         key, ahead = read(following, state["sequences"] + now.batch_size)
         sum_counts(batches, cfg.dp)
         row, why = pipeline_step(pipeline, optimizer, batches, n_updates, state, cfg)
         if phase.stage == "annealing" and cfg.average:
             update_average(pipeline, state["position"], phase, cfg.average)
         if step == 0 or steps_left == 1 or state["step"] % cfg.log_every == 0:
-            head = f"step {step + 1}/{step + steps_left} | {phase.stage}"
+            head = f"step {step + 1}/{step + steps_left}"
             tail = progress(state["tokens"], steps_left - 1, pace, now, device)
-            log(cfg.out, step + 1, head, row, tail)
+            log(cfg.out, step + 1, head, row, [f"stage {phase.stage}", *tail])
         n_skipped = n_skipped + 1 if "finite" in why else 0
         if saved and (n_skipped == 3 or "spike" in why):
             n_returns += 1
@@ -1768,7 +1767,7 @@ def train(pipeline, optimizer, plan, mixes, heldout, tokenizer, state, end, cfg,
             print(f"needle {now.seq_len} | loss {needle:.4f}")
 
 def print_phase(phase, mix):
-    """Print what is about to happen, and the shares of the corpora."""
+    """Print the batch of a phase and the shares of its corpora."""
     cfg = phase.cfg
     steps, micro = split_batch(cfg, cfg.dp)
     print(f"{phase.stage} to {phase.end:,} tokens | rope {cfg.rope_scaling}", end=" | ")
@@ -1797,7 +1796,7 @@ def plan_and_end(cfg, given, run):
     return plan, end
 
 def restore(pipeline, optimizer, state, checkpoint, cfg):
-    """Fill the parts of a run from a checkpoint, if there is one; its annealing may be new."""
+    """Fill the parts of a run from a checkpoint, if there is one; it may have no average yet."""
     if checkpoint:
         with explain(f"{checkpoint} is damaged", OSError):
             keys = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
