@@ -126,7 +126,7 @@ class Config:
     cosine_steps: int = 1200000  # updates until the end of the cosine
     weight_decay: float = 0.1  # decoupled weight decay of matrices and embeddings
     clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
-    spike: float = 6.0  # undo updates at a loss this many deviations above the mean; 0: never
+    spike: float = 6.0  # standard deviations above the mean loss at which to undo updates; 0: never
     seed: int = 0  # seed of the weights and the order of the data
     # Parallelism, §3.3.2
     micro_batch: int = 0  # sequences per forward pass on one rank; 0: as many as the batch allows
@@ -344,8 +344,8 @@ class RMSNorm(nn.Module):
         return y * self.weight.type_as(x)
 
 def rope_frequencies(dim, theta, scaling, factor, original):
-    """(frequencies [E/2] in radians per position, factor of cos and sin) of rotary embeddings, whose
-    context of `original` positions a scaling extends `factor` times."""
+    """(frequencies [E/2] in radians per position, factor of cos and sin) of rotary embeddings,
+    whose context of `original` positions a scaling extends `factor` times."""
     if scaling == "ntk":  # the highest frequency stays, the lowest is divided by s
         theta *= factor ** (dim / (dim - 2))
     i = torch.arange(0, dim, 2, dtype=torch.float32)
@@ -370,7 +370,7 @@ def rotate(x, cos, sin):
 
 @functools.cache
 def flex_kernels():
-    """(attention that skips masked blocks, maker of its masks), compiled; both need a GPU to train."""
+    """Compiled (flex_attention, which skips masked blocks, create_block_mask); on GPUs."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     return torch.compile(flex_attention), torch.compile(create_block_mask)
@@ -389,8 +389,8 @@ def attention_mask(documents, rows, columns):
     return (same & (columns <= rows[:, None]))[:, None]
 
 def attend(q, k, v, mask):
-    """softmax(q kᵀ / sqrt(E)) v over the positions that mask allows (None: causal); query head
-    j uses key-value head j // (H / K). [B, H, T, E], [B, K, T, E] twice -> [B, H, T, E]."""
+    """softmax(q kᵀ / sqrt(E)) v over the positions that mask allows (None: causal); query
+    head j uses key-value head j // (H / K). [B, H, T, E], [B, K, T, E] twice -> [B, H, T, E]."""
     if mask is None or torch.is_tensor(mask):
         settings = dict(is_causal=mask is None, enable_gqa=True)
         return F.scaled_dot_product_attention(q, k, v, mask, **settings)
@@ -1097,7 +1097,7 @@ class Pipeline:
         if self.cfg.cp == 1:
             return batch
         own = context_positions(self.cfg.seq_len, self.cfg.cp, self.mesh["cp"].get_local_rank())
-        part = {"documents": torch.zeros_like(batch["tokens"])}  # one document; causal by the mask
+        part = {"documents": torch.zeros_like(batch["tokens"])}  # else one; the mask is causal
         return part | batch | {name: batch[name][:, own] for name in ("tokens", "targets")}
 
     def backward(self, loss, is_last):
