@@ -160,7 +160,7 @@ PRESETS = {
         dim=96, n_layers=3, hidden_dim=256, n_heads=4, q_rank=48, kv_rank=32, head_dim=16,
         rope_dim=16, n_experts=16, expert_dim=64, top_k=3, route_scale=1.7, bias_rate=0.01,
         bias_tokens=5e5, seq_len=64, batch_size=48, tokens=8e5, long_tokens=2.5e5,
-        long_seq_len=128, lr=4e-3, log_every=50,
+        long_seq_len=128, lr=8e-3, log_every=50,
     ),
     # A GPU of 24 GB or a node of them, minutes: 243M parameters over bytes, 61M of them active.
     "small": dict(
@@ -1357,11 +1357,17 @@ def dry_run(cfg):
     check(cfg, cfg.world_size)
     with torch.device("meta"):
         total, activated = count_parameters(Kimi(cfg))
-    print(f"parameters {total:,} | activated {activated:,}")
-    for _, _, phase in phases_left(0, cfg):
-        print(f"{phase.batch_size:,} sequences of {phase.seq_len:,} tokens: FLOPs per", end=" ")
-        print(f"token {flops_per_token(phase):.4g} | 6 N of the activated {6 * activated:.4g}")
+    print(f"parameters {total:,} | activated {activated:,} | 6 N {6 * activated:.4g}")
+    for _, n_updates, phase in phases_left(0, cfg):
+        print_phase(n_updates, phase)
         print_memory(memory_per_rank(phase))
+
+def print_phase(n_updates, cfg):
+    """Print updates, batch and FLOPs of a phase."""
+    steps, micro = split_batch(cfg, cfg.dp * cfg.ep)
+    print(f"{n_updates:,} updates of {cfg.batch_size * cfg.seq_len:,} tokens", end=" = ")
+    print(f"{cfg.dp * cfg.ep} ranks x {steps} x {micro} sequences of {cfg.seq_len}", end=" | ")
+    print(f"FLOPs per token {flops_per_token(cfg):.4g}")
 
 def muon_clip_step(model, shards, optimizers, batches, lr, bias_rate, cfg):
     """K2 Algorithm 1, one update from this rank's micro-batches. Returns loss and gradient norm of
@@ -1401,21 +1407,21 @@ def muon_clip_step(model, shards, optimizers, batches, lr, bias_rate, cfg):
     return loss, norm, largest, loads
 
 @torch.no_grad()
-def diagnostics(model, shards, largest, tau):
-    """The largest logit, the share of heads above tau and, for metrics.jsonl, lists: [name, update
-    RMS] of each matrix, or of the experts of a rank (M Algorithm 1, line 7), SVD entropy of each
-    router, largest logits of the heads by layer."""
+def diagnostics(model, shards, largest, loads, tau):
+    """Of an update the largest logit, the share of heads clipped and the largest load over the
+    mean; and as lists [name, update RMS] of each matrix or of the experts of a rank (M Algorithm 1,
+    line 7), SVD entropy of each router, and the largest logits by layer and head."""
     unknown = largest.new_zeros(())  # on this rank
     known = {name: shard.rms.get(name, unknown) for shard in shards for name in shard.spans}
     rms = torch.stack([*known.values()])
     dist.all_reduce(rms, dist.ReduceOp.MAX)
     return {
-        "max_logit": largest.max().item(),
-        "clipped": (largest > tau).float().mean().item(),
+        "max_logit": largest.max().item(), "clipped": (largest > tau).float().mean().item(),
+        "max_load": loads.max().item() if len(loads) else 1.0,
         "update_rms": [[name, value] for name, value in zip(known, rms.tolist()) if value],
         "router_entropy": [svd_entropy(router.weight).item() for router in model.routers()],
         "largest_logits": largest.tolist(),
-    }
+    }  # fmt: skip
 
 def train(model, shards, optimizers, content, corpus, heldout, state, cfg, device):
     """Update the model until the phases of the run are over; False if a signal ends it."""
@@ -1445,12 +1451,9 @@ def train(model, shards, optimizers, content, corpus, heldout, state, cfg, devic
             seconds = time.perf_counter() - clock
             pace = 0.9 * (pace or seconds) + 0.1 * seconds
         if phases and phases[0][2] != phase:
-            _, n_updates, phase = phases[0]
+            phase = phases[0][2]
             first_step = step
             pace = None
-            steps, micro = split_batch(phase, dist.get_world_size())
-            print(f"{n_updates:,} updates of {place[2]} ranks x {steps} x {micro}", end=" ")
-            print(f"sequences of {phase.seq_len} tokens")
         (stop,) = sum_over_ranks(len(signals) + (error is not None))
         end = steps_left <= 0 or stop
         if cfg.out and step > saved and not n_skipped and (end or step % cfg.save_every == 0):
@@ -1479,9 +1482,7 @@ def train(model, shards, optimizers, content, corpus, heldout, state, cfg, devic
         if step == 0 or steps_left == 1 or state["step"] % cfg.log_every == 0:
             bpb = bits_per_byte(loss * batches[0]["n_targets"], batches[0]["n_bytes"])
             row = {"loss": loss, "bpb": bpb, "lr": lr, "grad": norm, "tokens": state["tokens"]}
-            if len(loads):
-                row["max_load"] = loads.max().item()
-            row |= diagnostics(model, shards, largest, cfg.tau)
+            row |= diagnostics(model, shards, largest, loads, cfg.tau)
             head = f"step {step + 1}/{step + steps_left}"
             tail = progress(state["tokens"], steps_left - 1, pace, phase, device)
             log(cfg.out, step + 1, head, row, tail)
@@ -1515,6 +1516,7 @@ def main(argv=None):
     with report_user_errors():
         cfg, given = parse(argv)
         if cfg.init:
+            check_directories(cfg.init, "", "")
             theirs = read_kimi_config(cfg.init)
             cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in SHAPE})
         if cfg.dry_run:
@@ -1530,10 +1532,15 @@ def main(argv=None):
         if tokenizer and cfg.vocab_size < tokenizer.n_vocab:
             raise ValueError(f"--vocab_size {cfg.vocab_size} is less than {tokenizer.n_vocab} ids")
 
-        fixed = {name: getattr(cfg, name) for name in (*SHAPE, "optimizer", "ep")}
+        fixed = {name: getattr(cfg, name) for name in (*SHAPE, "optimizer")}
         if not cfg.eval:
             fixed |= {"seed": cfg.seed, "data_fingerprint": corpus.fingerprint()}
         checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
+        if run and "ep" not in given:
+            cfg = choose_layout(dataclasses.replace(cfg, ep=run["ep"], dp=0), ranks)
+            check(cfg, ranks)
+        if run and run["ep"] != cfg.ep:
+            raise ValueError(f"{checkpoint} has --ep {run['ep']}: --export DIR, then --init DIR")
         scale = cfg.steps * cfg.batch_size * cfg.seq_len / cfg.tokens if cfg.steps else 1.0
         planned = {name: scale * getattr(cfg, name) for name in SPANS}
         if run and not given & {"steps", *SPANS}:  # as its first start planned
@@ -1562,12 +1569,13 @@ def main(argv=None):
             cfg.out = ""  # nothing is written
         if cfg.out:
             lock = claim_directory(cfg.out, dataclasses.asdict(cfg) | fixed)  # while the run lives
-        total, activated = count_parameters(model) 
+        with torch.device("meta"):
+            total, activated = count_parameters(Kimi(cfg))
         print(f"torch {torch.__version__} | {device.type} {cfg.precision} | dp {cfg.dp} x", end=" ")
-        print(f"ep {cfg.ep} | parameters {total:,} | activated {activated:,}", end=" | ")
-        print(f"FLOPs per token {flops_per_token(cfg):.3g}")
-        run = model, shards, optimizers, content, corpus, heldout, state, cfg, device
-        if not train(*run):
+        print(f"ep {cfg.ep} | parameters {total:,} | activated {activated:,}")
+        for _, n_updates, phase in phases_left(state["sequences"], cfg):
+            print_phase(n_updates, phase)
+        if not train(model, shards, optimizers, content, corpus, heldout, state, cfg, device):
             return print(f"stopped after step {state['step']}")
         last = (phases_left(0, cfg) or [(0, 0, cfg)])[-1][2]
         if cfg.export:

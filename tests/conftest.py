@@ -187,13 +187,13 @@ SCRIPTS = {
     ),
     "kimi_muon": Row(
         model="Kimi",
-        tiny=dict(vocab_size=260, dim=24, n_layers=4, hidden_dim=40, n_heads=3, q_rank=20, kv_rank=28, head_dim=10, rope_dim=6, n_experts=12,
+        tiny=dict(vocab_size=257, dim=24, n_layers=4, hidden_dim=40, n_heads=3, q_rank=20, kv_rank=28, head_dim=10, rope_dim=6, n_experts=12,
                   n_shared=2, expert_dim=16, top_k=3, rope_theta=100.0, seq_len=11, batch_size=8, precision="fp32", lr=1e-3, tokens=440.0,
                   long_tokens=0.0, ep=1, dp=1),
         # the specification's; dense: 2 V D + D + L (4 D D + 3 D F + 2 D)
         counts={"moonlight_16b_a3b": 15_960_108_544, "kimi_k2": 1_026_408_209_408, "kimi_k25": 1_026_408_209_408, "399m": 837_342_720,
-                "545m": 1_117_514_496, "822m": 1_463_355_392, "1.1b": 1_882_766_592, "1.5b": 2_385_615_360, "small": 242_819_328,
-                "demo": 831_120},
+                "545m": 1_117_514_496, "822m": 1_463_355_392, "1.1b": 1_882_766_592, "1.5b": 2_385_615_360, "small": 242_814_720,
+                "demo": 830_544},
         # Moonlight's, in tokens
         schedule=(dict(lr=4.2e-4, tokens=5.7e12, schedule="moonlight"),
                   {0: 0.0, 16.5e9: 2.1e-4, 33e9: 4.2e-4, 1.2e12: 3.743860e-4, 2.6165e12: 2.31e-4, 5.2e12: 4.2e-5, 5.2e12 + 50 * 2**25: 7.1e-5,

@@ -94,7 +94,7 @@ def final_tensors(out):
             stack += [(f"{prefix}/{key}", item) for key, item in value.items()]
         elif torch.is_tensor(value):
             flat[prefix] = value
-    assert len(flat) > 50
+    assert len(flat) >= 10
     return flat, newest.name
 
 
@@ -225,6 +225,14 @@ def write_bin(path, header, n):
 
 
 OWN_MISTAKES = {  # of one script: flags, and what the line must say
+    "kimi_muon": [
+        ("--tau 0", "--tau 0 is not above 0"), ("--tau -1", "--tau -1.0"), ("--tau nan", "--tau nan"), ("--top_k 17", "--top_k 17"), ("--n_dense 4", "--n_dense 4"),
+        ("--ep 2", "ep 2 x dp 0 are not 1 ranks"), ("--dry_run --world_size 3 --ep 3", "--ep 3 does not divide 16 experts"), ("--rope_dim 7", "is odd"),
+        ("--rope_theta 1", "--rope_theta 1.0"), ("--rope_factor 0.5", "--rope_factor 0.5"), ("--dim 20", "multiple of 8"), ("--tokens 0", "not a single update"),
+        ("--ramp_tokens 64", "needs --first_batch"), ("--long_tokens 64 --long_seq_len 48", "--long_seq_len 48"), ("--vocab_size 256", "--vocab_size 256"),
+        ("--kv_rank 0 --export DIR/hf", "need --kv_rank"), ("--init DIR/no_weights", "holds no model of Kimi"), ("--tokenizer DIR/twice.txt", "a rank twice"),
+        ("--batch_size 3 --micro_batch 2", "3 sequences of 16"), ("--data DIR/short.txt", "10 tokens are too few"),
+    ],
     "t5": [
         ("--dry_run --world_size 3", "not 3 ranks"), ("--data DIR/ids.npy --vocab_size 32128 --prompt text", "--prompt needs --tokenizer"),
         ("--data DIR/ids.npy --vocab_size 32256 --denoiser ul2 --sentinels 128 --sentinel 32127", "--mode 32100 to 32102"),
@@ -582,7 +590,7 @@ def test_tokenizers(script, tmp_path):
     assert tokenizer.n_vocab == 261 and tokenizer.encode_single_token("<|two|>") == 260
 
 
-@CAUSAL
+@pytest.mark.parametrize("script", [name for name in CAUSAL.args[1] if name != "kimi_muon"], indirect=True)  # whose step has tests of its own
 def test_training_is_what_it_says(main, script, text, tmp_path):
     """Three updates against a plain loop in float64: data, rate, clipping, AdamW, and the val line."""
     module, row = script
@@ -678,6 +686,9 @@ def test_dry_run_prints_every_preset(main, script):
         status, out, _ = main("--preset", preset, "--dry_run", *layout)
         if hasattr(module, "MoE"):
             assert status == 0 and f"parameters {count:,} | activated" in out and "80 GB" in out
+            continue
+        if module.__name__ == "kimi_muon":  # one momentum of matrices; experts on four ranks
+            assert status == 0 and f"parameters {count:,} | activated" in out and "sum " in out
             continue
         assert status == 0 and f"parameters {count:,} | activated {count:,}" in out
         sizes = {k: float(v) for k, v in re.findall(r"(\w+) +([\d.]+) GiB", out)}

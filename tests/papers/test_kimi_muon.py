@@ -294,7 +294,7 @@ def test_runs_clip_log_and_go_on(ranks, tmp_path):
     for ep, expected in ((1, 0), (2, 2)):
         results = ranks.run(2, run_main, "kimi_muon", [*flags, f"--ep={ep}", "--out", tmp_path / "two", "--resume"], timeout=120)
         assert results[0][0] == expected and rows(tmp_path / "two")[-2:] == pytest.approx(one[-2:], rel=1e-5), results[0]
-    assert "has ep 1, and this run 2" in results[0][2]
+    assert "has --ep 1: --export DIR, then --init DIR" in results[0][2]
     for wrong, phrase in ((["--tau=0"], "--tau 0"), (["--tau=-1"], "--tau -1"), (["--top_k=9"], "--top_k 9"), (["--ep=3"], "ep 3")):
         status, _, err = run_main("kimi_muon", [*flags, *wrong])
         assert status == 2 and phrase in err
