@@ -1359,10 +1359,10 @@ def dry_run(cfg):
         total, activated = count_parameters(Kimi(cfg))
     print(f"parameters {total:,} | activated {activated:,} | 6 N {6 * activated:.4g}")
     for _, n_updates, phase in phases_left(0, cfg):
-        print_phase(n_updates, phase)
+        print_updates(n_updates, phase)
         print_memory(memory_per_rank(phase))
 
-def print_phase(n_updates, cfg):
+def print_updates(n_updates, cfg):
     """Print updates, batch and FLOPs of a phase."""
     steps, micro = split_batch(cfg, cfg.dp * cfg.ep)
     print(f"{n_updates:,} updates of {cfg.batch_size * cfg.seq_len:,} tokens", end=" = ")
@@ -1574,7 +1574,7 @@ def main(argv=None):
         print(f"torch {torch.__version__} | {device.type} {cfg.precision} | dp {cfg.dp} x", end=" ")
         print(f"ep {cfg.ep} | parameters {total:,} | activated {activated:,}")
         for _, n_updates, phase in phases_left(state["sequences"], cfg):
-            print_phase(n_updates, phase)
+            print_updates(n_updates, phase)
         if not train(model, shards, optimizers, content, corpus, heldout, state, cfg, device):
             return print(f"stopped after step {state['step']}")
         last = (phases_left(0, cfg) or [(0, 0, cfg)])[-1][2]
