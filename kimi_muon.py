@@ -270,11 +270,11 @@ def largest_logits(q, k, scale):
     return torch.stack(largest).amax(0).float() * scale
 
 class MaxLogitLatentAttention(nn.Module):
-    """DeepSeek-V3's causal attention, [B, T, D] -> [B, T, D], which records the largest logits of
-    its heads, `largest` [H]. Queries are expanded from a latent of q_rank channels (0: from the
-    input), keys and values from a latent of kv_rank channels. A head has head_dim channels without
-    position and rope_dim rotary ones; the rotary key is one for all heads. `scale` multiplies the
-    scores."""
+    """DeepSeek-V3's causal attention, [B, T, D] -> [B, T, D], which records in `largest` [H] the
+    largest logits of its heads since it was last set to 0. Queries are expanded from a latent of
+    q_rank channels (0: from the input), keys and values from a latent of kv_rank channels. A head
+    has head_dim channels without position and rope_dim rotary ones; the rotary key is one for all
+    heads. `scale` multiplies the scores."""
 
     def __init__(self, dim, n_heads, q_rank, kv_rank, head_dim, rope_dim):
         super().__init__()
@@ -284,7 +284,7 @@ class MaxLogitLatentAttention(nn.Module):
         self.rope_dim = rope_dim
         self.scale = (head_dim + rope_dim) ** -0.5
         self.q_down = Linear(dim, q_rank, bias=False) if q_rank else nn.Identity()
-        self.q_norm = RMSNorm(q_rank, 1e-6) if q_rank else nn.Identity()
+        self.q_norm = RMSNorm(q_rank, 1e-6) if q_rank else nn.Identity()  # eps as released
         self.q_up = Linear(q_rank or dim, n_heads * (head_dim + rope_dim), bias=False)
         self.kv_down = Linear(dim, kv_rank + rope_dim, bias=False)
         self.kv_norm = RMSNorm(kv_rank, 1e-6)
@@ -317,7 +317,7 @@ class MaxLogitLatentAttention(nn.Module):
 
 class MultiHeadAttention(nn.Module):
     """Causal self-attention of M's dense models (M Table 2), [B, T, D] -> [B, T, D], which records
-    the largest logits of its heads since they were last set to 0."""
+    in `largest` [H] the largest logits of its heads since it was last set to 0."""
 
     def __init__(self, dim, n_heads, head_dim):
         super().__init__()
@@ -477,8 +477,9 @@ class Kimi(nn.Module):
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         frequencies = yarn_beta_frequencies(*self.rope).to(tokens.device)
         angles = positions[:, None] * frequencies  # [T, R/2]
+        rope = angles.cos(), angles.sin()
         for block in self.blocks:
-            x = block(x, angles.cos(), angles.sin())
+            x = block(x, *rope)
         x = self.final_norm(x)
         if targets is None:
             return self.logits(x)
