@@ -33,8 +33,9 @@ Run: python omni.py                              # a laptop: stage S2 alone, fro
          omni.py --preset 35b_a3b --ep 8 --stage s1a --init Qwen3.5-35B-A3B --data manifest.jsonl \
          --tokenizer ranks.tiktoken --out /shared/omni --resume
      manifest.jsonl: {"text": "a dog barks", "audio": "a.wav", "video": "frames/", "fps": 25} ...
-Expect: in minutes on two CPU cores the demo learns to name the colour in an image and the event in
-a sound; the shape in an image and the direction in a video stay near chance.
+Expect: in a few minutes on two CPU cores the demo, of 400 updates, comes to name the colour in an
+image, the event in a sound and the pitch of a beep (100 % of held-out answers; 20, 6 and 55 % with
+the image or sound zeroed). Shapes (39 %, chance 33 %), directions and synchrony it does not learn.
 """
 
 import argparse
