@@ -31,8 +31,8 @@ def test_loss_counts_targets_not_batches(script):
     model = getattr(module, row.model)(cfg)
     module.init_weights(model, cfg)
     batch = module.get_batch(make_corpora(module, cfg)[0], 0, 8, cfg)
-    inputs = {key: batch[key] for key in ("tokens", "documents") if key in batch}
-    nats = -model(**inputs).log_softmax(-1).double()
+    documents = {key: batch[key] for key in ("documents",) if key in batch}
+    nats = -model(batch["tokens"], **documents).log_softmax(-1).double()
     targets = batch["targets"]
     every = [nats[b, t, targets[b, t]].item() for b in range(8) for t in range(cfg.seq_len) if targets[b, t] >= 0]
     assert batch["n_targets"] == len(every) and (len(every) < targets.numel() or module.__name__ in ("gpt3", "chinchilla", "deepseek_v3", "kimi_muon"))
