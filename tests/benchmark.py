@@ -165,7 +165,7 @@ def the_script(module, cfg):
     def run():
         now = dataclasses.replace(cfg, steps=state["step"] + STEPS)
         with contextlib.redirect_stdout(io.StringIO()):
-            module.train(model, optimizer, *corpora, state, now, torch.device("cpu"), [])
+            module.train(model, optimizer, *corpora, state, now, torch.device("cpu"))
 
     return run
 
@@ -216,7 +216,7 @@ def the_pipeline_1f1b(module, cfg):
         end = state["position"] + STEPS * cfg.batch_size * cfg.seq_len
         module.validate = lambda *_: None  # at the end, and no part of an update
         with contextlib.redirect_stdout(io.StringIO()):
-            module.train(pipe, optimizer, *corpora, state, end, cfg, torch.device("cpu"), [])
+            module.train(pipe, optimizer, *corpora, state, end, cfg, torch.device("cpu"))
 
     return run
 
@@ -551,7 +551,7 @@ def the_sharded(module, cfg):
         now = dataclasses.replace(cfg, tokens=float(end))
         module.validate = lambda *_: None  # at the end, and no part of an update
         with contextlib.redirect_stdout(io.StringIO()):
-            module.train(model, None, optimizer, *corpora, state, now, torch.device("cpu"), [])
+            module.train(model, None, optimizer, *corpora, state, now, torch.device("cpu"))
 
     return run
 
