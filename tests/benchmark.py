@@ -321,7 +321,7 @@ def throughput(name, ranks, threads):
     flags = ["--steps", "160", "--log_every", "40", "--val_batches", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run([*launcher, str(ROOT / f"{name}.py"), *flags], capture_output=True, text=True, env=environment)
-    return statistics.mean(float(speed) for speed in re.findall(r"([\d.]+)k tok/s", done.stdout)[1:])
+    return statistics.mean(float(speed) for speed in re.findall(r"([\d.]+)k tok/s", done.stdout))
 
 
 def held_on_ranks(name):
