@@ -26,8 +26,8 @@ Run: python chinchilla.py                         # a CPU: a sweep of minutes, a
          chinchilla.py --preset 1018m --data massive/ --tokenizer ranks.tiktoken --out /shared/1b
      python chinchilla.py --budget 1e21            # the optimum by every law; no training
      python chinchilla.py --fit runs.csv           # the laws of any table with columns N, D, loss
-Expect: the demo trains 15 models in about 4 minutes; the least loss of each budget lies inside the
-swept sizes. So small a sweep shows the method, not the constants.
+Expect: the demo trains 15 models in some minutes on two CPU cores, and then fits the laws. So small
+a sweep shows the method, not the constants.
 """
 
 import argparse
