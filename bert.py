@@ -833,10 +833,10 @@ def phases_of(cfg):
 # products and attention in bf16; norms, residual sums, sampling and the losses stay fp32.
 # Undisclosed: the paper's precision. The released code is fp32 throughout: --precision fp32.
 
-PEAK_FLOPS = {  # dense bf16, by the device's exact name; a device not listed gets no MFU
+PEAK_FLOPS = {"bf16": {  # dense, by precision and the device's exact name; others get no MFU
     "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989e12,
     "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA B200": 2250e12,
-}  # fmt: skip
+}}  # fmt: skip
 
 # ---------------------------------------- Parallelism ----------------------------------------
 
@@ -1030,7 +1030,7 @@ def load_checkpoint(path, model, optimizer, state):
 # ---------------------------------------- Training ----------------------------------------
 
 def split_batch(cfg, ranks):
-    """(steps, micro) such that batch_size = ranks x steps of accumulation x micro sequences."""
+    """(n_micro, micro): batch_size is ranks x n_micro micro-batches x micro sequences."""
     share = cfg.batch_size // ranks
     micro = min(cfg.micro_batch or share, share)
     return share // max(micro, 1), micro
@@ -1044,9 +1044,9 @@ def sum_over_ranks(*numbers):
 def read_batch(corpus, first, cfg, device, rank, ranks):
     """The micro-batches that data-parallel rank `rank` of `ranks` reads, on the device; `first` is
     the first sequence of the global batch. It has no collectives, so that a thread can call it."""
-    steps, micro = split_batch(cfg, ranks)
-    first += rank * steps * micro
-    batches = [get_batch(corpus, first + i * micro, micro, cfg) for i in range(steps)]
+    n_micro, micro = split_batch(cfg, ranks)
+    first += rank * n_micro * micro
+    batches = [get_batch(corpus, first + i * micro, micro, cfg) for i in range(n_micro)]
     for batch in batches:
         for name, value in batch.items():
             if torch.is_tensor(value) and device.type == "cuda":
@@ -1156,12 +1156,12 @@ def check(cfg, ranks):
         if field.type in (int, float) and not least <= getattr(cfg, field.name) < math.inf:
             raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
     for phase in phases_of(cfg):
-        steps, micro = split_batch(phase, ranks)
+        n_micro, micro = split_batch(phase, ranks)
         length = f"sequences of {phase.seq_len} tokens"
         for wrong, message in (
             (phase.seq_len > cfg.context, f"{length} exceed --context {cfg.context}"),
             (phase.seq_len < 5, f"{length} do not hold [CLS] a [SEP] b [SEP]"),
-            (ranks * steps * micro != cfg.batch_size,
+            (ranks * n_micro * micro != cfg.batch_size,
              f"--batch_size {cfg.batch_size} is not {ranks} ranks x n micro-batches of {micro}"),
         ):  # fmt: skip
             if wrong:
@@ -1372,14 +1372,14 @@ def main(argv=None):
             lock = claim_directory(cfg.out, dataclasses.asdict(cfg) | fixed)  # while the run lives
             if dist.get_rank() == 0:
                 save_wordpiece(corpus.tokenizer, cfg.uncased, cfg.out)
-        steps, micro = split_batch(cfg, ranks)
+        n_micro, micro = split_batch(cfg, ranks)
         tokens = cfg.batch_size * cfg.seq_len
         n_instances = len(corpus.rows[cfg.seq_len])
         print(f"torch {torch.__version__} | {device.type} {cfg.precision}", end=" | ")
         print(f"{n_instances:,} instances")
         print("parameters {:,} | activated {:,}".format(*count_parameters(model)), end=" | ")
         print(f"FLOPs per token {flops_per_token(cfg):.3g} | tokens per step", end=" ")
-        print(f"{tokens:,} = {ranks} ranks x {steps} x {micro} sequences of {cfg.seq_len}")
+        print(f"{tokens:,} = {ranks} ranks x {n_micro} x {micro} sequences of {cfg.seq_len}")
         if not train(model, optimizer, corpus, heldout, state, cfg, device):
             return print(f"stopped after step {state['step']}")
         if cfg.export and dist.get_rank() == 0:
@@ -1522,8 +1522,8 @@ def progress(tokens, steps_left, pace, cfg, device):
     speed = cfg.batch_size * cfg.seq_len / pace
     fields.append(f"{speed / 1e3:.1f}k tok/s")
     if device.type == "cuda":
-        peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device))
-        if peak and cfg.precision == "bf16":
+        peak = PEAK_FLOPS.get(cfg.precision, {}).get(torch.cuda.get_device_name(device))
+        if peak:
             fields.append(f"mfu {speed * flops_per_token(cfg) / peak / dist.get_world_size():.1%}")
         fields.append(f"mem {torch.cuda.max_memory_allocated(device) / 2**30:.1f}G")
     return [*fields, f"eta {timedelta(seconds=round(steps_left * pace))}"]

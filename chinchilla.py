@@ -1132,10 +1132,10 @@ def learning_rate(sequences, cfg):
 # loss stay fp32. Sharded ranks gather bf16 weights and reduce fp32 gradients.
 # Gopher kept its parameters in bf16 with stochastic rounding; Chinchilla's fp32 copy is better.
 
-PEAK_FLOPS = {  # dense bf16, by the device's exact name; a device not listed gets no MFU
+PEAK_FLOPS = {"bf16": {  # dense, by precision and the device's exact name; others get no MFU
     "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989e12,
     "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA B200": 2250e12,
-}  # fmt: skip
+}}  # fmt: skip
 
 # ---------------------------------------- Parallelism ----------------------------------------
 
@@ -1311,7 +1311,7 @@ def load_checkpoint(path, model, optimizer, state):
 # ---------------------------------------- Training ----------------------------------------
 
 def split_batch(cfg, ranks):
-    """(steps, micro) such that batch_size = ranks x steps of accumulation x micro sequences."""
+    """(n_micro, micro): batch_size is ranks x n_micro micro-batches x micro sequences."""
     share = cfg.batch_size // ranks
     micro = min(cfg.micro_batch or share, share)
     return share // max(micro, 1), micro
@@ -1325,9 +1325,9 @@ def sum_over_ranks(*numbers):
 def read_batch(corpus, first, cfg, device, rank, ranks):
     """The micro-batches that data-parallel rank `rank` of `ranks` reads, on the device; `first` is
     the first sequence of the global batch. It has no collectives, so that a thread can call it."""
-    steps, micro = split_batch(cfg, ranks)
-    first += rank * steps * micro
-    batches = [get_batch(corpus, first + i * micro, micro, cfg) for i in range(steps)]
+    n_micro, micro = split_batch(cfg, ranks)
+    first += rank * n_micro * micro
+    batches = [get_batch(corpus, first + i * micro, micro, cfg) for i in range(n_micro)]
     for batch in batches:
         for name, value in batch.items():
             if torch.is_tensor(value) and device.type == "cuda":
@@ -1396,8 +1396,8 @@ def check(cfg, ranks):
     sharers = 1 if sweep else ranks  # ranks that share a batch
     for name in ("batch_size", "second_batch"):
         n = getattr(cfg, name)
-        steps, micro = split_batch(dataclasses.replace(cfg, batch_size=n), sharers)
-        if sharers * steps * micro != n:
+        n_micro, micro = split_batch(dataclasses.replace(cfg, batch_size=n), sharers)
+        if sharers * n_micro * micro != n:
             raise ValueError(f"--{name} {n} is not {sharers} ranks x micro-batches of {micro}")
     local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
@@ -1618,11 +1618,11 @@ def single_run(cfg, given, corpus, heldout, tokenizer, source, device, signals):
         cfg.tokens = 0
         cfg.out = ""  # nothing is written
     model, optimizer, state, lock = build_run(cfg, fixed, source, checkpoint, device)
-    steps, micro = split_batch(cfg, ranks)
+    n_micro, micro = split_batch(cfg, ranks)
     tokens = cfg.batch_size * cfg.seq_len
     print(f"parameters {total:,} | activated {activated:,}", end=" | ")
     print(f"FLOPs per token {flops_per_token(cfg):.3g} | tokens per step", end=" ")
-    print(f"{tokens:,} = {ranks} ranks x {steps} x {micro} sequences of {cfg.seq_len}", end=" | ")
+    print(f"{tokens:,} = {ranks} ranks x {n_micro} x {micro} sequences of {cfg.seq_len}", end=" | ")
     print(f"D {human(cfg.tokens)}, {cfg.tokens / total:.3g} per parameter")
     if cfg.second_batch:
         print(f"{cfg.second_batch} sequences per step from half of the tokens on")
@@ -1808,8 +1808,8 @@ def progress(tokens, steps_left, pace, cfg, device):
     speed = cfg.batch_size * cfg.seq_len / pace
     fields.append(f"{speed / 1e3:.1f}k tok/s")
     if device.type == "cuda":
-        peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device))
-        if peak and cfg.precision == "bf16":
+        peak = PEAK_FLOPS.get(cfg.precision, {}).get(torch.cuda.get_device_name(device))
+        if peak:
             fields.append(f"mfu {speed * flops_per_token(cfg) / peak / dist.get_world_size():.1%}")
         fields.append(f"mem {torch.cuda.max_memory_allocated(device) / 2**30:.1f}G")
     return [*fields, f"eta {timedelta(seconds=round(steps_left * pace))}"]

@@ -858,10 +858,11 @@ def update_biases(balanced, gamma, group):
 # scales (§3.3.3). Experts cache the input of their SwiGLU in bf16 and its output in E4M3, where the
 # paper caches the input in FP8 and computes the output again.
 
-PEAK_FLOPS = {  # dense bf16, by the device's exact name; a device not listed gets no MFU
+PEAK_FLOPS = {"bf16": {  # dense, by precision and the device's exact name; others get no MFU
     "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989e12,
     "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA B200": 2250e12,
-}  # fmt: skip
+}}  # fmt: skip
+PEAK_FLOPS["fp8"] = {name: 2 * peak for name, peak in PEAK_FLOPS["bf16"].items()}
 
 def quantize(x, rows, columns, powers=False, least=1e-4):
     """§3.3.2: x [M, N] in tiles of rows x columns as (E4M3 codes [M', N'], fp32 scales [M' / rows,
@@ -1724,7 +1725,7 @@ def load_checkpoint(path, model, optimizer, state):
 # ---------------------------------------- Training ----------------------------------------
 
 def split_batch(cfg, ranks):
-    """(steps, micro) such that batch_size = ranks x steps of accumulation x micro sequences."""
+    """(n_micro, micro): batch_size is ranks x n_micro micro-batches x micro sequences."""
     share = cfg.batch_size // ranks
     micro = min(cfg.micro_batch or share, share)
     return share // max(micro, 1), micro
@@ -1738,9 +1739,9 @@ def sum_over_ranks(*numbers):
 def read_batch(corpus, first, cfg, device, rank, ranks):
     """The micro-batches that data-parallel rank `rank` of `ranks` reads, on the device; `first` is
     the first sequence of the global batch. It has no collectives, so that a thread can call it."""
-    steps, micro = split_batch(cfg, ranks)
-    first += rank * steps * micro
-    batches = [get_batch(corpus, first + i * micro, micro, cfg) for i in range(steps)]
+    n_micro, micro = split_batch(cfg, ranks)
+    first += rank * n_micro * micro
+    batches = [get_batch(corpus, first + i * micro, micro, cfg) for i in range(n_micro)]
     for batch in batches:
         for name, value in batch.items():
             if torch.is_tensor(value) and device.type == "cuda":
@@ -1848,13 +1849,13 @@ def check(cfg, ranks):
 
 def check_batch(cfg):
     """Raise ValueError if the batch of the phase cfg does not fit the layout."""
-    steps, micro = split_batch(cfg, reading_ranks(cfg))
+    n_micro, micro = split_batch(cfg, reading_ranks(cfg))
     batch = f"{cfg.batch_size} sequences of {cfg.seq_len}"
-    if reading_ranks(cfg) * steps * micro != cfg.batch_size:
+    if reading_ranks(cfg) * n_micro * micro != cfg.batch_size:
         ranks = f"{reading_ranks(cfg)} data-parallel ranks x micro-batches of {micro}"
         raise ValueError(f"{batch} are not {ranks}")
-    if cfg.pp > 1 and steps < cfg.pp:
-        raise ValueError(f"{batch}: {steps} micro-batches are fewer than the {cfg.pp} stages")
+    if cfg.pp > 1 and n_micro < cfg.pp:
+        raise ValueError(f"{batch}: {n_micro} micro-batches are fewer than the {cfg.pp} stages")
 
 def last_tokens(tokens, end, cfg):
     """Tokens of the run at which it must stop: `end`, or the end of the last phase that the layout
@@ -2254,8 +2255,8 @@ def progress(tokens, steps_left, pace, cfg, device):
     speed = cfg.batch_size * cfg.seq_len / pace
     fields.append(f"{speed / 1e3:.1f}k tok/s")
     if device.type == "cuda":
-        peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device))
-        if peak and cfg.precision == "bf16":
+        peak = PEAK_FLOPS.get(cfg.precision, {}).get(torch.cuda.get_device_name(device))
+        if peak:
             fields.append(f"mfu {speed * flops_per_token(cfg) / peak / dist.get_world_size():.1%}")
         fields.append(f"mem {torch.cuda.max_memory_allocated(device) / 2**30:.1f}G")
     return [*fields, f"eta {timedelta(seconds=round(steps_left * pace))}"]

@@ -641,10 +641,10 @@ def learning_rate(tokens, cfg):
 # are the parameters that sharded ranks gather; norms, rotary angles, soft-caps, softmax, logits and
 # loss are fp32, and the factor sqrt(D) of the embedding is rounded to bf16.
 
-PEAK_FLOPS = {  # dense bf16, by the device's exact name; a device not listed gets no MFU
+PEAK_FLOPS = {"bf16": {  # dense, by precision and the device's exact name; others get no MFU
     "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989e12,
     "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA B200": 2250e12,
-}  # fmt: skip
+}}  # fmt: skip
 
 # ---------------------------------------- Parallelism ----------------------------------------
 
@@ -955,7 +955,7 @@ def load_checkpoint(path, model, optimizer, state):
 # ---------------------------------------- Training ----------------------------------------
 
 def split_batch(cfg, ranks):
-    """(steps, micro) such that batch_size = ranks x steps of accumulation x micro sequences."""
+    """(n_micro, micro): batch_size is ranks x n_micro micro-batches x micro sequences."""
     share = cfg.batch_size // ranks
     micro = min(cfg.micro_batch or share, share)
     return share // max(micro, 1), micro
@@ -969,9 +969,9 @@ def sum_over_ranks(*numbers):
 def read_batch(corpus, first, cfg, device, rank, ranks):
     """The micro-batches that data-parallel rank `rank` of `ranks` reads, on the device; `first` is
     the first sequence of the global batch. It has no collectives, so that a thread can call it."""
-    steps, micro = split_batch(cfg, ranks)
-    first += rank * steps * micro
-    batches = [get_batch(corpus, first + i * micro, micro, cfg) for i in range(steps)]
+    n_micro, micro = split_batch(cfg, ranks)
+    first += rank * n_micro * micro
+    batches = [get_batch(corpus, first + i * micro, micro, cfg) for i in range(n_micro)]
     for batch in batches:
         for name, value in batch.items():
             if torch.is_tensor(value) and device.type == "cuda":
@@ -1050,8 +1050,8 @@ def check(cfg, ranks):
         if wrong:
             raise ValueError(message)
     for *_, phase in token_phases(cfg):
-        steps, micro = split_batch(phase, ranks)
-        if not 0 < phase.batch_size == ranks * steps * micro:
+        n_micro, micro = split_batch(phase, ranks)
+        if not 0 < phase.batch_size == ranks * n_micro * micro:
             batch = f"--batch_size {phase.batch_size} of length {phase.seq_len}"
             raise ValueError(f"{batch} is not {ranks} ranks x micro-batches of {micro}")
     check_directories(cfg.init or cfg.teacher, cfg.export, cfg.write_tokens)
@@ -1098,9 +1098,9 @@ def begin_phase(model, phase, n_updates):
     """Set the model to a phase of the run, and print what is about to happen."""
     model.rope_factor = phase.rope_factor
     ranks = dist.get_world_size()
-    steps, micro = split_batch(phase, ranks)
+    n_micro, micro = split_batch(phase, ranks)
     print(f"{n_updates:,} updates of {phase.batch_size * phase.seq_len:,} tokens", end=" = ")
-    print(f"{ranks} ranks x {steps} x {micro} sequences of {phase.seq_len}", end=" | ")
+    print(f"{ranks} ranks x {n_micro} x {micro} sequences of {phase.seq_len}", end=" | ")
     print(f"positions of global layers / {phase.rope_factor:g}")
 
 def train(model, teacher, optimizer, corpus, heldout, state, cfg, device):
@@ -1407,8 +1407,8 @@ def progress(tokens, steps_left, pace, cfg, device):
     speed = cfg.batch_size * cfg.seq_len / pace
     fields.append(f"{speed / 1e3:.1f}k tok/s")
     if device.type == "cuda":
-        peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device))
-        if peak and cfg.precision == "bf16":
+        peak = PEAK_FLOPS.get(cfg.precision, {}).get(torch.cuda.get_device_name(device))
+        if peak:
             fields.append(f"mfu {speed * flops_per_token(cfg) / peak / dist.get_world_size():.1%}")
         fields.append(f"mem {torch.cuda.max_memory_allocated(device) / 2**30:.1f}G")
     return [*fields, f"eta {timedelta(seconds=round(steps_left * pace))}"]

@@ -290,10 +290,10 @@ def learning_rate(step, cfg):
 # products and attention in bf16; norms, residual sums and the loss stay fp32.
 # Undisclosed: the paper's precision. The released code is fp32 throughout: --precision fp32.
 
-PEAK_FLOPS = {  # dense bf16, by the device's exact name; a device not listed gets no MFU
+PEAK_FLOPS = {"bf16": {  # dense, by precision and the device's exact name; others get no MFU
     "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989e12,
     "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA B200": 2250e12,
-}  # fmt: skip
+}}  # fmt: skip
 
 # ---------------------------------------- Parallelism ----------------------------------------
 
@@ -463,7 +463,7 @@ def load_checkpoint(path, model, optimizer, state):
 # ---------------------------------------- Training ----------------------------------------
 
 def split_batch(cfg, ranks):
-    """(steps, micro) such that batch_size = ranks x steps of accumulation x micro sequences."""
+    """(n_micro, micro): batch_size is ranks x n_micro micro-batches x micro sequences."""
     share = cfg.batch_size // ranks
     micro = min(cfg.micro_batch or share, share)
     return share // max(micro, 1), micro
@@ -477,9 +477,9 @@ def sum_over_ranks(*numbers):
 def read_batch(corpus, first, cfg, device, rank, ranks):
     """The micro-batches that data-parallel rank `rank` of `ranks` reads, on the device; `first` is
     the first sequence of the global batch. It has no collectives, so that a thread can call it."""
-    steps, micro = split_batch(cfg, ranks)
-    first += rank * steps * micro
-    batches = [get_batch(corpus, first + i * micro, micro, cfg) for i in range(steps)]
+    n_micro, micro = split_batch(cfg, ranks)
+    first += rank * n_micro * micro
+    batches = [get_batch(corpus, first + i * micro, micro, cfg) for i in range(n_micro)]
     for batch in batches:
         for name, value in batch.items():
             if torch.is_tensor(value) and device.type == "cuda":
@@ -539,10 +539,10 @@ def check(cfg, ranks):
         least = int(field.type is int and field.default > 0 and field.name != "warmup_steps")
         if field.type in (int, float) and not least <= getattr(cfg, field.name) < math.inf:
             raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
-    steps, micro = split_batch(cfg, ranks)
+    n_micro, micro = split_batch(cfg, ranks)
     for wrong, message in (
         (cfg.dim % cfg.n_heads, f"{cfg.n_heads} heads do not divide the width {cfg.dim}"),
-        (ranks * steps * micro != cfg.batch_size,
+        (ranks * n_micro * micro != cfg.batch_size,
          f"--batch_size {cfg.batch_size} is not {ranks} ranks x n micro-batches of {micro}"),
         (cfg.resume and not cfg.out, "--resume needs --out"),
         (cfg.eval and not cfg.out and not cfg.init, "--eval needs --out or --init"),
@@ -724,12 +724,12 @@ def main(argv=None):
             cfg.out = ""  # nothing is written
         if cfg.out:
             lock = claim_directory(cfg.out, dataclasses.asdict(cfg) | fixed)  # until the run ends
-        steps, micro = split_batch(cfg, ranks)
+        n_micro, micro = split_batch(cfg, ranks)
         tokens = cfg.batch_size * cfg.seq_len
         print(f"torch {torch.__version__} | {device.type} {cfg.precision} | {n_windows:,} windows")
         print("parameters {:,} | activated {:,}".format(*count_parameters(model)), end=" | ")
         print(f"FLOPs per token {flops_per_token(cfg):.3g} | tokens per step", end=" ")
-        print(f"{tokens:,} = {ranks} ranks x {steps} x {micro} sequences of {cfg.seq_len}")
+        print(f"{tokens:,} = {ranks} ranks x {n_micro} x {micro} sequences of {cfg.seq_len}")
         if not train(model, optimizer, corpus, heldout, state, cfg, device):
             return print(f"stopped after step {state['step']}")
         if cfg.export and dist.get_rank() == 0:
@@ -875,8 +875,8 @@ def progress(tokens, steps_left, pace, cfg, device):
     speed = cfg.batch_size * cfg.seq_len / pace
     fields.append(f"{speed / 1e3:.1f}k tok/s")
     if device.type == "cuda":
-        peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device))
-        if peak and cfg.precision == "bf16":
+        peak = PEAK_FLOPS.get(cfg.precision, {}).get(torch.cuda.get_device_name(device))
+        if peak:
             fields.append(f"mfu {speed * flops_per_token(cfg) / peak / dist.get_world_size():.1%}")
         fields.append(f"mem {torch.cuda.max_memory_allocated(device) / 2**30:.1f}G")
     return [*fields, f"eta {timedelta(seconds=round(steps_left * pace))}"]

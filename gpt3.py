@@ -679,10 +679,11 @@ def noise_scale(small, big, n_small, n_big):
 # 1,000 steps without (blocksparse's example). bf16 needs none, and is the default on a GPU.
 # Departure: gradients meet in fp32, where they met in fp16.
 
-PEAK_FLOPS = {  # dense bf16, by the device's exact name; a device not listed gets no MFU
+PEAK_FLOPS = {"bf16": {  # dense, by precision and the device's exact name; others get no MFU
     "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989e12,
     "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA B200": 2250e12,
-}  # fmt: skip
+}}  # fmt: skip
+PEAK_FLOPS["fp16"] = PEAK_FLOPS["bf16"]
 
 # ---------------------------------------- Parallelism ----------------------------------------
 
@@ -861,7 +862,7 @@ class ModelParallel:
 def memory_per_rank(cfg):
     """Bytes on the rank of cfg.world_size that needs most, by kind, as an eager backward pass
     begins at the full batch."""
-    steps, micro = split_batch(cfg, cfg.dp)
+    n_micro, micro = split_batch(cfg, cfg.dp)
     # Kept per position and block: inputs of both norms (fp32), inputs of the first products of both
     # branches, and, cut by tensor parallelism, q, k, v, the attended values, GELU's in- and output;
     # a byte an entry of a GPU's two dropout masks. Casts: autocast's copies of the weights.
@@ -877,7 +878,7 @@ def memory_per_rank(cfg):
         n = 0
         for name, p in stage.named_parameters():
             n += p.numel() / (cfg.tp if split_dimension(name) is not None else 1)
-        in_flight = min(cfg.pp - i, steps)  # micro-batches of 1F1B
+        in_flight = min(cfg.pp - i, n_micro)  # micro-batches of 1F1B
         n_banded = sum(bool(part.attn.band) for part in stage.blocks.values())
         kept = in_flight * (len(stage.blocks) * block + n_banded * banded)
         if cfg.recompute == "block" and len(stage.blocks):  # every input, and one block in full
@@ -1050,7 +1051,7 @@ def load_checkpoint(path, model, optimizer, state):
 # ---------------------------------------- Training ----------------------------------------
 
 def split_batch(cfg, ranks):
-    """(steps, micro) such that batch_size = ranks x steps of accumulation x micro sequences."""
+    """(n_micro, micro): batch_size is ranks x n_micro micro-batches x micro sequences."""
     share = cfg.batch_size // ranks
     micro = min(cfg.micro_batch or share, share)
     return share // max(micro, 1), micro
@@ -1064,9 +1065,9 @@ def sum_over_ranks(*numbers):
 def read_batch(corpus, first, cfg, device, rank, ranks):
     """The micro-batches that data-parallel rank `rank` of `ranks` reads, on the device; `first` is
     the first sequence of the global batch. It has no collectives, so that a thread can call it."""
-    steps, micro = split_batch(cfg, ranks)
-    first += rank * steps * micro
-    batches = [get_batch(corpus, first + i * micro, micro, cfg) for i in range(steps)]
+    n_micro, micro = split_batch(cfg, ranks)
+    first += rank * n_micro * micro
+    batches = [get_batch(corpus, first + i * micro, micro, cfg) for i in range(n_micro)]
     for batch in batches:
         for name, value in batch.items():
             if torch.is_tensor(value) and device.type == "cuda":
@@ -1138,16 +1139,16 @@ def check(cfg, ranks):
         if field.type in (int, float) and not least <= getattr(cfg, field.name) < math.inf:
             raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
     n_entries = cfg.train_tokenizer or entries_to_learn(cfg.tokenizer)
-    steps, micro = split_batch(cfg, cfg.dp)
+    n_micro, micro = split_batch(cfg, cfg.dp)
     for wrong, message in (
         (cfg.dim % cfg.n_heads, f"{cfg.n_heads} heads do not divide the width {cfg.dim}"),
         (cfg.n_heads % cfg.tp, f"--tp {cfg.tp} does not divide {cfg.n_heads} heads"),
         (cfg.hidden_dim % cfg.tp, f"--tp {cfg.tp} does not divide --hidden_dim {cfg.hidden_dim}"),
         (cfg.n_layers + 2 < cfg.pp,
          f"{cfg.n_layers} layers, embedding and softmax are fewer than --pp {cfg.pp}"),
-        (cfg.dp * steps * micro != cfg.batch_size,
+        (cfg.dp * n_micro * micro != cfg.batch_size,
          f"--batch_size {cfg.batch_size} is not {cfg.dp} ranks x n micro-batches of {micro}"),
-        (steps < cfg.pp, f"{steps} micro-batches are fewer than --pp {cfg.pp}"),
+        (n_micro < cfg.pp, f"{n_micro} micro-batches are fewer than --pp {cfg.pp}"),
         (cfg.first_batch > cfg.batch_size,
          f"--first_batch {cfg.first_batch} is more than --batch_size {cfg.batch_size}"),
         (cfg.compile and cfg.first_batch and not cfg.micro_batch,
@@ -1383,13 +1384,14 @@ def main(argv=None):
         with torch.device("meta"):
             n, activated = count_parameters(GPT3(cfg))
         first = dataclasses.replace(cfg, batch_size=batch_at(0, cfg))
-        steps, micro = split_batch(first, cfg.dp)
+        n_micro, micro = split_batch(first, cfg.dp)
         tokens = first.batch_size * cfg.seq_len
         print(f"torch {torch.__version__} | {device.type} {cfg.precision} | {n_windows:,} windows")
         print(f"parameters {n:,} | activated {activated:,}", end=" | ")
         print(f"FLOPs per token {flops_per_token(cfg):.3g} | tokens per step", end=" ")
-        print(f"{tokens:,} = {cfg.dp} ranks x {steps} x {micro} sequences of {cfg.seq_len}", end="")
-        print(f", later {cfg.batch_size * cfg.seq_len:,} | tp {cfg.tp} x pp {cfg.pp} x dp {cfg.dp}")
+        print(f"{tokens:,} = {cfg.dp} ranks x {n_micro} x {micro} sequences of", end=" ")
+        print(f"{cfg.seq_len}, later {cfg.batch_size * cfg.seq_len:,}", end=" | ")
+        print(f"tp {cfg.tp} x pp {cfg.pp} x dp {cfg.dp}")
         for name, corpus, weight in zip(mix.names, mix.corpora, mix.weights):
             epochs = weight * cfg.tokens / cfg.seq_len / corpus.n_windows(cfg.seq_len)
             print(f"  {weight:.1%} {name or 'the library'}, {epochs:.2f} epochs")
@@ -1532,8 +1534,8 @@ def progress(tokens, steps_left, pace, cfg, device):
     speed = cfg.batch_size * cfg.seq_len / pace
     fields.append(f"{speed / 1e3:.1f}k tok/s")
     if device.type == "cuda":
-        peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device))
-        if peak and cfg.precision == "bf16":
+        peak = PEAK_FLOPS.get(cfg.precision, {}).get(torch.cuda.get_device_name(device))
+        if peak:
             fields.append(f"mfu {speed * flops_per_token(cfg) / peak / dist.get_world_size():.1%}")
         fields.append(f"mem {torch.cuda.max_memory_allocated(device) / 2**30:.1f}G")
     return [*fields, f"eta {timedelta(seconds=round(steps_left * pace))}"]

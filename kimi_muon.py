@@ -769,10 +769,10 @@ def learning_rate(tokens, cfg):
 # softmax, logits and loss are fp32.
 # Departure: K2 stores the inputs of SwiGLU and of the experts in FP8 (§2.4.3); here they are bf16.
 
-PEAK_FLOPS = {  # dense bf16, by the device's exact name; a device not listed gets no MFU
+PEAK_FLOPS = {"bf16": {  # dense, by precision and the device's exact name; others get no MFU
     "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989e12,
     "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA B200": 2250e12,
-}  # fmt: skip
+}}  # fmt: skip
 
 # ---------------------------------------- Parallelism ----------------------------------------
 
@@ -1251,7 +1251,7 @@ def load_checkpoint(path, model, optimizer, state):
 # ---------------------------------------- Training ----------------------------------------
 
 def split_batch(cfg, ranks):
-    """(steps, micro) such that batch_size = ranks x steps of accumulation x micro sequences."""
+    """(n_micro, micro): batch_size is ranks x n_micro micro-batches x micro sequences."""
     share = cfg.batch_size // ranks
     micro = min(cfg.micro_batch or share, share)
     return share // max(micro, 1), micro
@@ -1265,9 +1265,9 @@ def sum_over_ranks(*numbers):
 def read_batch(corpus, first, cfg, device, rank, ranks):
     """The micro-batches that data-parallel rank `rank` of `ranks` reads, on the device; `first` is
     the first sequence of the global batch. It has no collectives, so that a thread can call it."""
-    steps, micro = split_batch(cfg, ranks)
-    first += rank * steps * micro
-    batches = [get_batch(corpus, first + i * micro, micro, cfg) for i in range(steps)]
+    n_micro, micro = split_batch(cfg, ranks)
+    first += rank * n_micro * micro
+    batches = [get_batch(corpus, first + i * micro, micro, cfg) for i in range(n_micro)]
     for batch in batches:
         for name, value in batch.items():
             if torch.is_tensor(value) and device.type == "cuda":
@@ -1349,8 +1349,8 @@ def check(cfg, ranks):
         if wrong:
             raise ValueError(message)
     for _, _, phase in phases_left(0, cfg):
-        steps, micro = split_batch(phase, ranks)
-        if not 0 < phase.batch_size == ranks * steps * micro:
+        n_micro, micro = split_batch(phase, ranks)
+        if not 0 < phase.batch_size == ranks * n_micro * micro:
             batch = f"a batch of {phase.batch_size} sequences of {phase.seq_len}"
             raise ValueError(f"{batch} is not {ranks} ranks x n micro-batches of {micro}")
     check_directories(cfg.init, cfg.export, cfg.write_tokens)
@@ -1370,9 +1370,9 @@ def dry_run(cfg):
 
 def print_updates(n_updates, cfg):
     """Print updates, batch and FLOPs of a phase."""
-    steps, micro = split_batch(cfg, cfg.dp * cfg.ep)
+    n_micro, micro = split_batch(cfg, cfg.dp * cfg.ep)
     print(f"{n_updates:,} updates of {cfg.batch_size * cfg.seq_len:,} tokens", end=" = ")
-    print(f"{cfg.dp * cfg.ep} ranks x {steps} x {micro} sequences of {cfg.seq_len}", end=" | ")
+    print(f"{cfg.dp * cfg.ep} ranks x {n_micro} x {micro} sequences of {cfg.seq_len}", end=" | ")
     print(f"FLOPs per token {flops_per_token(cfg):.4g}")
 
 def muon_clip_step(model, shards, optimizers, batches, lr, bias_rate, cfg):
@@ -1727,8 +1727,8 @@ def progress(tokens, steps_left, pace, cfg, device):
     speed = cfg.batch_size * cfg.seq_len / pace
     fields.append(f"{speed / 1e3:.1f}k tok/s")
     if device.type == "cuda":
-        peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device))
-        if peak and cfg.precision == "bf16":
+        peak = PEAK_FLOPS.get(cfg.precision, {}).get(torch.cuda.get_device_name(device))
+        if peak:
             fields.append(f"mfu {speed * flops_per_token(cfg) / peak / dist.get_world_size():.1%}")
         fields.append(f"mem {torch.cuda.max_memory_allocated(device) / 2**30:.1f}G")
     return [*fields, f"eta {timedelta(seconds=round(steps_left * pace))}"]

@@ -768,10 +768,10 @@ def update_average(pipeline, position, phase, n_checkpoints):
 # products and attention are bf16, with or without sharded data parallelism; norm statistics, rotary
 # angles, softmax and loss are fp32.
 
-PEAK_FLOPS = {  # dense bf16, by the device's exact name; a device not listed gets no MFU
+PEAK_FLOPS = {"bf16": {  # dense, by precision and the device's exact name; others get no MFU
     "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989e12,
     "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA B200": 2250e12,
-}  # fmt: skip
+}}  # fmt: skip
 
 # ---------------------------------------- Parallelism ----------------------------------------
 
@@ -1053,12 +1053,12 @@ class Pipeline:
             return
         group = self.mesh["pp"].get_group()
         device = next(self.model.parameters()).device
-        steps, _ = split_batch(cfg, cfg.dp)
+        n_micro, _ = split_batch(cfg, cfg.dp)
         stages = []
         for i, stage in enumerate(self.stages):
             index = group.rank() + i * cfg.pp
             stages.append(PipelineStage(stage, index, cfg.pp * cfg.pp_chunks, device, group=group))
-        settings = dict(n_microbatches=steps, loss_fn=self.share, scale_grads=False)
+        settings = dict(n_microbatches=n_micro, loss_fn=self.share, scale_grads=False)
         if cfg.pp_chunks == 1:
             self.schedule = Schedule1F1B(stages[0], **settings)
         else:
@@ -1134,7 +1134,7 @@ class Pipeline:
 def memory_per_rank(cfg):
     """Bytes on the rank that needs most, by kind, at the peak of an eager update in the phase cfg:
     blocks x layer + tables."""
-    steps, micro = split_batch(cfg, cfg.dp)
+    n_micro, micro = split_batch(cfg, cfg.dp)
     size = 2 if cfg.precision == "bf16" else 4
     kv_dim = cfg.dim * cfg.n_kv_heads // cfg.n_heads
     matrices = 2 * cfg.dim * (cfg.dim + kv_dim) + 3 * cfg.dim * cfg.hidden_dim
@@ -1163,11 +1163,11 @@ def memory_per_rank(cfg):
         n_tables = (rank == 0) + (is_last and not cfg.tied)
         n = n_blocks * layer + n_tables * table + is_last * cfg.dim
         # Micro-batches that have run forward and not backward, of 1F1B or its interleaved form.
-        flight = min(cfg.pp - rank, steps)
+        flight = min(cfg.pp - rank, n_micro)
         if cfg.pp_chunks > 1:
-            at_once = steps // max(steps // cfg.pp, 1)  # consecutive micro-batches of a stage
+            at_once = n_micro // max(n_micro // cfg.pp, 1)  # consecutive micro-batches of a stage
             flight = (cfg.pp_chunks - 1) * at_once + 2 * (cfg.pp - rank) - 1
-            flight = min(flight, steps * cfg.pp_chunks) / cfg.pp_chunks
+            flight = min(flight, n_micro * cfg.pp_chunks) / cfg.pp_chunks
         activations = flight * n_blocks * kept_block * positions
         recomputed = block * positions * (cfg.recompute == "block")
         memory = {"parameters": 4 * n / n_shards, "gradients": 4 * n / n_shards}
@@ -1440,7 +1440,7 @@ def load_checkpoint(path, model, optimizer, state):
 # ---------------------------------------- Training ----------------------------------------
 
 def split_batch(cfg, ranks):
-    """(steps, micro) such that batch_size = ranks x steps of accumulation x micro sequences."""
+    """(n_micro, micro): batch_size is ranks x n_micro micro-batches x micro sequences."""
     share = cfg.batch_size // ranks
     micro = min(cfg.micro_batch or share, share)
     return share // max(micro, 1), micro
@@ -1454,9 +1454,9 @@ def sum_over_ranks(*numbers):
 def read_batch(corpus, first, cfg, device, rank, ranks):
     """The micro-batches that data-parallel rank `rank` of `ranks` reads, on the device; `first` is
     the first sequence of the global batch. It has no collectives, so that a thread can call it."""
-    steps, micro = split_batch(cfg, ranks)
-    first += rank * steps * micro
-    batches = [get_batch(corpus, first + i * micro, micro, cfg) for i in range(steps)]
+    n_micro, micro = split_batch(cfg, ranks)
+    first += rank * n_micro * micro
+    batches = [get_batch(corpus, first + i * micro, micro, cfg) for i in range(n_micro)]
     for batch in batches:
         for name, value in batch.items():
             if torch.is_tensor(value) and device.type == "cuda":
@@ -1532,9 +1532,9 @@ def needle_loss(pipeline, heldout, tokenizer, cfg, device):
     """§3.4.2, needle in a haystack: nats per token of a number planted in T tokens of text,
     whose end asks for it; NaN if T is too short."""
     # Undisclosed: the fact. A number of five digits, at depths spread evenly over held-out text.
-    steps, micro = split_batch(cfg, cfg.dp)
+    n_micro, micro = split_batch(cfg, cfg.dp)
     batches = []
-    for first in range(pipeline.data_rank * steps * micro, cfg.batch_size, micro)[:steps]:
+    for first in range(pipeline.data_rank * n_micro * micro, cfg.batch_size, micro)[:n_micro]:
         batch = get_batch(heldout, first, micro, cfg)
         for row in range(micro):
             number = str(stable_hash(cfg.seed, "needle", first + row) % 90000 + 10000)
@@ -1602,16 +1602,16 @@ def check(cfg, ranks):
 def phase_problem(phase):
     """Why the layout cannot hold a phase; empty if it can."""
     cfg = phase.cfg
-    steps, micro = split_batch(cfg, cfg.dp)
+    n_micro, micro = split_batch(cfg, cfg.dp)
     where = f"{phase.stage}, {cfg.batch_size:,} sequences of {cfg.seq_len:,}"
-    if cfg.dp * steps * micro != cfg.batch_size:
+    if cfg.dp * n_micro * micro != cfg.batch_size:
         return f"{where}: not {cfg.dp} data-parallel ranks x micro-batches of {micro}"
     if cfg.cp > 1 and cfg.seq_len % (2 * cfg.cp):
         return f"{where}: --cp {cfg.cp} needs a multiple of {2 * cfg.cp}"
-    if cfg.pp_chunks == 1 and steps < cfg.pp:
-        return f"{where}: {steps} micro-batches are fewer than --pp {cfg.pp}: see --micro_batch"
-    if cfg.pp_chunks > 1 and steps % max(1, steps // cfg.pp):
-        return f"{where}: {steps} micro-batches are not {steps // cfg.pp} equal rounds"
+    if cfg.pp_chunks == 1 and n_micro < cfg.pp:
+        return f"{where}: {n_micro} micro-batches are fewer than --pp {cfg.pp}: see --micro_batch"
+    if cfg.pp_chunks > 1 and n_micro % max(1, n_micro // cfg.pp):
+        return f"{where}: {n_micro} micro-batches are not {n_micro // cfg.pp} equal rounds"
     return ""
 
 def limit_to_layout(plan, position, end):
@@ -1769,9 +1769,9 @@ def train(pipeline, optimizer, plan, mixes, heldout, tokenizer, state, end, cfg,
 def print_phase(phase, mix):
     """Print the batch of a phase and the shares of its corpora."""
     cfg = phase.cfg
-    steps, micro = split_batch(cfg, cfg.dp)
+    n_micro, micro = split_batch(cfg, cfg.dp)
     print(f"{phase.stage} to {phase.end:,} tokens | rope {cfg.rope_scaling}", end=" | ")
-    print(f"tokens per step {cfg.batch_size * cfg.seq_len:,} = {cfg.dp} ranks x {steps}", end=" ")
+    print(f"tokens per step {cfg.batch_size * cfg.seq_len:,} = {cfg.dp} ranks x {n_micro}", end=" ")
     print(f"x {micro} sequences of {cfg.seq_len:,}")
     for name, share in mix.proportions.items():
         if share < 1:
@@ -2017,8 +2017,8 @@ def progress(tokens, steps_left, pace, cfg, device):
     speed = cfg.batch_size * cfg.seq_len / pace
     fields.append(f"{speed / 1e3:.1f}k tok/s")
     if device.type == "cuda":
-        peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device))
-        if peak and cfg.precision == "bf16":
+        peak = PEAK_FLOPS.get(cfg.precision, {}).get(torch.cuda.get_device_name(device))
+        if peak:
             fields.append(f"mfu {speed * flops_per_token(cfg) / peak / dist.get_world_size():.1%}")
         fields.append(f"mem {torch.cuda.max_memory_allocated(device) / 2**30:.1f}G")
     return [*fields, f"eta {timedelta(seconds=round(steps_left * pace))}"]

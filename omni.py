@@ -1527,11 +1527,11 @@ def read_dealt(source, first, cfg, device, rank, ranks):
     """(micro-batches, on the device, of data-parallel rank `rank` of `ranks` of the global batch
     that begins with item `first`, largest cost of a micro-batch over the mean). Items are dealt by
     cost. Without collectives, so that a thread can call it."""
-    steps, _ = split_batch(cfg, ranks)
+    n_micro, _ = split_batch(cfg, ranks)
     items = [source.item(first + i) for i in range(cfg.batch_size)]
-    parts, costs = deal([item_cost(item, cfg) for item in items], ranks * steps)
+    parts, costs = deal([item_cost(item, cfg) for item in items], ranks * n_micro)
     batches = []
-    for part in parts[rank * steps :][:steps]:
+    for part in parts[rank * n_micro :][:n_micro]:
         chosen = [items[i] for i in part]
         batch = collate(chosen, source.tokenizer, draw_window(first, cfg), cfg)
         for name, value in batch.items():
@@ -1715,10 +1715,10 @@ def update_shares(model):
 # gather; mel, norms, rotary angles, router, the state of Gated DeltaNet, softmax, logits and loss
 # are fp32.
 
-PEAK_FLOPS = {  # dense bf16, by the device's exact name; a device not listed gets no MFU
+PEAK_FLOPS = {"bf16": {  # dense, by precision and the device's exact name; others get no MFU
     "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989e12,
     "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA B200": 2250e12,
-}  # fmt: skip
+}}  # fmt: skip
 
 # ---------------------------------------- Parallelism ----------------------------------------
 
@@ -2131,7 +2131,7 @@ def load_checkpoint(path, model, optimizer, state):
 # ---------------------------------------- Training ----------------------------------------
 
 def split_batch(cfg, ranks):
-    """(steps, micro) such that batch_size = ranks x steps of accumulation x micro sequences."""
+    """(n_micro, micro): batch_size is ranks x n_micro micro-batches x micro sequences."""
     share = cfg.batch_size // ranks
     micro = min(cfg.micro_batch or share, share)
     return share // max(micro, 1), micro
@@ -2219,7 +2219,7 @@ def check(cfg, ranks):
         least = int(field.type is int and field.default > 0 and field.name not in zero)
         if field.type in (int, float) and not least <= getattr(cfg, field.name) < math.inf:
             raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
-    steps, micro = split_batch(cfg, ranks)
+    n_micro, micro = split_batch(cfg, ranks)
     stages = stage_names(cfg)
     side = 2 * cfg.patch
     for wrong, message in (
@@ -2238,7 +2238,7 @@ def check(cfg, ranks):
         (cfg.warmup > 0.1, f"--warmup {cfg.warmup} is more than a tenth of the run"),
         (cfg.dp * cfg.ep != ranks, f"dp {cfg.dp} x ep {cfg.ep} are not {ranks} ranks"),
         (cfg.n_experts % cfg.ep, f"--ep {cfg.ep} does not divide {cfg.n_experts} experts"),
-        (ranks * steps * micro != cfg.batch_size,
+        (ranks * n_micro * micro != cfg.batch_size,
          f"--batch_size {cfg.batch_size} is not {ranks} ranks x n micro-batches of {micro}"),
         (cfg.resume and not cfg.out, "--resume needs --out"),
         (cfg.eval and not cfg.out and not cfg.init, "--eval needs --out or --init"),
@@ -2414,9 +2414,9 @@ def run_stage(cfg, mesh, model, data, device, signals):
         lock = claim_directory(cfg.out, dataclasses.asdict(cfg) | fixed)  # while the stage lives
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     ranks = dist.get_world_size()
-    steps, micro = split_batch(cfg, ranks)
+    n_micro, micro = split_batch(cfg, ranks)
     print(f"stage {cfg.stage} | {trained:,} parameters per rank are trained", end=" | ")
-    print(f"{cfg.batch_size} items per step = {ranks} ranks x {steps} x {micro}")
+    print(f"{cfg.batch_size} items per step = {ranks} ranks x {n_micro} x {micro}")
     return model, train(model, optimizer, source, heldout, state, cfg, device, signals)
 
 def sample(model, item, n, source, cfg, device):
@@ -2635,8 +2635,8 @@ def progress(tokens, steps_left, pace, cfg, device):
     speed = cfg.batch_size * cfg.seq_len / pace
     fields.append(f"{speed / 1e3:.1f}k tok/s")
     if device.type == "cuda":
-        peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device))
-        if peak and cfg.precision == "bf16":
+        peak = PEAK_FLOPS.get(cfg.precision, {}).get(torch.cuda.get_device_name(device))
+        if peak:
             fields.append(f"mfu {speed * flops_per_token(cfg) / peak / dist.get_world_size():.1%}")
         fields.append(f"mem {torch.cuda.max_memory_allocated(device) / 2**30:.1f}G")
     return [*fields, f"eta {timedelta(seconds=round(steps_left * pace))}"]

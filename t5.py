@@ -625,10 +625,10 @@ def learning_rate(step, cfg):
 # Departure: residual sums are fp32, which the code has in bf16; the bias of relative positions is
 # rounded to bf16 by attention, which the code has in fp32.
 
-PEAK_FLOPS = {  # dense bf16, by the device's exact name; a device not listed gets no MFU
+PEAK_FLOPS = {"bf16": {  # dense, by precision and the device's exact name; others get no MFU
     "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989e12,
     "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA B200": 2250e12,
-}  # fmt: skip
+}}  # fmt: skip
 
 # ---------------------------------------- Parallelism ----------------------------------------
 
@@ -846,7 +846,7 @@ def load_checkpoint(path, model, optimizer, state):
 # ---------------------------------------- Training ----------------------------------------
 
 def split_batch(cfg, ranks):
-    """(steps, micro) such that batch_size = ranks x steps of accumulation x micro sequences."""
+    """(n_micro, micro): batch_size is ranks x n_micro micro-batches x micro sequences."""
     share = cfg.batch_size // ranks
     micro = min(cfg.micro_batch or share, share)
     return share // max(micro, 1), micro
@@ -860,9 +860,9 @@ def sum_over_ranks(*numbers):
 def read_batch(corpus, first, cfg, device, rank, ranks):
     """The micro-batches that data-parallel rank `rank` of `ranks` reads, on the device; `first` is
     the first sequence of the global batch. It has no collectives, so that a thread can call it."""
-    steps, micro = split_batch(cfg, ranks)
-    first += rank * steps * micro
-    batches = [get_batch(corpus, first + i * micro, micro, cfg) for i in range(steps)]
+    n_micro, micro = split_batch(cfg, ranks)
+    first += rank * n_micro * micro
+    batches = [get_batch(corpus, first + i * micro, micro, cfg) for i in range(n_micro)]
     for batch in batches:
         for name, value in batch.items():
             if torch.is_tensor(value) and device.type == "cuda":
@@ -962,7 +962,7 @@ def check(cfg, ranks):
         least = int(field.type is int and field.default > 0 and field.name not in ("eos", "mode"))
         if field.type in (int, float) and not least <= getattr(cfg, field.name) < math.inf:
             raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
-    steps, micro = split_batch(cfg, ranks)
+    n_micro, micro = split_batch(cfg, ranks)
     for wrong, message in (
         (cfg.buckets % 4, f"--buckets {cfg.buckets} is not a multiple of 4"),
         (cfg.max_distance <= cfg.buckets, f"--max_distance {cfg.max_distance} is within buckets"),
@@ -970,7 +970,7 @@ def check(cfg, ranks):
         (cfg.span < 1, f"--span {cfg.span} is less than a token"),
         (cfg.inputs < 4, f"--inputs {cfg.inputs} cannot hold mode, token, sentinel and EOS"),
         (cfg.seq_len == 1, "--seq_len 1 cannot hold a span behind a token"),
-        (ranks * steps * micro != cfg.batch_size,
+        (ranks * n_micro * micro != cfg.batch_size,
          f"--batch_size {cfg.batch_size} is not {ranks} ranks x n micro-batches of {micro}"),
         (cfg.resume and not cfg.out, "--resume needs --out"),
         (cfg.eval and not cfg.out and not cfg.init, "--eval needs --out or --init"),
@@ -1202,15 +1202,15 @@ def main(argv=None):
             cfg.out = ""  # nothing is written
         if cfg.out:
             lock = claim_directory(cfg.out, dataclasses.asdict(cfg) | fixed)  # while the run lives
-        steps, micro = split_batch(cfg, ranks)
+        n_micro, micro = split_batch(cfg, ranks)
         tokens = cfg.batch_size * cfg.seq_len
         _, T, U = row_lengths(cfg)
         print(f"torch {torch.__version__} | {device.type} {cfg.precision}", end=" | ")
         print(f"{corpus.n_windows(cfg.seq_len):,} windows")
         print(f"parameters {n:,} | activated {activated:,}", end=" | ")
         print(f"FLOPs per token {flops_per_token(cfg):.3g} | tokens per step", end=" ")
-        print(f"{tokens:,} = {ranks} ranks x {steps} x {micro} sequences of {cfg.seq_len}", end=" ")
-        print(f"in {T} inputs, {U} targets")
+        print(f"{tokens:,} = {ranks} ranks x {n_micro} x {micro} sequences of", end=" ")
+        print(f"{cfg.seq_len} in {T} inputs, {U} targets")
         if not train(model, optimizer, corpus, heldout, state, cfg, device):
             return print(f"stopped after step {state['step']}")
         if cfg.export:
@@ -1352,8 +1352,8 @@ def progress(tokens, steps_left, pace, cfg, device):
     speed = cfg.batch_size * cfg.seq_len / pace
     fields.append(f"{speed / 1e3:.1f}k tok/s")
     if device.type == "cuda":
-        peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device))
-        if peak and cfg.precision == "bf16":
+        peak = PEAK_FLOPS.get(cfg.precision, {}).get(torch.cuda.get_device_name(device))
+        if peak:
             fields.append(f"mfu {speed * flops_per_token(cfg) / peak / dist.get_world_size():.1%}")
         fields.append(f"mem {torch.cuda.max_memory_allocated(device) / 2**30:.1f}G")
     return [*fields, f"eta {timedelta(seconds=round(steps_left * pace))}"]
