@@ -602,10 +602,12 @@ def gated_delta_rule(q, k, v, g, beta, chunk=64):
     # From chunk to chunk.
     outputs = []
     S = q.new_zeros(*q.shape[:2], k.shape[-1], v.shape[-1])
-    for i in range(q.shape[2]):
-        new = u[:, :, i] - w[:, :, i] @ S  # V'
-        outputs.append(q[:, :, i] @ S + scores[:, :, i] @ new)
-        S = L[:, :, i, -1, None, None].exp() * S + k[:, :, i].mT @ new
+    end = L[..., -1:, None].exp()  # decay over a whole chunk
+    # unbind, because the backward pass of an index would fill a tensor of all chunks for each.
+    for q, k, u, w, scores, end in zip(*(x.unbind(2) for x in (q, k, u, w, scores, end))):
+        new = u - w @ S  # V'
+        outputs.append(q @ S + scores @ new)
+        S = end * S + k.mT @ new
     return torch.cat(outputs, 2)[:, :, :T], S
 
 class GatedDeltaNet(nn.Module):

@@ -1,4 +1,4 @@
-"""Speed and memory, side by side: python tests/benchmark.py gpt1|gpt3|llama3|deepseek_v3|bert|t5|gemma|kimi_muon [--pairs 10]
+"""Speed and memory, side by side: python tests/benchmark.py gpt1|gpt3|llama3|deepseek_v3|bert|t5|gemma|kimi_muon|omni [--pairs 10]
 
 Each line compares the script (A) with something else (B) in interleaved pairs A B A B ... of one run
 and prints the medians. CPU time is the process's, over all its threads. Nothing here is asserted.
@@ -129,7 +129,7 @@ def plain_loop(module, cfg, kind):
         module.init_weights(model, cfg)
     else:
         model = kind() if callable(kind) else {"nano": Nano, "book": Book, "hf": hugging_face}[kind](cfg)
-    if cfg.compile:
+    if getattr(cfg, "compile", False):
         model = torch.compile(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     data = torch.randint(cfg.vocab_size, (100_000,), dtype=torch.int32)
@@ -663,6 +663,49 @@ def kimi_muon_main(module, args):
     print("peak MiB", ", ".join(f"{kind} {size:.0f}" for kind, size in memory.items()))
 
 
+def the_thinker(module, cfg):
+    """run(): STEPS updates of omni.py's own step, on token ids made up."""
+    model = module.build_omni(cfg, module.init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "ep")))
+    optimizer = module.build_optimizer(model, cfg)
+    data = torch.randint(cfg.vocab_size, (100_000,))
+    n = cfg.batch_size * cfg.seq_len
+
+    def step():
+        starts = torch.randint(len(data) - cfg.seq_len - 1, (cfg.batch_size,)).tolist()
+        window = torch.stack([data[i : i + cfg.seq_len + 1] for i in starts])
+        kinds = torch.zeros(cfg.batch_size, cfg.seq_len, dtype=torch.int64)
+        batch = dict.fromkeys((f"n_{modality}" for modality in module.MODALITIES), 0) | dict(
+            tokens=window[:, :-1], targets=window[:, 1:], kinds=kinds, modality=kinds[:, 0], n_text=n, n_targets=n, n_tokens=n,
+            positions=torch.arange(cfg.seq_len).expand(3, cfg.batch_size, -1))  # fmt: skip
+        module.omni_step(model, optimizer, [batch], 1e-4, cfg)
+
+    return lambda: [step() for _ in range(STEPS)]
+
+
+def omni_main(module, args):
+    """fp32, eager, one rank, text alone: the Thinker against Hugging Face's class with its torch fallback; then Gated DeltaNet."""
+    import transformers
+
+    shape = dict(dim=256, n_heads=4, head_dim=64, rotary_dim=16, key_heads=4, value_heads=8, delta_head_dim=32, n_experts=16, top_k=4,
+                 expert_dim=128, shared_dim=128, vocab_size=4096, seq_len=256, batch_size=8, dp=1, precision="fp32")  # fmt: skip
+    cfg = module.Config(**module.TINY | shape)
+    config = transformers.Qwen3_5MoeTextConfig(**module.omni_configs(cfg)[0]["text_config"])
+    peer = lambda: transformers.Qwen3_5MoeForCausalLM(config).train()  # noqa: E731
+    if args.measure_memory:
+        run = the_thinker(module, cfg) if args.measure_memory == "script" else plain_loop(module, cfg, peer)
+        run(), run()
+        return print(peak_of_this_process())
+    compare("Hugging Face's class", the_thinker(module, cfg), plain_loop(module, cfg, peer), args.pairs)
+    memory = {kind: peak_memory(kind, [args.script]) for kind in ("script", "hf")}
+    print("peak MiB", ", ".join(f"{kind} {size:.0f}" for kind, size in memory.items()))
+    for T in (1024, 2048, 4096, 8192):
+        q, k, v = (torch.randn(1, 4, T, 64, requires_grad=True) for _ in range(3))
+        g, beta = -torch.rand(1, 4, T), torch.rand(1, 4, T)
+        run = lambda: module.gated_delta_rule(q, k, v, g, beta)[0].sum().backward()  # noqa: E731, B023
+        run()
+        print(f"gated delta rule, T {T}: {1000 * statistics.median(measure(run)[0] for _ in range(args.pairs)):.1f} ms of CPU time")
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("script")
@@ -671,7 +714,8 @@ def main():
     args = parser.parse_args()
     module = importlib.import_module(args.script)
     module.init_distributed(60)
-    own = {"gpt3": gpt3_main, "llama3": llama3_main, "deepseek_v3": deepseek_v3_main, "bert": bert_main, "t5": t5_main, "gemma": gemma_main, "kimi_muon": kimi_muon_main}
+    own = {"gpt3": gpt3_main, "llama3": llama3_main, "deepseek_v3": deepseek_v3_main, "bert": bert_main, "t5": t5_main, "gemma": gemma_main, "kimi_muon": kimi_muon_main,
+           "omni": omni_main}
     if args.script in own:
         return own[args.script](module, args)
     cfg = module.Config(vocab_size=257, dim=256, n_layers=4, n_heads=4, hidden_dim=1024, dropout=0.0,
