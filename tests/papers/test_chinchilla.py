@@ -1,4 +1,5 @@
 """chinchilla.py: Gopher's model, the counts and FLOPs of the paper, the laws and their fits, the sweep."""
+import functools
 import json
 import math
 import re
@@ -15,11 +16,7 @@ from ranks import Process, run_main
 BUDGETS = [6e18, 1e19, 3e19, 6e19, 1e20, 3e20, 6e20, 1e21, 3e21]
 TRUTH = dict(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)
 SWEEP = ["--preset", "demo", "--sweep", "1e9,3e9", "--sizes", "16x1,32x1,48x1", "--data", c.__file__, "--val_batches", 2, "--bootstrap", 2, "--log_every", 1]
-
-
-def main(*flags):
-    """(exit status, stdout, stderr)"""
-    return run_main("chinchilla", flags)
+main = functools.partial(run_main, "chinchilla")  # of a list of flags: (exit status, stdout, stderr)
 
 
 def synthetic(law=TRUTH, noise=0.0, outliers=0.0, span=4):
@@ -36,8 +33,7 @@ def synthetic(law=TRUTH, noise=0.0, outliers=0.0, span=4):
 def test_attention_is_the_formula_and_hfs_xlnet():
     """score_ij = ((q_i + u) k_j + (q_i + w) W_R r_{i-j}) / sqrt(E), no weight or bias near 0: T 7, D 20, H 3, E 6."""
     layer, x, i = c.RelativeAttention(20, 3, 6).double(), torch.randn(2, 7, 20).double(), torch.arange(7)
-    for p in layer.parameters():
-        p.data.normal_(0, 0.4)
+    [p.data.normal_(0, 0.4) for p in layer.parameters()]
     angles = torch.arange(7, -7, -1)[:, None] / 10000 ** (torch.arange(0, 20, 2) / 20).double()
     every = torch.cat((angles.sin(), angles.cos()), 1)  # of distances 7 ... -6
     r, future = c.distances(7, 20, torch.device("cpu"))
@@ -66,11 +62,17 @@ def test_initialisation():
 
 
 def test_tables_a9_and_4():
-    """All 50 models to 0.6 million, and to rounding but for four. 70B and 280B: half of the tokens in either batch, the rate falls tenfold."""
+    """All 50 models to 0.6 million, and to rounding but for four; they may be a sweep's, whose budgets are 6 N D or counted by Appendix F. 70B and
+    280B: half of the tokens in either batch, the rate falls tenfold."""
     counts = {row[0]: SCRIPTS["chinchilla"].counts[f"{row[0]}m"] / 1e6 for row in c.TABLE_A9}  # test_shapes.py sees to these
     assert len(counts) == 50 and all(count == approx(printed, abs=0.61) for printed, count in counts.items())
     assert [printed for printed, count in counts.items() if round(count) != printed] == [489, 1731, 2980, 6796]
     assert all(row[2] == (64 if row[0] < 400 else 128) and 1.25e-4 <= c.PRESETS[f"{row[0]}m"]["lr"] <= 2e-4 for row in c.TABLE_A9)
+    shapes = {512: (64, 8, 8, approx(2e-4)), 1280: (128, 10, 18, c.PRESETS["425m"]["lr"])}
+    for flops in ("6nd", "appF"):
+        for _, C, N, run in c.plan_sweep(c.Config(**c.PRESETS["demo"] | dict(vocab_size=257, sweep="1e18", sizes="44m,425m", flops=flops)), 0):
+            assert (run.head_dim, run.n_heads, run.n_layers, run.lr) == shapes[run.dim]
+            assert C == approx(run.steps * 768 * {"6nd": 6 * N, "appF": 3 * c.appendix_f(run)["total"] / 32}[flops], rel=1e-3)
     for preset, shape, tokens, sizes in (("70b", (64, 8192, 1e-4), 1.4e12, (768, 1536)), ("280b", (128, 16384, 4e-5), 3e11, (1536, 3072))):
         cfg, half = c.Config(**c.PRESETS[preset], world_size=64), math.ceil(tokens / 2 / 2048)
         assert (cfg.n_heads, cfg.dim, cfg.lr) == shape and (cfg.n_layers, cfg.head_dim) == (80, 128) and c.planned_tokens(cfg, 7e10) == tokens
@@ -84,11 +86,10 @@ def test_laws_at_the_specifications_points():
     laws = c.BESIROGLU, c.HOFFMANN_ROUNDED, c.HOFFMANN
     points = (7e10, 1.4e12), (2.8e11, 3e11), (1e9, 2e10), (1e8, 2e9)
     terms = {name: c.appendix_f(c.Config(**c.PRESETS[name])) for name in ("74m", "306m", "552m", "1143m", "1593m", "6796m", "280b")}
-    shapes = [row for row in c.TABLE_A9 if f"{row[0]}m" in terms]  # of Table A4, whose N has five matrices
-    ratios = [terms[f"{name}m"]["body"] / 4096 / (32000 * D + L * (5 * D * E * H + 8 * D * D)) for name, D, E, H, L in shapes]
+    shapes = [(*row[1:], terms[f"{row[0]}m"]["body"]) for row in c.TABLE_A9 if f"{row[0]}m" in terms]  # of Table A4, whose N has five matrices
     for found, expected, rel in (
         ([terms[name][key] for name in ("74m", "6796m") for key in ("body", "total")], [3.099591e11, 4.777312e11, 2.767368e13, 2.861321e13], 1e-6),
-        (np.round(ratios, 2), [1.03, 1.10, 1.08, 1.04, 1.03, 0.99], 1e-9),
+        ([round(body / 4096 / (32000 * D + L * (5 * D * E * H + 8 * D * D)), 2) for D, E, H, L, body in shapes], [1.03, 1.10, 1.08, 1.04, 1.03, 0.99], 1e-9),
         (4 * terms["280b"]["body"] / 2048 * 3e11, 6.31e23, 2e-3),  # Gopher's 6.3e23 counts a forward pass more
         ([c.kaplan_loss(N, D, **c.KAPLAN_ND) for N, D in ((1e8, 1e9), (1e9, 2.2e10))], [2.9567, 2.3693], 2e-5),
         ([c.critical_batch(3), c.kaplan_optimum(3.1e8 * 8.64e19)["loss"]], [1.069e6, 1], 1e-3),
@@ -127,15 +128,13 @@ def test_fits_of_approach_3_and_kaplan():
     rows = [run | {"loss": c.kaplan_loss(run["N_non_embedding"], run["D"], **c.KAPLAN_ND)} for run in grid]
     found, N = c.fit_kaplan(rows), np.geomspace(1e7, 1e13, 200_001)
     assert {key: found[key] for key in c.KAPLAN_ND} == approx(c.KAPLAN_ND, rel=1e-3) and c.fit_kaplan(rows, found) == approx(found, rel=1e-3)
-    best = [N[c.kaplan_loss(N, C / (6 * N), **c.KAPLAN_ND).argmin()] for C in (1e19, 1e22)]
-    assert [found["k"] * C ** found["a"] for C in (1e19, 1e22)] == approx(best, rel=2e-3)
+    assert all(found["k"] * C ** found["a"] == approx(N[c.kaplan_loss(N, C / (6 * N), **c.KAPLAN_ND).argmin()], rel=2e-3) for C in (1e19, 1e22))
 
 
 def test_approaches_1_and_2():
     """Training curves that follow the law, of Table A9's sizes from 70M to 10B; the parabola's bias, which is common to all budgets."""
-    sizes = [1e6 * millions for millions, *_ in c.TABLE_A9 if 70 <= millions <= 10_000]
-    tokens = [np.geomspace(1e18, 1e22, 2000) / (6 * N) for N in sizes]
-    C, N, D = c.envelope([(N, 6 * N, D, c.parametric_loss(TRUTH, N, D)) for N, D in zip(sizes, tokens)], 6e18, 3e21)
+    curves = [(1e6 * row[0], np.geomspace(1e18, 1e22, 2000) / (6e6 * row[0])) for row in c.TABLE_A9 if 70 <= row[0] <= 10_000]
+    C, N, D = c.envelope([(N, 6 * N, D, c.parametric_loss(TRUTH, N, D)) for N, D in curves], 6e18, 3e21)
     assert len(C) == 1500 and len(set(N)) == 33 and [c.power_law(C, N)[1], c.power_law(C, D)[1]] == approx([0.5122, 0.4878], abs=0.002)
     points = [(N, D) for N in 1e7 * 2.0 ** np.arange(12) for D in np.geomspace(6e18, 3e21, 60) / (6 * N)]
     assert c.fit_envelope([dict(N=N, D=D, C=6 * N * D, loss=c.parametric_loss(TRUTH, N, D)) for N, D in points])["a"] == approx(0.5144, abs=0.01)
@@ -161,14 +160,13 @@ def test_intervals_are_those_of_resamples(monkeypatch):
 
 
 def test_fit_and_budget(tmp_path):
-    """Laws of a table, where nll and accuracy lie on known lines, for Llama 3's two steps; the best N and D for a budget by every law, as Sardana's
-    example has it for 7B; Tables 3 and A3, where C = 6 N D, beside what the laws give."""
+    """nll and accuracy lie on known lines, for Llama 3's two steps; the budget is that of Sardana's 7B; below it Tables 3 and A3, where C = 6 N D."""
     rows, names = synthetic(), ["N", "D", "loss", "nll", "accuracy"]
     for i, run in enumerate(rows):
         run["nll"] = 3.0 - 0.05 * math.log(run["C"]) + 0.1 * (run["loss"] - rows[i // 7 * 7 + 3]["loss"])
         run["accuracy"] = 0.25 + 0.75 / (1 + math.exp(6 * (run["nll"] - 0.7)))
     np.savetxt(tmp_path / "a.csv", [[run[name] for name in names] for run in rows], delimiter=",", header=",".join(names), comments="")
-    status, out, _ = main("--fit", tmp_path / "a.csv", "--bootstrap", 3, "--budget", "1.9643e22", "--inference_tokens", "1e12")
+    status, out, _ = main(["--fit", tmp_path / "a.csv", "--bootstrap", 3, "--budget", "1.9643e22", "--inference_tokens", "1e12"])
     assert status == 0 and len(re.findall(r"^C \S+ \| 7 runs .* lowest point \S+, loss", out, re.M)) == 9 and out.count("\n  |") == 18
     for pattern in (
         r"approach 1 +\| n/a: needs training curves", r"approach 2 +\| a 0\.5126 \[", r"approach 3 +\| a 0\.5126 \[0\.5126, 0\.5126\]",
@@ -186,42 +184,32 @@ def test_fit_and_budget(tmp_path):
 
 def test_tables_that_are_none(tmp_path):
     for name, text, phrase in (
-        ("a.csv", "N,D\n1,2\n", "run 1, is not numbers above 0: KeyError: 'loss'"), ("a.csv", "N,D,loss\n1e6,2e7,3\n1e6,x,3\n", "run 2"),
-        ("a.csv", "N,D,loss\n", "no runs"), ("a.csv", "N,D,loss\n1e6,2e7,nan\n", "run 1"), ("a.csv", "N,D,loss\n1e6,2e7,-3\n", "run 1"),
+        ("a.csv", "N,D\n1,2\n", "run 1, is not numbers above 0: KeyError: 'loss'"), ("a.csv", "N,D,loss\n1e6,2e7,nan\n", "run 1"),
+        ("a.csv", "N,D,loss\n", "no runs"), ("a.csv", "N,D,loss\n1e6,2e7,3\n1e6,x,3\n", "run 2"), ("a.csv", "N,D,loss\n1e6,2e7,-3\n", "run 1"),
         ("a.csv", "N,D,loss\nI\xffI", "not UTF-8"), ("a.jsonl", '{"N": 1}\n{"N": 1, }\n', "not a JSON object"),
         ("a.jsonl", '{"N": 1, "D": 2, "loss": 3, "curve": [[1, 2, 3]]}\n', "run 1"),
     ):  # fmt: skip
         (tmp_path / name).write_text(text, "latin-1")
-        status, out, err = main("--fit", tmp_path / name)
+        status, out, err = main(["--fit", tmp_path / name])
         assert (status, out, len(err.splitlines())) == (2, "", 1) and phrase in err, phrase
     (tmp_path / "a.jsonl").write_text('\ufeff{"N": 1e6, "D": 2e7, "loss": 3, "C_appF": 1e15}\n\n{"N": 1e6, "D": 2e')  # a kill cut the last line
     assert [c.read_runs(tmp_path / "a.jsonl", flops)[0]["C"] for flops in ("6nd", "appF")] == [1.2e14, 1e15]
 
 
-def test_planned_runs():
-    """A budget is 6 N D or counted by Appendix F; presets have their own heads and rates; keys tell apart what changes numbers."""
-    demo = c.PRESETS["demo"] | {"vocab_size": 257, "sweep": "1e18", "sizes": "44m,425m"}
-    shapes = {512: (64, 8, 8, approx(2e-4)), 1280: (128, 10, 18, c.PRESETS["425m"]["lr"])}
-    for flops in ("6nd", "appF"):
-        for _, C, N, run in c.plan_sweep(c.Config(**demo, flops=flops), 0):
-            assert (run.head_dim, run.n_heads, run.n_layers, run.lr) == shapes[run.dim]
-            assert C == approx(run.steps * 768 * {"6nd": 6 * N, "appF": 3 * c.appendix_f(run)["total"] / 32}[flops], rel=1e-3)
-    changes = dict(seed=0, out="x", data="x", timeout=9, batch_size=48, warmup_steps=3, precision="bf16", log_every=5)
-    keys = [c.plan_sweep(c.Config(**demo | {name: value}), 1)[0][0] for name, value in changes.items()]
-    assert len(set(keys[:4])) == 1 and len(set(keys)) == 5
-
-
 def test_sweep(ranks, tmp_path, monkeypatch):
     """Killed, stopped and finished by two ranks it is the sweep that nobody stopped; of other data one run diverges; no run is trained twice."""
     rows_of = lambda folder: {key: row | {"seconds": 0} for key, row in c.finished(folder / "runs.jsonl").items()}  # noqa: E731
+    changes = dict(seed=0, out="x", data="x", timeout=9, batch_size=48, warmup_steps=3, precision="bf16", log_every=5)  # four change no number
+    keys = [c.plan_sweep(c.Config(**c.PRESETS["demo"] | {"vocab_size": 257, name: value}), 1)[0][0] for name, value in changes.items()]
+    assert len(set(keys[:4])) == 1 and len(set(keys)) == 5
     broken, inner, stop = tmp_path / "broken", c.update_shards, []
     monkeypatch.setattr(c, "catch_signals", lambda: stop)
-    status, out, err = main(*SWEEP, "--out", tmp_path)
+    status, out, err = main([*SWEEP, "--out", tmp_path])
     assert status == 0 and out.count("\nrun ") == 6 and "fits to 6 runs" in out, err
     for r in (rows := rows_of(tmp_path)).values():
-        d, N = int(r["name"].split("x")[0]), r["N"]
-        assert N == 257 * d + 13 * d * d + 9 * d + d and r["N_non_embedding"] == N - 257 * d and r["lr"] == approx(0.36 / d)
-        assert r["D"] == r["steps"] * 768 and abs(r["D"] - r["budget"] / (6 * N)) <= 384 and r["C"] == 6 * N * r["D"]
+        d, N, D = int(r["name"].split("x")[0]), r["N"], r["D"]
+        assert r["lr"] == approx(0.36 / d) and N == 257 * d + 13 * d * d + 9 * d + d and r["N_non_embedding"] == N - 257 * d
+        assert D == r["steps"] * 768 and abs(D - r["budget"] / (6 * N)) <= 384 and r["C"] == 6 * N * D
         assert r["curve"][-1] == approx([r["D"], r["train_loss"]], abs=1e-4) and 1 < r["loss"] < 6
     process = Process("chinchilla", [*SWEEP, "--save_every", 10, "--out", broken])
     while process.poll() is None and not list(broken.glob("*/step_*10")):
@@ -229,7 +217,7 @@ def test_sweep(ranks, tmp_path, monkeypatch):
     process.kill()
     assert process.wait() == -signal.SIGKILL
     monkeypatch.setattr(c, "update_shards", lambda *args: stop.extend([signal.SIGTERM] * (args[4].dim == 48)) or inner(*args))
-    assert "stopped by a signal" in main(*SWEEP, "--out", broken)[1] and len(rows_of(broken)) == 2
+    assert "stopped by a signal" in main([*SWEEP, "--out", broken])[1] and len(rows_of(broken)) == 2
     with (broken / "runs.jsonl").open("a") as file:
         file.write('{"name": "what a full disk left')
     (status, out, err), (other, silent, more) = ranks.run(2, run_main, "chinchilla", [*SWEEP, "--out", broken], timeout=120)
@@ -239,11 +227,11 @@ def test_sweep(ranks, tmp_path, monkeypatch):
     stop.clear()
     monkeypatch.setattr(c, "update_shards", lambda *args: (inner(*args)[0], math.nan) if args[4].dim == 32 else inner(*args))
     other = [*SWEEP, "--data", c.__file__.replace("chinchilla", "gpt1"), "--sweep", "1e9", "--no-keep_models", "--out", tmp_path]
-    out = main(*other)[1]
+    out = main([*other])[1]
     assert "fits to 2 runs" in out and re.search(r"run 32x1_1e\+09\S+ diverged: it is left out", out)
     monkeypatch.setattr(c, "update_shards", None)
     (tmp_path / "link.py").symlink_to(c.__file__)
-    assert "6 are done" in main(*SWEEP, "--data", tmp_path / "link.py", "--out", tmp_path)[1] and "3 are done" in main(*other)[1]
+    assert "6 are done" in main([*SWEEP, "--data", tmp_path / "link.py", "--out", tmp_path])[1] and "3 are done" in main([*other])[1]
     assert len(list(tmp_path.glob("*x1_*/config.json"))) == 6 and len(rows_of(tmp_path)) == 9
 
 
@@ -253,14 +241,14 @@ def test_single_run_whose_batch_doubles(ranks, tmp_path, monkeypatch):
     logged = lambda name, key: [r[key] for r in map(json.loads, (tmp_path / name / "metrics.jsonl").open()) if key in r]  # noqa: E731
     inner, stop = c.learning_rate, []
     monkeypatch.setattr(c, "catch_signals", lambda: stop)
-    assert main(*flags, "--tokens", 2048, "--out", tmp_path / "whole")[0] == 0
+    assert main([*flags, "--tokens", 2048, "--out", tmp_path / "whole"])[0] == 0
     assert logged("whole", "tokens") == [*range(128, 1025, 128), *range(1280, 2049, 256)]
     monkeypatch.setattr(c, "learning_rate", lambda first, cfg: stop.extend([signal.SIGTERM] * (first == 20)) or inner(first, cfg))
-    assert "stopped after step 6" in main(*flags, "--tokens", 2048, "--out", tmp_path / "parts")[1]
+    assert "stopped after step 6" in main([*flags, "--tokens", 2048, "--out", tmp_path / "parts"])[1]
     stop.clear()
-    assert main(*flags, "--out", tmp_path / "parts", "--resume")[0] == 0 and logged("parts", "loss") == logged("whole", "loss")
+    assert main([*flags, "--out", tmp_path / "parts", "--resume"])[0] == 0 and logged("parts", "loss") == logged("whole", "loss")
     pytest.importorskip("safetensors")
     ranks.run(2, run_main, "chinchilla", [*flags, "--tokens", 2048, "--out", tmp_path / "two", "--export", tmp_path / "hf"])
     assert logged("two", "loss") == approx(logged("whole", "loss"), rel=1e-4)
-    _, out, _ = main(*flags, "--steps", 1, "--init", tmp_path / "hf")
+    _, out, _ = main([*flags, "--steps", 1, "--init", tmp_path / "hf"])
     assert float(re.search(r"val 0 \| loss (\S+)", out)[1]) == approx(logged("two", "val_loss")[-1], abs=2e-4)
