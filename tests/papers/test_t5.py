@@ -133,36 +133,6 @@ def test_batches(way):
         t5.get_batch(corpus, 0, 8, t5.Config(**ROW.tiny | way | dict(sentinel=99)))
 
 
-def on_ranks(overrides):
-    t5.update_shards = t5.fsdp_step  # the name that gradients calls
-    return gradients("t5", ROW, overrides)
-
-
-@pytest.mark.parametrize("n, overrides", [(1, dict(micro_batch=2)), (2, dict(micro_batch=1, recompute="block")), (4, WAYS[1]), (4, WAYS[2])])
-def test_layout_gives_the_gradients_of_a_plain_loss(ranks, n, overrides):
-    cfg = t5.Config(**ROW.tiny | overrides | dict(z_loss=0.01))
-    model, batch = make_model(t5, ROW, cfg), t5.get_batch(make_corpora(t5, cfg)[0], 3, 8, cfg)
-    logits, targets = model(batch["source"], batch["target_in"], batch.get("source_mask")).flatten(0, 1), batch["targets"].flatten()
-    expected = F.cross_entropy(logits, targets) + 0.01 * logits.logsumexp(1)[targets >= 0].square().mean()
-    expected.backward()
-    largest, norm = max(p.grad.abs().max() for p in model.parameters()), math.sqrt(sum(p.grad.square().sum() for p in model.parameters()))
-    for loss, found, found_norm in ranks.run(n, on_ranks, overrides | dict(z_loss=0.01)):
-        assert loss == pytest.approx(expected.item(), rel=1e-5) and found_norm == pytest.approx(norm, rel=1e-5)
-        for name, p in model.named_parameters():
-            assert (torch.from_numpy(found[name]) - p.grad).abs().max() <= 1e-5 * max(p.grad.abs().max(), 1e-3 * largest), name
-
-
-def test_adafactor_of_the_specification():
-    """A matrix, and a row without gradient, as of a token that does not occur."""
-    p, rows = torch.nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, 4.0]])), torch.nn.Parameter(torch.ones(2, 1))
-    optimizer = t5.Adafactor([p, rows], lr=0.01)
-    for g, new in ([0.1, -0.2, 0.3, 0.4], [0.9787868, 2.03, 2.9715395, 3.97316718]), ([0.05, 0.1, -0.2, 0.3], [0.96450354, 2.01042023, 2.99419044, 3.94987946]):
-        p.grad, rows.grad = torch.tensor(g).view(2, 2), torch.tensor([[0.0], [1e-8]])
-        optimizer.step()
-        assert p.flatten().tolist() == pytest.approx(new, rel=0, abs=1e-6)
-    assert rows[0] == 1 and rows[1] < 1
-
-
 @pytest.mark.parametrize("gated, loss, logits, z", [
     (False, 4.8243751, [0.0917766, -0.0080138, -0.0936643], 0.0023563), (True, 4.5082590, [0.7332990, 0.6078949, -0.5901020], 0.0025440)])  # fmt: skip
 def test_golden_values(gated, loss, logits, z):
@@ -183,6 +153,36 @@ def test_golden_values(gated, loss, logits, z):
     assert t5.objective(model, batch, cfg)[0].item() == pytest.approx(loss + z, rel=1e-5)
     with torch.no_grad():
         assert t5.objective(model, batch, cfg)[0].item() == pytest.approx(loss, rel=1e-5)
+
+
+def test_adafactor_of_the_specification():
+    """A matrix, and a row without gradient, as of a token that does not occur."""
+    p, rows = torch.nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, 4.0]])), torch.nn.Parameter(torch.ones(2, 1))
+    optimizer = t5.Adafactor([p, rows], lr=0.01)
+    for g, new in ([0.1, -0.2, 0.3, 0.4], [0.9787868, 2.03, 2.9715395, 3.97316718]), ([0.05, 0.1, -0.2, 0.3], [0.96450354, 2.01042023, 2.99419044, 3.94987946]):
+        p.grad, rows.grad = torch.tensor(g).view(2, 2), torch.tensor([[0.0], [1e-8]])
+        optimizer.step()
+        assert p.flatten().tolist() == pytest.approx(new, rel=0, abs=1e-6)
+    assert rows[0] == 1 and rows[1] < 1
+
+
+def on_ranks(overrides):
+    t5.update_shards = t5.fsdp_step  # the name that gradients calls
+    return gradients("t5", ROW, overrides)
+
+
+@pytest.mark.parametrize("n, overrides", [(1, dict(micro_batch=2)), (2, dict(micro_batch=1, recompute="block")), (4, WAYS[1]), (4, WAYS[2])])
+def test_layout_gives_the_gradients_of_a_plain_loss(ranks, n, overrides):
+    cfg = t5.Config(**ROW.tiny | overrides | dict(z_loss=0.01))
+    model, batch = make_model(t5, ROW, cfg), t5.get_batch(make_corpora(t5, cfg)[0], 3, 8, cfg)
+    logits, targets = model(batch["source"], batch["target_in"], batch.get("source_mask")).flatten(0, 1), batch["targets"].flatten()
+    expected = F.cross_entropy(logits, targets) + 0.01 * logits.logsumexp(1)[targets >= 0].square().mean()
+    expected.backward()
+    largest, norm = max(p.grad.abs().max() for p in model.parameters()), math.sqrt(sum(p.grad.square().sum() for p in model.parameters()))
+    for loss, found, found_norm in ranks.run(n, on_ranks, overrides | dict(z_loss=0.01)):
+        assert loss == pytest.approx(expected.item(), rel=1e-5) and found_norm == pytest.approx(norm, rel=1e-5)
+        for name, p in model.named_parameters():
+            assert (torch.from_numpy(found[name]) - p.grad).abs().max() <= 1e-5 * max(p.grad.abs().max(), 1e-3 * largest), name
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["v1.0", "v1.1"])
