@@ -610,15 +610,15 @@ def test_held_out_documents_are_chosen_by_name(main, tmp_path):
         assert set(heldout) == held and set(train) == set(names) - held
 
 
-def test_large_and_many_shards_open_at_once(tmp_path):
+def test_large_and_many_shards_open_at_once(tmp_path, request):
     """A gigabyte without being read, and 1,100 files with few descriptors."""
     tokenizer = gpt1.load_tokenizer("bytes", ["<|endoftext|>"])
     for i in range(1100):
         np.save(tmp_path / f"{i:04}.npy", np.ones(40 + i % 7, np.uint16))
-    most, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/dev/fd"))) + 20, hard))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limits))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/dev/fd"))) + 20, limits[1]))
     train, _ = gpt1.load_corpora(gpt1.find_files(str(tmp_path))[1], iter(()), tokenizer, 256, 257, 4, 16)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     assert train.read(0, train.size).sum() == train.size > 40_000
     np.lib.format.open_memmap(tmp_path / "large.npy", "w+", np.uint16, (2**29,))  # zeros, sparse
     started = time.perf_counter()
