@@ -28,6 +28,7 @@ class Row:
     prefix: str = "/model/"  # of a parameter's name in a checkpoint
     warm: str = "--warmup_steps 10"  # flags for ten updates of warm-up of the demo
     plain: dict = dataclasses.field(default_factory=dict)  # a Config whose objective is next-token loss alone
+    masked_flops: float = 0  # per token of the tiny Config, of scores that the mask hides, which PyTorch's counter sees
 
 
 FEW = "--n_layers 2 --n_experts 4 --n_groups 2 --groups_kept 1 --top_k 2"  # experts: slow in bf16 on a CPU
@@ -47,6 +48,7 @@ SCRIPTS = {
         falls=1.0, batch=(24, 128), betas=(0.9, 0.999),
         variants=("", "--precision bf16 --recompute block --dim 48 --hidden_dim 96"),
         small=dict(batch_size=4, dim=48, hidden_dim=64, seq_len=16, warmup_steps=2),
+        masked_flops=12 * 2 * 24 * (7 - 4),
     ),
     "gpt3": Row(
         model="GPT3",
@@ -68,6 +70,8 @@ SCRIPTS = {
         small=dict(tokenizer="", batch_size=4, first_batch=0, batch_multiple=1, dim=48, hidden_dim=64, seq_len=16,
                    warmup=0.1, lr=1e-3),
         prefix="/model/tp0.", warm="--warmup 0.1 --batch_size 24",
+        # two dense layers, and two of bands: 3 x 3, then two blocks of 3 x 6 pairs, of which 18 count
+        masked_flops=12 * 24 * (2 * (7 - 4) + 2 * (9 + 36 - 18) / 7),
     ),
     "chinchilla": Row(
         model="Chinchilla",
@@ -96,6 +100,8 @@ SCRIPTS = {
         falls=1.0, batch=(24, 32), betas=(0.9, 0.95),
         variants=("", "--precision bf16 --recompute block"),
         small=dict(sweep="", batch_size=4, dim=48, hidden_dim=64, seq_len=16, warmup_steps=2, lr=1e-3),
+        # three products of T x T, and that of distances, once for the two sequences
+        masked_flops=18 * 2 * 30 * (7 - 4) + 4 * 2 * 24 * 30 / 2,
     ),
     "llama3": Row(
         model="Llama3",
@@ -121,6 +127,7 @@ SCRIPTS = {
         small=dict(batch_size=4, dim=48, hidden_dim=64, seq_len=16, ramp="", long_lengths="32",
                    warmup_steps=2, lr=1e-3),
         prefix="/model/tp0.",
+        masked_flops=12 * 3 * 48 * (12 - 6.5),
     ),
     "deepseek_v3": Row(
         model="DeepSeekV3",
@@ -141,6 +148,7 @@ SCRIPTS = {
         variants=("", f"--precision bf16 --recompute block {FEW}", f"--precision fp8 --recompute paper {FEW}"),
         small=dict(batch_size=4, first_batch=4, dim=48, hidden_dim=64, seq_len=16, long="", warmup_steps=2, lr=1e-3),
         plain=dict(mtp=False, balance_loss=0.0, init_std=0.02),
+        masked_flops=6 * 4 * 3 * (32 * 11 - 26 * 6),  # values are padded to the width of queries and keys
     ),
     "bert": Row(
         model="BERT",
@@ -184,6 +192,8 @@ SCRIPTS = {
         variants=("", "--no-qk_norm --attention_cap 50 --logit_cap 30 --precision bf16 --recompute block --dim 48 --hidden_dim 96"),
         small=dict(batch_size=4, dim=48, n_layers=3, head_dim=16, hidden_dim=64, window=8, seq_len=16, long_tokens=0, lr=1e-3),
         warm="--warmup 0.1 --long_tokens 0",
+        # three windows of 3, of which the last two see two each, and one global layer
+        masked_flops=12 * 60 * (3 * (9 + 2 * 18 - 18) / 7 + 7 - 4),
     ),
     "kimi_muon": Row(
         model="Kimi",
@@ -203,6 +213,7 @@ SCRIPTS = {
         falls=1.5, batch=(48, 64), betas=(0.9, 0.95),
         variants=("", "--precision bf16 --recompute block --n_layers 2 --n_experts 4 --top_k 2", "--optimizer adamw --q_rank 0"),
         small=dict(batch_size=4, dim=48, hidden_dim=64, seq_len=16, long_tokens=0, lr=1e-3), warm="--long_tokens 0",
+        masked_flops=6 * 4 * 3 * (32 * 11 - 26 * 6) + 2 * 4 * 3 * 16 * 11,  # as DeepSeek-V3's, and the largest logits
     ),
     "omni": Row(
         model="Omni",
@@ -221,6 +232,15 @@ SCRIPTS = {
         falls=1.0, batch=(24, 0), betas=(0.9, 0.95), variants=(), small=dict(),
     ),
 }  # fmt: skip
+
+
+def pytest_configure(config):
+    """Nothing of what libraries say of themselves reaches the reader's screen."""
+    for warning in (
+        "Unable to enable fault handler", "torch.distributed is disabled", ".torch.jit.script", "__array_wrap__ must accept",
+        "flex_attention called without torch.compile", "Converting a tensor with requires_grad=True to a scalar",
+    ):
+        config.addinivalue_line("filterwarnings", f"ignore:{warning}")
 
 
 # for what has one text in all scripts, which test_house.py sees to: one of them is enough

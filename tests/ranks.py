@@ -184,32 +184,17 @@ def make_model(module, row, cfg):
 
 
 def gradients(name, row, overrides):
-    """Loss and gradients of one global batch, as the script itself computes them on this rank."""
+    """(loss, gradients, norm before clipping or None) of one global batch, as the script itself computes them on this rank."""
     module = importlib.import_module(name)
     device = module.init_distributed(30)
     cfg = module.Config(**{**row.tiny, **overrides})
     corpus, _ = make_corpora(module, cfg)
-    model = make_model(module, row, cfg)
-    if hasattr(module, "Source"):
-        return omni_gradients(module, cfg, corpus, model.state_dict(), device)
-    if hasattr(module, "FlatParameters"):
-        return expert_gradients(module, cfg, corpus, model.state_dict(), device)
-    if hasattr(module, "Pipeline"):
-        return pipeline_gradients(module, cfg, corpus, dict(model.named_parameters()), device)
-    if hasattr(module, "ModelParallel"):
-        return split_gradients(module, cfg, corpus, dict(model.named_parameters()), device)
-    if hasattr(module, "ShardedParameters"):
-        return flat_gradients(module, cfg, corpus, model.state_dict(), device)
-    if hasattr(module, "build_sharded"):
-        return sharded_gradients(module, cfg, corpus, dict(model.named_parameters()), device)
-    mesh = module.init_device_mesh(device.type, (module.dist.get_world_size(),), mesh_dim_names=("dp",))
-    replicas = module.parallelize(model, cfg, mesh)
-    batches = global_batch(module, corpus, cfg, device, dist.get_rank(), dist.get_world_size())
-    optimizer = types.SimpleNamespace(param_groups=[], step=lambda: None, zero_grad=lambda: None)
-    update = getattr(module, "update_shards", None) or module.training_step
-    loss, norm = update(replicas, optimizer, batches, 0.0, cfg)
-    whole = lambda g: g.full_tensor() if hasattr(g, "full_tensor") else g  # noqa: E731
-    return loss, {name: whole(p.grad).numpy() for name, p in model.named_parameters()}, norm
+    ways = dict(gpt3=split, llama3=in_pipeline, deepseek_v3=in_pipeline_with_experts, gemma=sharded, kimi_muon=in_flat_masters, omni=dealt)
+    loss, found, norm = ways.get(name, in_replicas)(module, cfg, corpus, make_model(module, row, cfg), device)
+    return loss, {key: g.numpy() for key, g in found.items()}, norm
+
+
+IDLE = types.SimpleNamespace(param_groups=[], step=lambda: None, zero_grad=lambda: None)  # an optimizer that changes nothing
 
 
 def global_batch(module, corpus, cfg, device, rank, ranks):
@@ -219,60 +204,101 @@ def global_batch(module, corpus, cfg, device, rank, ranks):
     return batches
 
 
-def pipeline_gradients(module, cfg, corpus, values, device):
-    """The same for a script whose model is laid out over ranks: the whole gradients of this rank's stages, and the norm
-    that would be clipped; values are the parameters to start from."""
-    cfg = module.fit_ranks(cfg, dist.get_world_size())
-    (phase,) = module.phases(cfg)
-    pipeline = module.Pipeline(cfg, module.make_mesh(cfg, device.type))
-    for key, p in pipeline.model.named_parameters():
-        module.fill(key, p, values[key].detach(), pipeline.tp)
-    pipeline.enter(phase.cfg)
-    batches = global_batch(module, corpus, phase.cfg, device, pipeline.data_rank, cfg.dp)
-    norm, loss = module.clip_gradients(pipeline.model, pipeline.run(batches), phase.cfg, pipeline.mesh)
-    found = {key: module.whole_tensor(key, p.grad, pipeline.tp).numpy() for key, p in pipeline.model.named_parameters()}
-    return loss, found, norm
+def whole(g):
+    """The complete tensor of one that may be sharded."""
+    return g.full_tensor() if hasattr(g, "full_tensor") else g
 
 
-def split_gradients(module, cfg, corpus, values, device):
-    """The same for a script that splits matrices and layers, and pads the vocabulary to its ranks."""
-    cfg = module.lay_out(cfg, dist.get_world_size())
+def joined(part, group, dim=0):
+    """The parts of the group's ranks in one tensor; without a group, a copy of the part."""
+    if group is None:
+        return part.clone()
+    parts = [torch.empty(part.shape) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, part.contiguous(), group=group)
+    return torch.cat(parts, dim)
+
+
+def in_replicas(module, cfg, corpus, model, device):
+    """GPT-1's copies of the model, and Chinchilla's shards of it."""
+    mesh = module.init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp",))
+    replicas = module.parallelize(model, cfg, mesh)
+    batches = global_batch(module, corpus, cfg, device, dist.get_rank(), dist.get_world_size())
+    update = getattr(module, "update_shards", None) or module.training_step
+    loss, norm = update(replicas, IDLE, batches, 0.0, cfg)
+    return loss, {key: whole(p.grad) for key, p in model.named_parameters()}, norm
+
+
+def sharded(module, cfg, corpus, model, device):
+    """Gemma, which is built in shards."""
+    mesh = module.init_device_mesh(device.type, (cfg.dp_replicate, cfg.dp), mesh_dim_names=("dp_replicate", "dp"))
+    shards, values = module.build_sharded(cfg, mesh), model.state_dict()
+    for key, p in shards.named_parameters():
+        module.fill_parameter(p, values[key])
+    batches = global_batch(module, corpus, cfg, device, dist.get_rank(), dist.get_world_size())
+    loss, norm = module.sharded_step(shards, None, IDLE, batches, 0.0, cfg)
+    return loss, {key: whole(p.grad) for key, p in shards.named_parameters()}, norm
+
+
+def split(module, cfg, corpus, model, device):
+    """GPT-3's matrices and layers are split, and its vocabulary is padded to the ranks."""
+    cfg, values, found = module.lay_out(cfg, dist.get_world_size()), model.state_dict(), {}
     parallel = module.ModelParallel(cfg, device)
     for key, p in parallel.model.named_parameters():
-        value = values["token_embedding.weight" if key == "head.weight" else key].detach()
-        module.fill_part(key, p, value, parallel.tp)
+        module.fill_part(key, p, values["token_embedding.weight" if key == "head.weight" else key], parallel.tp)
     batches = global_batch(module, corpus, cfg, device, parallel.data_rank, cfg.dp)
     loss, square, *_ = parallel.gradients(batches, 1.0)
-    found, norm = {}, math.sqrt(square)
+    norm = math.sqrt(square)
     for key, p in parallel.model.named_parameters():
-        g, dim = p.grad, module.split_dimension(key)
-        if parallel.tp and dim is not None:
-            parts = [torch.empty_like(g) for _ in range(cfg.tp)]
-            dist.all_gather(parts, g.contiguous(), group=parallel.tp)
-            g = torch.cat(parts, dim)
+        dim = module.split_dimension(key)
+        g = p.grad if dim is None else joined(p.grad, parallel.tp, dim)
         if key.startswith(("token_embedding", "head")):
             assert not g[cfg.vocab_size :].any(), "padding has no gradient"
             g = g[: cfg.vocab_size]
-        found[key] = (g / max(1, norm)).numpy()
+        found[key] = g / max(1, norm)
     return loss, found, norm
 
 
-def sharded_gradients(module, cfg, corpus, values, device):
-    """The same for a script that builds its model sharded, after a step that changes nothing."""
-    sizes = cfg.dp_replicate, cfg.dp
-    model = module.build_sharded(cfg, module.init_device_mesh(device.type, sizes, mesh_dim_names=("dp_replicate", "dp")))
-    for key, p in model.named_parameters():
-        module.fill_parameter(p, values[key].detach())
-    batches = global_batch(module, corpus, cfg, device, dist.get_rank(), dist.get_world_size())
-    optimizer = types.SimpleNamespace(param_groups=[], step=lambda: None, zero_grad=lambda: None)
-    loss, norm = module.sharded_step(model, None, optimizer, batches, 0.0, cfg)
-    whole = lambda g: g.full_tensor() if hasattr(g, "full_tensor") else g  # noqa: E731
-    return loss, {key: whole(p.grad).numpy() for key, p in model.named_parameters()}, norm
+def in_pipeline(module, cfg, corpus, model, device):
+    """Llama 3's stages: the complete gradients of those of this rank."""
+    cfg, values = module.fit_ranks(cfg, dist.get_world_size()), model.state_dict()
+    (phase,) = module.phases(cfg)
+    pipeline = module.Pipeline(cfg, module.make_mesh(cfg, device.type))
+    for key, p in pipeline.model.named_parameters():
+        module.fill(key, p, values[key], pipeline.tp)
+    pipeline.enter(phase.cfg)
+    batches = global_batch(module, corpus, phase.cfg, device, pipeline.data_rank, cfg.dp)
+    norm, loss = module.clip_gradients(pipeline.model, pipeline.run(batches), phase.cfg, pipeline.mesh)
+    return loss, {key: module.whole_tensor(key, p.grad, pipeline.tp) for key, p in pipeline.model.named_parameters()}, norm
 
 
-def flat_gradients(module, cfg, corpus, values, device):
-    """The same for a script with flat masters, from an update that changes nothing but the balancing biases."""
+def in_pipeline_with_experts(module, cfg, corpus, model, device):
+    """DeepSeek-V3's stages and experts; with them go the balancing biases after an update."""
+    cfg, values = module.fit_layout(cfg, dist.get_world_size()), model.state_dict()
+    (_, phase), *_ = module.plan(cfg)
+    pipe = module.Pipeline1F1B(cfg, module.expert_mesh(cfg, device.type))
+    mesh = pipe.mesh["ep"]
+    for key, tensor in [*pipe.model.named_parameters(), *pipe.model.named_buffers()]:
+        if not key.endswith("load"):
+            tensor.data.copy_(values[key].chunk(mesh.size())[mesh.get_local_rank()] if module.is_expert(key) else values[key])
+    for router in pipe.routers.values():
+        router.load.zero_()
+    pipe.share()
+    pipe.enter(phase)
+    batches = global_batch(module, corpus, phase, device, pipe.data.get_local_rank(), module.reading_ranks(cfg))
+    norm, main, ahead = pipe.reduce(pipe.run(batches), cfg.clip)
+    module.update_biases(list(pipe.routers.values()), 0.01, pipe.data.get_group())
+    found = {key: value for key, value in pipe.model.named_buffers() if key.endswith("router.bias")}
+    for flat in pipe.flats.values():  # of which p.grad are views
+        flat.gradients[: flat.n] = flat.master.grad.full_tensor()
+    for key, p in pipe.model.named_parameters():
+        found[key] = joined(p.grad, mesh.get_group() if module.is_expert(key) else None)
+    return main + cfg.mtp_weight * ahead, found, norm
+
+
+def in_flat_masters(module, cfg, corpus, model, device):
+    """Kimi's, from an update that changes nothing but the balancing biases, which go with them."""
     mesh = module.init_device_mesh(device.type, (cfg.dp, cfg.ep), mesh_dim_names=("dp", "ep"))
+    values, found = model.state_dict(), {}
     with torch.device("meta"):
         model = module.Kimi(cfg)
     module.parallelize(model, cfg, mesh)
@@ -281,77 +307,33 @@ def flat_gradients(module, cfg, corpus, values, device):
         if key in values:
             tensor.data.copy_(values[key].chunk(cfg.ep)[mesh["ep"].get_local_rank()] if module.is_expert(key) else values[key])
     flats = module.shard_parameters(model, cfg, mesh)
-    found = {}
 
     def collect():
         for flat in flats:
-            g = flat.master.grad
-            g = g.full_tensor() if hasattr(g, "full_tensor") else g
+            g = whole(flat.master.grad)
             for key, (start, stop, shape) in flat.spans.items():
-                parts = [g[start:stop].view(shape)]
-                if module.is_expert(key) and cfg.ep > 1:
-                    parts = [torch.empty(shape) for _ in range(cfg.ep)]
-                    dist.all_gather(parts, g[start:stop].view(shape).contiguous(), group=model.ep)
-                found[key] = torch.cat(parts).numpy()
+                found[key] = joined(g[start:stop].view(shape), mesh["ep"].get_group() if module.is_expert(key) else None)
 
     batches = global_batch(module, corpus, cfg, device, dist.get_rank(), dist.get_world_size())
     optimizer = types.SimpleNamespace(param_groups=[], step=collect)
-    loss, _, *_ = module.muon_clip_step(model, flats, [optimizer], batches, 0.0, 0.01, cfg)
-    found |= {key: value.numpy() for key, value in model.named_buffers() if key.endswith("router.bias")}
+    loss, *_ = module.muon_clip_step(model, flats, [optimizer], batches, 0.0, 0.01, cfg)
+    found |= {key: value for key, value in model.named_buffers() if key.endswith("router.bias")}
     return loss, found, None
 
 
-def expert_gradients(module, cfg, corpus, values, device):
-    """The same for a script whose experts are laid out over ranks; with them go the balancing biases after an update."""
-    cfg = module.fit_layout(cfg, dist.get_world_size())
-    (_, phase), *_ = module.plan(cfg)
-    pipe = module.Pipeline1F1B(cfg, module.expert_mesh(cfg, device.type))
-    rank, ranks = pipe.mesh["ep"].get_local_rank(), pipe.mesh["ep"].size()
-    for key, tensor in [*pipe.model.named_parameters(), *pipe.model.named_buffers()]:
-        if not key.endswith("load"):
-            value = values[key]
-            tensor.data.copy_(value.chunk(ranks)[rank] if module.is_expert(key) else value)
-    for router in pipe.routers.values():
-        router.load.zero_()
-    pipe.share()
-    pipe.enter(phase)
-    batches = global_batch(module, corpus, phase, device, pipe.data.get_local_rank(), module.reading_ranks(cfg))
-    norm, main, ahead = pipe.reduce(pipe.run(batches), cfg.clip)
-    module.update_biases(list(pipe.routers.values()), 0.01, pipe.data.get_group())
-    found = {key: value.numpy() for key, value in pipe.model.named_buffers() if key.endswith("router.bias")}
-    for flat in pipe.flats.values():  # of which p.grad are views
-        flat.gradients[: flat.n] = flat.master.grad.full_tensor()
-    for key, p in pipe.model.named_parameters():
-        parts = [p.grad]
-        if module.is_expert(key) and ranks > 1:
-            parts = [torch.empty_like(p.grad) for _ in range(ranks)]
-            dist.all_gather(parts, p.grad, group=pipe.mesh["ep"].get_group())
-        found[key] = torch.cat(parts).numpy()
-    return main + cfg.mtp_weight * ahead, found, norm
-
-
-def omni_gradients(module, cfg, source, values, device):
-    """The same for a script that deals items to ranks and trains some of the parts of its model."""
+def dealt(module, cfg, source, model, device):
+    """Omni's items, which are dealt to ranks, of the parts of the model that the stage trains."""
     mesh = module.init_device_mesh(device.type, (cfg.dp, cfg.ep), mesh_dim_names=("dp", "ep"))
-    model = module.build_omni(cfg, mesh)
-    part = re.compile(r"part\d+\.")
-    for key, p in model.named_parameters():
-        value = values[part.sub("", key)]
-        if part.search(key):
-            value = value.chunk(cfg.ep)[mesh["ep"].get_local_rank()]
-        module.fill_parameter(p, value)
+    parts, values, found = module.build_omni(cfg, mesh), model.state_dict(), {}
+    rank_of = re.compile(r"part\d+\.")  # in the names of experts
+    for key, p in parts.named_parameters():
+        value = values[rank_of.sub("", key)]
+        module.fill_parameter(p, value.chunk(cfg.ep)[mesh["ep"].get_local_rank()] if rank_of.search(key) else value)
     batches, imbalance = module.read_dealt(source, 3, cfg, device, dist.get_rank(), dist.get_world_size())
     assert 1 <= imbalance < 2
     module.sum_counts(batches, dist.get_world_size())
-    optimizer = types.SimpleNamespace(param_groups=[], step=lambda: None, zero_grad=lambda: None)
-    loss, norm, _ = module.omni_step(model, optimizer, batches, 0.0, cfg)
-    found = {}
-    for key, p in model.named_parameters():
+    loss, norm, _ = module.omni_step(parts, IDLE, batches, 0.0, cfg)
+    for key, p in parts.named_parameters():
         if p.requires_grad:
-            g = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
-            if part.search(key):
-                parts = [torch.empty_like(g) for _ in range(cfg.ep)]
-                dist.all_gather(parts, g, group=mesh["ep"].get_group())
-                g = torch.cat(parts)
-            found[part.sub("", key)] = g.numpy()
+            found[rank_of.sub("", key)] = joined(whole(p.grad), mesh["ep"].get_group() if rank_of.search(key) else None)
     return loss, found, norm
