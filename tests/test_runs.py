@@ -417,7 +417,8 @@ def test_saves_that_fail_and_checkpoints_that_are_damaged(main, text, tmp_path):
     flags = small("gpt1", data=text, out=tmp_path)
     assert main("gpt1", *flags, "--steps=2")[0] == 0
 
-    def full(*args, **kwargs):
+    def full(*args, checkpoint_id):
+        checkpoint_id.mkdir()
         raise gpt1.dcp.api.CheckpointException("save", {0: (OSError("No space left on device"), None)})
 
     with mock.patch("gpt1.dcp.save", full):
@@ -695,6 +696,14 @@ def test_surroundings(main, text, monkeypatch, capsys):
 def test_time_left_leaves_out_the_first_update(main, text, monkeypatch):
     for pace, left, expected in ((None, 9, "tokens 0.0M"), (0.5, 90, "eta 0:00:45"), (2.0, 5400, "eta 3:00:00")):
         assert gpt1.progress(64, left, pace, gpt1.Config(batch_size=4, seq_len=16), torch.device("cpu"))[-1] == expected
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")  # 989e12 FLOPs a second in bf16
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
+    monkeypatch.setattr(gpt1.dist, "get_world_size", lambda: 2)
+    for precision, expected in (("bf16", ["mfu 25.0%", "mem 3.0G"]), ("fp32", ["mem 3.0G"])):
+        cfg = gpt1.Config(batch_size=4, seq_len=16, vocab_size=257, precision=precision)
+        pace = 64 * gpt1.flops_per_token(cfg) / (2 * 989e12 * 0.25)
+        assert gpt1.progress(64, 9, pace, cfg, torch.device("cuda"))[2:-1] == expected
+    monkeypatch.undo()
     inner, seconds = gpt1.training_step, [1]
     monkeypatch.setattr(gpt1, "training_step", lambda *args: time.sleep(seconds.pop() if seconds else 0) or inner(*args))
     out = main("gpt1", *small("gpt1", data=text, steps=200))[1]
@@ -706,7 +715,7 @@ def test_eval_reads_the_newest_checkpoint_and_writes_nothing(main, text, tmp_pat
     flags = small("gpt1", data=text, out=tmp_path, steps=4)
     trained = main("gpt1", *flags)[1].split("val 4")[1]
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    out = main("gpt1", *flags, "--eval")[1]
+    out = main("gpt1", *flags, "--eval", "--steps=8")[1]
     assert "step 1/" not in out and out.split("val 4")[1] == trained
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
