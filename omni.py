@@ -229,7 +229,8 @@ class Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         y, r = ctx.saved_tensors
-        return r * (dy - y * (y * dy).mean(-1, keepdim=True)), None
+        mean = (y * dy).mean(-1, keepdim=True)  # [..., 1]
+        return torch.addcmul(dy, y, mean, value=-1).mul_(r), None
 
 class UnitOffsetRMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) (1 + w), all of it in fp32 and cast back at the end: [..., D]."""
