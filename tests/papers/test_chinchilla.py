@@ -141,7 +141,7 @@ def test_approaches_1_and_2():
         assert (found["a"], found["b"], found["budgets"]) == approx((0.5126, 0.4874, 9), abs=0.001)
         assert [found["k"] * C ** found["a"] / c.frontier(TRUTH, C)[0] for C in BUDGETS] == approx([bias] * 9, abs=0.001)
     assert c.fit_isoflop(synthetic(noise=0.002))["a"] == approx(0.5144, abs=0.001)
-    chain = [dict(N=N, C=C) for C in (*1e18 * 1.08 ** np.arange(4), 1.7e18, 1.8e18) for N in (1e7, 2e7, 3e7)]
+    chain = [dict(N=N, C=C) for C in (*1e18 * 1.08 ** np.arange(4), 1.45e18, 1.55e18) for N in (1e7, 2e7, 3e7)]
     named = [run | {"budget": round(run["C"], -14)} for run in chain]
     assert [[len(group) for group in c.budgets_of(runs)] for runs in (chain, named, chain[:2])] == [[12, 6], [3] * 6, []]
 

@@ -211,20 +211,20 @@ def test_noise_scale(ranks, tmp_path):
         loss = F.cross_entropy(model(batch["tokens"])[0], batch["targets"][0])
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]).double())
     norm = lambda first, n: torch.stack(gradients[first : first + n]).mean(0).square().sum().item()  # noqa: E731
-    for n, layout, few, parts in ((1, ["--micro_batch", 2], 2, 1), (2, ["--micro_batch", 1], 4, 2), (2, ["--pp", 2, "--micro_batch", 2], 4, 1), (1, [], 0, 0)):
-        out, averages = tmp_path / f"{n}{len(layout)}{few}", np.zeros(2)
-        together(ranks, n, *flags_of(batch_size=8, seq_len=64, steps=2, out=out), "--noise_scale", *layout)
-        for first, noise in zip((0, 8), logged(out, "noise")):
-            if parts:
-                small = sum(norm(first + few * part, few) / parts for part in range(parts))
-                averages = 0.99 * averages + 0.01 * np.array(gpt3.noise_scale(small, norm(first, 8), few, 8))
-            assert noise == (approx(averages[1] / averages[0], rel=1e-3) if parts else None), "one rank and one micro-batch: n/a"
+    for n, layout, few, starts in ((1, "--micro_batch 2", 2, [0]), (2, "--micro_batch 1", 4, [0, 4]), (2, "--pp 2 --micro_batch 2", 4, [0]), (1, "", 1, [])):
+        out, averages = tmp_path / f"{n}{few}{len(starts)}", np.zeros(2)
+        together(ranks, n, *flags_of(batch_size=8, seq_len=64, steps=2, out=out), "--noise_scale", *layout.split())
+        for first, noise in zip((0, 8), logged(out, "noise"), strict=True):
+            small = [norm(first + start, few) for start in starts] or [math.nan]  # one rank and one micro-batch: n/a
+            averages = 0.99 * averages + 0.01 * np.array(gpt3.noise_scale(np.mean(small), norm(first, 8), few, 8))
+            assert noise == (approx(averages[1] / averages[0], rel=1e-3) if starts else None), (layout, first)
 
 
 def test_loss_scale(tmp_path, monkeypatch):
     """A gradient that overflows halves the scale and is tried again on the same data; 1,000 clean steps double it; fp16 follows fp32."""
     monkeypatch.setattr(gpt3, "catch_signals", list)
-    flags = flags_of(n_layers=2, prompt="x", lr=0.003, steps=4)
+    (tmp_path / "text.txt").write_text("".join(f"line {i} says {i * i}\n" for i in range(2000)))
+    flags = flags_of(data=tmp_path / "text.txt", n_layers=2, prompt="x", lr=0.003, steps=4)
     fp16, fp32 = (main(*flags, "--precision", name, "--out", tmp_path / name) and logged(tmp_path / name, "loss") for name in ("fp16", "fp32"))
     assert fp16 == approx(fp32, rel=2e-3) and fp16 != fp32
     inner, calls = gpt3.objective, []
@@ -238,7 +238,7 @@ def test_loss_scale(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gpt3, "objective", objective)
     scales = lambda out: [int(scale) for scale in re.findall(r"\| scale (\d+)", out)]  # noqa: E731
-    flags = flags_of(n_layers=2, prompt="x", out=tmp_path / "run", precision="fp16")
+    flags += ["--precision", "fp16", "--out", tmp_path / "run"]
     out = main(*flags, "--steps", 6)
     events = re.findall(r"step (\d overflows: loss scale \d+|\d skipped)", out)  # a loss that is not finite is no overflow
     assert events == ["3 overflows: loss scale 32768", "3 overflows: loss scale 16384", "5 skipped"] and len(calls) == 8
