@@ -83,7 +83,7 @@ def test_golden_value():
 
 
 def test_sentences_of_python():
-    code = '"""Summary of it.\n\nLonger e.g. this one. Second Sentence! 3 more\nlines."""\nimport os  # not this\nx = """not\n"""\ny = "# nor this"\n'
+    code = '"""Summary of it.\n\nLonger e.g. this one. Second Sentence! 3 more\nlines."""\nimport os  # not """this\nx = """not\n"""\ny = "# nor this"\n'
     code += "# A comment of\n# two lines. And more.\ndef f():\n    r\'\'\'It's \"quoted\".\'\'\'\n    #: Kept.\n    return '\"\"\"'\n"
     ((_, found),) = bert.split_sentences([("m.py", code)], bert.Config(uncased=False))
     assert "|".join(found) == 'Summary of it.|Longer e.g. this one.|Second Sentence!|3 more lines.|A comment of two lines.|And more.|It\'s "quoted".|Kept.'
@@ -142,7 +142,7 @@ def test_batches(way):
     assert torch.equal(batch["segments"], (((text == 3).cumsum(1) - (text == 3).long() == 1) & mask).long() * cfg.nsp)
     assert real.sum(1).tolist() == [min(cfg.max_predictions, max(1, round(0.15 * n))) for n in mask.sum(1).tolist()]
     assert (batch["n_targets"], batch["n_tokens"], batch["n_random"], batch["n_sequences"]) == (real.sum(), mask.sum(), batch["is_random"].sum(), len(rows))
-    assert (batch["tokens"][slots] == 4).double().mean() == pytest.approx(0.85 if cfg.objective == "rtd" else 0.8, abs=0.05), "[MASK]"
+    assert (batch["tokens"][slots] == 4).double().mean() == pytest.approx(0.85 if cfg.objective == "rtd" else 0.8, abs=0.024), "[MASK]"
     first, second, third = (part["tokens"].tolist() for part in (batch, again, anew))
     assert first != second and sorted(first) == sorted(second) != sorted(third), "static masks are the same in each epoch"
 
@@ -151,7 +151,7 @@ def test_replaced_token_detection():
     """The generator's loss and its samples, of which one that is the original counts as original; no gradient flows through them."""
     cfg = bert.Config(**ROW.tiny | WAYS[2])
     batch, model = bert.get_batch(make_corpora(bert, cfg)[0], 3, 8, cfg), make_model(bert, ROW, cfg)
-    model.mlm.bias.data[33] += 10  # what it draws is the original at times
+    model.mlm.bias.data[[33, 39]] += 10  # what it draws is the original at times
     tokens, segments, mask, real = batch["tokens"], batch["segments"], batch["attention_mask"], batch["labels"] >= 0
     slots, labels = (torch.arange(8)[:, None].expand_as(real)[real], batch["positions"][real]), batch["labels"][real]
     p = model(tokens, segments, mask)[0][slots].double().softmax(-1)
