@@ -55,58 +55,53 @@ def gpt2_config(cfg):
     )  # fmt: skip
 
 
-# case: (script, overrides of its tiny Config, Hugging Face's model for that)
-CASES = {
-    "gpt1": ("gpt1", dict(hidden_dim=96), lambda cfg: transformers.OpenAIGPTLMHeadModel(  # F = 4 D is fixed there
-        transformers.OpenAIGPTConfig(
-            vocab_size=cfg.vocab_size, n_positions=cfg.seq_len, n_embd=cfg.dim, n_layer=cfg.n_layers,
-            n_head=cfg.n_heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        )
-    )),
-    "gpt2": ("gpt3", dict(band=0, n_heads=3, seq_len=11), lambda cfg: transformers.GPT2LMHeadModel(gpt2_config(cfg))),
-}  # fmt: skip
-LLAMAS = {
-    "llama3": dict(rope_scaling="llama3", rope_factor=8.0, rope_original=16, rope_theta=1000.0, seq_len=64),
-    "llama3_yarn_tied": dict(rope_scaling="yarn", rope_factor=4.0, rope_original=16, seq_len=64, tied=True),
-    "llama3_pi": dict(rope_scaling="pi", rope_factor=3.0, rope_original=16, seq_len=48),
-    "qwen2_5": dict(qkv_bias=True, tied=True, norm_eps=1e-6, seq_len=24),
-}
-for case, overrides in LLAMAS.items():
-    kind = ("Qwen2" if "qwen" in case else "Llama") + "{}"
-    CASES[case] = ("llama3", overrides, lambda cfg, kind=kind: getattr(transformers, kind.format("ForCausalLM"))(
-        llama_config(getattr(transformers, kind.format("Config")), cfg)))  # fmt: skip
-
-DEEPSEEKS = {  # the specification's configuration; with YaRN, as it may be written; V2-Lite's: without a latent for queries, in one group
-    "deepseek_v3": dict(), "deepseek_v3_yarn": dict(rope_original=16, rope_factor=8.0),
-    "deepseek_v3_yarn_without_mscale": dict(rope_original=16, rope_factor=8.0, rope_mscale=0.0, rope_mscale_all_dim=0.0),
-    "deepseek_v3_yarn_with_two": dict(rope_original=16, rope_factor=8.0, rope_mscale=0.7, rope_mscale_all_dim=0.4),
-    "deepseek_v3_yarn_with_one": dict(rope_original=16, rope_factor=8.0, rope_mscale=0.0, rope_mscale_all_dim=0.4),
-    "deepseek_v3_lite": dict(q_rank=0, n_groups=1, groups_kept=1, n_shared=2, mtp=False),
-}  # fmt: skip
-for case, overrides in DEEPSEEKS.items():
-    shape = dict(vocab_size=512, dim=64, hidden_dim=176, expert_dim=48, n_layers=4, n_heads=4, n_shared=1, n_experts=16, top_k=4,
-                 n_groups=4, groups_kept=2, route_scale=2.5, n_dense=1, q_rank=24, kv_rank=32, head_dim=16, rope_dim=8,
-                 rope_theta=10000.0, seq_len=48, init_std=0.02, balance_loss=0.0, mtp_weight=0.0)  # fmt: skip
-    CASES[case] = ("deepseek_v3", shape | overrides, lambda cfg: transformers.DeepseekV3ForCausalLM(deepseek_config(cfg)))
+def gpt1_config(cfg):
+    return transformers.OpenAIGPTConfig(vocab_size=cfg.vocab_size, n_positions=cfg.seq_len, n_embd=cfg.dim, n_layer=cfg.n_layers, n_head=cfg.n_heads,
+                                        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)  # fmt: skip
 
 
-KIMIS = {  # K2 as released, with YaRN of beta 1; K2.5's YaRN; Moonlight, without a latent for queries
-    "kimi_k2": dict(rope_factor=32.0, rope_original=16), "kimi_k25": dict(rope_factor=64.0, rope_original=400, rope_beta_fast=32.0),
-    "moonlight": dict(q_rank=0, n_shared=2, norm_eps=1e-5, route_scale=2.446),
+def peer(name, cfg):
+    """Hugging Face's model of a script's Config."""
+    if name == "llama3":
+        kind = "Qwen2" if cfg.qkv_bias else "Llama"
+        return getattr(transformers, f"{kind}ForCausalLM")(llama_config(getattr(transformers, f"{kind}Config"), cfg))
+    if name == "gpt1":
+        return transformers.OpenAIGPTLMHeadModel(gpt1_config(cfg))
+    return transformers.GPT2LMHeadModel(gpt2_config(cfg)) if name == "gpt3" else transformers.DeepseekV3ForCausalLM(deepseek_config(cfg))
+
+
+V3 = dict(vocab_size=512, dim=64, hidden_dim=176, expert_dim=48, n_layers=4, n_heads=4, n_shared=1, n_experts=16, top_k=4, n_groups=4, groups_kept=2,
+          route_scale=2.5, n_dense=1, q_rank=24, kv_rank=32, head_dim=16, rope_dim=8, rope_theta=10000.0, seq_len=48, init_std=0.02, balance_loss=0.0,
+          mtp_weight=0.0)  # fmt: skip
+V3_YARN = V3 | dict(rope_original=16, rope_factor=8.0)
+KIMI = dict(vocab_size=512, dim=64, hidden_dim=96, expert_dim=32, n_layers=4, n_heads=4, n_shared=1, n_experts=8, top_k=2, q_rank=32, kv_rank=16,
+            head_dim=16, rope_dim=8, rope_theta=50000.0, seq_len=48)  # fmt: skip
+LLAMA = dict(rope_from="initial", rope_original=16)
+CASES = {  # case: (script, overrides of its tiny Config)
+    "gpt1": ("gpt1", dict(hidden_dim=96)),  # F = 4 D is fixed there
+    "gpt2": ("gpt3", dict(band=0, n_heads=3, seq_len=11)),
+    "llama3": ("llama3", LLAMA | dict(rope_scaling="llama3", rope_factor=8.0, rope_theta=1000.0, seq_len=64)),
+    "llama3_yarn_tied": ("llama3", LLAMA | dict(rope_scaling="yarn", rope_factor=4.0, seq_len=64, tied=True)),
+    "llama3_pi": ("llama3", LLAMA | dict(rope_scaling="pi", rope_factor=3.0, seq_len=48)),
+    "qwen2_5": ("llama3", dict(rope_from="initial", qkv_bias=True, tied=True, norm_eps=1e-6, seq_len=24)),
+    "deepseek_v3": ("deepseek_v3", V3), "deepseek_v3_yarn": ("deepseek_v3", V3_YARN),  # and YaRN's factors as they may be written
+    "deepseek_v3_yarn_without_mscale": ("deepseek_v3", V3_YARN | dict(rope_mscale=0.0, rope_mscale_all_dim=0.0)),
+    "deepseek_v3_yarn_with_two": ("deepseek_v3", V3_YARN | dict(rope_mscale=0.7, rope_mscale_all_dim=0.4)),
+    "deepseek_v3_yarn_with_one": ("deepseek_v3", V3_YARN | dict(rope_mscale=0.0, rope_mscale_all_dim=0.4)),
+    "deepseek_v3_lite": ("deepseek_v3", V3 | dict(q_rank=0, n_groups=1, groups_kept=1, n_shared=2, mtp=False)),  # V2-Lite's
+    "kimi_k2": ("kimi_muon", KIMI | dict(rope_factor=32.0, rope_original=16)),  # as released, with YaRN of beta 1
+    "kimi_k25": ("kimi_muon", KIMI | dict(rope_factor=64.0, rope_original=400, rope_beta_fast=32.0)),
+    "moonlight": ("kimi_muon", KIMI | dict(q_rank=0, n_shared=2, norm_eps=1e-5, route_scale=2.446)),
 }  # fmt: skip
-for case, overrides in KIMIS.items():
-    shape = dict(vocab_size=512, dim=64, hidden_dim=96, expert_dim=32, n_layers=4, n_heads=4, n_shared=1, n_experts=8, top_k=2, q_rank=32,
-                 kv_rank=16, head_dim=16, rope_dim=8, rope_theta=50000.0, seq_len=48)  # fmt: skip
-    CASES[case] = ("kimi_muon", shape | overrides, lambda cfg: transformers.DeepseekV3ForCausalLM(kimi_config(cfg)))
 
 
 @pytest.fixture(params=CASES)
 def case(request):
     """(module, its row, tiny Config, Hugging Face's model of that)."""
-    name, overrides, peer = CASES[request.param]
+    name, overrides = CASES[request.param]
     module = importlib.import_module(name)
-    cfg = module.Config(**{**SCRIPTS[name].tiny, **overrides, **({"rope_from": "initial"} if name == "llama3" else {})})
-    return module, SCRIPTS[name], cfg, peer(cfg).eval()
+    cfg = module.Config(**{**SCRIPTS[name].tiny, **overrides})
+    return module, SCRIPTS[name], cfg, peer(name, cfg).eval()
 
 
 def close(found, expected):
@@ -154,7 +149,8 @@ def test_reads_what_hugging_face_writes(case, tmp_path):
             p.normal_(0, 0.1)
     theirs.save_pretrained(tmp_path)
     ours, read = module.from_hf(tmp_path)
-    wanted = (*module.HF_CONFIG, "hidden_dim", *(name for name in vars(cfg) if name in ("rope_theta", "rope_scaling", "qkv_bias", "rope_mscale", "rope_mscale_all_dim")))
+    own = "rope_theta", "rope_scaling", "qkv_bias", "rope_mscale", "rope_mscale_all_dim"
+    wanted = (*module.HF_CONFIG, "hidden_dim", *(name for name in own if hasattr(cfg, name)))
     assert {name: getattr(read, name) for name in wanted} == {name: getattr(cfg, name) for name in wanted}
     tokens = torch.randint(cfg.vocab_size, (2, cfg.seq_len))
     close(ours.eval()(tokens), theirs(tokens).logits)
