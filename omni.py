@@ -2363,7 +2363,7 @@ def load_sources(cfg):
             raise ValueError(f"{cfg.data} has {len(rows)} lines, and 2 are the least")
         return tokenizer, ([], train), ([], held_out)
     files, _ = find_files("")
-    documents = list(read_documents("", files))
+    documents = [document for document in read_documents("", files) if document[1]]
     train = [text for name, text in documents if not is_held_out(name)]
     held_out = [text for name, text in documents if is_held_out(name)]
     return tokenizer, (train, []), (held_out, [])
