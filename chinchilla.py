@@ -658,7 +658,7 @@ def fit_llama(rows, near=None):
         m, ln_k = x[..., None].unbind(-2)
         return sigmoid(nll, m, ln_k.exp()) - accuracy
 
-    axes = [np.linspace(min(nll) - 1, max(nll) + 1, 20), np.linspace(-2, 4, 20)]
+    axes = [np.linspace(nll.min().item() - 1, nll.max().item() + 1, 20), np.linspace(-2, 4, 20)]
     if near and "sigmoid_m" in near:
         near = [near["sigmoid_m"], math.log(near["sigmoid_k"])]
     else:
@@ -1015,23 +1015,24 @@ def train_run(key, C, N, run, corpus, heldout, device, signals):
         except Diverged:
             finite = False
     log = [json.loads(line) for line in (Path(run.out) / "metrics.jsonl").open()]
-    steps = {row["step"]: row for row in log if row.get("loss")}  # a resumed run logs some twice
-    tokens, losses = columns([steps[step] for step in sorted(steps)], "tokens", "loss")
-    losses = smoothed(losses)
-    kept = np.unique(np.geomspace(1, len(losses), 100).round().astype(int)) - 1
-    # Departure: all approaches but the first are fitted to held-out loss, where the paper has the
-    # smoothed training loss; a toy reads its text several times, and has few updates to smooth.
-    loss = log[-1].get("val_loss")  # on the same windows for all runs
-    finite = finite and loss is not None
     D = state["tokens"]
-    return {
+    row = {
         "key": key, "name": name, "N": N, "D": D, "steps": run.steps,
         "N_non_embedding": N - run.vocab_size * run.dim, "budget": C, "C": 6 * N * D,
         "C_appF": 3 * appendix_f(run)["total"] / run.seq_len * D, "lr": run.lr, "seed": run.seed,
-        "train_loss": losses[-1] if finite else None, "loss": loss if finite else None,
-        "seconds": time.perf_counter() - clock,
-        "curve": np.stack((tokens, losses), 1)[kept].round(5).tolist() if finite else [],
+        "train_loss": None, "loss": None, "seconds": time.perf_counter() - clock, "curve": [],
     }  # fmt: skip
+    # Departure: all approaches but the first are fitted to held-out loss, where the paper has the
+    # smoothed training loss; a toy reads its text several times, and has few updates to smooth.
+    loss = log[-1].get("val_loss")  # on the same windows for all runs
+    if finite and loss is not None:
+        steps = {row["step"]: row for row in log if row.get("loss")}  # some twice, after a resume
+        tokens, losses = columns([steps[step] for step in sorted(steps)], "tokens", "loss")
+        losses = smoothed(losses)
+        kept = np.unique(np.geomspace(1, len(losses), 100).round().astype(int)) - 1
+        curve = np.stack((tokens, losses), 1)[kept].round(5).tolist()
+        row |= {"train_loss": losses[-1], "loss": loss, "curve": curve}
+    return row
 
 def finished(file):
     """{key: row} of the runs in runs.jsonl; a line that a kill cut short is none."""

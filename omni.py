@@ -2429,12 +2429,15 @@ def sample(model, item, n, source, cfg, device):
     *context, _ = item.segments
     ids = []
     with evaluation_mode(model, False):
-        while len(ids) < n and ids[-1:] != [source.tokenizer.eot_token]:
+        while len(ids) < n:
             segments = [*context, Segment(ids)] if ids else context
             part = dataclasses.replace(item, segments=segments, answers=0)
             batch = to_device(collate([part], source.tokenizer, window, phase), device)
-            ids.append(model(batch["tokens"], batch)[0, -1].argmax().item())
-    return ids[:-1]
+            likeliest = model(batch["tokens"], batch)[0, -1].argmax().item()
+            if likeliest == source.tokenizer.eot_token:
+                break
+            ids.append(likeliest)
+    return ids
 
 def sample_speech(model, item, ids, source, cfg, device):
     """How the Talker says the text of ids after an item's media: a wave [n]."""
