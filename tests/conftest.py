@@ -229,7 +229,7 @@ SCRIPTS = {
         schedule=(dict(lr=1.0, steps=1000), {0: 0.0, 15: 0.5, 30: 1.0, 515: 0.5, 1000: 0.0}),
         layouts=((1, dict(micro_batch=2)), (2, dict(dp=2)), (2, dict(dp=1, ep=2)), (4, dict(dp=2, ep=2)),
                  (2, dict(dp=1, ep=2, stage="t1", recompute="block")), (2, dict(dp=2, stage="a0")), (2, dict(dp=2, stage="s1a"))),
-        falls=1.0, batch=(24, 0), betas=(0.9, 0.95), variants=(), small=dict(),
+        falls=1.0, batch=(48, 0), betas=(0.9, 0.95), variants=(), small=dict(),
     ),
 }  # fmt: skip
 
