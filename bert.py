@@ -955,7 +955,8 @@ def read_hf_tensors(path):
 
 @contextlib.contextmanager
 def written_beside(path):
-    """A temporary directory that is renamed to the new or empty directory path at the end."""
+    """Yield a temporary directory beside path, and rename it to path at the end if no error
+    occurred; path must not exist or must be an empty directory."""
     folder = Path(f"{Path(path)}.tmp")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -1054,8 +1055,8 @@ def read_batch(corpus, first, cfg, device, rank, ranks):
     return batches
 
 def sum_counts(batches, ranks):
-    """Replace the counts (n_...) of micro-batches by those of the global batch, which `ranks`
-    data-parallel ranks read together; each other rank reads the same as one of these."""
+    """Replace the counts (n_...) of this rank's micro-batches by the counts of the global batch.
+    `ranks` is the number of data-parallel ranks; any further ranks read copies of their data."""
     names = [name for name in batches[0] if name.startswith("n_")]
     sums = sum_over_ranks(*(sum(batch[name] for batch in batches) for name in names))
     counts = {name: n * ranks / dist.get_world_size() for name, n in zip(names, sums)}
@@ -1064,7 +1065,7 @@ def sum_counts(batches, ranks):
 
 @contextlib.contextmanager
 def evaluation_mode(model, compiled):
-    """No dropout, no gradients, and no compiled code, which would be compiled for each length."""
+    """Disable dropout, gradients and compiled code (which would recompile for each new length)."""
     eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     model.eval()
     with torch.no_grad(), eager:
@@ -1474,6 +1475,7 @@ def init_distributed(timeout):
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     limit = timedelta(seconds=timeout)
+    store.set_timeout(limit)  # init_process_group leaves a given store's timeout as it is
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     return device
 
@@ -1534,10 +1536,11 @@ def print_memory(memory):
         print(f"{kind:12} {n_bytes / 2**30:8.3f} GiB per rank")
 
 def check_directories(init, export, write_tokens):
-    """Raise ValueError for a directory to write that is not empty or if safetensors is missing."""
+    """Raise ValueError if a directory to write to is not empty, or if safetensors is needed and not
+    installed."""
     for folder in (export, write_tokens):
-        if folder and os.path.isdir(folder) and os.listdir(folder):
-            raise ValueError(f"{folder} is not empty")
+        if folder and os.path.exists(folder) and (os.path.isfile(folder) or os.listdir(folder)):
+            raise ValueError(f"{folder} is a file, or is not empty")
     if init or export:
         with explain("--init and --export need: pip install safetensors", ImportError):
             import safetensors  # noqa: F401
@@ -1592,8 +1595,8 @@ def read_documents(path, files):
             if line.strip():
                 what = f'{file}, line {number}, is not a JSON object with a string "text"'
                 with explain(what, ValueError, KeyError, TypeError, AttributeError):
-                    code = json.loads(line)["text"].encode("utf-16", "surrogatepass")
-                text = code.decode("utf-16", "replace")  # U+FFFD for half a surrogate pair
+                    utf16 = json.loads(line)["text"].encode("utf-16", "surrogatepass")
+                text = utf16.decode("utf-16", "replace")  # U+FFFD for half a surrogate pair
                 yield text, text
 
 if __name__ == "__main__":

@@ -4,30 +4,33 @@ and Gemma 3 Technical Report (Gemma Team, 2025, arXiv 2503.19786) in one file.
 New against its parent, llama3.py:
 - local layers, which attend to a window, between global ones: 1:1 in Gemma 2, 5:1 in Gemma 3 (§2);
 - soft-caps of attention scores and logits (Gemma 2 §2) or norms of queries and keys (Gemma 3 §2);
-- a norm with gain 1 + w before and after each branch, GeGLU, a scaled embedding tied to the head,
-  and a head width and a query scale that do not follow from D and H (Gemma 2 §2, Table 1);
+- a norm with gain 1 + w before and after each branch, GeGLU, a scaled embedding tied to the head
+  (Gemma 2 §2, released), a head width set apart from D / H (Table 1) and a query scale (released):
+  1 / sqrt(E), except in the two 27B models, where it is 1 / sqrt(D / H);
 - distillation as the pre-training objective: the cross-entropy to a teacher's distributions, whole
   (Gemma 2 §3.2) or restricted to 256 sampled tokens (Gemma 3 §2.2);
 - a RoPE base for each kind of layer, and a last phase of long sequences, in which the positions of
   global layers are divided by 8 (Gemma 3 §5.3); languages mixed as in UniMax (Gemma 3 §2.2).
-Left out: Gemma 3's image encoder, which is frozen, and post-training. "Released" means the code and
-the configurations of google-deepmind/gemma and google/gemma_pytorch.
+Left out: Gemma 3's image encoder, which is frozen, quantization-aware training (Gemma 3 §2.3), the
+filters of the data and post-training. "Released" means the code and the configurations of
+google-deepmind/gemma and google/gemma_pytorch.
 
 Map: Gemma 2 §2, Table 1 Gemma, Block, LocalGlobalAttention, PRESETS | §3.2 soft_targets,
 objective | §3.3, Table 3 parallelize. Gemma 3 §2, Table 1 Block, PRESETS | §2.2 sample_logits,
 unimax | §2.4, Table 2 parallelize | §5.3 token_phases, rotary_table.
 Legend: B batch, T positions, D width, H query heads, K key-value heads, G = H / K, E head width, F
-hidden width, V vocabulary, W window, N blocks of a window (or positions of a chunk).
+hidden width, V vocabulary, W window, N blocks of a window (or positions of a chunk, or keys of a
+block of queries), S queries of a block (or tokens sampled at a position).
 Conventions: rotary pairs are the two halves of a head; norms are fp32; T + 1 tokens give T inputs
 and T targets; loss in nats per target; a target of -100 is not scored.
 
 Run: python gemma.py                         # a laptop: the preset demo, on next tokens
-     python gemma.py --export teacher        # the same, which then writes a teacher,
-     python gemma.py --teacher teacher --dim 48 --hidden_dim 128    # and a student that learns
-                                             # from it; without --teacher, from next tokens
+     python gemma.py --export teacher        # the same, and export the model as a teacher
+     # a student of half the width, which learns from that teacher:
+     python gemma.py --teacher teacher --dim 48 --hidden_dim 128
      torchrun --nproc_per_node=8 gemma.py    # GPUs: the preset small
      torchrun --nnodes=16 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
-         gemma.py --preset 2b --teacher gemma-2-9b --dp_replicate 16 --data en/,code/ \
+         gemma.py --preset 2b --teacher /shared/9b --dp_replicate 16 --data en/,code/ \
          --tokenizer ranks.tiktoken --out /shared/2b --resume
 Expect: in 80 seconds on two CPU cores the demo's held-out bits per byte fall from 8.04 to 2.55. A
 student of half its width comes to 2.69 with this teacher, and to 2.88 on the same tokens without
@@ -99,19 +102,19 @@ class Config:
     rope_factor: float = 1.0  # number that divides the positions of global layers
     # Data: Gemma 2 §3.1, Gemma 3 §2.2
     data: str = ""  # PATH,...: a corpus for each language; empty: Python's standard library
-    max_epochs: float = 4.0  # passes over a small corpus, at most, in a mix of several
+    max_epochs: float = 4.0  # maximum number of passes over each corpus, if --data has several
     tokenizer: str = ""  # bytes, an encoding of tiktoken or a BPE rank file; empty: bytes
     # Phases: Gemma 3 §5.3
     seq_len: int = 32768  # T, tokens of a sequence
     batch_size: int = 32  # sequences per update, over all ranks
     tokens: float = 2e12  # tokens of the first phase
-    long_seq_len: int = 131072  # tokens of a sequence of the second phase; batches keep theirs
+    long_seq_len: int = 131072  # tokens per sequence in the second phase, with as many per batch
     long_tokens: float = 0.0  # tokens of the second phase, of long sequences; 0: no such phase
     long_rope_factor: float = 8.0  # value of --rope_factor in the second phase
-    steps: int = 0  # updates, shared by the phases as the tokens are; 0: as the tokens need
+    steps: int = 0  # total updates, split in proportion to each phase's tokens; 0: from the tokens
     # Distillation: Gemma 2 §3.2, Gemma 3 §2.2
     teacher: str = ""  # Hugging Face directory of the teacher; empty: learn the next token
-    samples: int = 256  # tokens sampled from each of the teacher's distributions; 0: no sampling
+    samples: int = 256  # tokens sampled from each distribution of the teacher; 0: all tokens
     # Optimization
     lr: float = 6e-4  # peak learning rate
     warmup: float = 0.01  # share of the run's tokens with a linear warm-up, at most a tenth
@@ -153,7 +156,7 @@ GEMMA3 = dict(vocab_size=262144, micro_batch=1, compile=True, recompute="block")
 LONG = GEMMA3 | dict(window=1024)
 SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "query_scalar", "hidden_dim")
 PRESETS = {
-    # A CPU, a minute: the pattern of Gemma 3, cut after a local layer, and both phases.
+    # A CPU, a minute: Gemma 3 with 2 local layers to a global one, the last layer local, 2 phases.
     "demo": dict(
         dim=96, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=32, query_scalar=32,
         hidden_dim=256, window=32, local_layers=2, seq_len=128, batch_size=24, tokens=1e6,
@@ -258,7 +261,7 @@ def local_attention(q, k, v, scale, window):
     form blocks of one window; a block's queries see their own block and the one before."""
     B, H, T, _ = q.shape
     K = k.shape[1]
-    # The first block sees itself alone. For views, autograd would keep all of q, k and v.
+    # The first block sees only itself. It is copied: of a view, autograd would keep all of q, k, v.
     first_block = (x[:, :, :window].contiguous() for x in (q, k, v))
     first = causal_attention(*first_block, scale)
     if T <= window:
@@ -299,9 +302,9 @@ def capped_block(q, k, v, scale, window, cap):
     return x.unflatten(2, (-1, S)).flatten(1, 2)
 
 def soft_capped_attention(q, k, v, scale, window, cap):
-    """local_attention with soft-capped scores (Gemma 2 §2), for which there is no fused kernel: in
-    blocks of at most 512 queries, each recomputed in the backward pass, so that memory is linear in
-    T. A window of T is global attention."""
+    """local_attention with soft-capped scores (Gemma 2 §2), which scaled_dot_product_attention does
+    not support. Blocks of at most 512 queries are each recomputed in the backward pass, so that
+    memory is linear in T. With a window of T, attention is global."""
     T = q.shape[2]
     size = min(window, 512)
     outputs = []
@@ -461,7 +464,7 @@ def count_parameters(model):
 
 def flops_per_token(cfg):
     """Training FLOPs per token: 2 per weight of a matrix product forward, twice that backward.
-    Attention counts as causal and as local: the keys that a query sees, on average."""
+    Attention counts the keys that a query sees, on average; a teacher's products are left out."""
     width = cfg.n_heads * cfg.head_dim
     kv_width = cfg.n_kv_heads * cfg.head_dim
     weights = cfg.n_layers * cfg.dim * (2 * width + 2 * kv_width + 3 * cfg.hidden_dim)
@@ -475,8 +478,10 @@ def flops_per_token(cfg):
 # ---------------------------------------- Data ----------------------------------------
 
 def unimax(sizes, budget, max_epochs):
-    """UniMax sampling (Chung et al. 2023), to which Gemma 3 §2.2 refers: the weights of languages
-    of so many tokens, as equal as a budget of tokens and a maximum of passes over each allow."""
+    """Sampling weights {language: weight} of UniMax (Chung et al. 2023), to which Gemma 3 §2.2
+    refers, from sizes {language: tokens}: equal shares of the budget of tokens, except that no
+    language is read more than max_epochs times."""
+    # Undisclosed: the maximum of passes, and what is changed in UniMax. Sizes here are in tokens.
     tokens = {}
     for name in sorted(sizes, key=sizes.get):  # the smallest first; what it leaves is shared
         share = (budget - sum(tokens.values())) / (len(sizes) - len(tokens))
@@ -507,7 +512,7 @@ class LanguageMixture:
         position = permutation(1000, seed, "mixture", thousand)[position]
         corpus = bisect.bisect_right(self.bounds, position) - 1
         start, stop = self.bounds[corpus : corpus + 2]
-        index = thousand * (stop - start) + position - start
+        index = thousand * (stop - start) + int(position) - start
         return self.corpora[corpus].window(index, length, seed)
 
     def fingerprint(self):
@@ -538,14 +543,16 @@ def get_batch(corpus, first, n, cfg):
     return {"tokens": tokens, "targets": targets, "indices": indices, **counts}
 
 def token_phases(cfg):
-    """[(first sequence, end, Config)] of the phases: after --tokens follows a phase of long
-    sequences, in which the positions of global layers are interpolated (Gemma 3 §5.3)."""
+    """[(first sequence, end, Config)] of the phases: one of --tokens, then one of --long_tokens, in
+    which sequences are long and positions of global layers are interpolated (Gemma 3 §5.3)."""
+    # Undisclosed: the data of the last phase. It reads the same corpora, again from their start.
     end = math.ceil(cfg.tokens / cfg.seq_len)
     phases = [(0, end, cfg)]
     if cfg.long_tokens:
         batch_size = cfg.batch_size * cfg.seq_len // cfg.long_seq_len
-        changes = dict(seq_len=cfg.long_seq_len, rope_factor=cfg.long_rope_factor)
-        long = dataclasses.replace(cfg, batch_size=batch_size, **changes)
+        micro_batch = math.ceil(cfg.micro_batch * cfg.seq_len / cfg.long_seq_len)
+        sizes = dict(seq_len=cfg.long_seq_len, batch_size=batch_size, micro_batch=micro_batch)
+        long = dataclasses.replace(cfg, rope_factor=cfg.long_rope_factor, **sizes)
         phases.append((end, end + math.ceil(cfg.long_tokens / cfg.long_seq_len), long))
     return phases
 
@@ -569,8 +576,8 @@ def count_updates(sequences, cfg):
 
 @torch.no_grad()
 def soft_targets(teacher, batch, cfg):
-    """Distributions to learn from the teacher, zero where no token is scored, as a function of a
-    slice of the B T positions: whole (Gemma 2 §3.2) or sampled (Gemma 3 §2.2)."""
+    """A function that maps a slice of n of the B T positions to the teacher's distributions [n, V]
+    there, whole (Gemma 2 §3.2) or sampled (Gemma 3 §2.2). Positions that are not scored get 0."""
     scored = batch["targets"].flatten()[:, None] >= 0  # [B T, 1]
     states = teacher.hidden_states(batch["tokens"])  # [B, T, D of the teacher]
     if not cfg.samples:
@@ -596,8 +603,9 @@ def soft_targets(teacher, batch, cfg):
 def sample_logits(teacher, x, n, seed):
     """n tokens sampled from the teacher's distribution at each position of a sequence x [T, D], and
     their probabilities, renormalised to sum to 1: ids and p, [T, n] each."""
-    # Undisclosed: whether with replacement, and whether the student's softmax is restricted to the
-    # sample. Here n distinct tokens, which the Gumbel top-k draws, and the whole vocabulary.
+    # Undisclosed: whether tokens are drawn with replacement, and whether the student's softmax is
+    # restricted to them. Here Gumbel top-k draws n distinct tokens, which favours likely ones on
+    # average, and the student's softmax is over the whole vocabulary.
     generator = torch.Generator(x.device).manual_seed(seed)
     samples = []
     for rows in slices(len(x), teacher.token_embedding.num_embeddings):
@@ -693,6 +701,8 @@ def build_sharded(cfg, mesh, path=""):
 
 def load_teacher(cfg, mesh):
     """The model of --teacher, sharded as the student is, without gradients."""
+    # Undisclosed: the teacher, and whether its distributions are stored. Here it runs beside the
+    # student, on the same packed sequences, and keeps its own rope_factor in both phases.
     if cfg.samples > cfg.vocab_size:
         raise ValueError(f"--samples {cfg.samples} is more than the {cfg.vocab_size} tokens")
     shape = read_gemma_config(cfg.teacher)
@@ -705,7 +715,7 @@ def load_teacher(cfg, mesh):
     return teacher.requires_grad_(False)
 
 def memory_per_rank(cfg):
-    """Bytes on each of cfg.dp x cfg.dp_replicate ranks, by kind."""
+    """Bytes on each of cfg.dp x cfg.dp_replicate ranks, by kind, without those of a teacher."""
     with torch.device("meta"):
         model = Gemma(cfg)
     n, _ = count_parameters(model)
@@ -881,7 +891,8 @@ def read_hf_tensors(path):
 
 @contextlib.contextmanager
 def written_beside(path):
-    """A temporary directory that is renamed to the new or empty directory path at the end."""
+    """Yield a temporary directory beside path, and rename it to path at the end if no error
+    occurred; path must not exist or must be an empty directory."""
     folder = Path(f"{Path(path)}.tmp")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -980,8 +991,8 @@ def read_batch(corpus, first, cfg, device, rank, ranks):
     return batches
 
 def sum_counts(batches, ranks):
-    """Replace the counts (n_...) of micro-batches by those of the global batch, which `ranks`
-    data-parallel ranks read together; each other rank reads the same as one of these."""
+    """Replace the counts (n_...) of this rank's micro-batches by the counts of the global batch.
+    `ranks` is the number of data-parallel ranks; any further ranks read copies of their data."""
     names = [name for name in batches[0] if name.startswith("n_")]
     sums = sum_over_ranks(*(sum(batch[name] for batch in batches) for name in names))
     counts = {name: n * ranks / dist.get_world_size() for name, n in zip(names, sums)}
@@ -990,7 +1001,7 @@ def sum_counts(batches, ranks):
 
 @contextlib.contextmanager
 def evaluation_mode(model, compiled):
-    """No dropout, no gradients, and no compiled code, which would be compiled for each length."""
+    """Disable dropout, gradients and compiled code (which would recompile for each new length)."""
     eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     model.eval()
     with torch.no_grad(), eager:
@@ -1033,12 +1044,14 @@ def check(cfg, ranks):
         if field.type in (int, float) and not least <= getattr(cfg, field.name) < math.inf:
             raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
     factor = cfg.rope_factor * cfg.long_rope_factor
-    # What only one of Hugging Face's two classes has, together with what only the other has.
-    mixed = cfg.attention_cap if cfg.qk_norm else (cfg.rope_theta != 1e4 or cfg.rope_factor != 1)
+    # Gemma 3's class has no soft-cap of scores; Gemma 2's has one RoPE for all of its layers.
+    *_, last = token_phases(cfg)[-1]
+    mixed = cfg.attention_cap if cfg.qk_norm else (cfg.rope_theta != 1e4 or last.rope_factor != 1)
     for wrong, message in (
         (cfg.n_heads % cfg.n_kv_heads, f"{cfg.n_kv_heads} key-value heads, {cfg.n_heads} heads"),
         (cfg.head_dim % 2, f"--head_dim {cfg.head_dim} is odd"),
-        (cfg.window >= cfg.seq_len, f"--window {cfg.window} is not less than {cfg.seq_len} tokens"),
+        (cfg.window >= cfg.seq_len and not cfg.init,
+         f"--window {cfg.window} is not less than {cfg.seq_len} tokens"),
         (factor * cfg.tokens <= 0, "--rope_factor, --long_rope_factor or --tokens is 0"),
         (cfg.warmup > 0.1, f"--warmup {cfg.warmup} is more than a tenth of the run"),
         (cfg.dp * cfg.dp_replicate != ranks,
@@ -1107,12 +1120,12 @@ def begin_phase(model, phase, n_updates):
 def train(model, teacher, optimizer, corpus, heldout, state, cfg, device):
     """Update the model until the phases of the run are over; False if a signal ends it."""
     signals = catch_signals()
-    place = device, dist.get_rank(), dist.get_world_size()
+    reader = device, dist.get_rank(), dist.get_world_size()
     thread = ThreadPoolExecutor(1)  # reads the next batch during an update
 
     def read_ahead(sequences):
         start, phase = find_phase(sequences, cfg)
-        return thread.submit(read_batch, corpus, sequences - start, phase, *place)
+        return thread.submit(read_batch, corpus, sequences - start, phase, *reader)
 
     def evaluate(batches):
         with evaluation_mode(model, cfg.compile):
@@ -1145,7 +1158,7 @@ def train(model, teacher, optimizer, corpus, heldout, state, cfg, device):
         if stop:
             return False
         if end or step % cfg.val_every == 0:
-            validate(evaluate, heldout, step, phase, *place)
+            validate(evaluate, heldout, step, phase, *reader)
         if end:
             return True
 
@@ -1234,6 +1247,7 @@ def main(argv=None):
         if cfg.init:
             theirs = read_gemma_config(cfg.init)
             cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in SHAPE})
+            check(cfg, ranks)  # again, with the shape of --init
         data = load_languages(cfg)
         if not data:
             return
@@ -1264,7 +1278,7 @@ def main(argv=None):
         print(f"{activated:,} | FLOPs per token {flops_per_token(cfg):.3g}")
         if not train(model, teacher, optimizer, corpus, heldout, state, cfg, device):
             return print(f"stopped after step {state['step']}")
-        *_, last = token_phases(cfg)[-1]
+        _, last = find_phase(state["sequences"], cfg)  # the phase that the model is in
         if cfg.export:
             to_hf(model, last, cfg.export)
         if tokenizer:
@@ -1360,6 +1374,7 @@ def init_distributed(timeout):
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     limit = timedelta(seconds=timeout)
+    store.set_timeout(limit)  # init_process_group leaves a given store's timeout as it is
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     return device
 
@@ -1420,10 +1435,11 @@ def print_memory(memory):
         print(f"{kind:12} {n_bytes / 2**30:8.3f} GiB per rank")
 
 def check_directories(init, export, write_tokens):
-    """Raise ValueError for a directory to write that is not empty or if safetensors is missing."""
+    """Raise ValueError if a directory to write to is not empty, or if safetensors is needed and not
+    installed."""
     for folder in (export, write_tokens):
-        if folder and os.path.isdir(folder) and os.listdir(folder):
-            raise ValueError(f"{folder} is not empty")
+        if folder and os.path.exists(folder) and (os.path.isfile(folder) or os.listdir(folder)):
+            raise ValueError(f"{folder} is a file, or is not empty")
     if init or export:
         with explain("--init and --export need: pip install safetensors", ImportError):
             import safetensors  # noqa: F401
@@ -1496,8 +1512,8 @@ class Corpus:
 def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size, length):
     """(training, held-out) Corpus of shards or, without any, of tokenized documents.
 
-    Shards with "val" in their names are held out, or documents by a hash of their names; if these
-    are less than a batch, the last 5 % of the ids are, and at least a batch.
+    Held out are shards with "val" in their names, or documents chosen by a hash of their names. If
+    either part is less than a batch, the last 5 % of all ids, and at least a batch, are held out.
     """
     train = [(path, open_shard(path)) for path in shards if "val" not in path.name]
     heldout = [(path, open_shard(path)) for path in shards if "val" in path.name]
@@ -1522,8 +1538,8 @@ def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size
     return corpus, Corpus(parts, n_train, total, separator, token_bytes, in_order=True)
 
 def vocabulary_size(vocab_size, tokenizer, init):
-    """vocab_size or, if it is 0, that of the tokenizer, whose ids must fit. Over the
-    byte tokenizer, warns if vocab_size is larger than it needs; with --init, raises ValueError."""
+    """vocab_size or, if it is 0, the tokenizer's number of ids. Raises ValueError if the ids do not
+    fit. If vocab_size is larger than the byte tokenizer needs, warns, or raises with --init."""
     if not tokenizer and not vocab_size:
         raise ValueError("token shards need --tokenizer or --vocab_size")
     n_ids = tokenizer.n_vocab if tokenizer else 0
@@ -1576,8 +1592,8 @@ def read_documents(path, files):
             if line.strip():
                 what = f'{file}, line {number}, is not a JSON object with a string "text"'
                 with explain(what, ValueError, KeyError, TypeError, AttributeError):
-                    code = json.loads(line)["text"].encode("utf-16", "surrogatepass")
-                text = code.decode("utf-16", "replace")  # U+FFFD for half a surrogate pair
+                    utf16 = json.loads(line)["text"].encode("utf-16", "surrogatepass")
+                text = utf16.decode("utf-16", "replace")  # U+FFFD for half a surrogate pair
                 yield text, text
 
 def load_tokenizer(name, specials):
@@ -1591,8 +1607,8 @@ def load_tokenizer(name, specials):
             ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
         settings |= {"pat_str": PATTERN, "mergeable_ranks": ranks}
     elif name != "bytes":
-        what = "is neither a BPE rank file nor a tiktoken encoding, cached or to be downloaded"
-        with explain(f"{name} {what}", OSError, ValueError):
+        what = "neither a BPE rank file nor a tiktoken encoding that is cached or can be downloaded"
+        with explain(f"{name} is {what}", OSError, ValueError):
             tiktoken.get_encoding(name)
         settings = tiktoken.registry.ENCODING_CONSTRUCTORS[name]()
         ranks = settings["mergeable_ranks"]

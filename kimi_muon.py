@@ -3,9 +3,9 @@ Open Agentic Intelligence (2025, arXiv 2507.20534) and the language model of Kim
 2602.02276) in one file.
 
 New against its parent, deepseek_v3.py:
-- Muon for matrices and AdamW for the rest, with one learning rate and one weight decay, which norms
-  have, too: an update is scaled to the size of AdamW's (M §2.2, Eq. 4, appendix D);
-- ZeRO-1 with one gather more, of the momenta, for whole matrices (M §2.3, Algorithm 1);
+- Muon for matrices and AdamW for the rest, with one learning rate and one weight decay, also for
+  the gains of norms: Muon's updates are scaled to the size of AdamW's (M §2.2, Eq. 4, appendix D);
+- ZeRO-1 with an additional gather of the momenta, since Muon needs whole matrices (M §2.3);
 - QK-Clip, after each update: heads whose largest attention logit exceeded tau are scaled down (K2
   §2.1, Algorithm 1); with it Muon is MuonClip;
 - no multi-token prediction and no groups of experts; the update of the balancing biases is centred
@@ -94,14 +94,14 @@ class Config:
     hidden_dim: int = 18432  # F, width of the dense feed-forward layers
     n_heads: int = 64  # H, attention heads
     q_rank: int = 1536  # width of the latent of the queries; 0: no such latent
-    kv_rank: int = 512  # C, width of the latent of keys and values
+    kv_rank: int = 512  # C, width of the latent of keys and values; 0: plain multi-head attention
     head_dim: int = 128  # E, width of a head without its rotary part
     rope_dim: int = 64  # R, width of the rotary part of queries and keys
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
     rope_theta: float = 50000.0  # base of the rotary frequencies
     rope_factor: float = 1.0  # YaRN's s, factor of the context extension; 1: no YaRN
     rope_original: int = 4096  # positions before YaRN's extension
-    rope_beta_fast: float = 1.0  # rotations in those positions above which YaRN changes nothing
+    rope_beta_fast: float = 1.0  # rotations over rope_original from which YaRN keeps a frequency
     # Experts: M appendix C, K2 §2.3
     n_experts: int = 384  # X, routed experts of a layer
     n_shared: int = 1  # shared experts of a layer, which process every token
@@ -117,7 +117,7 @@ class Config:
     seq_len: int = 4096  # T, tokens of a sequence
     batch_size: int = 16384  # sequences per update, over all ranks
     tokens: float = 15.96e12  # tokens of the run
-    steps: int = 0  # updates of the run, to which all its tokens are scaled; 0: as --tokens says
+    steps: int = 0  # updates of the run at the full batch; scales all token counts; 0: no scaling
     ramp_tokens: float = 0.0  # tokens at the start with batches of --first_batch; 0: none
     first_batch: int = 0  # sequences per update at the start
     long_tokens: float = 60e9  # tokens at the end in sequences of --long_seq_len; 0: none
@@ -125,14 +125,14 @@ class Config:
     schedule: Literal["moonlight", "k2", "cosine"] = "k2"  # curve of the learning rate
     lr: float = 2e-4  # peak learning rate
     # Optimization: M §2, K2 §2.1
-    optimizer: Literal["muon", "adamw"] = "muon"  # optimizer of the matrices; adamw of all else
+    optimizer: Literal["muon", "adamw"] = "muon"  # optimizer of matrices; the rest uses AdamW
     weight_decay: float = 0.1  # decoupled weight decay of all parameters
-    split_fused: bool = True  # orthogonalize the parts of a fused matrix that differ in function
+    split_fused: bool = True  # orthogonalize each functional part of a fused matrix separately
     tau: float = 100.0  # largest attention logit of a head that QK-Clip allows
     seed: int = 0  # seed of the weights and the order of the data
     # Parallelism: K2 §2.4
     micro_batch: int = 0  # sequences per forward pass on one rank; 0: as many as the batch allows
-    ep: int = 0  # ranks over which the experts are divided; 0: a divisor of the ranks, at most 8
+    ep: int = 0  # ranks that share the experts; 0: greatest common divisor of ranks, experts and 8
     dp: int = 0  # copies of the experts; 0: as many as the ranks allow
     # Machine
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
@@ -184,16 +184,19 @@ PRESETS = {
         compile=True,
     ),
     # K2 §2.3 to §2.5. Table 2 prints 1.04T parameters, 32.6B active; the released configuration,
-    # which this is, has 1,026.4B and 32.9B (61 layers of experts would have 1,043.0B).
+    # used here, has 1,026.4B and 32.9B (61 layers of experts would have 1,043.0B). Its YaRN to
+    # 131,072 positions is left out: K2 describes no training with it.
+    # Undisclosed: u for K2 and when it ends; here Moonlight's u, to the end of the constant rate.
     "kimi_k2": dict(vocab_size=163840, micro_batch=1, compile=True, recompute="block"),
-    # The language model of K2.5, with YaRN to 262,144 positions. Undisclosed: rates and batches of
-    # its 15T tokens, which begin from a late checkpoint of K2; these are K2's.
+    # The language model of K2.5; epsilon and YaRN as released. Undisclosed: rates and batches.
+    # Departure: tokens and phases are K2's, with YaRN to 262,144 positions throughout. K2.5 trains
+    # a late checkpoint of K2 on 15T tokens, then on 500B and 200B, up to 262,144 (Table 3).
     "kimi_k25": dict(
         vocab_size=163840, norm_eps=1e-5, rope_factor=64.0, rope_beta_fast=32.0, micro_batch=1,
         compile=True, recompute="block",
     ),
-    # M Table 2. Undisclosed: the vocabulary, here Moonlight's, and the schedule. The sizes,
-    # 399M to 1.5B without the embedding, do not follow from the F = 2.6 D of §3.1.
+    # M Table 2. Undisclosed: the vocabulary, here Moonlight's, and the schedule. F is 2.6 D (§3.1),
+    # rounded to a multiple of 8, which gives the first row 334M parameters, not the printed 399M.
     "399m": DENSE | dict(zip(LAWS, (12, 12, 12, 1536, 3992, 8.92e9, 9.503e-4, 96))),
     "545m": DENSE | dict(zip(LAWS, (14, 14, 14, 1792, 4656, 14.04e9, 9.143e-4, 128))),
     "822m": DENSE | dict(zip(LAWS, (16, 16, 16, 2048, 5328, 20.76e9, 8.825e-4, 160))),
@@ -201,13 +204,14 @@ PRESETS = {
     "1.5b": DENSE | dict(zip(LAWS, (20, 20, 20, 2560, 6656, 38.91e9, 8.305e-4, 256))),
 }  # fmt: skip
 SCHEDULES = {  # (share of the tokens at its end, curve, part of the peak rate at its end) of parts
-    # M §3.3: 33B tokens, to 5.2T, 100 updates of the cooldown, to 5.7T.
+    # M §3.3: warm-up to 33B tokens, cosine to 5.2T, 100 updates up to 1e-4, linear to 0 at 5.7T.
     "moonlight": (
         (33 / 5700, "linear", 1.0), (5200 / 5700, "cosine", 0.1),
         (5203.3554432 / 5700, "linear", 1 / 4.2), (1.0, "linear", 0.0),
     ),
-    # K2 §2.5: 500 updates, to 10T, to 15.5T; then 400B and 60B of long sequences. Undisclosed: the
-    # curve of the last part, and whether its tokens are beyond the 15.5T.
+    # K2 §2.5: warm-up of 500 updates, constant to 10T, cosine to 15.5T, then 400B tokens and 60B of
+    # long sequences. Undisclosed: the curves of the first and last part, the exact batch ("67M
+    # tokens", here 2**26), and whether the last 460B are beyond the 15.5T.
     "k2": (
         (0.033554432 / 15.96, "linear", 1.0), (10 / 15.96, "linear", 1.0),
         (15.5 / 15.96, "cosine", 0.1), (1.0, "linear", 0.035),
@@ -592,8 +596,10 @@ def get_batch(corpus, first, n, cfg):
     return {"tokens": tokens, "targets": targets, **counts}
 
 def phases_left(sequences, cfg):
-    """[(sequences of the run before the phase, its updates to come, its Config)] after so many
-    sequences: smaller batches at the start (M §3.3), long sequences at the end (K2 §2.5)."""
+    """The phases that remain after `sequences` sequences of the run: [(the sequence of the run that
+    reads window 0, updates left, Config)]. Batches are smaller at the start (M §3.3), sequences
+    longer at the end (K2 §2.5)."""
+    # Undisclosed: the data of the long sequences; here windows of the same text, in another order.
     long_batch = cfg.batch_size * cfg.seq_len // cfg.long_seq_len
     phases = []
     start = tokens = 0
@@ -609,7 +615,8 @@ def phases_left(sequences, cfg):
         stop = start + n_updates * phase.batch_size
         position = max(sequences, start)
         if position < stop:
-            phases.append((start, math.ceil((stop - position) / phase.batch_size), phase))
+            first = start if phase.seq_len != cfg.seq_len else 0  # one order of windows per length
+            phases.append((first, math.ceil((stop - position) / phase.batch_size), phase))
         start = stop
     return phases
 
@@ -624,9 +631,9 @@ def objective(model, batch, cfg):
 # ---------------------------------------- Optimizer ----------------------------------------
 
 def newton_schulz(g, dtype):
-    """M Eq. 2: for each matrix of g [..., A, B] approximately U Vᵀ of its singular value
-    decomposition U S Vᵀ, by five steps of X = a X + (b A + c A²) X with A = X Xᵀ, in dtype."""
-    a, b, c = 3.4445, -4.7750, 2.0315  # singular values end between 0.68 and 1.14
+    """M Eq. 2: approximate U Vᵀ for each matrix U Σ Vᵀ (singular value decomposition) of
+    g [..., A, B], by five steps X = a X + (b S + c S²) X with S = X Xᵀ, in dtype."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # map singular values of 0.01 to 1 into [0.68, 1.14]
     x = g.to(dtype).reshape(-1, *g.shape[-2:])
     is_tall = x.shape[1] > x.shape[2]
     if is_tall:
@@ -634,14 +641,14 @@ def newton_schulz(g, dtype):
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         s = x @ x.mT
-        s = torch.baddbmm(s, s, s, beta=b, alpha=c)  # b A + c A²
+        s = torch.baddbmm(s, s, s, beta=b, alpha=c)  # b S + c S²
         x = torch.baddbmm(x, s, x, beta=a)
     return (x.mT if is_tall else x).reshape(g.shape)
 
 def orthogonalize(matrices, dtype):
     """M Eq. 4: 0.2 sqrt(max(A, B)) newton_schulz(M) for each of a list of matrices or stacks of
-    matrices [..., A, B], in one batch for each shape. The factor gives each entry the root mean
-    square of AdamW's updates, about 0.2, whatever the shape."""
+    matrices [..., A, B], in one batch for each shape. The factor makes the root mean square of an
+    update about 0.2, as with AdamW, whatever the shape."""
     matrices = list(matrices)
     batches = {}
     for i, matrix in enumerate(matrices):
@@ -655,7 +662,7 @@ def orthogonalize(matrices, dtype):
     return updates
 
 class Muon(torch.optim.Optimizer):
-    """M Eq. 1 and 4: momentum, orthogonalized, and decoupled weight decay, with AdamW's rates.
+    """M Eq. 1 and 4: orthogonalized momentum and decoupled weight decay, at AdamW's learning rate.
 
     Parameters are matrices [A, B] or stacks of them [X, A, B], and `orthogonalize` is a function
     from all their momenta to their updates: lambda momenta: orthogonalize(momenta, torch.bfloat16).
@@ -675,7 +682,8 @@ class Muon(torch.optim.Optimizer):
 
     def look_ahead(self, p, momentum):
         """M_t = μ M_{t-1} + G_t (Eq. 1), and of it G_t + μ M_t, Nesterov's."""
-        # K2's Algorithm 1 writes M_t. A footnote of M says that Nesterov's form is used.
+        # Undisclosed: which form K2 uses. Its Algorithm 1 and M's Eq. 1 orthogonalize M_t; a
+        # footnote of M says that the practice is Nesterov's.
         if not self.state[p]:
             self.state[p]["momentum"] = torch.zeros_like(p)
         m = self.state[p]["momentum"]
@@ -683,9 +691,9 @@ class Muon(torch.optim.Optimizer):
         return p.grad.add(m, alpha=momentum)
 
 def qk_clip(largest, tau, head_dim, rope_dim):
-    """K2 Algorithm 1, after an update: factors of the rows of [W^QC W^QR], [H (E + R)], and of
-    [W^KC W^V], [H 2E], by which the largest logits [H] of the heads, where above tau, become tau.
-    The rotary key, which all heads share, stays as it is, so that W^QR bears all of γ."""
+    """K2 Algorithm 1: factors of the rows of q_up, [W^QC W^QR], [H (E + R)], and of kv_up,
+    [W^KC W^V], [H 2E]. They scale the logits of a head by γ = min(1, tau / largest): √γ for W^QC
+    and W^KC, γ for W^QR, because all heads share the rotary key, and 1 for W^V."""
     gamma = (tau / largest).clamp(max=1.0)[:, None]  # [H, 1]
     content = gamma.sqrt().expand(-1, head_dim)
     rotary = gamma.expand(-1, rope_dim)
@@ -701,10 +709,10 @@ def optimizer_of(name):
     raise ValueError(f"no optimizer updates {name}")
 
 def split_by_function(name, w, cfg):
-    """Views [X, groups, rows, columns] of a matrix [A, B] or of X of them, each the part of one
-    function, which is one matrix of groups x rows."""
-    # Undisclosed: what is one matrix. M's Figure 9 has W^C and W^KR, W^QC and W^QR, W^KC and W^V
-    # apart, each of all heads; one for each head would make updates too large (§2.2).
+    """Split a fused matrix w [A, B], or a stack [X, A, B], into one view per function, such as W^KC
+    and W^V, [X, groups, rows, B]; Muon treats groups x rows as the rows of one matrix."""
+    # Undisclosed: how fused matrices are split. M's Figure 9 lists W^C, W^KR, W^QC, W^QR, W^KC and
+    # W^V separately; one matrix per head would make updates too large (§2.2).
     *_, rows, columns = w.shape
     functions = {  # part of a name: (groups, sizes of the parts of a group)
         "gate_up": (1, [rows // 2, rows // 2]), "kv_down": (1, [cfg.kv_rank, cfg.rope_dim]),
@@ -766,8 +774,10 @@ def learning_rate(tokens, cfg):
 # Under bf16 the weights are bf16, their masters and the momenta fp32, gradients are summed in fp32,
 # and residual stream, matrix products and attention are bf16, as are Newton-Schulz and the momenta
 # that are gathered for it (M Algorithm 1); router, gains of norms, norm statistics, rotary angles,
-# softmax, logits and loss are fp32.
-# Departure: K2 stores the inputs of SwiGLU and of the experts in FP8 (§2.4.3); here they are bf16.
+# softmax, logits of the head and loss are fp32. The scores from which QK-Clip takes S_max are bf16.
+# Departure: K2 stores the inputs of SwiGLU and of the experts in FP8, recomputes norms, SwiGLU and
+# some projections, and offloads other activations to the CPU (§2.4.3); here activations are bf16
+# on the device, and --recompute block recomputes whole blocks.
 
 PEAK_FLOPS = {"bf16": {  # dense, by precision and the device's exact name; others get no MFU
     "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989e12,
@@ -854,7 +864,8 @@ def parallelize(model, cfg, mesh):
         torch.compiler.config.fail_on_recompile_limit_hit = True
         torch.compiler.config.recompile_limit = 64  # a graph for each length and width
     for module in model.modules():
-        if cfg.recompute == "block" and isinstance(module, Block):  # routers count tokens twice
+        # Recomputed routers count each token twice; the loads relative to their mean do not change.
+        if cfg.recompute == "block" and isinstance(module, Block):
             module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
         kinds = MaxLogitLatentAttention, MultiHeadAttention, GatedMLP
         if cfg.compile and isinstance(module, kinds):
@@ -924,8 +935,8 @@ def clip_heads(model, shards, largest, tau):
             next(shard for shard in shards if name in shard.spans).scale_rows(name, rows)
 
 def shard_parameters(model, cfg, mesh):
-    """The ShardedParameters of a model: those of one optimizer, one precision and the same ranks,
-    in tensors of about 2**28 numbers."""
+    """Group the parameters of a model by optimizer, dtype and the ranks that hold them, into
+    ShardedParameters of about 2**28 numbers each."""
     world = init_device_mesh(mesh.device_type, (mesh.size(),))
     kinds = {}
     sizes = collections.Counter()
@@ -944,6 +955,8 @@ def orthogonalize_shards(shards, cfg, momenta):
     """M Algorithm 1: from distributed momenta of ShardedParameters their updates, one at a time."""
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     for shard, momentum in zip(shards, momenta):
+        # Departure: each rank gathers all momenta, where M's gathers only the matrices of which it
+        # has a part; a stack of experts counts as one matrix when a rank's part is determined.
         whole = momentum.to(dtype).full_tensor()  # line 3
         matrices = {  # those that this rank has a part of
             name: whole[start:stop].view(shape)
@@ -958,7 +971,7 @@ def orthogonalize_shards(shards, cfg, momenta):
         yield shard.spread(whole[shard.own].float())  # line 5
 
 def checkpoint_content(model, shards):
-    """What a checkpoint holds: masters, those of experts by rank of ep, and balancing biases."""
+    """Content of a checkpoint: masters, with one entry per ep rank for experts, and biases."""
     content = nn.ParameterDict()
     for shard in shards:
         name = next(iter(shard.spans))
@@ -981,7 +994,8 @@ def memory_per_rank(cfg):
         memory["weights"] += itemsize * n
         memory["gradients"] += 4 * n
         memory["masters"] += 4 * own * (itemsize < 4)
-        memory["optimizer"] += 4 * own * (1 if cfg.optimizer == optimizer_of(name) else 2)
+        is_muon = cfg.optimizer == optimizer_of(name) == "muon"  # one state; AdamW has two
+        memory["optimizer"] += 4 * own * (1 if is_muon else 2)
 
     # Kept for the backward pass, per position: by a norm its input in fp32 and the normalised one,
     # by a linear layer its input; by attention q, k, v, its output, and rotary parts in fp32; by a
@@ -1176,7 +1190,8 @@ def read_hf_tensors(path):
 
 @contextlib.contextmanager
 def written_beside(path):
-    """A temporary directory that is renamed to the new or empty directory path at the end."""
+    """Yield a temporary directory beside path, and rename it to path at the end if no error
+    occurred; path must not exist or must be an empty directory."""
     folder = Path(f"{Path(path)}.tmp")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -1275,8 +1290,8 @@ def read_batch(corpus, first, cfg, device, rank, ranks):
     return batches
 
 def sum_counts(batches, ranks):
-    """Replace the counts (n_...) of micro-batches by those of the global batch, which `ranks`
-    data-parallel ranks read together; each other rank reads the same as one of these."""
+    """Replace the counts (n_...) of this rank's micro-batches by the counts of the global batch.
+    `ranks` is the number of data-parallel ranks; any further ranks read copies of their data."""
     names = [name for name in batches[0] if name.startswith("n_")]
     sums = sum_over_ranks(*(sum(batch[name] for batch in batches) for name in names))
     counts = {name: n * ranks / dist.get_world_size() for name, n in zip(names, sums)}
@@ -1285,7 +1300,7 @@ def sum_counts(batches, ranks):
 
 @contextlib.contextmanager
 def evaluation_mode(model, compiled):
-    """No dropout, no gradients, and no compiled code, which would be compiled for each length."""
+    """Disable dropout, gradients and compiled code (which would recompile for each new length)."""
     eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     model.eval()
     with torch.no_grad(), eager:
@@ -1361,6 +1376,8 @@ def dry_run(cfg):
     if not cfg.vocab_size:
         cfg.vocab_size = load_tokenizer(cfg.tokenizer or "bytes", ["<|endoftext|>"]).n_vocab
     check(cfg, cfg.world_size)
+    scale = cfg.steps * cfg.batch_size * cfg.seq_len / cfg.tokens if cfg.steps else 1.0
+    cfg = dataclasses.replace(cfg, **{name: scale * getattr(cfg, name) for name in SPANS})
     with torch.device("meta"):
         total, activated = count_parameters(Kimi(cfg))
     print(f"parameters {total:,} | activated {activated:,} | 6 N {6 * activated:.4g}")
@@ -1390,6 +1407,7 @@ def muon_clip_step(model, shards, optimizers, batches, lr, bias_rate, cfg):
     sums = torch.stack([loss, square]).double()
     dist.all_reduce(sums)
     loss, square = sums.tolist()
+    # Undisclosed: gradient clipping. M and K2 do not mention it; gradients are not clipped here.
     norm = square**0.5
     largest = torch.stack([block.attn.largest for block in model.blocks])  # [layers, H]
     dist.all_reduce(largest, dist.ReduceOp.MAX)
@@ -1417,14 +1435,14 @@ def diagnostics(model, shards, largest, loads, tau):
     """Of an update the largest logit, the share of heads clipped and the largest load over the
     mean; and as lists [name, update RMS] of each matrix or of the experts of a rank (M Algorithm 1,
     line 7), SVD entropy of each router, and the largest logits by layer and head."""
-    unknown = largest.new_zeros(())  # on this rank
-    known = {name: shard.rms.get(name, unknown) for shard in shards for name in shard.spans}
-    rms = torch.stack([*known.values()])
+    zero = largest.new_zeros(())  # for matrices of which this rank has no part
+    local_rms = {name: shard.rms.get(name, zero) for shard in shards for name in shard.spans}
+    rms = torch.stack([*local_rms.values()])
     dist.all_reduce(rms, dist.ReduceOp.MAX)
     return {
         "max_logit": largest.max().item(), "clipped": (largest > tau).float().mean().item(),
         "max_load": loads.max().item() if len(loads) else 1.0,
-        "update_rms": [[name, value] for name, value in zip(known, rms.tolist()) if value],
+        "update_rms": [[name, value] for name, value in zip(local_rms, rms.tolist()) if value],
         "router_entropy": [svd_entropy(router.weight).item() for router in model.routers()],
         "largest_logits": largest.tolist(),
     }  # fmt: skip
@@ -1679,6 +1697,7 @@ def init_distributed(timeout):
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     limit = timedelta(seconds=timeout)
+    store.set_timeout(limit)  # init_process_group leaves a given store's timeout as it is
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     return device
 
@@ -1739,10 +1758,11 @@ def print_memory(memory):
         print(f"{kind:12} {n_bytes / 2**30:8.3f} GiB per rank")
 
 def check_directories(init, export, write_tokens):
-    """Raise ValueError for a directory to write that is not empty or if safetensors is missing."""
+    """Raise ValueError if a directory to write to is not empty, or if safetensors is needed and not
+    installed."""
     for folder in (export, write_tokens):
-        if folder and os.path.isdir(folder) and os.listdir(folder):
-            raise ValueError(f"{folder} is not empty")
+        if folder and os.path.exists(folder) and (os.path.isfile(folder) or os.listdir(folder)):
+            raise ValueError(f"{folder} is a file, or is not empty")
     if init or export:
         with explain("--init and --export need: pip install safetensors", ImportError):
             import safetensors  # noqa: F401
@@ -1815,8 +1835,8 @@ class Corpus:
 def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size, length):
     """(training, held-out) Corpus of shards or, without any, of tokenized documents.
 
-    Shards with "val" in their names are held out, or documents by a hash of their names; if these
-    are less than a batch, the last 5 % of the ids are, and at least a batch.
+    Held out are shards with "val" in their names, or documents chosen by a hash of their names. If
+    either part is less than a batch, the last 5 % of all ids, and at least a batch, are held out.
     """
     train = [(path, open_shard(path)) for path in shards if "val" not in path.name]
     heldout = [(path, open_shard(path)) for path in shards if "val" in path.name]
@@ -1841,8 +1861,8 @@ def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size
     return corpus, Corpus(parts, n_train, total, separator, token_bytes, in_order=True)
 
 def vocabulary_size(vocab_size, tokenizer, init):
-    """vocab_size or, if it is 0, that of the tokenizer, whose ids must fit. Over the
-    byte tokenizer, warns if vocab_size is larger than it needs; with --init, raises ValueError."""
+    """vocab_size or, if it is 0, the tokenizer's number of ids. Raises ValueError if the ids do not
+    fit. If vocab_size is larger than the byte tokenizer needs, warns, or raises with --init."""
     if not tokenizer and not vocab_size:
         raise ValueError("token shards need --tokenizer or --vocab_size")
     n_ids = tokenizer.n_vocab if tokenizer else 0
@@ -1895,8 +1915,8 @@ def read_documents(path, files):
             if line.strip():
                 what = f'{file}, line {number}, is not a JSON object with a string "text"'
                 with explain(what, ValueError, KeyError, TypeError, AttributeError):
-                    code = json.loads(line)["text"].encode("utf-16", "surrogatepass")
-                text = code.decode("utf-16", "replace")  # U+FFFD for half a surrogate pair
+                    utf16 = json.loads(line)["text"].encode("utf-16", "surrogatepass")
+                text = utf16.decode("utf-16", "replace")  # U+FFFD for half a surrogate pair
                 yield text, text
 
 def load_tokenizer(name, specials):
@@ -1910,8 +1930,8 @@ def load_tokenizer(name, specials):
             ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
         settings |= {"pat_str": PATTERN, "mergeable_ranks": ranks}
     elif name != "bytes":
-        what = "is neither a BPE rank file nor a tiktoken encoding, cached or to be downloaded"
-        with explain(f"{name} {what}", OSError, ValueError):
+        what = "neither a BPE rank file nor a tiktoken encoding that is cached or can be downloaded"
+        with explain(f"{name} is {what}", OSError, ValueError):
             tiktoken.get_encoding(name)
         settings = tiktoken.registry.ENCODING_CONSTRUCTORS[name]()
         ranks = settings["mergeable_ranks"]

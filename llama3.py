@@ -1365,7 +1365,8 @@ def to_hf(model, cfg, path, mesh=None):
 
 @contextlib.contextmanager
 def written_beside(path):
-    """A temporary directory that is renamed to the new or empty directory path at the end."""
+    """Yield a temporary directory beside path, and rename it to path at the end if no error
+    occurred; path must not exist or must be an empty directory."""
     folder = Path(f"{Path(path)}.tmp")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -1464,8 +1465,8 @@ def read_batch(corpus, first, cfg, device, rank, ranks):
     return batches
 
 def sum_counts(batches, ranks):
-    """Replace the counts (n_...) of micro-batches by those of the global batch, which `ranks`
-    data-parallel ranks read together; each other rank reads the same as one of these."""
+    """Replace the counts (n_...) of this rank's micro-batches by the counts of the global batch.
+    `ranks` is the number of data-parallel ranks; any further ranks read copies of their data."""
     names = [name for name in batches[0] if name.startswith("n_")]
     sums = sum_over_ranks(*(sum(batch[name] for batch in batches) for name in names))
     counts = {name: n * ranks / dist.get_world_size() for name, n in zip(names, sums)}
@@ -1474,7 +1475,7 @@ def sum_counts(batches, ranks):
 
 @contextlib.contextmanager
 def evaluation_mode(model, compiled):
-    """No dropout, no gradients, and no compiled code, which would be compiled for each length."""
+    """Disable dropout, gradients and compiled code (which would recompile for each new length)."""
     eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     model.eval()
     with torch.no_grad(), eager:
@@ -1969,6 +1970,7 @@ def init_distributed(timeout):
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     limit = timedelta(seconds=timeout)
+    store.set_timeout(limit)  # init_process_group leaves a given store's timeout as it is
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     return device
 
@@ -2029,10 +2031,11 @@ def print_memory(memory):
         print(f"{kind:12} {n_bytes / 2**30:8.3f} GiB per rank")
 
 def check_directories(init, export, write_tokens):
-    """Raise ValueError for a directory to write that is not empty or if safetensors is missing."""
+    """Raise ValueError if a directory to write to is not empty, or if safetensors is needed and not
+    installed."""
     for folder in (export, write_tokens):
-        if folder and os.path.isdir(folder) and os.listdir(folder):
-            raise ValueError(f"{folder} is not empty")
+        if folder and os.path.exists(folder) and (os.path.isfile(folder) or os.listdir(folder)):
+            raise ValueError(f"{folder} is a file, or is not empty")
     if init or export:
         with explain("--init and --export need: pip install safetensors", ImportError):
             import safetensors  # noqa: F401
@@ -2105,8 +2108,8 @@ class Corpus:
 def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size, length):
     """(training, held-out) Corpus of shards or, without any, of tokenized documents.
 
-    Shards with "val" in their names are held out, or documents by a hash of their names; if these
-    are less than a batch, the last 5 % of the ids are, and at least a batch.
+    Held out are shards with "val" in their names, or documents chosen by a hash of their names. If
+    either part is less than a batch, the last 5 % of all ids, and at least a batch, are held out.
     """
     train = [(path, open_shard(path)) for path in shards if "val" not in path.name]
     heldout = [(path, open_shard(path)) for path in shards if "val" in path.name]
@@ -2131,8 +2134,8 @@ def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size
     return corpus, Corpus(parts, n_train, total, separator, token_bytes, in_order=True)
 
 def vocabulary_size(vocab_size, tokenizer, init):
-    """vocab_size or, if it is 0, that of the tokenizer, whose ids must fit. Over the
-    byte tokenizer, warns if vocab_size is larger than it needs; with --init, raises ValueError."""
+    """vocab_size or, if it is 0, the tokenizer's number of ids. Raises ValueError if the ids do not
+    fit. If vocab_size is larger than the byte tokenizer needs, warns, or raises with --init."""
     if not tokenizer and not vocab_size:
         raise ValueError("token shards need --tokenizer or --vocab_size")
     n_ids = tokenizer.n_vocab if tokenizer else 0
@@ -2185,8 +2188,8 @@ def read_documents(path, files):
             if line.strip():
                 what = f'{file}, line {number}, is not a JSON object with a string "text"'
                 with explain(what, ValueError, KeyError, TypeError, AttributeError):
-                    code = json.loads(line)["text"].encode("utf-16", "surrogatepass")
-                text = code.decode("utf-16", "replace")  # U+FFFD for half a surrogate pair
+                    utf16 = json.loads(line)["text"].encode("utf-16", "surrogatepass")
+                text = utf16.decode("utf-16", "replace")  # U+FFFD for half a surrogate pair
                 yield text, text
 
 def load_tokenizer(name, specials):
@@ -2200,8 +2203,8 @@ def load_tokenizer(name, specials):
             ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
         settings |= {"pat_str": PATTERN, "mergeable_ranks": ranks}
     elif name != "bytes":
-        what = "is neither a BPE rank file nor a tiktoken encoding, cached or to be downloaded"
-        with explain(f"{name} {what}", OSError, ValueError):
+        what = "neither a BPE rank file nor a tiktoken encoding that is cached or can be downloaded"
+        with explain(f"{name} is {what}", OSError, ValueError):
             tiktoken.get_encoding(name)
         settings = tiktoken.registry.ENCODING_CONSTRUCTORS[name]()
         ranks = settings["mergeable_ranks"]
