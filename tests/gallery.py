@@ -70,7 +70,8 @@ def run(name, flags):
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         if done.returncode:
             sys.exit(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
-        rows = [json.loads(line) for line in (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        (metrics,) = pathlib.Path(folder).rglob("metrics.jsonl")  # omni.py has a directory for each stage
+        rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     return rows, done.stdout, time.time() - start
 
 
