@@ -1,4 +1,5 @@
 """Qwen3.5-Omni's specification, in the order of omni.py: worked examples, independent loops, and runs of the command line."""
+import gc
 import itertools
 import json
 import math
@@ -307,15 +308,14 @@ def test_stopped_or_killed_and_resumed_is_the_uninterrupted_one(run, tmp_path):
         assert "stopped in stage s2" in run(*flags, out)[1]
     with mock.patch.object(omni.Path, "rename", side_effect=OSError("no space")):
         status, _, err = run(*flags, out, "--resume")
+    gc.collect()  # the process lives on, and with it the lock of the run that failed
     assert status == 2 and "no space" in err and len(err.splitlines()) == 1
     assert sorted(path.name for path in out.glob("s2/step_*")) == ["step_000000002", "step_000000003", "step_000000004.tmp"]
     assert run(*flags, out, "--resume")[0] == run(*flags, whole)[0] == 0
     logs = [map(json.loads, (folder / "s2" / "metrics.jsonl").read_text().splitlines()) for folder in (whole, out)]
     first, second = ({row["step"]: row for row in log if "loss" in row} for log in logs)  # of each step the last counts
     assert first == second and len(first) == 6
-    resumed = checkpoint(out / "s2")
-    for key, tensor in checkpoint(whole / "s2").items():
-        assert torch.equal(tensor, resumed[key]), key
+    torch.testing.assert_close(checkpoint(out / "s2"), checkpoint(whole / "s2"), rtol=0, atol=0)
 
 
 def test_steps_that_are_not_finite(run, tmp_path):
