@@ -693,6 +693,13 @@ def test_surroundings(main, text, monkeypatch, capsys):
     assert status == 2 and "MASTER_ADDR" in err and len(err.splitlines()) == 1
 
 
+def test_held_out_text_that_begins_with_separators_has_a_sample(main, tmp_path):
+    for name, ids in (("train", np.resize(np.arange(97, 120), 2000)), ("val", np.append(np.full(40, 256), np.resize(np.arange(97, 120), 2000)))):
+        np.save(tmp_path / f"{name}.npy", ids.astype(np.uint16))
+    status, out, err = main("gpt1", *small("gpt1", data=tmp_path, tokenizer="bytes", steps=1))
+    assert status == 0 and len(out.split("val 1 ")[1]) > 100, err
+
+
 def test_time_left_leaves_out_the_first_update(main, text, monkeypatch):
     for pace, left, expected in ((None, 9, "tokens 0.0M"), (0.5, 90, "eta 0:00:45"), (2.0, 5400, "eta 3:00:00")):
         assert gpt1.progress(64, left, pace, gpt1.Config(batch_size=4, seq_len=16), torch.device("cpu"))[-1] == expected
