@@ -442,8 +442,8 @@ class Permute(torch.autograd.Function):
 
 class Experts(nn.Module):
     """X SwiGLUs, each for its own rows: x [M, D] and gates [M], sorted by expert, and the numbers
-    of rows [X] -> [M, D]. The gate of Eq. 12 multiplies the hidden layer instead of the output,
-    which comes to the same, and which spares the backward pass the outputs."""
+    of rows [X] -> [M, D]. The gate multiplies the hidden layer instead of the output; the result is
+    the same, and the outputs need not be kept for the backward pass."""
 
     def __init__(self, n_experts, dim, hidden_dim):
         super().__init__()

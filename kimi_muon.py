@@ -402,8 +402,8 @@ class Permute(torch.autograd.Function):
 
 class Experts(nn.Module):
     """X SwiGLUs, each for its own rows: x [M, D] and gates [M], sorted by expert, and the numbers
-    of rows [X] -> [M, D]. The gate of Eq. 12 multiplies the hidden layer instead of the output,
-    which comes to the same, and which spares the backward pass the outputs."""
+    of rows [X] -> [M, D]. The gate multiplies the hidden layer instead of the output; the result is
+    the same, and the outputs need not be kept for the backward pass."""
 
     def __init__(self, n_experts, dim, hidden_dim):
         super().__init__()
@@ -893,9 +893,9 @@ class ShardedParameters:
         share = math.ceil(stop / mesh.size())
         first = min(mesh.get_local_rank() * share, stop)
         self.own = slice(first, min(first + share, stop))  # of this rank
-        self.master = nn.Parameter(self.spread(self.weights[self.own].float()))
+        self.master = nn.Parameter(self.as_dtensor(self.weights[self.own].float()))
 
-    def spread(self, own):
+    def as_dtensor(self, own):
         """The flat tensor, distributed, of which this rank has the part `own`."""
         size = dict(shape=self.weights.shape, stride=(1,))
         return DTensor.from_local(own, self.mesh, [Shard(0)], run_check=False, **size)
@@ -919,7 +919,7 @@ class ShardedParameters:
     def gather(self):
         """Write the masters of all ranks to the weights."""
         own = self.master.to_local().to(self.weights.dtype)
-        self.weights.copy_(self.spread(own).full_tensor())
+        self.weights.copy_(self.as_dtensor(own).full_tensor())
 
 def clip_heads(model, shards, largest, tau):
     """QK-Clip of all layers, in the masters, from their largest logits [layers, H]."""
@@ -968,7 +968,7 @@ def orthogonalize_shards(shards, cfg, momenta):
         for view, result in zip(views, results):
             view.copy_(result.view(view.shape))
         shard.rms = {k: w.float().square().mean().sqrt() for k, w in matrices.items()}  # line 7
-        yield shard.spread(whole[shard.own].float())  # line 5
+        yield shard.as_dtensor(whole[shard.own].float())  # line 5
 
 def checkpoint_content(model, shards):
     """Content of a checkpoint: masters, with one entry per ep rank for experts, and biases."""

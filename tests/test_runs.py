@@ -283,7 +283,8 @@ MISTAKES = {  # flags -> what the line on stderr must say; without an arrow, the
     "gemma": [
         "--dp 2 -> dp 2 x dp_replicate 1 are not 1 ranks", "--no-qk_norm --export DIR/hf -> --export needs", "--samples 300 --teacher DIR/hf -> --samples 300",
         "--n_kv_heads 3 -> 3 key-value heads, 4 heads", "--data TEXT,TEXT,DIR/none.txt -> DIR/none.txt", "--init DIR/no_weights -> model_type None",
-        "--head_dim 15", "--warmup 0.2", "--tokens 0 -> --tokens is 0",
+        "--head_dim 15", "--warmup 0.2", "--tokens 0 -> --tokens is 0", "--export TEXT -> is a file",
+        "--no-qk_norm --rope_theta 10000 --long_tokens 64 --long_seq_len 32 --export DIR/hf -> --export needs",
         "--window 16 -> --window 16 is not less than 16 tokens", "--dry_run --world_size 3 -> 3 ranks", "--attention_cap 5 --export DIR/hf -> --export needs",
         "--long_tokens 1000 --long_seq_len 100 -> --batch_size 0 of length 100", "--data DIR/short.txt -> short.txt: ValueError: 11 tokens are too few",
         "--teacher DIR/no_weights -> no_weights holds no Gemma2ForCausalLM or Gemma3ForCausalLM", "--data TEXT,DIR/many --write_tokens DIR/w -> one corpus",
