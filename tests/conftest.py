@@ -4,6 +4,7 @@ import importlib
 import os
 import pathlib
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -241,6 +242,21 @@ def pytest_configure(config):
         "flex_attention called without torch.compile", "Converting a tensor with requires_grad=True to a scalar",
     ):
         config.addinivalue_line("filterwarnings", f"ignore:{warning}")
+    config.addinivalue_line("markers", "background: waits for processes; runs beside the other tests from the start")
+
+
+BACKGROUND = ThreadPoolExecutor(2)
+
+
+def pytest_collection_finish(session):
+    """Start the tests marked `background`, two at a time. When its turn comes, each waits for its end."""
+    for item in session.items:
+        if item.get_closest_marker("background") and not session.config.option.collectonly:
+            item.obj = lambda end=BACKGROUND.submit(item.obj, **item.callspec.params if hasattr(item, "callspec") else {}), **_: end.result()
+
+
+def pytest_sessionfinish():
+    BACKGROUND.shutdown(wait=False, cancel_futures=True)
 
 
 # for what has one text in all scripts, which test_house.py sees to: one of them is enough

@@ -17,6 +17,7 @@ import types
 
 import torch
 import torch.distributed as dist
+from conftest import SCRIPTS
 
 
 def serve(connection):
@@ -119,7 +120,7 @@ class Process:
     server = multiprocessing.get_context("forkserver")
 
     def __init__(self, name, flags):
-        self.server.set_forkserver_preload(["gpt1", "gpt3", "chinchilla", "llama3", "deepseek_v3", "bert", "t5"])
+        self.server.set_forkserver_preload(list(SCRIPTS))
         self.files = [tempfile.mkstemp()[1] for _ in range(2)]
         self.process = self.server.Process(target=as_a_process, args=(name, [str(flag) for flag in flags], *self.files))
         self.process.start()
@@ -129,7 +130,7 @@ class Process:
     def poll(self):
         return self.process.exitcode
 
-    def wait(self, timeout=60):
+    def wait(self, timeout=120):
         self.process.join(timeout)
         return self.process.exitcode
 
@@ -137,7 +138,7 @@ class Process:
     def returncode(self):
         return self.process.exitcode
 
-    def communicate(self, timeout=60):
+    def communicate(self, timeout=120):
         """(stdout, stderr) once it has ended."""
         self.wait(timeout)
         return tuple(pathlib.Path(path).read_text() for path in self.files)

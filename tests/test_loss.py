@@ -2,12 +2,13 @@
 import json
 import math
 import sysconfig
+import tempfile
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CAUSAL, SCRIPTS
-from ranks import make_corpora, make_model, run_main
+from ranks import Process, make_corpora, make_model
 
 
 @CAUSAL
@@ -40,16 +41,19 @@ def test_loss_is_the_mean_over_targets(script):
         assert (g - w).abs().max() <= 1e-5 * max(w.abs().max(), 1e-3 * largest)
 
 
+@pytest.mark.background
 @pytest.mark.parametrize("name, flags", [(name, flags) for name, row in SCRIPTS.items() for flags in row.variants])
-def test_thirty_steps_on_python_source(name, flags, tmp_path, ranks):
+def test_thirty_steps_on_python_source(name, flags):
     """The demo, as it is and in each of its variants, takes off what its row says; the log's bits per byte are those nats."""
     row = SCRIPTS[name]
     source = sysconfig.get_paths()["stdlib"] + "/asyncio"  # a part of the embedded corpus, for speed
     steps = 15 if "--precision" in flags else 30  # low precision is slow on a CPU
-    line = f"--preset demo --data {source} --steps {steps} {row.warm} --val_batches 1 --log_every 1 --out {tmp_path} {flags}"
-    ((status, _, err),) = ranks.run(1, run_main, name, line.split())
-    assert status == 0, err
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open() if '"loss"' in line]
+    with tempfile.TemporaryDirectory() as folder:
+        line = f"--preset demo --data {source} --steps {steps} {row.warm} --val_batches 1 --log_every 1 --out {folder} {flags}"
+        process = Process(name, line.split())
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+        rows = [json.loads(line) for line in open(f"{folder}/metrics.jsonl") if '"loss"' in line]
     assert [r["step"] for r in rows] == list(range(1, steps + 1))
     assert rows[0]["loss"] - sum(r["loss"] for r in rows[-5:]) / 5 > row.falls * steps / 30
     bits = rows[-1]["loss"] / math.log(2)  # a byte a token

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 import tracemalloc
 from unittest import mock
@@ -29,6 +30,7 @@ from conftest import CAUSAL, SCRIPTS
 from ranks import Process, free_port, run_main
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+ENVIRONMENT = dict(os.environ)
 EVERY = pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "omni"])  # whose runs are in test_omni.py
 LOOPS = pytest.mark.parametrize("name", [name for name in SCRIPTS if name not in ("chinchilla", "omni")])  # chinchilla's is gpt1's
 
@@ -39,11 +41,19 @@ def small(name, **more):
     return [f"--{flag}={value}" for flag, value in flags.items()]
 
 
+@contextlib.contextmanager
+def folder_with_text():
+    """A temporary directory with a file text.txt."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "text.txt")
+        path.write_text("".join(f"line {i} says {i * i}\n" + "\n" * (i % 20 == 19) for i in range(2000)))
+        yield path.parent
+
+
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "text.txt"
-    path.write_text("".join(f"line {i} says {i * i}\n" + "\n" * (i % 20 == 19) for i in range(2000)))
-    return str(path)
+def text():
+    with folder_with_text() as folder:
+        yield str(folder / "text.txt")
 
 
 @pytest.fixture
@@ -71,7 +81,7 @@ def together(ranks):
 
 def torchrun(script, *flags, options="--standalone --nproc_per_node=2"):
     line = [sys.executable, "-m", "torch.distributed.run", *options.split(), str(script), *flags]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
 
 
 def wait_for(arrived, process, seconds=60):
@@ -108,48 +118,61 @@ def state_of(checkpoint):
 # Processes
 
 
-@LOOPS
-def test_demo_on_two_ranks(together, name):
-    """gpt1 under torchrun, on the whole corpus; the others in processes that are there, the first way of their row."""
-    flags = ["--steps=4", "--log_every=2", "--val_batches=1", *" ".join(SCRIPTS[name].variants[:1]).split()]
-    if name == "gpt1":
-        process = torchrun(ROOT / "gpt1.py", *flags)
-        out = process.communicate(timeout=90)[0]
-        assert process.returncode == 0, out
-    else:
-        out = together(2, name, *flags, "--data", sysconfig.get_paths()["stdlib"] + "/asyncio")
+def check_demo(name, out, sample):
+    """What four updates of the demo on two ranks print."""
     line = (r"^step (\d)/4 \| loss \d+\.\d{4} \| bpb (?:\d+\.\d+|n/a) \| lr \S+ \| grad \S+ \| (?:\w+ \S+ \| )*tokens \S+M"
             r"(?: \| \S+k tok/s \| eta \d+:\d\d:\d\d)?$")  # fmt: skip
     assert re.findall(line, out, re.M) == ["1", "2", "4"]
     assert "2 ranks x 1 x {} sequences of {}".format(SCRIPTS[name].batch[0] // 2, SCRIPTS[name].batch[1]) in out
     assert re.findall(r"^val (\d) \| loss \d+\.\d+ \| bpb (?:\d+\.\d+|n/a.*)$", out, re.M) == ["0", "4"]
-    assert len(out.split("\nval 4 ")[1]) > (250 if name == "gpt1" else 50), "a sample ends the run"
+    assert len(out.split("\nval 4 ")[1]) > sample, "a sample ends the run"
+
+
+DEMO = ["--steps=4", "--log_every=2", "--val_batches=1"]
+
+
+@pytest.mark.background
+def test_demo_under_torchrun():
+    """gpt1, on the whole corpus."""
+    process = torchrun(ROOT / "gpt1.py", *DEMO)
+    out = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, out
+    check_demo("gpt1", out, 250)
 
 
 @LOOPS
-def test_killed_and_stopped_runs_end_the_same_bit_for_bit(together, name, text, tmp_path):
+def test_demo_on_two_ranks(together, name):
+    """In the first way of its row, on a part of the corpus."""
+    flags = [*DEMO, *" ".join(SCRIPTS[name].variants[:1]).split(), "--data", sysconfig.get_paths()["stdlib"] + "/asyncio"]
+    check_demo(name, together(2, name, *flags), 50)
+
+
+@pytest.mark.background
+@LOOPS
+def test_killed_and_stopped_runs_end_the_same_bit_for_bit(name):
     """SIGKILL in the middle of a save; then a signal, upon which the run saves and ends; and the rest."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    flags = small(name, data=text, dim=192, steps=40, save_every=5)  # wide, so that a save takes a while
-    flags += ["--dropout=0.1"] if name in ("gpt1", "gpt3", "bert", "t5") else []  # so that its seeds count
-    together(1, name, *flags, "--out", whole)
-    process = Process(name, [*flags, "--out", broken])
-    wait_for(lambda: list(broken.glob("step_*[0-9]")) and list(broken.glob("step_*.tmp")), process)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    log = broken / "metrics.jsonl"
-    before = len(log.read_text())
-    process = Process(name, [*flags, "--out", broken, "--resume"])
-    wait_for(lambda: len(log.read_text()) > before, process)
-    process.send_signal(signal.SIGINT if name == "gpt1" else signal.SIGTERM)
-    output, errors = process.communicate()
-    assert process.returncode == 0, errors
-    step = int(re.search(r"stopped after step (\d+)", output)[1])
-    assert 5 < step < 40 and (broken / f"step_{step:09}").exists()
-    together(1, name, *flags, "--out", broken, "--resume")
-    assert newest(whole) == newest(broken)
-    assert logged(whole) == logged(broken), "the resumed log is that of the whole run"
-    assert len(list(broken.glob("step_*"))) == 2, "two checkpoints stay, and nothing partial"
+    with folder_with_text() as folder:
+        whole, broken = folder / "whole", folder / "broken"
+        flags = small(name, data=folder / "text.txt", dim=192, steps=40, save_every=5)  # wide, so that a save takes a while
+        flags += ["--dropout=0.1"] if name in ("gpt1", "gpt3", "bert", "t5") else []  # so that its seeds count
+        uninterrupted = Process(name, [*flags, "--out", whole])
+        process = Process(name, [*flags, "--out", broken])
+        wait_for(lambda: list(broken.glob("step_*[0-9]")) and list(broken.glob("step_*.tmp")), process)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        log = broken / "metrics.jsonl"
+        before = len(log.read_text())
+        process = Process(name, [*flags, "--out", broken, "--resume"])
+        wait_for(lambda: len(log.read_text()) > before, process)
+        process.send_signal(signal.SIGINT if name == "gpt1" else signal.SIGTERM)
+        output, errors = process.communicate()
+        assert process.returncode == 0, errors
+        step = int(re.search(r"stopped after step (\d+)", output)[1])
+        assert 5 < step < 40 and (broken / f"step_{step:09}").exists()
+        assert Process(name, [*flags, "--out", broken, "--resume"]).wait() == uninterrupted.wait() == 0
+        assert newest(whole) == newest(broken)
+        assert logged(whole) == logged(broken), "the resumed log is that of the whole run"
+        assert len(list(broken.glob("step_*"))) == 2, "two checkpoints stay, and nothing partial"
 
 
 @LOOPS
@@ -164,16 +187,13 @@ def test_another_number_of_ranks_goes_on(together, name, text, tmp_path):
     assert losses(tmp_path) == pytest.approx(expected, rel=1e-4) and len(expected) == 12
 
 
-def test_torchrun_restarts_dead_workers_and_shows_the_error(text, tmp_path):
-    """The first start loses a worker before it joins, the second one after a save, and the third fails for good."""
-    script = tmp_path / "dies.py"
-    script.write_text(f"""
+DIES = f"""
 import os, pathlib, sys
 sys.path.insert(0, {str(ROOT)!r})
 import gpt1
 start, inner = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), gpt1.training_step
 def training_step(*args):
-    if start == 1 and list(pathlib.Path({str(tmp_path)!r}).glob("step_*[0-9]")):
+    if start == 1 and list(pathlib.Path(__file__).parent.glob("step_*[0-9]")):
         os.kill(os.getpid(), 9)
     if start == 2:
         raise RuntimeError("deliberate failure")
@@ -183,28 +203,37 @@ if os.environ["RANK"] == "1":
     if start == 0:
         os.kill(os.getpid(), 9)
 gpt1.main(sys.argv[1:])
-""")
-    flags = small("gpt1", data=text, out=tmp_path, steps=4000, save_every=10)
-    process = torchrun(script, *flags, options="--standalone --nproc_per_node=2 --max-restarts=2")
-    out = process.communicate(timeout=120)[0]
+"""
+
+
+@pytest.mark.background
+def test_torchrun_restarts_dead_workers_and_shows_the_error():
+    """The first start loses a worker before it joins, the second one after a save, and the third fails for good."""
+    with folder_with_text() as folder:
+        (folder / "dies.py").write_text(DIES)
+        flags = small("gpt1", data=folder / "text.txt", out=folder, steps=4000, save_every=10)
+        process = torchrun(folder / "dies.py", *flags, options="--standalone --nproc_per_node=2 --max-restarts=2")
+        out = process.communicate(timeout=180)[0]
     assert process.returncode == 1 and "deliberate failure" in out
     assert [out.count(line) for line in ("starting a run", "continuing from", "step 4000/")] == [1, 1, 0]
 
 
-def test_two_agents_restart_together(together, text, tmp_path):
+@pytest.mark.background
+def test_two_agents_restart_together():
     """Two torchrun agents of one worker each: one worker is killed, both start again, and the run ends the same bit for bit."""
-    flags = small("gpt1", data=text, steps=300, save_every=10)
-    together(2, "gpt1", *flags, "--out", tmp_path / "whole")
-    broken = tmp_path / "broken"
-    options = f"--nnodes=2 --nproc_per_node=1 --max-restarts=2 --rdzv-backend=c10d --rdzv-endpoint=localhost:{free_port()} --rdzv-id=test"
-    agents = [torchrun(ROOT / "gpt1.py", *flags, f"--out={broken}", options=options) for _ in range(2)]
-    wait_for(lambda: list(broken.glob("step_*[0-9]")), agents[0])
-    children = subprocess.run(["pgrep", "-P", str(agents[1].pid)], capture_output=True, text=True).stdout
-    os.kill(int(children.split()[-1]), signal.SIGKILL)
-    output = "".join(agent.communicate(timeout=120)[0] for agent in agents)
-    assert [agent.returncode for agent in agents] == [0, 0], output
-    assert len(re.findall(r"^torch \S+ \| cpu", output, re.M)) == 2 and "continuing from" in output
-    assert newest(tmp_path / "whole") == newest(broken)
+    with folder_with_text() as folder:
+        whole, broken = folder / "whole", folder / "broken"
+        flags = small("gpt1", data=folder / "text.txt", steps=300, save_every=10)
+        options = f"--nnodes=2 --nproc_per_node=1 --max-restarts=2 --rdzv-backend=c10d --rdzv-endpoint=localhost:{free_port()} --rdzv-id=test"
+        agents = [torchrun(ROOT / "gpt1.py", *flags, f"--out={broken}", options=options) for _ in range(2)]
+        wait_for(lambda: list(broken.glob("step_*[0-9]")), agents[0])
+        children = subprocess.run(["pgrep", "-P", str(agents[1].pid)], capture_output=True, text=True).stdout
+        os.kill(int(children.split()[-1]), signal.SIGKILL)
+        uninterrupted = torchrun(ROOT / "gpt1.py", *flags, f"--out={whole}")
+        output = "".join(agent.communicate(timeout=180)[0] for agent in agents)
+        assert [agent.returncode for agent in agents] == [0, 0], output
+        assert len(re.findall(r"^torch \S+ \| cpu", output, re.M)) == 2 and "continuing from" in output
+        assert uninterrupted.wait(timeout=180) == 0 and newest(whole) == newest(broken)
 
 
 def test_locks_and_second_signals(main, text, tmp_path):
