@@ -17,12 +17,13 @@ exchanged, recompute_activations | §3.3 quantize, fprop, dgrad, wgrad, FP8Linea
 all_to_all_fp8, AdamWithBF16Moments | §4.1 pack, fill_in_the_middle | §4.2 plan, learning_rate |
 §4.3 yarn_frequencies, plan. "Released" means the inference code and the weights that DeepSeek
 published. Left out: DualPipe, the average of the weights (§3.2.3), 12-bit activations (§3.3.3) and
-the random split of joined tokens (§4.1). Legend: B batch, T positions, N = B T tokens, D width, H
-heads, E head width, to which R rotary channels are added, F hidden width, V vocabulary, X experts,
-K experts per token, M rows at the experts of a rank.
+the random split of joined tokens (§4.1).
+Legend: B batch, T positions, N = B T tokens, D width, H heads, E head width, to which R rotary
+channels are added, F hidden width, V vocabulary, X experts, K experts per token, M rows at the
+experts of a rank.
 Conventions: rotary pairs are (i, i + R/2), not the released interleaved ones; RMSNorm before each
-branch; T + 1 tokens give T inputs and T targets; a target of -100 is not scored; losses and
-gradients are sums over ranks, each divided by a count of the whole global batch.
+branch; T + 1 tokens give T inputs and T targets, all of which are scored; losses and gradients are
+sums over ranks, each divided by a count of the whole global batch.
 
 Run: python deepseek_v3.py                          # a laptop: the preset demo
      torchrun --nproc_per_node=8 deepseek_v3.py     # GPUs: the preset small, experts on 8 ranks
@@ -73,7 +74,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.utils.checkpoint import (
     CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn,
 )  # fmt: skip
@@ -208,7 +209,7 @@ PATTERN = (  # how GPT-4 and Llama 3 split text into words, for BPE rank files
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-@functools.lru_cache(64)
+@functools.lru_cache(64)  # by the values of cfg
 def plan(cfg):
     """§4.2 and §4.3, the phases of the run: [(tokens of the run at the end, Config of the phase)].
     The batch grows with the tokens; the extensions of cfg.long follow."""
@@ -370,17 +371,18 @@ class GatedMLP(nn.Module):
 
 def route(s, bias, top_k, n_groups, groups_kept, scale):
     """§2.1.2: the K experts of each token and their gates, [..., K] each, from affinities s
-    [..., X]. The bias affects the selection only: of the groups by the sum of their two best (in
-    the paper K / groups_kept instead of two, which is released), then of the K best experts."""
+    [..., X]. The bias affects the selection only, first of groups and then of experts."""
     biased = s.detach() + bias
     groups = biased.unflatten(-1, (n_groups, -1))  # [..., groups, X / groups]
-    best_two = groups.topk(min(2, groups.shape[-1]), -1).values.sum(-1)  # [..., groups]
-    kept = best_two.topk(groups_kept, -1).indices
-    dropped = torch.ones_like(best_two, dtype=torch.bool).scatter(-1, kept, False)
-    biased = groups.masked_fill(dropped[..., None], -math.inf).flatten(-2)
+    # Departure: the score of a group is the sum of its two largest affinities, as released. In the
+    # paper it is that of its K / groups_kept largest, which are two only in the paper's model.
+    scores = groups.topk(min(2, groups.shape[-1]), -1).values.sum(-1)  # [..., groups]
+    kept = scores.topk(groups_kept, -1).indices
+    dropped = torch.ones_like(scores, dtype=torch.bool).scatter(-1, kept, False)
+    biased = groups.masked_fill(dropped[..., None], -math.inf).flatten(-2)  # [..., X]
     experts = biased.topk(top_k, -1).indices  # Eq. 16
     selected = s.gather(-1, experts)  # without the bias
-    # `scale` and 1e-20 are in the released code, not in Eq. 13.
+    # Departure: `scale` and 1e-20 are in the released code, not in Eq. 13.
     gates = scale * selected / (selected.sum(-1, keepdim=True) + 1e-20)  # Eq. 13
     return experts, gates
 
@@ -465,9 +467,7 @@ class MoE(nn.Module):
     """§2.1.2, [B, T, D] -> [B, T, D] and the balance loss: shared experts, and K routed ones per
     token; no token is dropped (Eq. 12 without its residual)."""
 
-    def __init__(
-        self, dim, expert_dim, n_experts, n_shared, top_k, n_groups, groups_kept, scale
-    ):
+    def __init__(self, dim, expert_dim, n_experts, n_shared, top_k, n_groups, groups_kept, scale):
         super().__init__()
         self.router = Router(dim, n_experts, top_k, n_groups, groups_kept, scale)
         self.shared = GatedMLP(dim, n_shared * expert_dim) if n_shared else None
@@ -509,11 +509,10 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin):
         x = x + self.attend(x, cos, sin)
-        y = self.mlp(self.mlp_norm(x))
         if isinstance(self.mlp, MoE):
-            y, balance = y
+            y, balance = self.mlp(self.mlp_norm(x))
             return x + y, balance
-        return x + y, 0.0
+        return x + self.mlp(self.mlp_norm(x)), 0.0
 
 class MultiTokenPrediction(nn.Module):
     """§2.2, one module: final state of the main model and embeddings of the tokens, [B, T, D] each
@@ -553,8 +552,9 @@ class DeepSeekV3(nn.Module):
         self.extend(cfg)
 
     def extend(self, cfg):
-        """Set the context extension of cfg: rotary frequencies and attention scales. §4.3 names the
-        shared key alone, but queries must rotate like it, as released."""
+        """Set the rotary frequencies and attention scales of the context extension in cfg."""
+        # Departure: §4.3 extends the shared key alone. Here, as released, queries rotate like it,
+        # as relative positions need, and the factor t multiplies the whole scores.
         sizes = cfg.rope_dim, cfg.rope_theta, cfg.rope_factor, cfg.rope_original
         self.frequencies = yarn_frequencies(*sizes)
         scales = yarn_scales(cfg.rope_factor, cfg.rope_mscale, cfg.rope_mscale_all_dim)
@@ -602,10 +602,10 @@ class DeepSeekV3(nn.Module):
             # Undisclosed: whether the module reads the state before or after the final norm. Here
             # after it, as Hugging Face's code does.
             mtp_state, block_balance = self.mtp(state, self.embed(tokens), *self.rope(x))
-            mtp_targets = targets[:, 1:].contiguous()  # Eq. 24: t_3 ... t_{T+1}
+            mtp_targets = targets[:, 1:]  # Eq. 24: t_3 ... t_{T+1}
             mtp_nats = chunked_loss(self.logits, mtp_state.flatten(0, 1), mtp_targets, vocab_size)
             balance = balance + block_balance
-        return torch.stack((nats, mtp_nats, nats.new_zeros(()) + balance))
+        return torch.stack((nats, mtp_nats, balance))
 
 def slices(n, vocab_size):
     """Slices of n positions, each with at most 2**25 logits, which take 128 MiB in fp32."""
@@ -644,9 +644,8 @@ def init_weights(model, cfg, first_expert=0):
                 matrix.copy_(drawn)
         else:
             raise ValueError(f"no rule initialises {name}")
-    for router in routers(model):
-        router.bias.zero_()
-        router.load.zero_()
+    for buffer in model.buffers():
+        buffer.zero_()
 
 def is_expert(name):
     """Whether a parameter belongs to the routed experts, of which a rank has a part."""
@@ -659,9 +658,9 @@ def routers(model):
 def count_parameters(model):
     """(total, activated by a token) parameters of the main model, without multi-token prediction
     and balancing biases. The embedding counts as activated, unlike in the 2.4B of §4.5."""
-    named = [item for item in model.named_parameters() if not item[0].startswith("mtp.")]
-    total = sum(p.numel() for _, p in named)
-    routed = sum(p.numel() for name, p in named if is_expert(name))
+    sizes = {name: p.numel() for name, p in model.named_parameters() if name[:4] != "mtp."}
+    total = sum(sizes.values())
+    routed = sum(n for name, n in sizes.items() if is_expert(name))
     router = routers(model)[-1]
     return total, total - routed * (len(router.bias) - router.top_k) // len(router.bias)
 
@@ -693,18 +692,18 @@ def flops_per_token(cfg):
 # ---------------------------------------- Data ----------------------------------------
 
 def fill_in_the_middle(ids, fim_ids, key):
-    """§4.1, PSM: the ids of a document, cut at two places that key decides, in the order begin,
+    """§4.1, PSM: the ids of a document, cut at two points that key decides, in the order begin,
     prefix, hole, suffix, end, middle, and the id that ended the document."""
-    # Undisclosed: the places. Here uniform, and between tokens, so that shards need no tokenizer.
+    # Undisclosed: the cuts. Here uniform, and between tokens, so that shards need no tokenizer.
     begin, hole, end = fim_ids
-    places = sorted(stable_hash(key, i) % len(ids) for i in range(2))
-    prefix, middle, suffix = np.split(ids[:-1], places)
+    cuts = sorted(stable_hash(key, i) % len(ids) for i in range(2))
+    prefix, middle, suffix = np.split(ids[:-1], cuts)
     return np.concatenate(([begin], prefix, [hole], suffix, [end], middle, ids[-1:]))
 
 @functools.lru_cache(32)
 def pack(corpus, block, length, n, fim, fim_ids, seed):
-    """Block `block` of n packed sequences, [n, T + 1]; padded with -1. A share `fim` of the
-    documents is rearranged with fim_ids (begin, hole, end), or none if fim_ids is empty."""
+    """Block `block` of n packed sequences, [n, T + 1]. A share `fim` of the documents is rearranged
+    with fim_ids (begin, hole, end), or none if fim_ids is empty."""
     # Undisclosed: the packing, "inspired by" best-fit packing (arXiv 2404.10830). Here a block is a
     # stretch of the corpus as long as n sequences. Its documents, cut to at most a sequence, go by
     # size, largest first, into the fullest sequence with room. Those without room are cut to
@@ -720,28 +719,27 @@ def pack(corpus, block, length, n, fim, fim_ids, seed):
         starts = range(0, len(document), window)
         pieces += [document[start : start + window] for start in starts]
 
-    rows = np.full((n, window), -1, np.int64)
-    used = [0] * n
-    room = [(window, row) for row in range(n)]  # sorted
+    rows = [[] for _ in range(n)]  # the pieces of each sequence
+    rooms = [(window, row) for row in range(n)]  # sorted: (ids that still fit, sequence)
 
-    def place(piece, row):
-        rows[row, used[row] : used[row] + len(piece)] = piece
-        used[row] += len(piece)
-        bisect.insort(room, (window - used[row], row))
+    def append(piece, i):
+        """Append a piece to the sequence of rooms[i]; return what does not fit."""
+        room, row = rooms.pop(i)
+        rows[row].append(piece[:room])
+        bisect.insort(rooms, (room - len(piece[:room]), row))
+        return piece[room:]
 
-    rest = []
+    leftover = []  # pieces for which no sequence has room
     for piece in sorted(pieces, key=len, reverse=True):
-        best = bisect.bisect_left(room, (len(piece), -1))
-        if best == len(room):
-            rest.append(piece)
+        best = bisect.bisect_left(rooms, (len(piece), -1))
+        if best < n:
+            append(piece, best)
         else:
-            place(piece, room.pop(best)[1])
-    for piece in rest:
-        while len(piece) and room[-1][0]:
-            left, row = room.pop()
-            place(piece[:left], row)
-            piece = piece[left:]
-    return rows
+            leftover.append(piece)
+    for piece in leftover:
+        while len(piece) and rooms[-1][0]:
+            piece = append(piece, -1)
+    return np.stack([np.concatenate(row) for row in rows])
 
 def get_batch(corpus, first, n, cfg):
     """Sequences first ... first + n - 1 of the run: tokens and targets [n, T], and the counts
@@ -766,11 +764,10 @@ def get_batch(corpus, first, n, cfg):
         rows = pack(corpus, block, cfg.seq_len, size, cfg.fim, fim_ids, cfg.seed)
         windows.append(rows[index % size])
     windows = torch.from_numpy(np.stack(windows))  # [n, T + 1]
-    tokens = windows[:, :-1].clamp(min=0)
-    targets = windows[:, 1:].where(windows[:, 1:] >= 0, -100)
-    scored = targets[targets >= 0].numpy()
-    counts = {"n_targets": len(scored), "n_bytes": int(corpus.token_bytes[scored].sum())}
-    return {"tokens": tokens, "targets": targets, "n_sequences": n, **counts}
+    targets = windows[:, 1:]
+    n_bytes = int(corpus.token_bytes[targets].sum())
+    counts = {"n_targets": targets.numel(), "n_bytes": n_bytes, "n_sequences": n}
+    return {"tokens": windows[:, :-1], "targets": targets, **counts}
 
 # ---------------------------------------- Objective ----------------------------------------
 
@@ -781,8 +778,8 @@ def objective(model, batch, cfg):
     balance loss by n_sequences."""
     # Undisclosed: how L_Bal adds up. Summed over layers and averaged over sequences, as in V2.
     nats, mtp_nats, balance = model(batch["tokens"], batch["targets"])
-    main = nats / max(batch["n_targets"], 1)
-    mtp = mtp_nats / max(batch["n_targets"], 1)
+    main = nats / batch["n_targets"]
+    mtp = mtp_nats / batch["n_targets"]
     balance = balance / batch["n_sequences"]
     loss = main + cfg.mtp_weight * mtp + cfg.balance_loss * balance
     return loss, {"main": main.detach(), "mtp": mtp.detach()}
@@ -854,9 +851,9 @@ def update_biases(balanced, gamma, group):
 # embedding, head, router, norms, attention itself and the merge of multi-token prediction are not
 # cast down. Off Hopper the same arithmetic is emulated: codes times scales, multiplied in fp32.
 # Departure: weights are quantized from bf16 copies. The input of attention's output projection
-# is cached in E4M3, where the paper has E5M6, 12 bits that PyTorch lacks, with powers of two as
-# scales (§3.3.3). Experts cache the input of their SwiGLU in bf16 and its output in E4M3, where the
-# paper caches the input in FP8 and computes the output again.
+# is cached in E4M3, where the paper has E5M6, 12 bits that PyTorch lacks (§3.3.3). Experts cache
+# the input of their SwiGLU in bf16 and its output in E4M3, where the paper caches the input in FP8
+# and computes the output again.
 
 PEAK_FLOPS = {"bf16": {  # dense, by precision and the device's exact name; others get no MFU
     "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989e12,
@@ -956,19 +953,21 @@ class FP8Product(torch.autograd.Function):
         return torch.cat(dx), torch.stack(dw).view(w.shape), None, None, None
 
 class FP8Linear(nn.Module):
-    """A linear layer with a weight [F, D] and FP8 operands. `blocks` caches the codes and scales of
-    the weight until its next update."""
+    """A linear layer with a weight [F, D] and FP8 operands. `powers`: whether the scales of the
+    input are powers of two. `blocks` caches the codes and scales of the weight until its update."""
 
-    def __init__(self, weight):
+    def __init__(self, weight, powers):
         super().__init__()
         self.weight = weight
+        self.powers = powers
         self.blocks = None
 
     def forward(self, x):
         if self.blocks is None:
             self.blocks = [quantize(self.weight.data, 128, 128)]
         rows = x.flatten(0, -2)
-        y = FP8Product.apply(rows, self.weight, self.blocks, (0, len(rows)), (False, False))
+        bounds = 0, len(rows)
+        y = FP8Product.apply(rows, self.weight, self.blocks, bounds, (self.powers, False))
         return y.unflatten(0, x.shape[:-1])
 
 class FP8Experts(nn.Module):
@@ -994,12 +993,13 @@ class FP8Experts(nn.Module):
         return FP8Product.apply(h, self.down, self.blocks[1], bounds, (False, True))
 
 def use_fp8(model):
-    """Replace the linear layers of attention and feed-forward layers, and the experts."""
+    """Replace the linear layers of attention and feed-forward layers, and the experts. The input
+    of attention's output projection has powers of two as scales (§3.3.3)."""
     for parent in list(model.modules()):
         if isinstance(parent, (MultiHeadLatentAttention, GatedMLP)):
             for name, child in list(parent.named_children()):
                 if isinstance(child, Linear):
-                    setattr(parent, name, FP8Linear(child.weight))
+                    setattr(parent, name, FP8Linear(child.weight, powers=name == "out"))
         if isinstance(parent, MoE):
             parent.experts = FP8Experts(parent.experts.gate_up, parent.experts.down)
 
@@ -1030,7 +1030,7 @@ def fit_layout(cfg, ranks):
 
 def reading_ranks(cfg):
     """Number of data-parallel ranks, which read different sequences: all ranks of a stage."""
-    return max(cfg.dp, 1) * max(cfg.ep, 1)
+    return cfg.dp * cfg.ep
 
 def layers_of_stage(cfg, stage):
     """The layers of a pipeline stage, as a range."""
@@ -1045,7 +1045,8 @@ def all_to_all(x, send, receive, group):
     return rows
 
 def all_to_all_fp8(x, send, receive, group):
-    """all_to_all of x [M, D] in E4M3, with a power-of-two scale for each 1 x 128 (§3.3.3)."""
+    """all_to_all of activations or gradients x [M, D] in E4M3, whose scale for each 1 x 128 is a
+    power of two (§3.3.3)."""
     codes, scales = (part[: len(x)] for part in quantize_gradient(x, 1, 128, powers=True))
     codes = all_to_all(codes.view(torch.uint8), send, receive, group).view(torch.float8_e4m3fn)
     scales = all_to_all(scales, send, receive, group)
@@ -1128,7 +1129,7 @@ def parallelize(model, cfg, mesh):
         del model.blocks[str(i)]
     if not is_last:
         model.final_norm = model.head = model.mtp = None
-    if stage > 0 and not (is_last and cfg.mtp):  # a copy, which multi-token prediction shares
+    if stage > 0 and not (is_last and cfg.mtp):  # multi-token prediction has a copy
         model.token_embedding = None
     for module in model.modules():
         if isinstance(module, Experts):
@@ -1165,44 +1166,34 @@ class FlatParameters:
 
     def __init__(self, parameters, mesh):
         self.mesh = mesh
-        self.n = sum(p.numel() for p in parameters)
-        self.size = math.ceil(self.n / mesh.size())  # of a part; the last ranks' may be smaller
-        self.weights = parameters[0].data.new_zeros(self.size * mesh.size())
+        self.weights = torch.cat([p.data.flatten() for p in parameters])
         self.gradients = torch.zeros_like(self.weights, dtype=torch.float32)
+        self.n = len(self.weights)
         start = 0
         for p in parameters:
             stop = start + p.numel()
-            self.weights[start:stop] = p.data.flatten()
             p.data = self.weights[start:stop].view_as(p)
             p.grad = self.gradients[start:stop].view_as(p)
             start = stop
-        first = mesh.get_local_rank() * self.size
-        self.own = slice(min(first, self.n), min(first + self.size, self.n))
-        self.master = nn.Parameter(self.spread(self.weights[self.own].float()))
+        size = math.ceil(self.n / mesh.size())  # of a part; the last ranks' may be smaller
+        first = min(mesh.get_local_rank() * size, self.n)
+        self.master = nn.Parameter(self.shard(self.weights[first : first + size].float()))
 
-    def spread(self, part):
+    def shard(self, part):
         """DTensor [n] of all ranks' parts, so that a checkpoint fits another number of ranks."""
         layout = dict(run_check=False, shape=torch.Size([self.n]), stride=(1,))
         return DTensor.from_local(part, self.mesh, [Shard(0)], **layout)
 
     def reduce(self):
         """Sum the gradients over ranks; this rank's part becomes the gradient of its master."""
-        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        part = self.gradients[self.own]
-        if self.mesh.size() > 1:
-            part = self.gradients.new_empty(self.size)
-            scatter(part, self.gradients, group=self.mesh.get_group())
-            part = part[: self.own.stop - self.own.start]
-        self.master.grad = self.spread(part)
+        sums = DTensor.from_local(self.gradients, self.mesh, [Partial()], run_check=False)
+        self.master.grad = sums.redistribute(placements=[Shard(0)])
 
     @torch.no_grad()
     def gather(self):
         """Write the masters of all ranks to the weights."""
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        self.weights[self.own] = self.master.to_local()
-        if self.mesh.size() > 1:
-            part = self.weights.view(self.mesh.size(), -1)[self.mesh.get_local_rank()]
-            gather(self.weights, part.clone(), group=self.mesh.get_group())
+        part = self.master.to_local().to(self.weights.dtype)
+        self.weights.copy_(self.shard(part).full_tensor())
 
 def flatten_parameters(model, mesh, data):
     """{name: FlatParameters} of each block, in the kinds experts, other matrices, routers, norms;
@@ -1232,9 +1223,9 @@ class PipelinePart(nn.Module):
         self.model = model
 
     def forward(self, *inputs, tokens, targets):
-        if not inputs:  # the first stage
+        if not inputs:  # the first stage; the balance loss is fp32 and must have a gradient
             x = self.model.embed(tokens)
-            inputs = x, 0.0 * x.sum()
+            inputs = x, x.new_zeros((), dtype=torch.float32, requires_grad=True)
         x, balance = self.model.run_blocks(*inputs)
         if self.model.head is None:
             return x, balance
@@ -1277,7 +1268,7 @@ class Pipeline1F1B:
         for name, router in self.routers.items():
             self.saved.register_buffer(f"{name}.bias".replace(".", "/"), router.bias)
 
-    def enter(self, cfg):
+    def start_phase(self, cfg):
         """Prepare for a phase of the run: rotary frequencies, and a schedule for its shapes."""
         self.cfg = cfg
         self.model.extend(cfg)
@@ -1300,13 +1291,13 @@ class Pipeline1F1B:
         return loss
 
     def last_stage_loss(self, sums, targets):
-        """The objective of the sums that the last stage returns."""
+        """The objective of a micro-batch, for which the last stage has returned the sums."""
         return self.loss(lambda tokens, targets: sums, self.batch)
 
     def run(self, batches):
         """[main loss, loss of multi-token prediction] of this rank's part of the global batch, to
         be summed over ranks. Where autograd is on, gradients of the objective are added up."""
-        self.batch = batches[0]  # whose counts are those of the global batch
+        self.batch = batches[0]  # each has the counts of the global batch
         self.metrics = torch.zeros(2, device=self.device)
         training = torch.is_grad_enabled()
         if self.schedule:
@@ -1338,7 +1329,7 @@ class Pipeline1F1B:
         sums = torch.cat((square[None], losses.double()))
         dist.all_reduce(sums)
         square, main, mtp = sums.tolist()  # here an update waits for the device
-        norm = math.sqrt(square) if square >= 0 else math.nan
+        norm = square**0.5
         if limit and norm > limit:
             torch._foreach_mul_(gradients, limit / (norm + 1e-6))
         return norm, main, mtp
@@ -1571,6 +1562,7 @@ def to_hf(model, cfg, path):
     """Write a model, or the parts of it that ranks have, to the directory path as a
     DeepseekV3ForCausalLM. All ranks call this; rank 0 writes files of about 5 GB, tensor by tensor.
     """
+    # Departure: released files repeat embedding and head in the layer of multi-token prediction.
     from safetensors.torch import save_file
 
     is_writer = not dist.is_initialized() or dist.get_rank() == 0
@@ -1598,13 +1590,12 @@ def to_hf(model, cfg, path):
             (folder / "model.safetensors.index.json").write_text(text + "\n")
 
 def collect_matrices(pipe, cfg):
-    """named_matrices of the whole model on rank 0, which receives each tensor from a rank that has
-    it. All ranks call this; other ranks get None for tensors that they do not have."""
+    """named_matrices of the complete model, on all ranks, which must all call this. A rank that has
+    a tensor broadcasts it, one after the other."""
     with torch.device("meta"):
         model = DeepSeekV3(cfg)
     set_dtypes(model, cfg)
     own = dict(named_matrices(pipe.model, pipe.first_expert))
-    rank = dist.get_rank()
     for name, tensor in named_matrices(model):
         stage = cfg.pp - 1
         if name.startswith("token_embedding"):
@@ -1615,16 +1606,11 @@ def collect_matrices(pipe, cfg):
         expert = re.search(r"experts\.(\d+)", name)
         part = int(expert[1]) * cfg.ep // cfg.n_experts if expert else 0
         owner = int(pipe.mesh.mesh[stage, 0, part])  # of [PP, DP, EP]
-        result = None
-        if rank == owner:
-            result = own[name].contiguous()
-        elif rank == 0:
-            result = torch.empty_like(tensor, device=pipe.device)
-        if owner > 0 and rank == 0:
-            dist.recv(result, owner)
-        if owner > 0 and rank == owner:
-            dist.send(result, 0)
-        yield name, result
+        tensor = torch.empty_like(tensor, device=pipe.device)
+        if dist.get_rank() == owner:
+            tensor.copy_(own[name])
+        dist.broadcast(tensor, owner)
+        yield name, tensor
 
 def read_hf_config(path, fields, fixed):
     """Fields of Config from the config.json of a Hugging Face checkpoint directory.
@@ -1783,24 +1769,13 @@ def validate(loss_of, corpus, step, cfg, device, rank, ranks):
     row = {"val_loss": nats / n_targets, "val_bpb": bits_per_byte(nats, n_bytes)}
     log(cfg.out, step, f"val {step}", row, [])
 
-def collect_model(pipe, cfg):
-    """The whole model on rank 0, and None on other ranks. All ranks call this."""
-    if dist.get_world_size() == 1:
-        return pipe.model
-    model = DeepSeekV3(cfg) if dist.get_rank() == 0 else None
-    own = dict(named_matrices(model)) if model else {}
-    for name, tensor in collect_matrices(pipe, cfg):
-        if model:
-            own[name].copy_(tensor)
-    return model.to(pipe.device) if model else None
-
 def sample(model, ids, n, allowed_ids, cfg):
-    """ids and n more, drawn at temperature 0.8 among allowed_ids [V] (boolean)."""
-    device = model.token_embedding.weight.device
+    """ids and n more, drawn at temperature 0.8 among allowed_ids [V] (boolean). All ranks call
+    this and draw the same."""
     torch.manual_seed(stable_hash(cfg.seed, "sample"))
     with evaluation_mode(model, cfg.compile):
         for _ in range(n):
-            tokens = torch.tensor([ids[-cfg.seq_len :]], device=device)  # [1, T]
+            tokens = torch.tensor([ids[-cfg.seq_len :]], device=model.token_embedding.weight.device)
             logits = model(tokens)[0, -1].cpu()  # [V]
             p = (logits / 0.8).masked_fill(~allowed_ids, -math.inf).softmax(-1)
             ids = ids + torch.multinomial(p, 1).tolist()
@@ -1827,10 +1802,8 @@ def check(cfg, ranks):
          f"--groups_kept {cfg.groups_kept} is more than {cfg.n_groups} groups"),
         (cfg.top_k > group * cfg.groups_kept,
          f"--top_k {cfg.top_k} is more than {cfg.groups_kept} groups of {group} experts"),
-        (cfg.n_experts % max(cfg.ep, 1), f"--ep {cfg.ep} does not divide {cfg.n_experts} experts"),
+        (cfg.n_experts % cfg.ep, f"--ep {cfg.ep} does not divide {cfg.n_experts} experts"),
         (cfg.dim % 8 or cfg.expert_dim % 8, "--dim and --expert_dim are not multiples of 8"),
-        (cfg.precision == "fp8" and (cfg.dim % 16 or cfg.expert_dim % 16),
-         "--precision fp8 wants --dim and --expert_dim in multiples of 16"),
         (cfg.fim > 1, f"--fim {cfg.fim} is above 1"),
         (cfg.fim_ids and not re.fullmatch(r"\d+,\d+,\d+", cfg.fim_ids),
          f"--fim_ids {cfg.fim_ids} is not BEGIN,HOLE,END"),
@@ -1845,33 +1818,30 @@ def check(cfg, ranks):
     ):  # fmt: skip
         if wrong:
             raise ValueError(message)
-    plan(cfg)
-    check_directories(cfg.init, cfg.export, cfg.write_tokens)
+    plan(cfg)  # raises ValueError for a wrong --long
 
-def check_batch(cfg):
-    """Raise ValueError if the batch of the phase cfg does not fit the layout."""
+def batch_problem(cfg):
+    """Why the layout cannot hold the batch of the phase cfg; empty if it can."""
     n_micro, micro = split_batch(cfg, reading_ranks(cfg))
-    batch = f"{cfg.batch_size} sequences of {cfg.seq_len}"
+    batch = f"{cfg.batch_size:,} sequences of {cfg.seq_len:,}"
     if reading_ranks(cfg) * n_micro * micro != cfg.batch_size:
-        ranks = f"{reading_ranks(cfg)} data-parallel ranks x micro-batches of {micro}"
-        raise ValueError(f"{batch} are not {ranks}")
-    if cfg.pp > 1 and n_micro < cfg.pp:
-        raise ValueError(f"{batch}: {n_micro} micro-batches are fewer than the {cfg.pp} stages")
+        ranks = f"{reading_ranks(cfg)} data-parallel ranks"
+        return f"{batch} are not {ranks} x micro-batches of {micro}"
+    if n_micro < cfg.pp:
+        return f"{batch}: {n_micro} micro-batches are fewer than the {cfg.pp} stages"
+    return ""
 
 def last_tokens(tokens, end, cfg):
     """Tokens of the run at which it must stop: `end`, or the end of the last phase that the layout
     can hold, which is printed. Raises ValueError if it cannot hold the phase after `tokens`."""
     start = 0
     for phase_end, phase in plan(cfg):
-        if phase_end > tokens and start < end:
-            try:
-                check_batch(phase)
-            except ValueError as error:
-                if start <= tokens:
-                    raise
-                print(f"this run stops after {start / 1e6:.1f}M tokens: {error}", end=". ")
-                print("--resume continues on other ranks, with the same --pp and --ep")
-                return start
+        if tokens < phase_end and start < end and batch_problem(phase):
+            if start <= tokens:
+                raise ValueError(batch_problem(phase))
+            print(f"this run stops after {start / 1e6:.1f}M tokens: {batch_problem(phase)}")
+            print("--resume continues on other ranks, with the same --pp and --ep")
+            return start
         start = phase_end
     return end
 
@@ -1891,19 +1861,17 @@ def dry_run(cfg):
     phases = [phase for _, phase in plan(cfg)]
     flops = flops_per_token(phases[0])
     print(f"FLOPs per token {flops:.4g} | 6 N of the activated gives {6 * activated:.4g}")
-    n_long = len(list(filter(None, cfg.long.split(","))))
-    for phase in [phases[0], *phases[-1 - n_long :]]:
-        print(f"{phase.batch_size:,} sequences of {phase.seq_len:,}", end=" | ")
-        try:
-            check_batch(phase)
-        except ValueError as error:
-            print(f"{error}: another layout is needed")
+    n_long = cfg.long.count(":")  # extensions
+    for phase in [phases[0], *phases[1:][-1 - n_long :]]:
+        if batch_problem(phase):
+            print(f"{batch_problem(phase)}: another layout is needed")
             continue
         n_micro, _ = split_batch(phase, reading_ranks(phase))
         memory = memory_per_rank(phase)
         need = sum(memory.values())
         sizes = " | ".join(f"{kind} {size / 2**30:.2f}" for kind, size in memory.items())
         fits = "fits 80 GB" if need < 80e9 else "does not fit 80 GB"
+        print(f"{phase.batch_size:,} sequences of {phase.seq_len:,}", end=" | ")
         print(f"{n_micro} micro-batches | {sizes} | sum {need / 2**30:.2f} GiB a rank: {fits}")
 
 def advance(pipe, optimizer, batches, lr, cfg):
@@ -1911,8 +1879,7 @@ def advance(pipe, optimizer, batches, lr, cfg):
     current_phase; or not, if the loss or the gradient norm is not finite. Returns main loss, loss
     of multi-token prediction, gradient norm, and expert loads over their mean, [layers + 1, X]: the
     last row is that of multi-token prediction, and dense layers have 0."""
-    losses = pipe.run(batches)
-    norm, loss, mtp = pipe.reduce(losses, cfg.clip)
+    norm, loss, mtp = pipe.reduce(pipe.run(batches), cfg.clip)
     for group in optimizer.param_groups:
         group["lr"] = lr
     finite = math.isfinite(norm) and math.isfinite(loss)
@@ -1935,33 +1902,33 @@ def advance(pipe, optimizer, batches, lr, cfg):
 def train(pipe, optimizer, corpus, heldout, state, end, cfg, device):
     """Update the model until `end` tokens of the plan are read; False if a signal ends it."""
     signals = catch_signals()
-    place = device, pipe.data.get_local_rank(), reading_ranks(cfg)
+    reader = device, pipe.data.get_local_rank(), reading_ranks(cfg)
     thread = ThreadPoolExecutor(1)  # reads the next batch during an update
     saved = state["step"]
     clock = time.perf_counter()
     n_skipped = 0
-    phase = None
+    shape = None  # of the batches of the phase
 
-    def read_ahead():
-        phase = current_phase(state["position"], cfg)
-        return thread.submit(read_batch, corpus, state["sequences"], phase, *place)
+    def read_ahead():  # Config of the next update, and the future of its batch
+        phase = current_phase(min(state["position"], end - 1), cfg)
+        return phase, thread.submit(read_batch, corpus, state["sequences"], phase, *reader)
 
-    ahead = read_ahead()
+    next_cfg, next_batches = read_ahead()
     while True:
         step = state["step"]
-        now = current_phase(min(state["position"], end - 1), cfg)
-        if phase is None or (now.batch_size, now.seq_len) != (phase.batch_size, phase.seq_len):
-            phase = now
-            pipe.enter(phase)
+        now = next_cfg
+        pipe.cfg = now
+        if shape != (now.rope_factor, now.batch_size, now.seq_len):
+            shape = now.rope_factor, now.batch_size, now.seq_len
+            pipe.start_phase(now)
             first_step = step
             pace = None  # seconds per update
-            n_micro, micro = split_batch(phase, reading_ranks(cfg))
-            print(f"YaRN factor {phase.rope_factor:g} | tokens per step", end=" ")
-            print(f"{phase.batch_size * phase.seq_len:,} = {reading_ranks(cfg)} ranks", end=" ")
-            print(f"x {n_micro} x {micro} sequences of {phase.seq_len:,}")
-        pipe.cfg = now
+            n_micro, micro = split_batch(now, reading_ranks(cfg))
+            print(f"YaRN factor {now.rope_factor:g} | tokens per step", end=" ")
+            print(f"{now.batch_size * now.seq_len:,} = {reading_ranks(cfg)} ranks x", end=" ")
+            print(f"{n_micro} x {micro} sequences of {now.seq_len:,}")
         steps_left = 0 if cfg.eval else planned_updates(state["position"], end, cfg)
-        error = ahead.exception()  # waits until the batch to come is read
+        error = next_batches.exception()  # waits until the batch to come is read
         if step > first_step + 1:  # the first update of a phase may compile and is left out
             seconds = time.perf_counter() - clock
             pace = 0.9 * (pace or seconds) + 0.1 * seconds
@@ -1975,17 +1942,17 @@ def train(pipe, optimizer, corpus, heldout, state, end, cfg, device):
         if stop:
             return False
         if ends or step % cfg.val_every == 0:
-            validate(pipe.evaluate, heldout, step, now, *place)
+            validate(pipe.evaluate, heldout, step, now, *reader)
         if ends:
             return True
 
         clock = time.perf_counter()
-        batches = ahead.result()
+        batches = next_batches.result()
         lr = learning_rate(state["position"], cfg)
         n_tokens = now.batch_size * now.seq_len
         state["sequences"] += now.batch_size
         state["position"] += n_tokens
-        ahead = read_ahead()
+        next_cfg, next_batches = read_ahead()
         sum_counts(batches, reading_ranks(cfg))
         loss, mtp, norm, loads = advance(pipe, optimizer, batches, lr, now)
         finite = math.isfinite(loss) and math.isfinite(norm)
@@ -2006,22 +1973,6 @@ def train(pipe, optimizer, corpus, heldout, state, end, cfg, device):
             print(f"step {step + 1} skipped: its loss or gradient is not finite")
         if n_skipped == 3 or (n_skipped and steps_left == 1):
             raise ValueError(f"no finite gradient in the last {n_skipped} steps to {step + 1}")
-
-def conclude(pipe, heldout, tokenizer, cfg):
-    """Export the model and, if one rank can hold it, print a sample."""
-    if cfg.export:
-        to_hf(pipe, cfg, cfg.export)
-    with torch.device("meta"):
-        total, _ = count_parameters(DeepSeekV3(cfg))
-    if not tokenizer or total > 2e9:
-        return
-    model = collect_model(pipe, cfg)
-    if model:
-        ids = get_batch(heldout, 0, 1, cfg)["tokens"][0, :32].tolist()
-        if cfg.prompt:
-            ids = tokenizer.encode_ordinary(cfg.prompt)
-        allowed_ids = torch.from_numpy(heldout.token_bytes > 0)
-        print(tokenizer.decode(sample(model, ids, 256, allowed_ids, cfg)))
 
 def load_documents(cfg):
     """(tokenizer or None, training Corpus, held-out Corpus) of --data; sets vocab_size, eos_id and
@@ -2058,8 +2009,8 @@ def main(argv=None):
     """Run the command line: read the data, build or resume the run, train, export and sample."""
     with report_user_errors():
         cfg, given = parse(argv)
+        check_directories(cfg.init, cfg.export, cfg.write_tokens)
         if cfg.init:
-            check(cfg, 1)
             theirs = read_config(cfg.init)
             cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in SHAPE})
         if cfg.dry_run:
@@ -2083,9 +2034,9 @@ def main(argv=None):
             cfg = fit_layout(dataclasses.replace(cfg, ep=run["ep"], dp=0), ranks)
         if run and (run["pp"], run["ep"]) != (cfg.pp, cfg.ep):
             layout = f"--pp {run['pp']} --ep {run['ep']}"
-            other = f"--resume {layout} --export DIR writes what another begins with by --init DIR"
-            raise ValueError(f"{checkpoint} has {layout}: {other}")
-        for name in run.keys() & {"tokens", "long"} - given:
+            way = f"--resume {layout} --export DIR, and then --init DIR with another layout"
+            raise ValueError(f"{checkpoint} has {layout}: {way}")
+        for name in run.keys() & {"tokens", "long"} - given:  # the phases of the run's first start
             setattr(cfg, name, run[name])
 
         pipe = Pipeline1F1B(cfg, expert_mesh(cfg, device.type))
@@ -2120,7 +2071,15 @@ def main(argv=None):
         print(f"FLOPs per token {flops_per_token(cfg):.3g}")
         if not train(pipe, optimizer, corpus, heldout, state, end, cfg, device):
             return print(f"stopped after step {state['step']}")
-        conclude(pipe, heldout, tokenizer, pipe.cfg)
+        now = pipe.cfg
+        if cfg.export:
+            to_hf(pipe, now, cfg.export)
+        if tokenizer and cfg.pp == 1:  # else: --export, then --init and --eval
+            ids = get_batch(heldout, 0, 1, now)["tokens"][0, :32].tolist()
+            if cfg.prompt:
+                ids = tokenizer.encode_ordinary(cfg.prompt)
+            allowed_ids = torch.from_numpy(heldout.token_bytes > 0)
+            print(tokenizer.decode(sample(pipe.model, ids, 256, allowed_ids, now)))
 
 # ---------------------------------------- Plumbing ----------------------------------------
 

@@ -284,7 +284,7 @@ def in_pipeline_with_experts(module, cfg, corpus, model, device):
     for router in pipe.routers.values():
         router.load.zero_()
     pipe.share()
-    pipe.enter(phase)
+    pipe.start_phase(phase)
     batches = global_batch(module, corpus, phase, device, pipe.data.get_local_rank(), module.reading_ranks(cfg))
     norm, main, ahead = pipe.reduce(pipe.run(batches), cfg.clip)
     module.update_biases(list(pipe.routers.values()), 0.01, pipe.data.get_group())

@@ -117,7 +117,7 @@ def test_deepseek_v3_planned_activations_are_those_of_the_peak(precision, recomp
     pipe = v3.Pipeline1F1B(cfg, v3.expert_mesh(cfg, "cpu"))
     v3.init_weights(pipe.model, cfg)
     pipe.share()
-    pipe.enter(cfg)
+    pipe.start_phase(cfg)
     tokens = torch.randint(300, (8, 128))
     _, peak = live_activations(pipe.model, lambda: pipe.model(tokens, tokens).sum())
     torch.distributed.destroy_process_group()
