@@ -5,21 +5,22 @@ What is new compared with its parent, gpt1.py:
 - attention looks both ways (§3): no causal mask, only padding is hidden;
 - two segments in one sequence, [CLS] A [SEP] B [SEP], told apart by segment embeddings (§3);
 - a norm and dropout on the sum of the embeddings, norms with eps 1e-12 (code);
-- masked LM: 15 % of the tokens are predicted, of which 80 % are hidden (§3.1, A.1), by a head of
-  its own whose decoder shares the token embedding (code);
+- masked LM: 15 % of the tokens are predicted; 80 % of them are replaced by [MASK], 10 % by random
+  tokens (§3.1, A.1); the decoder shares the token embedding and has a bias (code);
 - next sentence prediction from the pooled [CLS] (§3.1);
-- Adam without bias correction, linear warm-up and decay from step 0 (A.2, code);
+- Adam without bias correction; linear warm-up, and linear decay from step 0 (A.2, code);
 - 90 % of the updates at length 128, the rest at 512 (A.2).
 Kept: post-norm blocks, GELU, learned positions, F = 4 D, biases.
 For contrast: --no-nsp, RoBERTa's sequences of full sentences (Liu et al., 2019, arXiv 1907.11692),
 and --objective rtd, ELECTRA's replaced token detection (Clark et al., 2020, arXiv 2003.10555),
-where every token is a signal.
+whose loss covers every token.
 
 Map: §3 BERT, Embeddings, Block, PRESETS | §3.1 masked_lm, objective | A.1
 create_masked_lm_predictions | A.2 create_pairs, AdamWeightDecay, learning_rate, phase_at |
-ELECTRA §2 ELECTRA, replaced_token_detection. "Code" and "released" mean google-research/bert.
+ELECTRA §2 ELECTRA, replaced_token_detection. "Code" and "released" mean google-research/bert,
+and google-research/electra for ELECTRA.
 Legend: B batch, T positions, D width, H heads, E = D / H, F hidden width, V vocabulary, P slots for
-predictions, W width of ELECTRA's token embedding.
+predictions, W width of the token embedding (in BERT, D).
 Conventions: NSP label 0 is IsNext, 1 a random sentence; loss in nats; label -100 is not scored.
 
 Run: python bert.py                         # a laptop: the preset demo
@@ -28,8 +29,8 @@ Run: python bert.py                         # a laptop: the preset demo
          --write_instances /shared/wiki     # once for a large corpus, then on many nodes:
      torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
          bert.py --preset base --data /shared/wiki --out /shared/bert --resume
-Expect: in 80 seconds on one CPU core the demo comes to name 18 % of the masked tokens of held-out
-text (0 % at first), and of its pairs, at length 128, 62 % (the more frequent answer: 55 %).
+Expect: in 80 seconds on one CPU core the demo learns to predict 18 % of the masked tokens of
+held-out text (0 % at first) and 62 % of its pairs at length 128 (the more frequent answer: 55 %).
 """
 
 import argparse
@@ -77,40 +78,39 @@ class Config:
     """Run configuration: each field is a command-line flag, and its comment is the flag's help."""
 
     # Model, §3
-    vocab_size: int = 0  # V, entries of the vocabulary; 0: those of the tokenizer
-    context: int = 512  # positions of the model
+    vocab_size: int = 0  # V, vocabulary size; 0: that of the tokenizer
+    context: int = 512  # number of positions of the model
     dim: int = 768  # D, width of the residual stream
     n_layers: int = 12  # number of blocks
-    n_heads: int = 12  # H, attention heads
+    n_heads: int = 12  # H, number of attention heads
     hidden_dim: int = 3072  # F, width of the feed-forward layer
-    gelu: Literal["none", "tanh"] = "none"  # approximation of GELU: none (erf) or tanh
     init_std: float = 0.02  # σ of the normal distribution of initial weights, cut at 2 σ
     dropout: float = 0.1  # dropout of embeddings, residual branches and attention probabilities
     # Data, §3.1 and A.1
     data: str = ""  # text, or a directory of --write_instances; empty: Python's standard library
     sentences: Literal["prose", "lines"] = "prose"  # lines: one a line, blank lines end documents
     tokenizer: str = "wordpiece:8192"  # vocab.txt, or wordpiece:N to learn N entries from text
-    uncased: bool = True  # turn text into lower case without accents
-    seq_len: int = 128  # T, tokens of a training sequence
-    long_seq_len: int = 512  # T of the last updates
-    long_share: float = 0.1  # share of the updates at long_seq_len
-    short_seq_prob: float = 0.1  # share of the documents whose sequences are shorter, at random
+    uncased: bool = True  # convert text to lower case and strip accents
+    seq_len: int = 128  # T, sequence length in tokens in the first phase
+    long_seq_len: int = 512  # T in the second phase
+    long_share: float = 0.1  # share of the updates that the second phase has
+    short_seq_prob: float = 0.1  # probability that a document gets a random shorter length
     # Undisclosed: dupe_factor, and both P. They are the released code's; at 512, 0.15 T.
-    dupe_factor: int = 10  # passes over the documents, each with other pairs
+    dupe_factor: int = 10  # passes over the documents, each of which makes other pairs
     masked_lm_prob: float = 0.15  # share of the tokens to predict
-    max_predictions: int = 20  # P, maximum number of predictions in a sequence
-    long_max_predictions: int = 77  # P at long_seq_len
-    static_masks: bool = False  # mask an instance in the same way each time it is read
+    max_predictions: int = 20  # P, maximum number of predictions per sequence
+    long_max_predictions: int = 77  # P in the second phase
+    static_masks: bool = False  # mask an instance in the same way each time that it is read
     # Objective
-    nsp: bool = True  # next sentence prediction; without it a sequence is consecutive sentences
-    objective: Literal["mlm", "rtd"] = "mlm"  # BERT's, or ELECTRA's replaced token detection
+    nsp: bool = True  # next sentence prediction; without it, sequences of consecutive sentences
+    objective: Literal["mlm", "rtd"] = "mlm"  # mlm: BERT; rtd: ELECTRA's replaced token detection
     # Optimization, A.2
     batch_size: int = 256  # sequences per update, over all ranks
     micro_batch: int = 0  # sequences per forward pass on one rank; 0: as many as the batch allows
-    long_micro_batch: int = 0  # micro_batch at long_seq_len; 0: the same
+    long_micro_batch: int = 0  # micro_batch in the second phase; 0: the same
     steps: int = 1_000_000  # updates of the run
-    lr: float = 1e-4  # learning rate that the warm-up aims at
-    warmup_steps: int = 10_000  # updates of linear warm-up, at most a tenth of the run
+    lr: float = 1e-4  # peak learning rate
+    warmup_steps: int = 10_000  # updates of linear warm-up; cut to a tenth of the run if longer
     weight_decay: float = 0.01  # decoupled weight decay of matrices and embeddings
     clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
     seed: int = 0  # seed of the weights, the order of the data and dropout
@@ -125,14 +125,14 @@ class Config:
     log_every: int = 10  # updates between log lines
     val_every: int = 1000  # updates between validations
     val_batches: int = 16  # maximum number of batches per validation
-    prompt: str = ""  # text whose [MASK] the sample fills in; empty: a held-out sequence
+    prompt: str = ""  # text with [MASK] that the sample fills in; empty: a held-out sequence
     out: str = ""  # directory of checkpoints, metrics.jsonl and config.json; empty: write nothing
     save_every: int = 1000  # updates between checkpoints
     resume: bool = False  # continue from the newest checkpoint in --out, if there is one
     eval: bool = False  # validate and sample the model of --init or --out, without training
-    init: str = ""  # Hugging Face checkpoint directory to start from
+    init: str = ""  # Hugging Face checkpoint directory to start from; it sets sizes, case and nsp
     export: str = ""  # directory to write a Hugging Face checkpoint to after training
-    write_instances: str = ""  # directory to write the run's instances to, then exit
+    write_instances: str = ""  # directory to write the instances of text to, then exit
 
 LARGE = dict(dim=1024, n_layers=24, n_heads=16, hidden_dim=4096)
 RELEASED = dict(vocab_size=30522, compile=True, micro_batch=64, long_micro_batch=16)
@@ -150,9 +150,9 @@ PRESETS = {
         dim=512, n_layers=6, n_heads=8, hidden_dim=2048, lr=4e-4, steps=8000, warmup_steps=800,
         compile=True, micro_batch=64, long_micro_batch=16,
     ),
-    # §3, A.2 and Table 6, with its perplexity of held-out masked tokens.
+    # §3, A.2 and Table 6; the comments have its perplexity of held-out masked tokens.
     # Departure: V is that of the released vocabularies; the paper says 30,000.
-    "base": RELEASED,  # 3.99; of pairs, 97-98 % right (footnote 5)
+    "base": RELEASED,  # 3.99; 97-98 % of the pairs are right (footnote 5)
     "large": RELEASED | LARGE,  # 3.23
     "base_cased": RELEASED | dict(vocab_size=28996, uncased=False),
     "large_cased": RELEASED | LARGE | dict(vocab_size=28996, uncased=False),
@@ -162,7 +162,7 @@ PRESETS = {
     # Undisclosed: F of this row; 4 D, as everywhere.
     "l12_h1024_a16": RELEASED | LARGE | dict(n_layers=12),  # 3.54
     # ELECTRA's Table 6.
-    # Departure: its sequences are two segments; here, one.
+    # Departure: its sequences have two segments; here, one.
     "electra_small": RELEASED | dict(
         objective="rtd", nsp=False, dim=256, n_heads=4, hidden_dim=1024, max_predictions=19,
         long_share=0.0, batch_size=128, lr=5e-4,
@@ -188,10 +188,11 @@ class Embeddings(nn.Module):
         return F.dropout(self.norm(x), self.dropout, self.training)
 
 class BidirectionalAttention(nn.Module):
-    """softmax(q kᵀ / sqrt(E)) v over all positions that the mask [B, 1, 1, T] shows, [B, T, D] ->
-    [B, T, D], with dropout on the probabilities and on the output (§3, A.2)."""
+    """Multi-head self-attention, softmax(q kᵀ / sqrt(E)) v, [B, T, D] -> [B, T, D], over the
+    positions where mask [B, 1, 1, T] is true, with dropout on the probabilities and on the output
+    (§3, A.2)."""
 
-    # Departure: the code adds -10000 to the scores of padding; here padding has no weight.
+    # Departure: the code adds -10000 to the scores of padding; here they are -infinity.
 
     def __init__(self, dim, n_heads, dropout):
         super().__init__()
@@ -211,28 +212,27 @@ class BidirectionalAttention(nn.Module):
 class PositionwiseFeedForward(nn.Module):
     """GELU(x W_i + b_i) W_f + b_f, [B, T, D] -> [B, T, D] (§3)."""
 
-    # Undisclosed: the form of GELU that trained the paper's models. The first release has erf,
-    # which is the default here; since February 2019 it has tanh.
+    # Undisclosed: the form of GELU that trained the paper's models. The first release has erf, as
+    # here; later releases have tanh.
 
-    def __init__(self, dim, hidden_dim, gelu, dropout):
+    def __init__(self, dim, hidden_dim, dropout):
         super().__init__()
         self.dropout = dropout
         self.up = nn.Linear(dim, hidden_dim)
-        self.gelu = nn.GELU(approximate=gelu)
         self.down = nn.Linear(hidden_dim, dim)
 
     def forward(self, x):
-        x = self.gelu(self.up(x))  # [B, T, F]
+        x = F.gelu(self.up(x))  # [B, T, F]
         return F.dropout(self.down(x), self.dropout, self.training)  # [B, T, D]
 
 class Block(nn.Module):
-    """A post-norm block, [B, T, D] -> [B, T, D] (§3)."""
+    """A post-norm block, [B, T, D] -> [B, T, D] (§3); a norm follows each residual sum."""
 
-    def __init__(self, dim, n_heads, hidden_dim, gelu, dropout):
+    def __init__(self, dim, n_heads, hidden_dim, dropout):
         super().__init__()
         self.attn = BidirectionalAttention(dim, n_heads, dropout)
         self.norm1 = nn.LayerNorm(dim, eps=1e-12)
-        self.mlp = PositionwiseFeedForward(dim, hidden_dim, gelu, dropout)
+        self.mlp = PositionwiseFeedForward(dim, hidden_dim, dropout)
         self.norm2 = nn.LayerNorm(dim, eps=1e-12)
 
     def forward(self, x, mask):
@@ -240,12 +240,12 @@ class Block(nn.Module):
         return self.norm2(x + self.mlp(x))
 
 class BidirectionalEncoder(nn.Module):
-    """The stack of blocks, [B, T, D] -> [B, T, D]; attention_mask [B, T] is true at tokens and
-    false at padding."""
+    """A stack of blocks, [B, T, D] -> [B, T, D]; attention_mask [B, T] is true at tokens and false
+    at padding (§3)."""
 
-    def __init__(self, n_layers, dim, n_heads, hidden_dim, gelu, dropout):
+    def __init__(self, n_layers, dim, n_heads, hidden_dim, dropout):
         super().__init__()
-        sizes = dim, n_heads, hidden_dim, gelu, dropout
+        sizes = dim, n_heads, hidden_dim, dropout
         self.blocks = nn.ModuleList(Block(*sizes) for _ in range(n_layers))
 
     def forward(self, x, attention_mask):
@@ -258,30 +258,30 @@ class MaskedLMHead(nn.Module):
     """LayerNorm(GELU(x W_t + b_t)) WordEmbᵀ + b, states [..., D] -> logits [..., V] (code);
     embedding_dim is the width of WordEmb [V, W]."""
 
-    def __init__(self, dim, embedding_dim, vocab_size, gelu):
+    def __init__(self, dim, embedding_dim, vocab_size):
         super().__init__()
         self.dense = nn.Linear(dim, embedding_dim)
-        self.gelu = nn.GELU(approximate=gelu)
         self.norm = nn.LayerNorm(embedding_dim, eps=1e-12)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
     def forward(self, x, token_embedding):
-        return F.linear(self.norm(self.gelu(self.dense(x))), token_embedding, self.bias)
+        x = self.norm(F.gelu(self.dense(x)))  # [..., W]
+        return F.linear(x, token_embedding, self.bias)
 
 def gather_states(x, positions):
     """The states at positions [B, P]: [B, T, D] -> [B, P, D]."""
     return x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[2]))
 
 class BERT(nn.Module):
-    """§3: tokens, segments, attention_mask [B, T] -> logits of the masked LM [B, T, V], or at
-    positions [B, P] alone [B, P, V], and of the next sentence [B, 2], if it is predicted."""
+    """§3: tokens, segments, attention_mask [B, T] -> logits of the masked LM, [B, T, V] or, at
+    positions [B, P], [B, P, V], and of the next sentence, [B, 2] or, without --nsp, None."""
 
     def __init__(self, cfg):
         super().__init__()
         self.embeddings = Embeddings(cfg.vocab_size, cfg.context, cfg.dim, cfg.dropout)
-        sizes = cfg.dim, cfg.n_heads, cfg.hidden_dim, cfg.gelu, cfg.dropout
+        sizes = cfg.dim, cfg.n_heads, cfg.hidden_dim, cfg.dropout
         self.encoder = BidirectionalEncoder(cfg.n_layers, *sizes)
-        self.mlm = MaskedLMHead(cfg.dim, cfg.dim, cfg.vocab_size, cfg.gelu)
+        self.mlm = MaskedLMHead(cfg.dim, cfg.dim, cfg.vocab_size)
         self.pooler = nn.Linear(cfg.dim, cfg.dim) if cfg.nsp else None
         self.nsp = nn.Linear(cfg.dim, 2) if cfg.nsp else None
 
@@ -289,18 +289,18 @@ class BERT(nn.Module):
         x = self.encoder(self.embeddings(tokens, segments), attention_mask)  # [B, T, D]
         next_logits = None
         if self.nsp:
-            pooled = torch.tanh(self.pooler(x[:, 0]))  # [B, D], of [CLS]
-            next_logits = self.nsp(pooled)
+            pooled = torch.tanh(self.pooler(x[:, 0]))  # the state of [CLS]: [B, D]
+            next_logits = self.nsp(pooled)  # [B, 2]
         if positions is not None:
             x = gather_states(x, positions)  # [B, P, D]
         return self.mlm(x, self.embeddings.token.weight), next_logits
 
 class ELECTRA(nn.Module):
-    """ELECTRA §2: a narrow generator fills in what is masked; the discriminator, which is kept
-    after training, tells for each token whether it was replaced. They share embeddings (§3.2).
-    tokens, segments, attention_mask [B, T], positions, labels and uniform [B, P] -> logits of the
-    generator [B, P, V] and of the discriminator [B, T], and replaced [B, T]; without positions,
-    the generator's logits alone, [B, T, V]."""
+    """ELECTRA §2: a narrow generator predicts the masked tokens; the discriminator, which is kept
+    after training, predicts which tokens were replaced by the generator's samples. They share
+    embeddings (§3.2). tokens, segments, attention_mask [B, T], positions, labels and uniform [B, P]
+    -> logits of the generator [B, P, V] and of the discriminator [B, T], and replaced [B, T];
+    without positions, the generator's logits [B, T, V], None, None."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -308,40 +308,40 @@ class ELECTRA(nn.Module):
         narrow = cfg.dim // 4  # Table 6: multiplier of the generator's size 1/4
         self.embeddings = Embeddings(cfg.vocab_size, cfg.context, width, cfg.dropout)
         self.narrow_project = nn.Linear(width, narrow)
-        sizes = narrow, max(cfg.n_heads // 4, 1), cfg.hidden_dim // 4, cfg.gelu, cfg.dropout
+        sizes = narrow, max(cfg.n_heads // 4, 1), cfg.hidden_dim // 4, cfg.dropout
         self.generator = BidirectionalEncoder(cfg.n_layers, *sizes)
-        self.mlm = MaskedLMHead(narrow, width, cfg.vocab_size, cfg.gelu)
+        self.mlm = MaskedLMHead(narrow, width, cfg.vocab_size)
         self.project = nn.Linear(width, cfg.dim)
-        sizes = cfg.dim, cfg.n_heads, cfg.hidden_dim, cfg.gelu, cfg.dropout
+        sizes = cfg.dim, cfg.n_heads, cfg.hidden_dim, cfg.dropout
         self.discriminator = BidirectionalEncoder(cfg.n_layers, *sizes)
         self.dense = nn.Linear(cfg.dim, cfg.dim)
-        self.gelu = nn.GELU(approximate=cfg.gelu)
         self.score = nn.Linear(cfg.dim, 1)
 
     def forward(self, tokens, segments, attention_mask, positions=None, labels=None, uniform=None):
-        x = self.narrow_project(self.embeddings(tokens, segments))
-        x = self.generator(x, attention_mask)  # [B, T, D / 4]
+        x = self.narrow_project(self.embeddings(tokens, segments))  # [B, T, D / 4]
+        x = self.generator(x, attention_mask)
         if positions is None:
             return self.mlm(x, self.embeddings.token.weight), None, None
         logits = self.mlm(gather_states(x, positions), self.embeddings.token.weight)  # [B, P, V]
-        # A sample at temperature 1, through which no gradient flows: the first entry at which the
-        # cumulative probability exceeds a uniform number.
+        # Samples at temperature 1, through which no gradient flows: the first entry whose
+        # cumulative probability is at least a uniform number.
         cumulative = logits.detach().float().softmax(-1).cumsum(-1)
-        filled = (cumulative < uniform[:, :, None]).sum(-1).clamp(max=cumulative.shape[-1] - 1)
-        empty = labels < 0  # slots without prediction, at position 0: [CLS] stays
-        first = tokens[:, :1].expand_as(labels)
-        original = tokens.scatter(1, positions, torch.where(empty, first, labels))
-        tokens = tokens.scatter(1, positions, torch.where(empty, first, filled))
-        x = self.discriminator(self.project(self.embeddings(tokens, segments)), attention_mask)
-        scores = self.score(self.gelu(self.dense(x)))[..., 0]  # [B, T]
-        return logits, scores, tokens != original  # a token that is drawn again counts as original
+        sampled = (cumulative < uniform[:, :, None]).sum(-1).clamp(max=cumulative.shape[-1] - 1)
+        used = labels >= 0  # an unused slot has position 0, where it writes the same [CLS] again
+        original = tokens.scatter(1, positions, torch.where(used, labels, tokens[:, :1]))
+        tokens = tokens.scatter(1, positions, torch.where(used, sampled, tokens[:, :1]))
+        x = self.project(self.embeddings(tokens, segments))  # [B, T, D]
+        x = self.discriminator(x, attention_mask)
+        scores = self.score(F.gelu(self.dense(x)))[..., 0]  # [B, T]
+        return logits, scores, tokens != original  # a sampled original is not replaced
 
 def build_model(cfg):
     """The model that cfg.objective trains."""
     return ELECTRA(cfg) if cfg.objective == "rtd" else BERT(cfg)
 
 def init_weights(model, cfg):
-    """Code: a normal of σ 0.02 cut at 2 σ for matrices and embeddings, biases 0, gains 1.
+    """Draw matrices and embeddings from a normal distribution of mean 0 and σ 0.02 that is cut at
+    2 σ; set biases to 0 and gains to 1 (code).
 
     Each parameter is drawn from a generator seeded by (seed, name), so that every layout
     starts from the same numbers. Raises ValueError for a parameter without a rule.
@@ -349,12 +349,10 @@ def init_weights(model, cfg):
     std = cfg.init_std
     for name, p in model.named_parameters():
         generator = torch.Generator().manual_seed(stable_hash(cfg.seed, name))
+        drawn = torch.empty(p.shape)
         if re.search(r"(token|segment|position|qkv|out|up|down|dense|pooler|nsp)\.weight$", name):
-            drawn = torch.empty(p.shape)
-            nn.init.trunc_normal_(drawn, 0.0, std, -2 * std, 2 * std, generator)
-            p.data.copy_(drawn)
+            p.data.copy_(nn.init.trunc_normal_(drawn, 0.0, std, -2 * std, 2 * std, generator))
         elif re.search(r"(project|score)\.weight$", name):  # ELECTRA's code: TensorFlow's default
-            drawn = torch.empty(p.shape)
             p.data.copy_(nn.init.xavier_uniform_(drawn, generator=generator))
         elif name.endswith("bias"):
             nn.init.zeros_(p)
@@ -369,12 +367,12 @@ def count_parameters(model):
     return total, total
 
 def flops_per_token(cfg):
-    """Training FLOPs per token: 2 per weight of a matrix product forward, twice that backward. All
-    T keys count for a query; a head counts for the share of the positions that it sees."""
+    """Training FLOPs per token: 2 per weight of a matrix product forward, twice that backward.
+    Attention counts all T keys per query; a head counts for the share of positions it reads."""
 
     def encoder(dim, hidden_dim):
         weights = 4 * dim**2 + 2 * dim * hidden_dim
-        return cfg.n_layers * (weights + 2 * dim * cfg.seq_len)  # and q kᵀ, A v
+        return cfg.n_layers * (weights + 2 * dim * cfg.seq_len)  # and q kᵀ, softmax(...) v
 
     D = cfg.dim
     predicted = cfg.max_predictions / cfg.seq_len
@@ -391,27 +389,28 @@ def flops_per_token(cfg):
 # ---------------------------------------- Data ----------------------------------------
 
 def prose_of(code):
-    """The docstrings and comments of Python code, in order, as paragraphs: lines of comments, and
-    strings in three quotes that begin a line. Other strings and comments are passed over."""
-    found = re.finditer(
+    """The docstrings and comments of Python code, in order, as paragraphs: strings in triple quotes
+    that begin a line, and lines that are comments. Other strings and comments are skipped."""
+    matches = re.finditer(
         r"""((?:^[ \t]*\#[^\n]*\n)+)|(^[ \t]*[rRuU]?)?(\"{3}|'{3})((?:\\.|[^\\])*?)\3"""
         r"""|\#[^\n]*|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'""", code, re.M | re.S
     )  # fmt: skip
-    parts = []
-    for comment, begins, quotes, string in (match.groups() for match in found):
+    paragraphs = []
+    for match in matches:
+        comment, line_start, _, string = match.groups()
         if comment:
-            parts.append(re.sub(r"^[ \t]*#[ #:]*", "", comment, flags=re.M))
-        elif begins is not None:
-            parts.append(string)
-    return "\n\n".join(parts)
+            paragraphs.append(re.sub(r"^[ \t]*#[ #:]*", "", comment, flags=re.M))
+        elif line_start is not None:
+            paragraphs.append(string)
+    return "\n\n".join(paragraphs)
 
 def clean_text(text, uncased):
     """Text without control characters and, uncased, in lower case and without accents (code)."""
     text = text.lower() if uncased else text
     if text.isascii() and text.isprintable():
         return text
-    kinds = {c: unicodedata.category(c) for c in set(text)}
-    text = "".join(c for c in text if c in "\t\n\r" or kinds[c] not in ("Cc", "Cf"))
+    categories = {c: unicodedata.category(c) for c in set(text)}
+    text = "".join(c for c in text if c in "\t\n\r" or categories[c] not in ("Cc", "Cf"))
     if uncased:
         text = unicodedata.normalize("NFD", text)
         text = "".join(c for c in text if unicodedata.category(c) != "Mn")
@@ -419,40 +418,41 @@ def clean_text(text, uncased):
 
 @functools.lru_cache(None)
 def set_apart(c):
-    """A character with spaces around it if it is a word of its own (code): ASCII that is neither
-    letter nor digit, punctuation, Chinese; a space for any white space."""
+    """The character c, with spaces around it if it is a word of its own (code): punctuation, other
+    ASCII that is neither letter nor digit, Chinese. A space for any white space."""
     chinese = r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002ceaf\U0002f800-\U0002fa1f]"
     if c.isspace():
         return " "
-    sign = c.isascii() and not c.isalnum() or unicodedata.category(c)[0] == "P"
-    return f" {c} " if sign or re.match(chinese, c) else c
+    symbol = c.isascii() and not c.isalnum()
+    alone = symbol or unicodedata.category(c)[0] == "P" or re.match(chinese, c)
+    return f" {c} " if alone else c
 
 def split_sentences(documents, cfg):
-    """(name, sentences) of each (name, text). Code: a sentence a line, and a blank line between
-    documents; or prose, cut into sentences here."""
-    # Undisclosed: how the paper cut Wikipedia and books into sentences. Here one ends with its
-    # paragraph, or with a full stop and the like before a space and what is not lower case.
-    # Departure: books and Wikipedia are not at hand. The documents of the embedded corpus are
-    # modules, and their sentences come from docstrings and comments. The released README's advice
-    # to cut 2 % of the sentences at random is not followed.
-    cut = re.compile(r"(?<=[.!?])\s+(?![a-z])|(?<=[。！？])")
+    """(name, sentences) of each document (name, text), whose text is prose or has a sentence per
+    line and blank lines between documents (code)."""
+    # Undisclosed: how the paper split text into sentences. Here a sentence ends with its paragraph,
+    # or with a full stop, ! or ? if no lower-case letter follows.
+    # Departure: the default text is Python's standard library instead of BooksCorpus, which is
+    # withdrawn, and Wikipedia: a module is a document, and its docstrings and comments are prose.
+    # The released README's advice to truncate 2 % of the sentences at random is not followed.
+    boundary = re.compile(r"(?<=[.!?])\s+(?![a-z])|(?<=[。！？])")
     for name, text in documents:
         if name != text and name.endswith(".py"):
             text = prose_of(text)
-        paragraphs = [p.strip() for p in re.split(r"\n\s*\n", text)]
+        paragraphs = re.split(r"\n\s*\n", text.strip())
         if cfg.sentences == "lines":
-            key = stable_hash(name)  # the name of a line of a .jsonl file is its text
-            for i, paragraph in enumerate(filter(None, paragraphs)):
+            key = stable_hash(name)  # a name can be long: that of a .jsonl document is its text
+            for i, paragraph in enumerate(paragraphs):
                 lines = clean_text(paragraph, cfg.uncased).split("\n")
                 yield f"{key} {i}", [line.strip() for line in lines]
             continue
-        sentences = [s for p in paragraphs for s in cut.split(" ".join(p.split()))]
+        sentences = [s for p in paragraphs for s in boundary.split(" ".join(p.split()))]
         sentences = [s for s in sentences if re.search(r"[^\W\d_]", s)]
         yield name, [clean_text(s, cfg.uncased) for s in sentences]
 
 class WordPiece:
-    """§3: words, cut greedily into the longest entries that fit; those inside a word begin with
-    ##. The entries are the lines of a vocab.txt, or a list."""
+    """§3: words are cut greedily into the longest entries of the vocabulary; entries that continue
+    a word begin with ##. `name` names the vocabulary in an error."""
 
     def __init__(self, entries, name):
         self.entries = entries
@@ -464,7 +464,7 @@ class WordPiece:
                 raise ValueError(f"{name}: [PAD] is not the first entry, or {token} is none")
 
     def cut(self, word):
-        """Ids of a word; [UNK] if it has a part without entry, or more than 200 characters."""
+        """Ids of a word; [UNK] if a part has no entry, or if it has more than 200 characters."""
         ids = []
         start = 0
         while start < len(word) <= 200:
@@ -489,10 +489,10 @@ class WordPiece:
 
 def learn_wordpiece(documents, size):
     """A WordPiece of `size` entries from a list of (name, sentences): the special tokens, the most
-    frequent characters, as words and inside them, and the most frequent words. Of several documents
-    those that their hash holds out are not read."""
-    # Departure: how WordPiece learned its entries was not released. Words that are not among the
-    # frequent ones are spelled.
+    frequent characters, which begin or continue a word, and the most frequent words. Of several
+    documents, those that is_held_out chooses are not read."""
+    # Undisclosed: how the paper's vocabulary was learned. Here words other than the frequent ones
+    # are spelled in characters.
     words = collections.Counter()
     letters = collections.Counter()
     for name, sentences in documents:
@@ -520,38 +520,39 @@ def save_wordpiece(tokenizer, uncased, folder):
     (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 def tokenize_sentences(documents, tokenizer):
-    """(name, sentences as lists of ids) of each (name, sentences) with a text."""
+    """(name, sentences as lists of ids) of each (name, sentences) that is not empty."""
     for name, sentences in documents:
         sentences = list(filter(None, map(tokenizer.encode, sentences)))
         if sentences:
             yield name, sentences
 
 def split_documents(documents, nsp):
-    """(training, held-out) documents, lists of sentences, of (name, sentences). Held out are those
-    that a hash of their names chooses, or the last; of a single document, the last 5 %."""
-    documents = sorted(documents, key=lambda document: stable_hash(document[0]))
-    names = [name for name, _ in documents]
-    documents = [sentences for _, sentences in documents]
+    """(training, held-out) documents, lists of sentences, of (name, sentences)."""
+    # Undisclosed: the held-out split. Here about 5 % of the documents are held out, by a hash of
+    # their names; of a single document, the last 5 % of the sentences.
+    names_and_sentences = sorted(documents, key=lambda document: stable_hash(document[0]))
+    documents = [sentences for _, sentences in names_and_sentences]
+    n_heldout = sum(is_held_out(name) for name, _ in names_and_sentences)  # they are the last ones
     if len(documents) == 1 and not nsp:
         n_train = len(documents[0]) * 19 // 20
         documents = [documents[0][:n_train], documents[0][n_train:]]
-    least = 2 if nsp else 1  # random sentences need another document
-    n_heldout = max(sum(is_held_out(name) for name in names), least)
+    least = 2 if nsp else 1  # a random sentence comes from another document
+    n_heldout = max(n_heldout, least)
     train = documents[:-n_heldout]
     if len(train) < least or max(map(len, train)) < least:
         raise ValueError(
-            f"{len(names)} documents are too few: to train on {least} and hold out {least}, "
-            f"one of them of {least} sentences"
+            f"{len(names_and_sentences)} documents are too few: to train on {least} and hold out "
+            f"{least}, one of them of {least} sentences"
         )
     return train, documents[-n_heldout:]
 
 def create_pairs(documents, index, length, short_seq_prob, rng):
-    """The pairs (A, B, is B random) of one document of documents, as the released code makes them,
-    one draw of rng after the other."""
-    # Undisclosed: the generator that made the paper's data, in C++; this one follows it.
+    """The pairs (A, B, whether B is random) of document `index` of documents, as the released code
+    makes them, draw by draw of rng."""
+    # Undisclosed: the generator that made the paper's data, in C++; the released code follows it.
     document = documents[index]
-    most = length - 3  # [CLS], [SEP] and [SEP]
-    target = rng.randint(2, most) if rng.random() < short_seq_prob else most
+    max_tokens = length - 3  # without [CLS], [SEP] and [SEP]
+    target = rng.randint(2, max_tokens) if rng.random() < short_seq_prob else max_tokens
     chunk = []
     size = i = 0
     while i < len(document):
@@ -573,17 +574,18 @@ def create_pairs(documents, index, length, short_seq_prob, rng):
                     b += sentence
                     if len(b) >= target - len(a):
                         break
-                i -= len(chunk) - a_end  # what was not used comes again
-            yield *truncate_pair(a, b, most, rng), is_random
+                i -= len(chunk) - a_end  # put the unused sentences back
+            yield *truncate_pair(a, b, max_tokens, rng), is_random
             chunk = []
             size = 0
         i += 1
 
-def truncate_pair(a, b, most, rng):
-    """A and B, without tokens at the front or the back of the longer one until they have `most`."""
+def truncate_pair(a, b, max_tokens, rng):
+    """A and B with at most max_tokens together: the longer one loses its first or last token, at
+    random, until they fit."""
     a = collections.deque(a)
     b = collections.deque(b)
-    while len(a) + len(b) > most:
+    while len(a) + len(b) > max_tokens:
         longer = a if len(a) > len(b) else b
         if rng.random() < 0.5:
             longer.popleft()
@@ -592,22 +594,22 @@ def truncate_pair(a, b, most, rng):
     return a, b
 
 def full_sentences(documents, length, separator):
-    """Sequences (A, no B, False) of the consecutive sentences that fit, with a separator after each
-    document: RoBERTa (1907.11692, §4.2), FULL-SENTENCES."""
-    most = length - 2  # [CLS] and [SEP]
+    """Sequences (A, no B, False) of as many consecutive sentences as fit, with a separator after
+    each document: FULL-SENTENCES of RoBERTa (1907.11692, §4.2)."""
+    max_tokens = length - 2  # without [CLS] and [SEP]
     ids = []
     for document in documents:
         for sentence in document:
-            if ids and len(ids) + len(sentence) > most:
+            if ids and len(ids) + len(sentence) > max_tokens:
                 yield ids, [], False
                 ids = []
-            ids = (ids + sentence)[:most]
-        if len(ids) < most:
+            ids = (ids + sentence)[:max_tokens]
+        if len(ids) < max_tokens:
             ids.append(separator)
     yield ids, [], False
 
 def instances_path(folder, split, cfg):
-    """The file of instances for a split and the length of cfg."""
+    """The file of the instances of a split in the phase cfg."""
     kind = "pairs" if cfg.nsp else "sentences"
     return Path(folder) / f"{split}_{cfg.seq_len}.{kind}"
 
@@ -621,10 +623,10 @@ def write_instances(folder, documents, tokenizer, cfg):
         for (split, part, passes), phase in itertools.product(splits, phases_of(cfg)):
             rng = random.Random(stable_hash(cfg.seed, split, phase.seq_len))
             if cfg.nsp:
-                settings = phase.seq_len, cfg.short_seq_prob, rng
-                indices = itertools.chain.from_iterable([range(len(part))] * passes)
-                pairs = (create_pairs(part, i, *settings) for i in indices)
-                instances = itertools.chain.from_iterable(pairs)
+                instances = (
+                    pair for _ in range(passes) for index in range(len(part))
+                    for pair in create_pairs(part, index, phase.seq_len, cfg.short_seq_prob, rng)
+                )  # fmt: skip
             else:
                 instances = full_sentences(part, phase.seq_len, tokenizer.ids["[SEP]"])
             with open(instances_path(partial, split, phase), "wb") as file:
@@ -634,7 +636,7 @@ def write_instances(folder, documents, tokenizer, cfg):
                     file.write(row)
 
 class Instances:
-    """The instances of a split, memory-mapped, by their length."""
+    """The instances of a split: rows[T] are those of length T, memory-mapped, [n, T + 1]."""
 
     def __init__(self, folder, split, tokenizer, cfg):
         self.tokenizer = tokenizer
@@ -645,49 +647,50 @@ class Instances:
             self.rows[phase.seq_len] = rows.reshape(-1, phase.seq_len + 1)
 
     def read(self, index, cfg):
-        """(A, B, is B random) of instance `index` of the run, and what seeds its masks. A pass has
-        every instance once, in an order of its own."""
+        """(A, B, whether B is random, seed of the masks) of sequence `index` of the run. Each epoch
+        reads every instance once, in random order."""
         rows = self.rows[cfg.seq_len]
-        epoch, place = divmod(index, len(rows))
+        epoch, i = divmod(index, len(rows))
         if not self.in_order:
-            place = permutation(len(rows), cfg.seed, cfg.seq_len, epoch)[place]
-        n_a, n_b, is_random, *ids = rows[place].tolist()
-        key = int(place) if cfg.static_masks else index
-        return ids[:n_a], ids[n_a : n_a + n_b], is_random, key
+            i = int(permutation(len(rows), cfg.seed, cfg.seq_len, epoch)[i])
+        n_a, n_b, is_random, *ids = rows[i].tolist()
+        seed = i if cfg.static_masks else index
+        return ids[:n_a], ids[n_a : n_a + n_b], is_random, seed
 
     def fingerprint(self):
-        """A hash of sizes and first instances, by which a resumed run recognizes its data."""
+        """A hash of sizes and first instances, by which a resumed run recognises its data."""
         return stable_hash({T: (len(rows), rows[:9].tolist()) for T, rows in self.rows.items()})
 
 def create_masked_lm_predictions(tokens, cfg, tokenizer, rng):
-    """A.1 on the list tokens: (tokens as seen, sorted positions, their labels)."""
-    hidden = tokenizer.ids["[CLS]"], tokenizer.ids["[SEP]"]
-    candidates = [i for i, token in enumerate(tokens) if token not in hidden]
+    """A.1: (inputs, positions, labels) of a list of tokens with [CLS] and [SEP]: the tokens with
+    some of them replaced, the sorted positions to predict, and the original tokens there."""
+    excluded = tokenizer.ids["[CLS]"], tokenizer.ids["[SEP]"]
+    candidates = [i for i, token in enumerate(tokens) if token not in excluded]
     rng.shuffle(candidates)
     n = min(cfg.max_predictions, max(1, round(len(tokens) * cfg.masked_lm_prob)))
-    positions = candidates[:n]
-    seen = list(tokens)
-    # ELECTRA's code hides 85 % of them, and shows the rest.
-    # Departure: it draws positions with replacement; here each is another one.
-    masked = 0.85 if cfg.objective == "rtd" else 0.8
-    kept = 1.0 if cfg.objective == "rtd" else 0.5
-    for i in positions:
-        if rng.random() < masked:
-            seen[i] = tokenizer.ids["[MASK]"]
-        elif rng.random() >= kept:
-            seen[i] = rng.randint(0, len(tokenizer.entries) - 1)
-    positions.sort()
-    return seen, positions, [tokens[i] for i in positions]
+    positions = sorted(candidates[:n])
+    inputs = list(tokens)
+    # Of the positions 80 % become [MASK]; of the others half keep their token and half get a random
+    # one. ELECTRA's code: 85 % become [MASK], the others keep their token.
+    # Departure: ELECTRA's code draws positions with replacement; here they are distinct.
+    mask_prob = 0.85 if cfg.objective == "rtd" else 0.8
+    keep_prob = 1.0 if cfg.objective == "rtd" else 0.5
+    for i in candidates[:n]:
+        if rng.random() < mask_prob:
+            inputs[i] = tokenizer.ids["[MASK]"]
+        elif rng.random() >= keep_prob:
+            inputs[i] = rng.randint(0, len(tokenizer.entries) - 1)
+    return inputs, positions, [tokens[i] for i in positions]
 
 def get_batch(corpus, first, n, cfg):
-    """Instances first ... first + n - 1 of the run: tokens, segments and attention_mask [n, T];
-    positions and labels [n, P]; is_random [n]; and their counts; for ELECTRA uniform [n, P].
+    """Sequences first ... first + n - 1 of the run: tokens, segments and attention_mask [n, T];
+    positions and labels [n, P]; is_random [n]; for ELECTRA, uniform [n, P]; and their counts.
 
     A pure function of the seed and the index, so that any number of ranks, any accumulation and
-    any resume see the same sequences. Labels of -100 are not scored.
+    any resume see the same sequences. Unused slots have position 0 and label -100.
     """
-    # Departure: masks are drawn anew each time that an instance is read (RoBERTa §4.1); the
-    # released code has them in its files: --static_masks.
+    # Departure: masks are drawn anew each time that an instance is read (RoBERTa §4.1); with
+    # --static_masks they are fixed, as in the files of the released code.
     ids = corpus.tokenizer.ids
     T = cfg.seq_len
     P = cfg.max_predictions
@@ -699,30 +702,31 @@ def get_batch(corpus, first, n, cfg):
     if cfg.objective == "rtd":
         batch["uniform"] = np.zeros((n, P), np.float32)
     for row in range(n):
-        a, b, batch["is_random"][row], key = corpus.read(first + row, cfg)
+        a, b, batch["is_random"][row], seed = corpus.read(first + row, cfg)
         tokens = [ids["[CLS]"], *a, ids["[SEP]"]]
         if b:
             tokens += [*b, ids["[SEP]"]]
-        rng = random.Random(stable_hash(cfg.seed, "masks", T, key))
-        seen, positions, labels = create_masked_lm_predictions(tokens, cfg, corpus.tokenizer, rng)
-        batch["tokens"][row, : len(seen)] = seen
-        batch["segments"][row, len(a) + 2 : len(seen)] = 1
-        batch["attention_mask"][row, : len(seen)] = True
+        rng = random.Random(stable_hash(cfg.seed, "masks", T, seed))
+        inputs, positions, labels = create_masked_lm_predictions(tokens, cfg, corpus.tokenizer, rng)
+        batch["tokens"][row, : len(inputs)] = inputs
+        batch["segments"][row, len(a) + 2 : len(inputs)] = 1
+        batch["attention_mask"][row, : len(inputs)] = True
         batch["positions"][row, : len(positions)] = positions
         batch["labels"][row, : len(labels)] = labels
-        if cfg.objective == "rtd":  # by which the generator samples
+        if cfg.objective == "rtd":  # from which the generator's samples follow
             batch["uniform"][row] = [rng.random() for _ in range(P)]
-    counts = {"n_targets": int((batch["labels"] >= 0).sum()), "n_sequences": n}
-    counts |= {"n_tokens": int(batch["attention_mask"].sum())}
-    counts |= {"n_random": int(batch["is_random"].sum())}
+    counts = {
+        "n_sequences": n, "n_targets": int((batch["labels"] >= 0).sum()),
+        "n_tokens": int(batch["attention_mask"].sum()), "n_random": int(batch["is_random"].sum()),
+    }  # fmt: skip
     return {name: torch.from_numpy(array) for name, array in batch.items()} | counts
 
 # ---------------------------------------- Objective ----------------------------------------
 
 def masked_lm(logits, batch):
-    """§3.1: mean nats of the labels, and the share of them that has the largest logit, both sums
-    over this batch divided by the count of the whole global batch; 1e-5 is the code's."""
-    # Departure: the code divides by the predictions of a device, here by those of all devices.
+    """§3.1: the mean of -log p(label), and the share of labels that have the largest logit: sums
+    over this batch, divided by n_targets, the count of the global batch; 1e-5 is the code's."""
+    # Departure: the code averages over the predictions of each device; here, over those of all.
     logits = logits.float().flatten(0, 1)  # [B P, V]
     labels = batch["labels"].flatten()
     nats = F.cross_entropy(logits, labels, reduction="sum")
@@ -730,8 +734,8 @@ def masked_lm(logits, batch):
     return nats / (batch["n_targets"] + 1e-5), hits / max(batch["n_targets"], 1)
 
 def objective(model, batch, cfg):
-    """A.2: the sum of the mean masked LM loss and the mean next sentence loss, with metrics. Each
-    is a sum over the batch divided by its count in the whole global batch."""
+    """A.2: the mean masked LM loss plus the mean next sentence loss, and metrics. Each mean is a
+    sum over this batch divided by the count of the global batch."""
     if cfg.objective == "rtd":
         return replaced_token_detection(model, batch, cfg)
     names = "tokens", "segments", "attention_mask", "positions"
@@ -741,34 +745,34 @@ def objective(model, batch, cfg):
     metrics = {"mlm": loss, "mlm_acc": hits}
     if cfg.nsp:
         n = batch["n_sequences"]
-        is_random = batch["is_random"]  # label 0: the next sentences, 1: random ones (code)
+        is_random = batch["is_random"]  # label 0: IsNext, 1: NotNext (code)
         metrics["nsp"] = F.cross_entropy(next_logits.float(), is_random, reduction="sum") / n
         metrics["nsp_acc"] = (next_logits.argmax(-1) == is_random).sum() / n
         loss = loss + metrics["nsp"]
     return loss, metrics
 
 def replaced_token_detection(model, batch, cfg):
-    """ELECTRA §2: the generator's masked LM, plus 50 times the mean sigmoid cross-entropy of
-    "replaced" over all tokens that are not padding."""
+    """ELECTRA §2: the generator's masked LM loss plus 50 times the discriminator's mean sigmoid
+    cross-entropy over all tokens other than padding, and metrics."""
     names = "tokens", "segments", "attention_mask", "positions", "labels", "uniform"
     with torch.autocast(batch["tokens"].device.type, torch.bfloat16, cfg.precision == "bf16"):
         logits, scores, replaced = model(*(batch[name] for name in names))
     mlm, mlm_acc = masked_lm(logits, batch)
-    shown = batch["attention_mask"]
-    nats = F.binary_cross_entropy_with_logits(
-        scores[shown].float(), replaced[shown].float(), reduction="sum"
-    )
+    scores = scores[batch["attention_mask"]].float()  # [n_tokens]
+    replaced = replaced[batch["attention_mask"]]
+    nats = F.binary_cross_entropy_with_logits(scores, replaced.float(), reduction="sum")
     rtd = nats / batch["n_tokens"]
-    rtd_acc = ((scores > 0) == replaced)[shown].sum() / batch["n_tokens"]
+    rtd_acc = ((scores > 0) == replaced).sum() / batch["n_tokens"]
     metrics = {"mlm": mlm, "mlm_acc": mlm_acc, "rtd": rtd, "rtd_acc": rtd_acc}
     return mlm + 50 * rtd, metrics
 
 # ---------------------------------------- Optimizer ----------------------------------------
 
 class AdamWeightDecay(torch.optim.Optimizer):
-    """Adam as the released code has it: m and v without bias correction, decoupled decay."""
+    """Adam of the released code: no bias correction, decoupled weight decay (A.2).
+    p = p - lr (m / (sqrt(v) + eps) + weight_decay p)"""
 
-    # Departure: A.2 says "L2 weight decay", which would be a part of the gradient.
+    # Departure: A.2 says "L2 weight decay", which would add to the gradient.
 
     def __init__(self, groups, lr, betas, eps):
         super().__init__(groups, dict(lr=lr, betas=betas, eps=eps))
@@ -787,9 +791,9 @@ class AdamWeightDecay(torch.optim.Optimizer):
             torch._foreach_lerp_(m, gradients, 1 - beta1)  # m = β1 m + (1 - β1) g
             torch._foreach_mul_(v, beta2)  # v = β2 v + (1 - β2) g²
             torch._foreach_addcmul_(v, gradients, gradients, 1 - beta2)
-            size = torch._foreach_sqrt(v)
-            torch._foreach_add_(size, group["eps"])
-            update = torch._foreach_div(m, size)  # m / (sqrt(v) + eps) + weight_decay p
+            denominator = torch._foreach_sqrt(v)
+            torch._foreach_add_(denominator, group["eps"])
+            update = torch._foreach_div(m, denominator)  # m / (sqrt(v) + eps) + weight_decay p
             torch._foreach_add_(update, params, alpha=group["weight_decay"])
             torch._foreach_add_(params, update, alpha=-group["lr"])
 
@@ -802,30 +806,29 @@ def build_optimizer(model, cfg):
     return AdamWeightDecay(groups, lr=cfg.lr, betas=(0.9, 0.999), eps=1e-6)
 
 def learning_rate(step, cfg):
-    """A.2: linear warm-up, then linear decay to 0; step counts the updates made before. The decay
-    began at step 0 (code), so that the rate drops where warm-up ends, just below lr."""
+    """A.2: linear warm-up, then linear decay to 0; step counts earlier updates. The decay counts
+    from step 0 (code), so that the rate drops where the warm-up ends and never reaches lr."""
     warmup = min(step / max(cfg.warmup_steps, 1), 1)
     decay = max(1 - step / cfg.steps, 0)
     if cfg.objective == "rtd":
-        return cfg.lr * warmup * decay  # ELECTRA's code
+        return cfg.lr * warmup * decay  # as ELECTRA's code
     return cfg.lr * (warmup if step < cfg.warmup_steps else decay)
 
-def phase_at(step, cfg):
-    """A.2: cfg as it is at that step, sequences of seq_len, or at the end of long_seq_len."""
-    # Undisclosed: the batch in the first phase. "256 sequences" holds in both.
-    n_long = round(cfg.long_share * cfg.steps)
-    if step < cfg.steps - n_long or n_long == 0:
-        return cfg
-    return dataclasses.replace(
+def phases_of(cfg):
+    """A.2: cfg in each phase: sequences of seq_len and, unless long_share is 0, of long_seq_len."""
+    # Undisclosed: the batch of the first phase. Here "256 sequences" holds in both.
+    long = dataclasses.replace(
         cfg, seq_len=cfg.long_seq_len, max_predictions=cfg.long_max_predictions,
         micro_batch=cfg.long_micro_batch or cfg.micro_batch,
     )  # fmt: skip
+    return [cfg, long] if cfg.long_share else [cfg]
 
-def phases_of(cfg):
-    """cfg as it is in each phase: one or two."""
-    short = phase_at(0, cfg)
-    long = phase_at(cfg.steps, cfg)
-    return [short] if short == long else [short, long]
+def phase_at(step, cfg):
+    """A.2: cfg in the phase of that step; the last updates, a share of long_share, are long."""
+    n_long = round(cfg.long_share * cfg.steps)
+    if n_long and step >= cfg.steps - n_long:
+        return phases_of(cfg)[-1]
+    return cfg
 
 # ---------------------------------------- Precision ----------------------------------------
 
@@ -841,18 +844,18 @@ PEAK_FLOPS = {"bf16": {  # dense, by precision and the device's exact name; othe
 # ---------------------------------------- Parallelism ----------------------------------------
 
 def parallelize(model, cfg, mesh):
-    """Synchronous data parallelism (A.2): each rank has a copy, gradients are averaged.
+    """Synchronous data parallelism, as released: ranks hold copies and average gradients.
     Recomputation and compilation are applied to the blocks first."""
     # Departure: on TPUs the code clips each replica's gradient before the average; here, after it.
-    for block in model.modules():
-        if isinstance(block, Block) and cfg.recompute == "block":
+    for block in [module for module in model.modules() if isinstance(module, Block)]:
+        if cfg.recompute == "block":
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        if isinstance(block, Block) and cfg.compile:
+        if cfg.compile:
             torch.compiler.config.fail_on_recompile_limit_hit = True
             block.compile(dynamic=False)
     if mesh.size() == 1:
         return model
-    # A static graph is faster, and wrong with gradient accumulation.
+    # static_graph is faster, but gives wrong gradients when gradients are accumulated.
     static_graph = all(split_batch(phase, mesh.size())[0] == 1 for phase in phases_of(cfg))
     return nn.parallel.DistributedDataParallel(
         model, process_group=mesh.get_group(), gradient_as_bucket_view=True,
@@ -865,14 +868,13 @@ HF_CONFIG = {  # field of Config: (key in config.json, default of BertConfig)
     "vocab_size": ("vocab_size", 30522), "context": ("max_position_embeddings", 512),
     "dim": ("hidden_size", 768), "n_layers": ("num_hidden_layers", 12),
     "n_heads": ("num_attention_heads", 12), "hidden_dim": ("intermediate_size", 3072),
-    "gelu": ("hidden_act", "gelu"),
 }  # fmt: skip
 HF_FIXED = {  # the only values that are supported
-    "model_type": "bert", "layer_norm_eps": 1e-12, "type_vocab_size": 2, "is_decoder": False,
-    "position_embedding_type": "absolute", "tie_word_embeddings": True, "pad_token_id": 0,
+    "model_type": "bert", "hidden_act": "gelu", "layer_norm_eps": 1e-12, "type_vocab_size": 2,
+    "is_decoder": False, "position_embedding_type": "absolute", "tie_word_embeddings": True,
+    "pad_token_id": 0,
 }  # fmt: skip
-HF_GELU = {"none": "gelu", "tanh": "gelu_new"}
-HF_NAMES = {
+HF_NAMES = {  # part of a parameter's name here: its name in BertForPreTraining
     "embeddings.token": "bert.embeddings.word_embeddings",
     "embeddings.segment": "bert.embeddings.token_type_embeddings",
     "embeddings.position": "bert.embeddings.position_embeddings",
@@ -883,32 +885,32 @@ HF_NAMES = {
     "mlm.dense": "cls.predictions.transform.dense", "mlm.bias": "cls.predictions.bias",
     "mlm.norm": "cls.predictions.transform.LayerNorm", "nsp": "cls.seq_relationship",
 }  # fmt: skip
-SHAPE = (*HF_CONFIG, "uncased", "nsp", "objective")  # what must agree with a checkpoint
+# Fields of Config that must agree with a checkpoint:
+SHAPE = (*HF_CONFIG, "uncased", "nsp", "objective")
 
 def bert_tensors(model):
-    """(name in Hugging Face's class, our tensor or a part of it) of each parameter."""
+    """(Hugging Face's name, view of the tensor or of its query, key or value) of each parameter."""
     for name, p in model.named_parameters():
         for ours, theirs in HF_NAMES.items():
-            name = re.sub(rf"(^|\.){re.escape(ours)}(\.|$)", rf"\g<1>{theirs}\g<2>", name)
+            name = name.replace(ours, theirs)
         parts = ("query", "key", "value") if ".qkv." in name else ("qkv",)
         for part, tensor in zip(parts, p.data.chunk(len(parts))):
             yield name.replace("qkv", part), tensor
+
+def read_uncased(folder):
+    """Whether the vocabulary of folder is uncased, as BertTokenizer reads it; by default it is."""
+    path = Path(folder) / "tokenizer_config.json"
+    config = json.loads(path.read_text()) if path.exists() else {}
+    return config.get("do_lower_case", True)
 
 def from_hf(path):
     """(model, cfg) from the checkpoint directory of a BertForPreTraining or, without next sentence
     prediction, of a BertForMaskedLM."""
     with explain(f"{path} holds no BertForPreTraining or BertForMaskedLM", Exception):
-        fields = read_hf_config(path, HF_CONFIG, HF_FIXED)
-        forms = {theirs: ours for ours, theirs in HF_GELU.items()}
-        if fields["gelu"] not in forms:
-            raise ValueError(f"config.json has hidden_act {fields['gelu']!r}, not {[*forms]}")
-        cfg = Config(**fields | {"gelu": forms[fields["gelu"]]})
-        if os.path.exists(f"{path}/tokenizer_config.json"):
-            config = json.loads(Path(path, "tokenizer_config.json").read_text())
-            cfg.uncased = config.get("do_lower_case", True)
+        cfg = Config(**read_hf_config(path, HF_CONFIG, HF_FIXED), uncased=read_uncased(path))
         tensors = {}
         for name, tensor in read_hf_tensors(path).items():
-            name = name.replace("LayerNorm.gamma", "LayerNorm.weight")  # as first converted
+            name = name.replace("LayerNorm.gamma", "LayerNorm.weight")  # of early checkpoints
             tensors[name.replace("LayerNorm.beta", "LayerNorm.bias")] = tensor
         cfg.nsp = "cls.seq_relationship.weight" in tensors
         model = BERT(cfg)
@@ -923,10 +925,9 @@ def to_hf(model, cfg, path):
     from safetensors.torch import save_file
 
     config = {key: getattr(cfg, field) for field, (key, _) in HF_CONFIG.items()} | HF_FIXED
-    config["hidden_act"] = HF_GELU[cfg.gelu]
     config |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), cfg.dropout)
     config["architectures"] = ["BertForPreTraining" if cfg.nsp else "BertForMaskedLM"]
-    tensors = {k: v.cpu().clone().contiguous() for k, v in bert_tensors(model)}
+    tensors = {k: v.cpu().clone() for k, v in bert_tensors(model)}
     with written_beside(path) as folder:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -1073,11 +1074,11 @@ def evaluation_mode(model, compiled):
     model.train()
 
 def run_batches(model, batches, cfg, backward):
-    """Loss and metrics of the global batch of which this rank has these micro-batches, by name,
-    as scalars on the device; `backward` adds the gradient of the loss to the parameters."""
+    """{name: scalar on the device}: loss and metrics of the global batch of which this rank has
+    these micro-batches. `backward` adds the gradient of the loss to the parameters."""
     sums = {}
     for i, batch in enumerate(batches):
-        model.require_backward_grad_sync = i == len(batches) - 1  # DDP: one all-reduce an update
+        model.require_backward_grad_sync = i == len(batches) - 1  # DDP: all-reduce once per update
         loss, metrics = objective(model, batch, cfg)
         if backward:
             (loss * dist.get_world_size()).backward()  # DDP averages over the ranks
@@ -1088,25 +1089,25 @@ def run_batches(model, batches, cfg, backward):
     return dict(zip(sums, values))
 
 def update_model(model, optimizer, batches, lr, cfg):
-    """One update from this rank's micro-batches; returns loss, gradient norm ("grad") and metrics
-    of the global batch. Skips the update if loss or norm is not finite."""
-    found = run_batches(model, batches, cfg, backward=True)
-    found["grad"] = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
-    values = torch.stack(list(found.values())).tolist()  # the only wait for the device in an update
-    found = dict(zip(found, values))
+    """One update from this rank's micro-batches; returns loss, metrics and gradient norm ("grad")
+    of the global batch. If loss or norm is not finite, all ranks skip the update."""
+    means = run_batches(model, batches, cfg, backward=True)
+    means["grad"] = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
+    values = torch.stack(list(means.values())).tolist()  # the only wait for the device in an update
+    means = dict(zip(means, values))
     for group in optimizer.param_groups:
         group["lr"] = lr
-    if math.isfinite(found["loss"]) and math.isfinite(found["grad"]):
+    if math.isfinite(means["loss"]) and math.isfinite(means["grad"]):
         optimizer.step()
     optimizer.zero_grad()
-    return found
+    return means
 
 def validate_objective(model, heldout, step, cfg, device, rank, ranks):
-    """Log the held-out loss and metrics; majority is the share of the more frequent answer about
-    the next sentence."""
-    n_sequences = len(heldout.rows[cfg.seq_len])
+    """Log loss and metrics over the first held-out instances; majority is the share of the more
+    frequent next sentence label."""
+    n_batches = min(cfg.val_batches, len(heldout.rows[cfg.seq_len]) // cfg.batch_size)
     batches = []
-    for i in range(max(min(cfg.val_batches, n_sequences // cfg.batch_size), 1)):
+    for i in range(max(n_batches, 1)):
         batches += read_batch(heldout, i * cfg.batch_size, cfg, device, rank, ranks)
     sum_counts(batches, ranks)  # all of them are one global batch
     with evaluation_mode(model, cfg.compile):
@@ -1119,35 +1120,33 @@ def validate_objective(model, heldout, step, cfg, device, rank, ranks):
     log(cfg.out, step, f"val {step}", row, [f"length {cfg.seq_len}"])
 
 def sample(model, ids, segments, mask, allowed_ids, cfg):
-    """ids, with each that is mask replaced by the most likely of allowed_ids (boolean, of the first
-    entries of the vocabulary), one position at a time, the most certain first."""
+    """ids, with the model's most likely id in place of each id `mask`; allowed_ids, boolean, marks
+    which of the first ids of the vocabulary it may be."""
     device = model.embeddings.token.weight.device
-    segments = torch.tensor([segments], device=device)  # [1, T]
-    with evaluation_mode(model, cfg.compile):
-        while mask in ids:
-            tokens = torch.tensor([ids], device=device)
-            with torch.autocast(device.type, torch.bfloat16, cfg.precision == "bf16"):
-                logits = model(tokens, segments, tokens >= 0)[0][0].float().cpu()  # [T, V]
-            logits = logits[:, : len(allowed_ids)].masked_fill(~allowed_ids, -math.inf)
-            certainty, best = logits.log_softmax(-1).max(-1)
-            position = certainty.masked_fill(tokens[0].cpu() != mask, -math.inf).argmax().item()
-            ids = ids[:position] + [best[position].item()] + ids[position + 1 :]
-    return ids
+    tokens = torch.tensor([ids], device=device)  # [1, T]
+    segments = torch.tensor([segments], device=device)
+    autocast = torch.autocast(device.type, torch.bfloat16, cfg.precision == "bf16")
+    with evaluation_mode(model, cfg.compile), autocast:
+        logits = model(tokens, segments, tokens >= 0)[0][0].float().cpu()  # [T, V]
+    best = logits[:, : len(allowed_ids)].masked_fill(~allowed_ids, -math.inf).argmax(-1)  # [T]
+    return [best_id if i == mask else i for i, best_id in zip(ids, best.tolist())]
 
 def fill_masks(model, heldout, cfg):
-    """Print the prompt, or a held-out sequence, with its [MASK], and what the model fills in."""
+    """Print the prompt, or a held-out sequence, with [MASK] and with the model's predictions."""
     tokenizer = heldout.tokenizer
     mask = tokenizer.ids["[MASK]"]
     batch = get_batch(heldout, 0, 1, cfg)
     ids = batch["tokens"][0, : batch["n_tokens"]].tolist()
     segments = batch["segments"][0, : batch["n_tokens"]].tolist()
     if cfg.prompt:
-        parts = [clean_text(part, cfg.uncased) for part in cfg.prompt.split("[MASK]")]
-        ids = [i for part in parts for i in (mask, *tokenizer.encode(part))][1:]
-        ids = [tokenizer.ids["[CLS]"], *ids[: cfg.context - 2], tokenizer.ids["[SEP]"]]
+        ids = [tokenizer.ids["[CLS]"]]
+        for part in cfg.prompt.split("[MASK]"):
+            ids += [*tokenizer.encode(clean_text(part, cfg.uncased)), mask]
+        ids = [*ids[:-1][: cfg.context - 1], tokenizer.ids["[SEP]"]]
         segments = [0] * len(ids)
-    written = [not re.fullmatch(r"\[[A-Z]+\]|\[unused\d+\]", entry) for entry in tokenizer.entries]
-    filled = sample(model, ids, segments, mask, torch.tensor(written), cfg)
+    special = re.compile(r"\[[A-Z]+\]|\[unused\d+\]")
+    allowed_ids = torch.tensor([not special.fullmatch(entry) for entry in tokenizer.entries])
+    filled = sample(model, ids, segments, mask, allowed_ids, cfg)
     print(f"masked: {tokenizer.decode(ids)}\nfilled: {tokenizer.decode(filled)}")
 
 def check(cfg, ranks):
@@ -1158,72 +1157,66 @@ def check(cfg, ranks):
             raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
     for phase in phases_of(cfg):
         n_micro, micro = split_batch(phase, ranks)
-        length = f"sequences of {phase.seq_len} tokens"
+        rtd = cfg.objective == "rtd"
         for wrong, message in (
-            (phase.seq_len > cfg.context, f"{length} exceed --context {cfg.context}"),
-            (phase.seq_len < 5, f"{length} do not hold [CLS] a [SEP] b [SEP]"),
+            (cfg.dim % cfg.n_heads, f"{cfg.n_heads} heads do not divide the width {cfg.dim}"),
+            (rtd and cfg.dim % (4 * max(cfg.n_heads // 4, 1)),
+             f"{cfg.n_heads} heads do not divide the generator's width, a quarter of {cfg.dim}"),
+            (phase.seq_len > cfg.context,
+             f"sequences of {phase.seq_len} tokens exceed --context {cfg.context}"),
+            (phase.seq_len < 5,
+             f"sequences of {phase.seq_len} tokens do not hold [CLS] a [SEP] b [SEP]"),
             (ranks * n_micro * micro != cfg.batch_size,
              f"--batch_size {cfg.batch_size} is not {ranks} ranks x n micro-batches of {micro}"),
+            (cfg.resume and not cfg.out, "--resume needs --out"),
+            (cfg.eval and not cfg.out and not cfg.init, "--eval needs --out or --init"),
+            (rtd and (cfg.init or cfg.export), "--init and --export are for --objective mlm"),
+            (cfg.write_instances and ranks > 1, "--write_instances runs in one process"),
+            (cfg.prompt and "[MASK]" not in cfg.prompt, "--prompt has no [MASK] to fill in"),
         ):  # fmt: skip
             if wrong:
                 raise ValueError(message)
-    rtd = cfg.objective == "rtd"
-    for wrong, message in (
-        (cfg.dim % cfg.n_heads, f"{cfg.n_heads} heads do not divide the width {cfg.dim}"),
-        (rtd and cfg.dim % (4 * max(cfg.n_heads // 4, 1)),
-         f"{cfg.n_heads} heads do not divide the generator's width, a quarter of {cfg.dim}"),
-        (cfg.resume and not cfg.out, "--resume needs --out"),
-        (cfg.eval and not cfg.out and not cfg.init, "--eval needs --out or --init"),
-        (rtd and (cfg.init or cfg.export), "--init and --export are for --objective mlm"),
-        (cfg.write_instances and ranks > 1, "--write_instances runs in one process"),
-        (cfg.prompt and "[MASK]" not in cfg.prompt, "--prompt has no [MASK] to fill in"),
-    ):  # fmt: skip
-        if wrong:
-            raise ValueError(message)
     check_directories(cfg.init, cfg.export, cfg.write_instances)
 
 def dry_run(cfg):
     """Print parameters, and FLOPs per token and memory per rank in each phase, computed from shapes
     alone."""
-    learned = re.fullmatch(r"wordpiece:(\d+)", cfg.tokenizer)
-    if not cfg.vocab_size and learned:
-        cfg.vocab_size = int(learned[1])
+    if not cfg.vocab_size and cfg.tokenizer.startswith("wordpiece:"):
+        cfg.vocab_size = int(cfg.tokenizer.removeprefix("wordpiece:"))
     if not cfg.vocab_size:
         cfg.vocab_size = len(load_wordpiece(cfg.tokenizer).entries)
     check(cfg, cfg.world_size)
     with torch.device("meta"):
-        n, activated = count_parameters(build_model(cfg))
-    print(f"parameters {n:,} | activated {activated:,}")
+        total, activated = count_parameters(build_model(cfg))
+    print(f"parameters {total:,} | activated {activated:,}")
+    # Kept for the backward pass, per position and block: the inputs of both norms in fp32; the
+    # inputs of the four products and of GELU, q, k and v in the products' precision; a byte per
+    # entry of a GPU's two dropout masks. The loss holds three fp32 tensors of V per slot; with
+    # recomputation, which keeps each block's fp32 input, the peak is there or in the recomputed
+    # block. Autocast keeps bf16 copies of the weights.
+    widths = [(cfg.dim, cfg.hidden_dim)]
+    if cfg.objective == "rtd":
+        widths.append((cfg.dim // 4, cfg.hidden_dim // 4))
     size = 2 if cfg.precision == "bf16" else 4
-
-    def blocks(dim, hidden_dim):
-        # Kept for the backward pass, per position: of each block the inputs of both norms in fp32;
-        # the inputs of the four products and of GELU, q, k and v in the products' precision; a
-        # byte per entry of a GPU's two dropout masks. With recomputation, the input of each block,
-        # and one block in full.
-        block = 8 * dim + size * (6 * dim + 2 * hidden_dim) + 2 * dim * (cfg.dropout > 0)
-        if cfg.recompute == "block":
-            return cfg.n_layers * 4 * dim + block
-        return cfg.n_layers * block + 4 * dim
-
+    block = sum(8 * D + size * (6 * D + 2 * F) + 2 * D * (cfg.dropout > 0) for D, F in widths)
+    block_input = sum(4 * D for D, _ in widths)
+    slot = 3 * size * cfg.dim + 4 * cfg.dim + 12 * cfg.vocab_size
     for phase in phases_of(cfg):
         print(f"FLOPs per token {flops_per_token(phase):.4g} at length {phase.seq_len}", end=" ")
         print(f"| 6 N gives {6 * activated:.4g}")
-        per_position = blocks(cfg.dim, cfg.hidden_dim) + 4 * cfg.dim
-        if cfg.objective == "rtd":
-            per_position += blocks(cfg.dim // 4, cfg.hidden_dim // 4)
-        # The loss holds three fp32 tensors of V per prediction. Autocast keeps bf16 copies of the
-        # weights.
-        per_slot = 3 * size * cfg.dim + 4 * cfg.dim + 12 * cfg.vocab_size
-        activations = phase.seq_len * per_position + phase.max_predictions * per_slot
-        activations *= split_batch(phase, cfg.world_size)[1]
-        activations += 2 * n * (cfg.precision == "bf16")
-        weights = {"parameters": 4 * n, "gradients": 4 * n, "optimizer": 8 * n}
-        print_memory(weights | {"activations": activations})
+        head = slot * phase.max_predictions / phase.seq_len
+        per_position = cfg.n_layers * block + head
+        if cfg.recompute == "block":
+            per_position = cfg.n_layers * block_input + max(block, head)
+        per_position += 2 * block_input  # inputs of the embeddings' norm and of the heads
+        activations = split_batch(phase, cfg.world_size)[1] * phase.seq_len * per_position
+        activations += 2 * total * (cfg.precision == "bf16")
+        memory = {"parameters": 4 * total, "gradients": 4 * total, "optimizer": 8 * total}
+        print_memory(memory | {"activations": activations})
 
 def train(model, optimizer, corpus, heldout, state, run, device):
-    """Update the model until the sequences of the run are used up; False if a signal ends it."""
-    place = device, dist.get_rank(), dist.get_world_size()
+    """Update the model until the end of the run; returns False if a signal ends it earlier."""
+    this_rank = device, dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp",))
     replicas = parallelize(model, run, mesh)
     signals = catch_signals()
@@ -1231,24 +1224,24 @@ def train(model, optimizer, corpus, heldout, state, run, device):
 
     def read_ahead(first):
         phase = phase_at(first / run.batch_size, run)
-        return thread.submit(read_batch, corpus, first, phase, *place)
+        return thread.submit(read_batch, corpus, first, phase, *this_rank)
 
-    ahead = read_ahead(state["sequences"])
+    next_batches = read_ahead(state["sequences"])
     first_step = saved = state["step"]
     clock = time.perf_counter()
     pace = None  # seconds per update
     n_skipped = 0
     while True:
         step = state["step"]
-        first = state["sequences"]  # of the batch to come
+        first = state["sequences"]  # first sequence of the next batch
         cfg = phase_at(first / run.batch_size, run)
         steps_left = math.ceil(cfg.steps - first / cfg.batch_size)
-        error = ahead.exception()  # waits until that batch is read
+        error = next_batches.exception()  # waits until the next batch is read
         if step > first_step + 1:  # the first update may compile and is left out
             seconds = time.perf_counter() - clock
             pace = 0.9 * (pace or seconds) + 0.1 * seconds
         (stop,) = sum_over_ranks(len(signals) + (error is not None))
-        end = steps_left <= 0 or stop
+        end = steps_left <= 0 or stop or cfg.eval
         if cfg.out and step > saved and not n_skipped and (end or step % cfg.save_every == 0):
             save_checkpoint(cfg.out, model, optimizer, state)
             saved = step
@@ -1257,24 +1250,24 @@ def train(model, optimizer, corpus, heldout, state, run, device):
         if stop:
             return False
         if end or step % cfg.val_every == 0:
-            validate_objective(model, heldout, step, cfg, *place)
+            validate_objective(model, heldout, step, cfg, *this_rank)
         if end:
             return True
 
         clock = time.perf_counter()
-        batches = ahead.result()
-        ahead = read_ahead(first + cfg.batch_size)
+        batches = next_batches.result()
+        next_batches = read_ahead(first + cfg.batch_size)
         sum_counts(batches, dist.get_world_size())
-        torch.manual_seed(stable_hash(cfg.seed, step, dist.get_rank()))  # of dropout
+        torch.manual_seed(stable_hash(cfg.seed, step, dist.get_rank()))  # for dropout
         lr = learning_rate(first / cfg.batch_size, cfg)
-        found = update_model(replicas, optimizer, batches, lr, cfg)
-        finite = math.isfinite(found["loss"]) and math.isfinite(found["grad"])
+        means = update_model(replicas, optimizer, batches, lr, cfg)
+        finite = math.isfinite(means["loss"]) and math.isfinite(means["grad"])
         state["step"] += 1
         state["sequences"] += cfg.batch_size
         state["tokens"] += finite * cfg.batch_size * cfg.seq_len
         if step == 0 or steps_left == 1 or state["step"] % cfg.log_every == 0:
-            row = {"loss": found["loss"], "bpb": math.nan, "lr": lr, "grad": found["grad"]}
-            row |= found | {"tokens": state["tokens"]}
+            row = {"loss": means["loss"], "bpb": math.nan, "lr": lr, "grad": means["grad"]}
+            row |= means | {"tokens": state["tokens"]}
             head = f"step {step + 1}/{step + steps_left}"
             tail = progress(state["tokens"], steps_left - 1, pace, cfg, device)
             log(cfg.out, step + 1, head, row, tail)
@@ -1285,30 +1278,32 @@ def train(model, optimizer, corpus, heldout, state, run, device):
             raise ValueError(f"no finite gradient in the last {n_skipped} steps to {step + 1}")
 
 def choose_tokenizer(cfg, documents):
-    """The WordPiece of vocab.txt in --data, --init or, if a run goes on, --out; else that of
-    --tokenizer, a vocab.txt or wordpiece:N, which is learned from documents."""
+    """The WordPiece of vocab.txt in --data, --init or, if the run continues, --out; else that of
+    --tokenizer, which is a vocab.txt or learned from documents."""
     out = cfg.out if cfg.resume or cfg.eval else ""
     for folder in (cfg.data, cfg.init, out):
         if folder and os.path.exists(f"{folder}/vocab.txt"):
             return load_wordpiece(f"{folder}/vocab.txt")
-    learned = re.fullmatch(r"wordpiece:(\d+)", cfg.tokenizer)
-    if learned and cfg.init:
+    if not cfg.tokenizer.startswith("wordpiece:"):
+        return load_wordpiece(cfg.tokenizer)
+    if cfg.init:
         raise ValueError(f"--init {cfg.init} has no vocab.txt: --tokenizer is needed")
-    if learned:
-        return learn_wordpiece(documents, int(learned[1]))
-    return load_wordpiece(cfg.tokenizer)
+    return learn_wordpiece(documents, int(cfg.tokenizer.removeprefix("wordpiece:")))
 
 def load_instances(cfg):
     """(training, held-out) Instances of --data, which are made here if it is text; sets
-    cfg.vocab_size. With --write_instances they are written instead, and the result is None."""
+    cfg.vocab_size, and cfg.uncased if they are made. With --write_instances they are written
+    instead, and the result is None."""
+    made = cfg.data and os.path.exists(f"{cfg.data}/tokenizer_config.json")
     documents = []
-    written = cfg.data and instances_path(cfg.data, "train", cfg).exists()
-    if not written:
+    if made:
+        cfg.uncased = read_uncased(cfg.data)
+    else:
         files, shards = find_files(cfg.data)
         if shards:
             raise ValueError(f"{cfg.data} must be text or a directory of --write_instances")
         documents = split_sentences(read_documents(cfg.data, files), cfg)
-    elif cfg.write_instances:
+    if made and cfg.write_instances:
         raise ValueError(f"--write_instances reads text, and {cfg.data} has instances")
     if cfg.tokenizer.startswith("wordpiece:"):
         documents = list(documents)  # read twice
@@ -1319,9 +1314,9 @@ def load_instances(cfg):
         raise ValueError(f"--vocab_size {cfg.vocab_size} is less than the tokenizer's {n} entries")
     if cfg.vocab_size > n:
         print(f"warning: a vocabulary of {cfg.vocab_size:,} entries, and {n:,} in the tokenizer")
-    with tempfile.TemporaryDirectory() as folder:
-        folder = cfg.data if written else cfg.write_instances or folder
-        if not written:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = cfg.data if made else cfg.write_instances or f"{temporary}/instances"
+        if not made:
             write_instances(folder, tokenize_sentences(documents, tokenizer), tokenizer, cfg)
         if cfg.write_instances:
             return print(f"{cfg.write_instances}: the instances are written")
@@ -1349,8 +1344,8 @@ def main(argv=None):
         fixed = {name: getattr(cfg, name) for name in SHAPE}
         if not cfg.eval:
             fixed |= {"seed": cfg.seed, "data_fingerprint": corpus.fingerprint()}
-        checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
-        if run and "steps" not in given:  # as many sequences as its first start planned
+        newest, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
+        if run and "steps" not in given:  # keep the planned number of sequences
             cfg.steps = math.ceil(run["steps"] * run["batch_size"] / cfg.batch_size)
         if cfg.warmup_steps > cfg.steps // 10:
             cfg.warmup_steps = cfg.steps // 10
@@ -1362,32 +1357,32 @@ def main(argv=None):
             model.load_state_dict(source.state_dict())
         optimizer = build_optimizer(model.to(device), cfg)
         state = {"step": 0, "sequences": 0, "tokens": 0}
-        if checkpoint:
-            load_checkpoint(checkpoint, model, optimizer, state)
+        if newest:
+            load_checkpoint(newest, model, optimizer, state)
         if cfg.eval:
-            if not checkpoint and not cfg.init:
+            if not newest and not cfg.init:
                 raise ValueError(f"--eval: {cfg.out} has no checkpoint")
-            cfg.steps = 0
             cfg.out = ""  # nothing is written
         if cfg.out:
-            lock = claim_directory(cfg.out, dataclasses.asdict(cfg) | fixed)  # while the run lives
+            lock = claim_directory(cfg.out, dataclasses.asdict(cfg) | fixed)  # until the run ends
             if dist.get_rank() == 0:
                 save_wordpiece(corpus.tokenizer, cfg.uncased, cfg.out)
-        n_micro, micro = split_batch(cfg, ranks)
-        tokens = cfg.batch_size * cfg.seq_len
-        n_instances = len(corpus.rows[cfg.seq_len])
+        phase = phase_at(state["sequences"] / cfg.batch_size, cfg)
+        n_micro, micro = split_batch(phase, ranks)
+        n_tokens = cfg.batch_size * phase.seq_len
+        n_instances = len(corpus.rows[phase.seq_len])
         print(f"torch {torch.__version__} | {device.type} {cfg.precision}", end=" | ")
         print(f"{n_instances:,} instances")
         print("parameters {:,} | activated {:,}".format(*count_parameters(model)), end=" | ")
-        print(f"FLOPs per token {flops_per_token(cfg):.3g} | tokens per step", end=" ")
-        print(f"{tokens:,} = {ranks} ranks x {n_micro} x {micro} sequences of {cfg.seq_len}")
+        print(f"FLOPs per token {flops_per_token(phase):.3g} | tokens per step", end=" ")
+        print(f"{n_tokens:,} = {ranks} ranks x {n_micro} x {micro} sequences of {phase.seq_len}")
         if not train(model, optimizer, corpus, heldout, state, cfg, device):
             return print(f"stopped after step {state['step']}")
         if cfg.export and dist.get_rank() == 0:
             to_hf(model, cfg, cfg.export)
             save_wordpiece(corpus.tokenizer, cfg.uncased, cfg.export)
         if dist.get_rank() == 0:
-            fill_masks(model, heldout, phase_at(cfg.steps, cfg))
+            fill_masks(model, heldout, phase_at(state["sequences"] / cfg.batch_size, cfg))
 
 # ---------------------------------------- Plumbing ----------------------------------------
 
