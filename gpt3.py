@@ -1,15 +1,15 @@
 r"""Language Models are Few-Shot Learners (Brown et al., 2020, arXiv 2005.14165), GPT-3, and
 Language Models are Unsupervised Multitask Learners (Radford et al., 2019), GPT-2, in one file.
 
-New against its parent, gpt1.py; in GPT-2 (§2.2, §2.3):
+What is new compared with its parent, gpt1.py, in GPT-2 (§2.2, §2.3):
 - the norm moves to the input of each branch, and one more follows the last block;
 - weights of the N residual layers are scaled by 1 / sqrt(N) at initialization;
-- a byte-level BPE of 50,257 entries, which spells any text; documents in one stream.
+- a byte-level BPE of 50,257 entries, which encodes any text; documents in one stream.
 In GPT-3 (§2.1, §2.2, appendix B):
 - every other layer attends only to a band of the latest positions; contexts of 2,048;
-- a rate and a batch for each size, warm-up, cosine and a growing batch measured in tokens;
+- a learning rate and a batch for each size; warm-up, cosine and batch ramp measured in tokens;
 - Adam (0.9, 0.95), decay 0.1, clipping at 1; corpora mixed by weight, packed without a mask;
-- models split inside each matrix product and across the layers, loss scaling for fp16.
+- models split inside each matrix product and across the layers; loss scaling for fp16.
 Kept: learned positions, GELU, biases, the shared softmax, F = 4 D.
 
 Map: GPT-2 §2.2 train_bpe | §2.3 Block, init_weights | GPT-3 §2.1 Block, banded_attention, PRESETS,
@@ -78,10 +78,10 @@ class Config:
 
     # Model, Table 2.1
     vocab_size: int = 0  # V, vocabulary size; 0: that of the tokenizer
-    seq_len: int = 2048  # T, tokens of a sequence and positions of the model
+    seq_len: int = 2048  # T, sequence length in tokens, and number of positions of the model
     dim: int = 768  # D, width of the residual stream
     n_layers: int = 12  # number of blocks
-    n_heads: int = 12  # H, attention heads
+    n_heads: int = 12  # H, number of attention heads
     hidden_dim: int = 3072  # F, width of the feed-forward layer
     band: int = 128  # positions that a banded layer attends to, its own included; 0: all are dense
     banded: Literal["odd", "even"] = "odd"  # which layers are banded, counted from 0
@@ -103,10 +103,10 @@ class Config:
     floor: float = 0.1  # last learning rate, as a part of the peak
     beta1: float = 0.9  # decay of Adam's average of the gradient
     beta2: float = 0.95  # decay of Adam's average of the squared gradient
-    eps: float = 1e-8  # number added to the root of that average
+    eps: float = 1e-8  # number that Adam adds to the root of the averaged squared gradient
     weight_decay: float = 0.1  # decoupled weight decay of matrices and embeddings
     clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
-    noise_scale: bool = False  # log the gradient noise scale, in sequences
+    noise_scale: bool = False  # measure and log the gradient noise scale, in sequences
     seed: int = 0  # seed of the weights, the order of the data and dropout
     # Parallelism, §2.1
     micro_batch: int = 0  # sequences per forward pass on one rank; 0: chosen by the layout
@@ -114,7 +114,7 @@ class Config:
     pp: int = 1  # pipeline-parallel ranks, which share the layers
     dp: int = 0  # data-parallel ranks, each with a copy; 0: all that are left
     # Machine
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU, else fp32
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # bf16 on a GPU, fp32 on a CPU
     compile: bool = False  # compile each block with torch.compile
     recompute: Literal["none", "block"] = "none"  # block: recompute blocks in the backward pass
     timeout: int = 600  # timeout of a collective, in seconds
@@ -129,20 +129,20 @@ class Config:
     save_every: int = 1000  # updates between checkpoints
     resume: bool = False  # continue from the newest checkpoint in --out, if there is one
     eval: bool = False  # validate and sample the model of --init or --out, without training
-    init: str = ""  # Hugging Face checkpoint directory to start from
+    init: str = ""  # Hugging Face checkpoint directory to start from; it sets the model's sizes
     export: str = ""  # directory to write a Hugging Face checkpoint to after training
     write_tokens: str = ""  # directory to write the data to as token shards, then exit
 
 # Batches in sequences: 32k, 0.5M, 1M, 2M and 3.2M tokens are 16, 256, 512, 1024 and 1536 of 2,048.
 # Undisclosed: how long each size's ramp is ("the first 4-12 billion tokens"), and how batches are
-# rounded: down to sixteens, which costs some 2 more updates in 100 than whole sequences do.
+# rounded: here down to multiples of 16, which takes up to 2 % more updates than whole sequences.
 GPT3 = dict(
     vocab_size=50257, tokenizer="gpt2", batch_multiple=16, precision="bf16", micro_batch=1,
     compile=True,
 )  # fmt: skip
-# Undisclosed: GPT-2's optimizer, rate, length and dropout. The optimizer and the rates are GPT-3's
-# for these sizes, the 300,000 updates Megatron's, the warm-up 2,000 of them; no dropout. Band 0:
-# all layers are dense.
+# Undisclosed: GPT-2's optimizer, learning rate, number of updates and dropout. Optimizer and rates
+# are GPT-3's for these sizes, the 300,000 updates Megatron's, with 2,000 of warm-up; no dropout.
+# band=0: all layers are dense.
 GPT2 = GPT3 | dict(
     seq_len=1024, band=0, batch_size=512, first_batch=0, tokens=3e5 * 2**19, warmup=2e3 / 3e5,
     decay=1.0,
@@ -150,13 +150,13 @@ GPT2 = GPT3 | dict(
 SIZES = ("n_layers", "dim", "n_heads", "hidden_dim")
 BATCH = ("batch_size", "ramp", "lr")
 PRESETS = {
-    # A CPU, a minute: a BPE of its own, a batch that grows from 24 sequences to 72.
+    # For a CPU, about a minute: learns its own BPE; the batch grows from 24 sequences to 72.
     "demo": dict(
         seq_len=128, dim=128, n_layers=2, n_heads=4, hidden_dim=512, band=32, tokenizer="bpe:1024",
         batch_size=72, first_batch=24, batch_multiple=24, ramp=0.75, tokens=1.2e6, lr=6e-3,
         warmup=0.08, decay=1.0, log_every=50,
     ),
-    # A GPU of 24 GB or a node of them, minutes: the shape of 125m, over bytes.
+    # The shape of 125m over bytes: minutes on one GPU of 24 GB or a node of them.
     "small": dict(
         seq_len=1024, batch_size=144, first_batch=48, batch_multiple=48, ramp=0.25, tokens=1.5e8,
         warmup=0.07, decay=1.0, micro_batch=6, compile=True, val_every=500,
@@ -168,6 +168,7 @@ PRESETS = {
     "gpt2_xl": GPT2 | dict(zip(SIZES, (48, 1600, 25, 6400)), lr=2e-4),
     # GPT-3, Table 2.1. It prints 24 heads of 128 for 1.3b and a width of 5,140 for 13b; the
     # parameters of Table D.1, 1,320M and 12,850M, say 16 heads and 5,120.
+    # Undisclosed: recomputation. With it 175b fits 80 GB at --tp 8 --pp 12.
     "125m": GPT3 | dict(zip(SIZES + BATCH, (12, 768, 12, 3072, 256, 4 / 300, 6e-4))),
     "350m": GPT3 | dict(zip(SIZES + BATCH, (24, 1024, 16, 4096, 256, 4 / 300, 3e-4))),
     "760m": GPT3 | dict(zip(SIZES + BATCH, (24, 1536, 16, 6144, 256, 4 / 300, 2.5e-4))),
@@ -175,7 +176,8 @@ PRESETS = {
     "2.7b": GPT3 | dict(zip(SIZES + BATCH, (32, 2560, 32, 10240, 512, 6 / 300, 1.6e-4))),
     "6.7b": GPT3 | dict(zip(SIZES + BATCH, (32, 4096, 32, 16384, 1024, 8 / 300, 1.2e-4))),
     "13b": GPT3 | dict(zip(SIZES + BATCH, (40, 5120, 40, 20480, 1024, 8 / 300, 1e-4))),
-    "175b": GPT3 | dict(zip(SIZES + BATCH, (96, 12288, 96, 49152, 1536, 12 / 300, 0.6e-4))),
+    "175b": GPT3 | dict(zip(SIZES + BATCH, (96, 12288, 96, 49152, 1536, 12 / 300, 0.6e-4)),
+                   recompute="block"),
 }  # fmt: skip
 PATTERN = (  # how GPT-2 splits text into words, as released, for BPE rank files
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -235,29 +237,30 @@ class RowParallelLinear(nn.Linear):
         return SumOutput.apply(F.linear(x, self.weight), self.tp) + self.bias
 
 def banded_attention(q, k, v, band, dropout):
-    """Causal attention to the last `band` positions, the query's own included: [B, H, T, E]. The
-    positions form blocks of one band; a block's queries see their own block and the one before."""
-    # Undisclosed: the width of the band, and that it is the same for all heads. 128 is what gpt-oss
-    # has "following GPT-3"; i counts, as in the released sparse attention.
+    """Attention of each position to the last `band` positions, its own included, [B, H, T, E].
+    Positions form N blocks of W = band: a query sees keys of its own block and the one before."""
+    # Undisclosed: the width of the band, how it counts, and whether all heads have the same. 128 is
+    # that of gpt-oss ("following GPT-3"); the released sparse attention counts the query itself.
     attend = functools.partial(F.scaled_dot_product_attention, dropout_p=dropout)
     B, _, T, _ = q.shape
     first = attend(*(x[:, :, :band].contiguous() for x in (q, k, v)), is_causal=True)
     if T <= band:
-        return first
-    padding = -T % band  # after the last position, which no query before it sees
+        return first  # one block, [B, H, T, E]
+    padding = -T % band  # at the end, where no query of the sequence sees it
     q, k, v = (F.pad(x, (0, 0, 0, padding)).unflatten(2, (-1, band)) for x in (q, k, v))
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # N blocks: [B, N, H, W, E]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, N, H, W, E]
     q = q[:, 1:].flatten(0, 1)  # [B (N-1), H, W, E]
-    k, v = (torch.cat((x[:, :-1], x[:, 1:]), 3).flatten(0, 1) for x in (k, v))  # 2W keys each
-    i = torch.arange(band, 2 * band, device=q.device)[:, None]
+    k, v = (torch.cat((x[:, :-1], x[:, 1:]), 3).flatten(0, 1) for x in (k, v))  # [.., H, 2W, E]
+    i = torch.arange(band, 2 * band, device=q.device)[:, None]  # queries: the second W of 2W
     j = torch.arange(2 * band, device=q.device)
-    x = attend(q, k, v, (j <= i) & (i - j < band))  # [B (N-1), H, W, E]
-    x = x.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)  # [B, H, (N-1) W, E]
-    return torch.cat((first, x), 2)[:, :, :T]
+    o = attend(q, k, v, (j <= i) & (i - j < band))  # [B (N-1), H, W, E]
+    o = o.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)  # [B, H, (N-1) W, E]
+    return torch.cat((first, o), 2)[:, :, :T]
 
 class ParallelAttention(nn.Module):
-    """Causal self-attention, [B, T, D] -> [B, T, D], to the last `band` positions or, if it is 0,
-    to all; under a tensor-parallel group tp each rank has some heads."""
+    """Multi-head causal self-attention, softmax(q kᵀ / sqrt(E)) v, [B, T, D] -> [B, T, D], to the
+    last `band` positions or, if it is 0, to all; each rank of a tensor-parallel group tp has H of
+    the heads."""
 
     def __init__(self, dim, n_heads, band, dropout, tp=None):
         super().__init__()
@@ -273,14 +276,14 @@ class ParallelAttention(nn.Module):
         q, k, v = qkv.permute(3, 0, 2, 1, 4)  # [B, H, T, E] each
         p = self.dropout if self.training else 0.0
         if self.band:
-            x = banded_attention(q, k, v, self.band, p)
+            o = banded_attention(q, k, v, self.band, p)  # [B, H, T, E]
         else:
-            x = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
-        return self.out(x.transpose(1, 2).flatten(2))  # [B, T, D]
+            o = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
+        return self.out(o.transpose(1, 2).flatten(2))  # [B, T, D]
 
 class ParallelMLP(nn.Module):
-    """GELU(x W_fc + b_fc) W_pr + b_pr, [B, T, D] -> [B, T, D], GELU in its tanh form as released;
-    under tp a rank has a part of F."""
+    """GELU(x W_up + b_up) W_down + b_down, [B, T, D] -> [B, T, D], with GELU's tanh form as
+    released; each rank of a tensor-parallel group tp has F of the hidden units."""
 
     def __init__(self, dim, hidden_dim, tp=None):
         super().__init__()
@@ -288,15 +291,16 @@ class ParallelMLP(nn.Module):
         self.down = RowParallelLinear(hidden_dim, dim, tp)
 
     def forward(self, x):
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        x = F.gelu(self.up(x), approximate="tanh")  # [B, T, F]
+        return self.down(x)  # [B, T, D]
 
 class Block(nn.Module):
-    """GPT-2 §2.3, [B, T, D] -> [B, T, D]: each branch behind a norm of its input, and added."""
+    """GPT-2 §2.3, [B, T, D] -> [B, T, D]: a norm at the input of each branch; sums without one."""
 
     def __init__(self, cfg, band, tp=None):
         super().__init__()
         self.dropout = cfg.dropout
-        self.norm1 = nn.LayerNorm(cfg.dim, eps=1e-5)
+        self.norm1 = nn.LayerNorm(cfg.dim, eps=1e-5)  # eps as released
         self.attn = ParallelAttention(cfg.dim, cfg.n_heads, band, cfg.dropout, tp)
         self.norm2 = nn.LayerNorm(cfg.dim, eps=1e-5)
         self.mlp = ParallelMLP(cfg.dim, cfg.hidden_dim, tp)
@@ -306,8 +310,9 @@ class Block(nn.Module):
         return x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
 
 class GPT3(nn.Module):
-    """Tokens [B, T] -> logits [B, T, V]; or a pipeline's stage of it, which has some layers, and
-    takes and gives [B, T, D] where it is not the first or the last."""
+    """Tokens [B, T] -> logits [B, T, V]; the output projection is the token embedding. Or a stage
+    of a pipeline with some of the layers: one that is not the first takes [B, T, D], and one that
+    is not the last returns [B, T, D]."""
 
     def __init__(self, cfg, layers=None, first=True, last=True, tp=None):
         super().__init__()
@@ -325,11 +330,11 @@ class GPT3(nn.Module):
             band = cfg.band if i % 2 == (cfg.banded == "odd") else 0
             self.blocks[str(i)] = Block(cfg, band, tp)
         self.final_norm = nn.LayerNorm(cfg.dim, eps=1e-5) if last else None
-        # The softmax shares the token embedding; a last stage without it has a copy.
+        # A last stage that is not the first has its own copy of the token embedding.
         self.head = nn.Linear(cfg.dim, rows, bias=False) if last and not first else None
 
     def embed(self, tokens):
-        """[B, T] -> [B, T, D]; under tensor parallelism a rank looks up its rows of the table."""
+        """[B, T] -> [B, T, D]; each rank of tp looks up the tokens among its rows of the table."""
         positions = self.position_embedding.weight[: tokens.shape[1]]  # [T, D]
         if not self.tp:
             return self.token_embedding(tokens) + positions
@@ -340,7 +345,7 @@ class GPT3(nn.Module):
         return SumOutput.apply(x, self.tp) + positions
 
     def logits(self, x):
-        """[B, T, D] -> [B, T, V], fp32; rows that pad the table are never predicted."""
+        """[B, T, D] -> [B, T, V], fp32; the logits of padding rows are -1e10."""
         x = self.final_norm(x)
         x = SumGradient.apply(x, self.tp) if self.tp else x
         x = F.linear(x, (self.head or self.token_embedding).weight).float()
@@ -361,24 +366,27 @@ def group_size(group):
     return group.size() if group else 1
 
 def init_weights(model, cfg, tp=None):
-    """GPT-2 §2.3: N(0, 0.02), and what is added to the residual stream smaller by sqrt(2 L), the
-    "number of residual layers"; biases 0, gains 1, positions N(0, 0.01) as released. A parameter is
-    drawn from (seed, its name), so that every layout starts from the same numbers."""
-    # Departure: the released code scales no residual weight, though the paper says so.
+    """Draw weights from N(0, 0.02), and positions from N(0, 0.01) as released; set biases to 0 and
+    gains to 1. GPT-2 §2.3: the weights of the N = 2 L residual layers are scaled by 1 / sqrt(N).
+
+    Each parameter is drawn from a generator seeded by (seed, name), so that every layout
+    starts from the same numbers. Raises ValueError for a parameter without a rule.
+    """
+    # Departure: the released code does not scale the weights of residual layers; the paper does.
     for name, p in model.named_parameters():
         if re.search(r"(^|\.)(\w+_embedding|head|qkv|out|up|down)\.weight$", name):
-            key = "token_embedding.weight" if name == "head.weight" else name
             std = 0.02
             if name == "position_embedding.weight":
                 std = 0.01
             elif re.search(r"\.(out|down)\.weight$", name):
                 std /= math.sqrt(2 * cfg.n_layers)
-            shape = list(p.shape)
-            if key == "token_embedding.weight":
+            name = name.replace("head.weight", "token_embedding.weight")  # of which it is a copy
+            shape = list(p.shape)  # of the complete tensor
+            if name == "token_embedding.weight":
                 shape[0] = cfg.vocab_size
             elif split_dimension(name) is not None:
                 shape[split_dimension(name)] *= group_size(tp)
-            generator = torch.Generator().manual_seed(stable_hash(cfg.seed, key))
+            generator = torch.Generator().manual_seed(stable_hash(cfg.seed, name))
             fill_part(name, p, torch.empty(shape).normal_(0.0, std, generator=generator), tp)
         elif re.search(r"(^|\.)(qkv|out|up|down|norm[12]|final_norm)\.bias$", name):
             nn.init.zeros_(p)
@@ -394,12 +402,12 @@ def count_parameters(model):
 
 def flops_per_token(cfg):
     """Training FLOPs per token: 2 per weight of a matrix product forward, twice that backward.
-    Attention counts what a query sees: as causal, (T + 1) / 2 keys, half of what the full square
-    gives, and in banded layers those of the band."""
+    Attention counts as causal, (T + 1) / 2 keys per query, half of what the full square gives; in
+    banded layers only the keys of the band count."""
     T = cfg.seq_len
     band = min(cfg.band or T, T)
     n_banded = (cfg.n_layers + (cfg.banded == "even")) // 2
-    keys = (cfg.n_layers - n_banded) * (T + 1) / 2
+    keys = (cfg.n_layers - n_banded) * (T + 1) / 2  # per query, summed over the layers
     keys += n_banded * band * (T - (band - 1) / 2) / T
     weights = cfg.n_layers * (4 * cfg.dim**2 + 2 * cfg.dim * cfg.hidden_dim)
     return 6 * (weights + 2 * cfg.dim * keys + cfg.vocab_size * cfg.dim)
@@ -407,20 +415,20 @@ def flops_per_token(cfg):
 # ---------------------------------------- Data ----------------------------------------
 
 def train_bpe(texts, n_entries):
-    """GPT-2 §2.2, byte-level BPE: {bytes: rank} of the 256 bytes and, up to n_entries, of the pairs
-    of entries that were merged, each time the most frequent one within words."""
-    # re has no \p{L} and \p{N}: [^\W\d_] and \d come close.
+    """GPT-2 §2.2, byte-level BPE: {bytes: rank} of n_entries entries, the 256 bytes and the results
+    of merges; each merges the pair of adjacent entries that is most frequent within words."""
+    # Departure: Python's re has no \p{L} and \p{N} (see PATTERN); [^\W\d_] and \d come close.
     pattern = r"'s|'t|'re|'ve|'m|'ll|'d| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
     words = collections.Counter()
     for text in texts:
         words.update(re.findall(pattern, text))
-    lengths = np.array([len(word.encode()) for word in words])
+    lengths = np.array([len(word.encode()) for word in words], np.int64)
     ids = np.frombuffer("".join(words).encode(), np.uint8).astype(np.int32)
     ids = np.insert(ids, np.cumsum(lengths), -1)  # each word once, and -1 after it
     weights = np.repeat(list(words.values()), lengths + 1)  # how often the text has the word
-    counts = collections.Counter()  # of pairs a, b, as a 2^32 + b
+    counts = collections.Counter()  # of each pair (a, b), whose key is a 2^32 + b
 
-    def count(starts, sign):
+    def count(starts, sign):  # add sign times the pairs that begin at these positions
         pairs = ids[starts].astype(np.int64) << 32 | ids[starts + 1]
         inside = (ids[starts] >= 0) & (ids[starts + 1] >= 0)
         pairs, index = np.unique(pairs[inside], return_inverse=True)
@@ -432,13 +440,14 @@ def train_bpe(texts, n_entries):
     tokens = [bytes([i]) for i in range(256)]
     ranks = {token: i for i, token in enumerate(tokens)}
     while len(ranks) < n_entries:
-        pair = max(counts, key=counts.get)
+        pair = max(counts, key=counts.get, default=None)
         if not counts[pair]:
             raise ValueError(f"the text has no more than {len(ranks)} entries, not {n_entries}")
         a, b = divmod(pair, 2**32)
         at = np.flatnonzero((ids[:-1] == a) & (ids[1:] == b))
-        run = np.cumsum(np.diff(at, prepend=-2) > 1)  # pairs of aaa overlap: every other one of
-        at = at[(np.arange(len(at)) - np.searchsorted(run, run)) % 2 == 0]  # a run is merged
+        # Pairs (a, a) of aaa overlap: of each run of adjacent pairs, merge every other one.
+        run = np.cumsum(np.diff(at, prepend=-2) > 1)
+        at = at[(np.arange(len(at)) - np.searchsorted(run, run)) % 2 == 0]
         count(np.unique([at - 1, at, at + 1]), -1)
         new = ranks.setdefault(tokens[a] + tokens[b], len(ranks))
         if new == len(tokens):
@@ -451,8 +460,8 @@ def train_bpe(texts, n_entries):
     return ranks
 
 def learn_ranks(documents, n_entries, n_characters, folder):
-    """train_bpe on documents that are not held out, in the order of their hashes, until it has
-    n_characters; written to folder/ranks.tiktoken, if folder is not empty."""
+    """train_bpe on the documents that are not held out, in the order of their hashes, up to
+    n_characters. Rank 0 writes the result to folder/ranks.tiktoken if folder is not empty."""
     documents = sorted(documents, key=lambda document: stable_hash(document[0]))
     if not documents:
         raise ValueError("a BPE is learned from text, and --data has token shards")
@@ -463,29 +472,28 @@ def learn_ranks(documents, n_entries, n_characters, folder):
     ranks = train_bpe(texts, n_entries)
     if folder and dist.get_rank() == 0:
         lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "ranks.tmp").write_text("".join(lines))
-        (Path(folder) / "ranks.tmp").replace(Path(folder) / "ranks.tiktoken")
+        partial = Path(folder) / "ranks.tmp"
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text("".join(lines))
+        partial.replace(Path(folder) / "ranks.tiktoken")
     return ranks
 
 def entries_to_learn(tokenizer):
-    """N of the tokenizer bpe:N; 0 of any other."""
+    """N of a tokenizer bpe:N; 0 for any other tokenizer."""
     learned = re.fullmatch(r"bpe:(\d+)", tokenizer)
     return int(learned[1]) if learned else 0
 
 def make_tokenizer(name, documents, out):
-    """The tokenizer of that name. bpe:N is learned from 4 MB of the documents, or read from the
-    directory out, where the run has written it."""
+    """The tokenizer of that name. bpe:N is read from out/ranks.tiktoken if the run has written it,
+    and is learned from 4 MB of the documents otherwise."""
     n_entries = entries_to_learn(name)
     written = f"{out}/ranks.tiktoken"
     if not n_entries:
         return load_tokenizer(name or "bytes", ["<|endoftext|>"])
     if not out or not os.path.exists(written):
         ranks = learn_ranks(documents, n_entries, 2**22, out)
-        specials = {"<|endoftext|>": n_entries}
-        return tiktoken.Encoding(
-            name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=specials
-        )
+        settings = {"pat_str": PATTERN, "mergeable_ranks": ranks}
+        return tiktoken.Encoding(name, **settings, special_tokens={"<|endoftext|>": n_entries})
     tokenizer = load_tokenizer(written, ["<|endoftext|>"])
     if tokenizer.n_vocab != n_entries + 1:
         raise ValueError(f"{written} has {tokenizer.n_vocab - 1} entries, and not {n_entries}")
@@ -494,8 +502,8 @@ def make_tokenizer(name, documents, out):
 class TrainingMix:
     """Corpora that are drawn by weight (Table 2.2), one sequence at a time.
 
-    Of each block of 1,000 sequences every corpus has its exact share, in an order that the seed
-    shuffles, so that its own position is arithmetic.
+    In each block of 1,000 sequences every corpus has its exact share, in an order that depends on
+    the seed and the block, so that a corpus' own window follows from the index of the sequence.
     """
 
     def __init__(self, mix, corpora):
@@ -506,15 +514,14 @@ class TrainingMix:
         sums = itertools.accumulate(self.weights, initial=0.0)
         self.bounds = [round(self.block * part) for part in sums]
         self.shares = [b - a for a, b in itertools.pairwise(self.bounds)]
-        self.separator = corpora[0].separator
         self.token_bytes = corpora[0].token_bytes
 
     def draw(self, index, seed):
-        """(corpus, window of it) of sequence `index` of the run."""
-        block, place = divmod(index, self.block)
-        place = permutation(self.block, seed, "mix", block)[place]
-        corpus = bisect.bisect_right(self.bounds, place) - 1
-        return corpus, block * self.shares[corpus] + place - self.bounds[corpus]
+        """(index of the corpus, index of its window) of sequence `index` of the run."""
+        block, i = divmod(index, self.block)
+        i = permutation(self.block, seed, "mix", block)[i]
+        corpus = bisect.bisect_right(self.bounds, i) - 1
+        return corpus, block * self.shares[corpus] + i - self.bounds[corpus]
 
     def n_windows(self, length):
         """Sequences of length + 1 ids until one of the corpora begins another epoch."""
@@ -527,7 +534,7 @@ class TrainingMix:
         return self.corpora[corpus].window(position, length, seed)
 
     def fingerprint(self):
-        """A number that tells mixes of other shares or other data apart."""
+        """A hash of the shares and the corpora, by which a resumed run recognizes its data."""
         return stable_hash(self.shares, [corpus.fingerprint() for corpus in self.corpora])
 
 def parse_weights(text):
@@ -548,14 +555,14 @@ def parse_weights(text):
 
 def load_mix(cfg):
     """(tokenizer or None, TrainingMix, TrainingMix of the held-out text) of --data; sets
-    cfg.vocab_size. The result is None after --train_tokenizer, and after --write_tokens, which
-    writes the data as shards. A corpus whose epoch is over begins another; till then no sequence of
-    it comes twice (appendix B)."""
-    # Table 2.2: of Common Crawl (410B tokens), WebText2 (19B), Books1 (12B), Books2 (55B) and
-    # Wikipedia (3B) it prints weights of 60, 22, 8, 8 and 3 %, and 0.44, 2.9, 1.9, 0.43 and 3.4
-    # epochs in 300B tokens. The weights, which add up to 101 %, give 0.43, 3.4, 2.0, 0.43 and 3.0.
-    # Departure: the corpora are to be had clean: quality filter, fuzzy deduplication (appendix A)
-    # and removal of what benchmarks contain (appendix C) are not here.
+    cfg.vocab_size. With --train_tokenizer or --write_tokens the tokenizer or the shards are written
+    instead, and the result is None. A corpus is read without replacement until its epoch ends
+    (appendix B)."""
+    # Table 2.2 prints, for Common Crawl (410B tokens), WebText2 (19B), Books1 (12B), Books2 (55B)
+    # and Wikipedia (3B), weights of 60, 22, 8, 8 and 3 % and 0.44, 2.9, 1.9, 0.43 and 3.4 epochs in
+    # 300B tokens. The weights add up to 101 %; divided by that they give 0.43, 3.4, 2.0, 0.43, 3.0.
+    # Departure: the quality filter and the fuzzy deduplication of appendix A and the removal of
+    # benchmark texts of appendix C are left out: --data is read as it is.
     mix = parse_weights(cfg.data)
     sources = {path: find_files(path) for path in mix}  # (text files, token shards) of each
     texts = (text for path in mix for text in read_documents(path, sources[path][0]))
@@ -590,7 +597,9 @@ def get_batch(corpus, first, n, cfg):
     any resume see the same sequences. n_targets counts targets, n_bytes the bytes of their text.
     """
     # Appendix B: documents in one stream, a separator after each, cut into windows; nothing is
-    # masked, all targets count, and attention crosses documents. Undisclosed: how windows lie.
+    # masked, all targets count, and attention crosses documents.
+    # Undisclosed: where windows begin. An epoch reads consecutive windows, from a random offset and
+    # in random order.
     windows = np.stack([corpus.window(first + i, cfg.seq_len, cfg.seed) for i in range(n)])
     tokens = torch.from_numpy(windows[:, :-1].copy())
     targets = windows[:, 1:].copy()
@@ -600,8 +609,8 @@ def get_batch(corpus, first, n, cfg):
 # ---------------------------------------- Objective ----------------------------------------
 
 def vocab_parallel_loss(logits, targets, tp):
-    """Sum of the nats of targets [N], of logits [N, V]. Under tp each rank has its columns, and no
-    rank ever has them all (Megatron §3)."""
+    """Sum of the cross-entropies, in nats, of logits [N, V] and targets [N]. Each rank of tp has V
+    of the columns; maxima, sums and target logits are reduced, never the logits (Megatron §3)."""
     if not tp:
         return F.cross_entropy(logits, targets, reduction="sum")
     top = logits.detach().amax(1)  # [N]
@@ -614,8 +623,8 @@ def vocab_parallel_loss(logits, targets, tp):
     return (total.log() + top - target).sum()
 
 def objective(model, batch, cfg):
-    """Next-token cross-entropy, and no metrics: the sum of the batch's nats, divided by
-    batch["n_targets"], the count of the whole global batch."""
+    """Next-token cross-entropy: the sum of the nats of the batch's targets, divided by
+    batch["n_targets"], the count of the whole global batch. There are no metrics."""
     logits = model(batch["tokens"])
     nats = vocab_parallel_loss(logits.flatten(0, 1), batch["targets"].flatten(), model.tp)
     return nats / max(batch["n_targets"], 1), {}
@@ -623,8 +632,8 @@ def objective(model, batch, cfg):
 # ---------------------------------------- Optimizer ----------------------------------------
 
 def build_optimizer(model, cfg):
-    """Appendix B: Adam with a decay that is decoupled, as it cites Loshchilov and Hutter."""
-    # Undisclosed: what decays. Matrices and embeddings, neither gains nor biases.
+    """Appendix B: Adam with weight decay, decoupled, since it cites Loshchilov and Hutter."""
+    # Undisclosed: which weights decay. Here matrices and embeddings, neither gains nor biases.
     groups = [
         dict(params=[p for p in model.parameters() if p.ndim > 1], weight_decay=cfg.weight_decay),
         dict(params=[p for p in model.parameters() if p.ndim <= 1], weight_decay=0.0),
@@ -633,9 +642,10 @@ def build_optimizer(model, cfg):
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=betas, eps=cfg.eps, fused=True)
 
 def learning_rate(tokens, cfg):
-    """Appendix B: linear warm-up, a cosine to a tenth, and on at that; tokens are those seen."""
-    # Undisclosed: whether the 260 billion tokens of the cosine include the warm-up. They do.
-    # Departure: a run of another length has warm-up, decay and ramp in proportion.
+    """Appendix B: linear warm-up, a cosine to --floor of the peak, then constant; tokens are those
+    that the model has seen."""
+    # Undisclosed: whether the 260 billion tokens of the cosine include the warm-up. Here they do.
+    # Departure: warm-up, decay and ramp scale with --tokens, so that short runs have all three.
     seen = tokens / cfg.tokens
     if seen < cfg.warmup:
         return cfg.lr * seen / cfg.warmup
@@ -643,8 +653,8 @@ def learning_rate(tokens, cfg):
     return cfg.lr * (cfg.floor + (1 - cfg.floor) * 0.5 * (1 + math.cos(math.pi * done)))
 
 def batch_at(tokens, cfg):
-    """Appendix B: sequences of the update after `tokens`, a number that grows linearly with them
-    over the ramp. It is rounded down to a multiple that the ranks can share."""
+    """Appendix B: sequences of the update that follows `tokens`. The number grows linearly in
+    tokens over the ramp, rounded down to a multiple that the ranks can share."""
     if not cfg.first_batch or tokens >= cfg.ramp * cfg.tokens:
         return cfg.batch_size
     multiple = math.lcm(cfg.batch_multiple, cfg.dp * max(cfg.micro_batch, 1))
@@ -653,7 +663,7 @@ def batch_at(tokens, cfg):
     return min(max(int(cfg.first_batch + grown) // multiple * multiple, least), cfg.batch_size)
 
 def count_steps(cfg, tokens=0):
-    """(updates of the ramp, all updates) from `tokens` on to the end of the run."""
+    """(updates of the ramp, all updates) from `tokens` to the end of the run."""
     ramp = 0
     while tokens < cfg.tokens and batch_at(tokens, cfg) < cfg.batch_size:
         tokens += batch_at(tokens, cfg) * cfg.seq_len
@@ -662,22 +672,22 @@ def count_steps(cfg, tokens=0):
     return ramp, ramp + max(left, 0)
 
 def noise_scale(small, big, n_small, n_big):
-    """(|G|², tr Σ), unbiased, from the squared norms of the gradients of n_small and of n_big
-    sequences (noise scale, appendix A.1). The simple noise scale is tr Σ / |G|², averages of both,
-    which §2.3 measured to choose the batches."""
+    """Unbiased estimates of |G|² and tr Σ from small and big, the squared norms of the gradients of
+    n_small and n_big sequences (noise scale, appendix A.1). The simple noise scale is the ratio of
+    their averages, tr Σ / |G|²; §2.3 measured it to choose the batch sizes."""
     square = (n_big * big - n_small * small) / (n_big - n_small)
     return square, (small - big) / (1 / n_small - 1 / n_big)
 
 # ---------------------------------------- Precision ----------------------------------------
 
-# Parameters, gradients between ranks and Adam's moments are fp32. Under bf16 and fp16, autocast (in
-# parallelize) runs matrix products and attention in that; norms, residual sums, softmax and loss
-# stay fp32.
-# Undisclosed: the paper's precision, but for a credit of "fully half-precision training". fp16 is
-# as that generation trained (Sparse Transformers §5.6): fp16 activations, and a loss scale that
-# starts at 2^16, halves when a gradient overflows, whose step is tried again, and doubles after
-# 1,000 steps without (blocksparse's example). bf16 needs none, and is the default on a GPU.
-# Departure: gradients meet in fp32, where they met in fp16.
+# Parameters, gradients and Adam's moments are fp32. Under bf16 and fp16, autocast (in parallelize)
+# runs matrix products (those of the logits included), attention and GELU in that precision; norms,
+# residual sums and the loss are computed in fp32.
+# Undisclosed: the paper's precision; its credits name "fully half-precision training". --precision
+# fp16 follows Sparse Transformers §5.6, with the numbers of blocksparse's example: the loss scale
+# starts at 2^16, halves when a gradient overflows, and that step is computed again; it doubles
+# after 1,000 steps without an overflow. bf16 needs no loss scale.
+# Departure: gradients are fp32, in the all-reduce too; Sparse Transformers had fp16 gradients.
 
 PEAK_FLOPS = {"bf16": {  # dense, by precision and the device's exact name; others get no MFU
     "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989e12,
@@ -688,20 +698,21 @@ PEAK_FLOPS["fp16"] = PEAK_FLOPS["bf16"]
 # ---------------------------------------- Parallelism ----------------------------------------
 
 def lay_out(cfg, ranks):
-    """cfg with dp as the ranks that are left, where it is 0, and micro-batches for a pipeline."""
+    """cfg with --dp, where it is 0, set to the ranks that are left, and --micro_batch, where it is
+    0, to two micro-batches for each pipeline rank. Raises ValueError if the ranks do not fit."""
     others = cfg.tp * cfg.pp
     if min(cfg.tp, cfg.pp) < 1 or ranks % others or (cfg.dp and cfg.dp * others != ranks):
         layout = f"tp {cfg.tp} x pp {cfg.pp} x dp {cfg.dp or 'any'}"
         raise ValueError(f"{layout} are not {ranks} ranks")
     cfg = dataclasses.replace(cfg, dp=ranks // others)
-    if cfg.pp > 1 and not cfg.micro_batch:  # two micro-batches for each pipeline rank
+    if cfg.pp > 1 and not cfg.micro_batch:
         first = cfg.first_batch or cfg.batch_size
         cfg.micro_batch = max(first // (2 * cfg.pp * cfg.dp), 1)
     return cfg
 
 def stage_blocks(cfg, stage):
-    """The layers of a pipeline stage: an equal number, one less beside the embedding and beside the
-    softmax."""
+    """The layers of a pipeline stage, one less on the first and on the last, which have the
+    embedding and the softmax."""
     edges = [round((cfg.n_layers + 2) * i / cfg.pp) for i in (stage, stage + 1)]
     return range(max(edges[0] - 1, 0), min(edges[1] - 1, cfg.n_layers))
 
@@ -712,14 +723,14 @@ def split_dimension(name):
     return 1 if re.search(r"(^|\.)(out|down)\.weight$", name) else None
 
 def fill_part(name, p, replicated, tp):
-    """Write this rank's part of the complete tensor to the parameter; rows that pad it are 0."""
-    dim = split_dimension(name) if tp else None
+    """Write this rank's part of the complete tensor to the parameter; padding rows are 0."""
+    dim = split_dimension(name) or 0
     first = 0
-    if dim is not None:
+    if tp and split_dimension(name) is not None:
         first = tp.rank() * p.shape[dim]
-    part = replicated.movedim(dim or 0, 0)[first:][: p.shape[dim or 0]]
+    part = replicated.movedim(dim, 0)[first : first + p.shape[dim]]
     p.data.zero_()
-    p.data.movedim(dim or 0, 0)[: len(part)] = part
+    p.data.movedim(dim, 0)[: len(part)] = part
 
 def parallelize(model, cfg, mesh):
     """Apply recomputation and compilation to the blocks, and autocast to the model."""
@@ -736,13 +747,14 @@ def parallelize(model, cfg, mesh):
 
 class ModelParallel:
     """§2.1, "model parallelism within each matrix multiply and across the layers": the part of the
-    model that one rank has, run over micro-batches, one after the other or by a pipeline's 1F1B.
-    Data-parallel ranks have copies of it, whose gradients meet in one all-reduce an update."""
+    model that one rank has, run over micro-batches in a loop or, with --pp, by a schedule.
+    Data-parallel ranks have copies of it and sum their gradients in one all-reduce per update."""
 
-    # Undisclosed: the pipeline's schedule, all degrees, and how data parallelism went.
+    # Undisclosed: all degrees, the schedule of the pipeline (here 1F1B), and how gradients of
+    # data-parallel ranks are summed.
 
     def __init__(self, cfg, device):
-        """Build this rank's part, without values yet; ranks are tp + TP (pp + PP dp)."""
+        """Build this rank's part, whose values are not set; a rank is tp + TP (pp + PP dp)."""
         sizes = cfg.dp, cfg.pp, cfg.tp
         self.mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("dp", "pp", "tp"))
         self.cfg = cfg
@@ -750,20 +762,18 @@ class ModelParallel:
         self.tp = self.mesh["tp"].get_group() if cfg.tp > 1 else None
         self.data_rank = self.mesh["dp"].get_local_rank()
         self.stage = self.mesh["pp"].get_local_rank()
-        self.n_micro = 0  # micro-batches of the pipeline's schedule
-        self.is_first = self.stage == 0
-        self.is_last = self.stage == cfg.pp - 1
+        self.n_micro = 0  # micro-batches of self.schedule
+        ends = self.stage == 0, self.stage == cfg.pp - 1
         with torch.device("meta"):
-            layers = stage_blocks(cfg, self.stage)
-            model = GPT3(cfg, layers, self.is_first, self.is_last, self.tp)
+            model = GPT3(cfg, stage_blocks(cfg, self.stage), *ends, self.tp)
         self.model = parallelize(model.to_empty(device=device), cfg, self.mesh)
-        self.saved = nn.Module()  # what a checkpoint holds: names are unique among tp's ranks
+        self.saved = nn.Module()  # for checkpoints: the model, with names unique among tp's ranks
         self.saved.add_module(f"tp{self.mesh['tp'].get_local_rank()}", self.model)
         self.gradient = None
 
     def run(self, batches, scale=1.0):
-        """This rank's part of the mean loss over the global batch that these micro-batches are part
-        of. Where autograd is on, its gradient, times scale, is added to that of the parameters."""
+        """This rank's part of the mean loss over the global batch, from these micro-batches of it.
+        If gradients are enabled, those of scale times the loss are added to p.grad."""
         if self.cfg.pp > 1:
             return self.run_pipeline(batches, scale)
         total = torch.zeros((), device=self.device)
@@ -775,37 +785,34 @@ class ModelParallel:
         return total / self.cfg.tp
 
     def run_pipeline(self, batches, scale):
-        """run by the stages of a pipeline, whose schedule fits one number of micro-batches."""
-        group = self.mesh["pp"].get_group()
+        """run for a stage of a pipeline; only the last stage has a loss that is not 0."""
         self.factor = scale / batches[0]["n_targets"]
-        if len(batches) != self.n_micro:
+        if len(batches) != self.n_micro:  # a schedule is for one number of micro-batches
             self.n_micro = len(batches)
+            group = self.mesh["pp"].get_group()
             stage = PipelineStage(self.model, self.stage, self.cfg.pp, self.device, group=group)
-            self.schedule = Schedule1F1B(stage, self.n_micro, self.loss, scale_grads=False)
+            self.schedule = Schedule1F1B(stage, self.n_micro, self.scaled_loss, scale_grads=False)
         step = self.schedule.step if torch.is_grad_enabled() else self.schedule.eval
-        losses = []
-        inputs = []
-        last = {}
-        if self.is_first:
-            inputs = [torch.cat([batch["tokens"] for batch in batches])]
-        if self.is_last:
-            last = {"target": torch.cat([batch["targets"] for batch in batches]), "losses": losses}
-        step(*inputs, **last, return_outputs=False)
-        if torch.is_grad_enabled() and (self.is_first or self.is_last):
+        tokens = torch.cat([batch["tokens"] for batch in batches])
+        targets = torch.cat([batch["targets"] for batch in batches])
+        inputs = [tokens] if self.stage == 0 else []
+        losses = []  # of micro-batches; the schedule fills it on the last stage
+        step(*inputs, target=targets, losses=losses, return_outputs=False)
+        if torch.is_grad_enabled() and self.stage in (0, self.cfg.pp - 1):
             self.sum_embedding_gradients()
         total = torch.zeros((), device=self.device)
         for loss in losses:
             total += loss.detach() / scale
         return total / self.cfg.tp
 
-    def loss(self, logits, targets):
-        """scale times the objective of a micro-batch, as the schedule asks for it."""
+    def scaled_loss(self, logits, targets):
+        """scale times the objective of a micro-batch, for the schedule."""
         return vocab_parallel_loss(logits.flatten(0, 1), targets.flatten(), self.tp) * self.factor
 
     def sum_embedding_gradients(self):
-        """Add up the gradients of the embedding on the first and on the last stage."""
+        """Add the gradients of the last stage's copy of the embedding and of the first stage's."""
         group = self.mesh["pp"].get_group()
-        table = self.model.token_embedding if self.is_first else self.model.head
+        table = self.model.token_embedding or self.model.head
         other = torch.empty_like(table.weight)
         peer = dist.get_global_rank(group, self.cfg.pp - 1 - self.stage)
         operations = [dist.P2POp(dist.isend, table.weight.grad, peer, group)]
@@ -815,20 +822,22 @@ class ModelParallel:
         table.weight.grad += other
 
     def squared_norm(self):
-        """This rank's part of |gradient|²; what several ranks hold counts once."""
-        sharded = []  # by tensor parallelism
-        replicated = []
-        for name, p in self.model.named_parameters():
-            if name != "head.weight":  # the last stage's copy of the embedding
-                (replicated if split_dimension(name) is None else sharded).append(p.grad)
+        """This rank's part of |gradient|²; replicated parameters count once over the ranks of tp,
+        and the embedding counts on the first stage only."""
+        gradients = {name: p.grad for name, p in self.model.named_parameters()}
+        gradients.pop("head.weight", None)
+        sharded = [g for name, g in gradients.items() if split_dimension(name) is not None]
+        replicated = [g for name, g in gradients.items() if split_dimension(name) is None]
         square = nn.utils.get_total_norm(sharded).double() ** 2
         return square + nn.utils.get_total_norm(replicated).double() ** 2 / self.cfg.tp
 
     def gradients(self, batches, scale):
-        """Replace the gradient by that of scale times the loss of the global batch. Returns the
-        loss, |gradient|², the |gradient|² of smaller batches, and how many of these have the
-        sequences of the global batch: with --noise_scale those of the data-parallel ranks or, where
-        there is one, the first micro-batches; else NaN."""
+        """Replace the gradient by that of scale times the mean loss over the global batch.
+
+        Returns the loss, |gradient|², and for the noise scale the mean |gradient|² of smaller
+        batches and n, where a smaller batch has 1 / n of the sequences: each data-parallel rank's
+        share or, with one such rank, its first micro-batches. NaN without --noise_scale.
+        """
         cfg = self.cfg
         if self.gradient is None:  # one tensor, of which the gradients of parameters are views
             parameters = list(self.model.parameters())
@@ -837,39 +846,41 @@ class ModelParallel:
             for p, part in zip(parameters, self.gradient.split(sizes)):
                 p.grad = part.view_as(p)
         self.gradient.zero_()
-        n = len(batches)
-        if cfg.noise_scale and cfg.dp == 1:
-            n = cfg.pp  # micro-batches that a pipeline needs
-        measured = cfg.noise_scale and (cfg.dp > 1 or len(batches) >= 2 * n)
-        loss = self.run(batches[:n], scale)
-        small = self.squared_norm() if measured else loss.double() * math.nan
-        if n < len(batches):
-            if self.model.head is not None:  # the first stage has the sum of both gradients
+        n_first = len(batches)
+        if cfg.noise_scale and cfg.dp == 1 and len(batches) >= 2 * cfg.pp:
+            n_first = cfg.pp  # the fewest micro-batches that a pipeline can run
+        n = cfg.dp * len(batches) / n_first
+        loss = self.run(batches[:n_first], scale).double()
+        small = loss * math.nan
+        if cfg.noise_scale and n > 1:
+            small = self.squared_norm() * n**2 / cfg.dp  # of means over fewer sequences
+        if n_first < len(batches):
+            if self.model.head is not None:  # its gradient is in that of the first stage already
                 self.model.head.weight.grad.zero_()
-            loss = loss + self.run(batches[n:], scale)
+            loss += self.run(batches[n_first:], scale)
         dist.all_reduce(self.gradient, group=self.mesh["dp"].get_group())
-        sums = torch.stack([loss.double(), self.squared_norm() / cfg.dp, small])
+        sums = torch.stack([loss, self.squared_norm() / cfg.dp, small])
         dist.all_reduce(sums)
-        loss, square, small = sums.tolist()  # the update waits for the device here alone
-        ratio = cfg.dp * len(batches) / n
-        return loss, square, small * ratio**2 / cfg.dp, ratio
+        loss, square, small = sums.tolist()  # the only wait for the device in an update
+        return loss, square, small, n
 
     def evaluate(self, batches):
         """This rank's part of the mean loss over a global batch, without dropout."""
-        with evaluation_mode(self.model, False):  # the lengths are those of training
+        with evaluation_mode(self.model, compiled=False):  # lengths are those of training
             return self.run(batches).item()
 
 def memory_per_rank(cfg):
-    """Bytes on the rank of cfg.world_size that needs most, by kind, as an eager backward pass
-    begins at the full batch."""
+    """Bytes by kind on the rank that needs most, at the start of the backward pass of a full batch,
+    without compilation."""
     n_micro, micro = split_batch(cfg, cfg.dp)
-    # Kept per position and block: inputs of both norms (fp32), inputs of the first products of both
-    # branches, and, cut by tensor parallelism, q, k, v, the attended values, GELU's in- and output;
-    # a byte an entry of a GPU's two dropout masks. Casts: autocast's copies of the weights.
+    # Kept for the backward pass, per position and block: the inputs of both norms in fp32; the
+    # inputs of qkv and up; divided over tp, q, k, v, the inputs of out and down, and GELU's input;
+    # a byte per entry of a GPU's two dropout masks. Casts: autocast's copies of the weights, which
+    # each micro-batch in flight makes anew, or with recomputation only the one that runs.
     size = 4 if cfg.precision == "fp32" else 2
     block = 8 * cfg.dim + size * (2 * cfg.dim + (4 * cfg.dim + 2 * cfg.hidden_dim) / cfg.tp)
     block += 2 * cfg.dim * (cfg.dropout > 0)
-    banded = 3 * size * cfg.dim / cfg.tp  # keys and values of two blocks of positions, the values
+    banded = 3 * size * cfg.dim / cfg.tp  # keys and values of two blocks; all blocks' outputs
     head = 4 * cfg.dim + size * cfg.dim + 4 * cfg.vocab_size / cfg.tp  # norm, product, softmax
     stages = []
     for i in range(cfg.pp):
@@ -879,14 +890,16 @@ def memory_per_rank(cfg):
         for name, p in stage.named_parameters():
             n += p.numel() / (cfg.tp if split_dimension(name) is not None else 1)
         in_flight = min(cfg.pp - i, n_micro)  # micro-batches of 1F1B
-        n_banded = sum(bool(part.attn.band) for part in stage.blocks.values())
+        n_banded = sum(part.attn.band > 0 for part in stage.blocks.values())
         kept = in_flight * (len(stage.blocks) * block + n_banded * banded)
+        casts = in_flight * 2 * n * (size == 2)
         if cfg.recompute == "block" and len(stage.blocks):  # every input, and one block in full
             kept = in_flight * len(stage.blocks) * 4 * cfg.dim + block + banded
+            casts = 2 * n * (size == 2)
         if i == cfg.pp - 1:
             kept += head
-        memory = {"parameters": 4 * n, "gradients": 4 * n, "optimizer": 8 * n}
-        memory |= {"casts": 2 * n * (size == 2), "activations": micro * cfg.seq_len * kept}
+        memory = {"parameters": 4 * n, "gradients": 4 * n, "optimizer": 8 * n, "casts": casts}
+        memory["activations"] = micro * cfg.seq_len * kept
         stages.append(memory)
     return max(stages, key=lambda memory: sum(memory.values()))
 
@@ -910,14 +923,14 @@ HF_NAMES = {
 SHAPE = tuple(HF_CONFIG)  # fields of Config that must agree with a checkpoint
 
 def gpt2_tensors(model, n_heads):
-    """(name in Hugging Face's class, view of our tensor in its layout, its shape there) of each
-    parameter: matrices are [in, out], and the outputs of qkv all q before all k and v."""
+    """(name in Hugging Face's class, view of our tensor in the order of theirs, its shape there) of
+    each parameter. Their matrices are [in, out]; their rows of qkv have all q, then all k and v."""
     for name, p in model.named_parameters():
         tensor = p.data
         if "qkv" in name:
             tensor = tensor.unflatten(0, (n_heads, 3, -1)).transpose(0, 1)  # [3, H, E, ...]
         if re.search(r"\.(qkv|out|up|down)\.weight$", name):
-            tensor = tensor.movedim(-1, 0)
+            tensor = tensor.movedim(-1, 0)  # [D, 3, H, E] or [in, out]
         for ours, theirs in HF_NAMES.items():
             name = name.replace(ours, theirs)
         yield name, tensor, tensor.flatten(p.ndim - 1).shape
@@ -937,8 +950,8 @@ def from_hf(path):
 
 def to_hf(model, cfg, path):
     """Write model to the directory path as a GPT2LMHeadModel."""
-    # Departure: that class has no banded layers. It reads them as dense ones, and this script, by
-    # two entries of config.json that are its own, as what they are.
+    # Departure: GPT2LMHeadModel has no banded layers and reads them as dense ones. Two keys of
+    # config.json, band and banded, which only this script reads, say which layers are banded.
     from safetensors.torch import save_file
 
     config = {key: getattr(cfg, field) for field, (key, _) in HF_CONFIG.items()} | HF_FIXED
@@ -1110,7 +1123,7 @@ def validate(loss_of, corpus, step, cfg, device, rank, ranks):
     log(cfg.out, step, f"val {step}", row, [])
 
 def loss_by_position(model, heldout, n, cfg):
-    """Mean nats of the targets at each position of the context, over n held-out sequences: [T]."""
+    """Mean nats of the targets at each position, over the first n held-out sequences, [T]."""
     device = model.token_embedding.weight.device
     total = torch.zeros(cfg.seq_len, device=device)
     with evaluation_mode(model, cfg.compile):
@@ -1121,7 +1134,7 @@ def loss_by_position(model, heldout, n, cfg):
     return (total / n).tolist()
 
 def sample(model, ids, n, allowed_ids, cfg):
-    """ids and n more, drawn at temperature 0.8 among allowed_ids [V] (boolean)."""
+    """ids followed by n sampled ids (temperature 0.8); allowed_ids [V], boolean, may be drawn."""
     device = model.token_embedding.weight.device
     torch.manual_seed(stable_hash(cfg.seed, "sample"))
     with evaluation_mode(model, cfg.compile):
@@ -1135,8 +1148,8 @@ def sample(model, ids, n, allowed_ids, cfg):
 def check(cfg, ranks):
     """Raise ValueError for a configuration that cannot run on that many ranks."""
     for field in dataclasses.fields(cfg):
-        least = int(field.type is int and field.default > 0)
-        least *= field.name not in ("band", "first_batch")
+        may_be_zero = field.name in ("band", "first_batch")
+        least = int(field.type is int and field.default > 0 and not may_be_zero)
         if field.type in (int, float) and not least <= getattr(cfg, field.name) < math.inf:
             raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
     n_entries = cfg.train_tokenizer or entries_to_learn(cfg.tokenizer)
@@ -1176,8 +1189,8 @@ def check(cfg, ranks):
     check_directories(cfg.init, cfg.export, cfg.write_tokens)
 
 def dry_run(cfg):
-    """Print parameters, FLOPs, updates, the loss to expect, and memory on the rank that needs most,
-    computed from shapes alone."""
+    """Print parameters, FLOPs, updates, a bound of the loss and memory per rank, computed from
+    shapes alone."""
     cfg = lay_out(cfg, cfg.world_size)
     check(cfg, cfg.world_size)
     n_entries = entries_to_learn(cfg.tokenizer)
@@ -1187,20 +1200,20 @@ def dry_run(cfg):
         cfg.vocab_size = load_tokenizer(cfg.tokenizer or "bytes", ["<|endoftext|>"]).n_vocab
     cfg.tokens = run_tokens(cfg)
     with torch.device("meta"):
-        n, activated = count_parameters(GPT3(cfg))
-    print(f"parameters {n:,} | activated {activated:,}")
+        total, activated = count_parameters(GPT3(cfg))
+    print(f"parameters {total:,} | activated {activated:,}")
     print(f"FLOPs per token {flops_per_token(cfg):.4g} | 6 N gives {6 * activated:.4g}")
     ramp, steps = count_steps(cfg)
     print(f"updates {steps:,}, {ramp:,} of them of the ramp | pipeline bubble", end=" ")
     print(f"{(cfg.pp - 1) / split_batch(cfg, cfg.dp)[0]:.1%} of the work on a full batch")
-    days = 6 * n * cfg.tokens / 8.64e19
-    inner = days * (1 - (cfg.vocab_size + cfg.seq_len) * cfg.dim / n)  # without embeddings
-    print(f"PF-days {days:.4g} (Table D.1) | least loss for that compute", end=" ")
-    print(f"{2.57 * inner**-0.048:.2f} nats per token (Fig. 3.1)")
+    pf_days = 6 * total * cfg.tokens / 8.64e19  # as in Table D.1
+    without_embeddings = pf_days * (1 - (cfg.vocab_size + cfg.seq_len) * cfg.dim / total)
+    print(f"PF-days {pf_days:.4g} (Table D.1) | least loss for that compute", end=" ")
+    print(f"{2.57 * without_embeddings**-0.048:.2f} nats per token (Fig. 3.1)")
     print_memory(memory_per_rank(cfg))
 
 def run_tokens(cfg):
-    """Tokens of the run: --tokens or, with --steps, the fewest that take as many updates."""
+    """Tokens of the run: --tokens or, with --steps, the fewest that take that many updates."""
     if not cfg.steps:
         return cfg.tokens
 
@@ -1211,13 +1224,13 @@ def run_tokens(cfg):
     return float(bisect.bisect_left(sequences, cfg.steps, key=updates) * cfg.seq_len)
 
 def take_step(parallel, optimizer, batches, lr, state):
-    """One update from this data-parallel rank's micro-batches: (loss, gradient norm) of the global
-    batch, and what else to log. The parameters stay as they are if either is not finite, which all
-    ranks find alike. With a loss scale, a gradient that overflows halves it and is computed again.
-    """
+    """One update from this data-parallel rank's micro-batches; returns loss and gradient norm of
+    the global batch, and {"noise": noise scale} if it is measured. If loss or norm is not finite,
+    all ranks skip the update. With a loss scale, an overflow of the gradient halves the scale, and
+    the gradient is computed again."""
     cfg = parallel.cfg
     while True:
-        loss, square, small, ratio = parallel.gradients(batches, state["scale"])
+        loss, square, small, n = parallel.gradients(batches, state["scale"])
         if math.isfinite(square) or not math.isfinite(loss) or state["scale"] <= 1:
             break
         state["scale"] /= 2
@@ -1227,11 +1240,11 @@ def take_step(parallel, optimizer, batches, lr, state):
     finite = math.isfinite(norm) and math.isfinite(loss)
     measured = {}
     if finite and cfg.noise_scale:
-        n_big = sum(len(batch["tokens"]) for batch in batches) * cfg.dp
         if math.isfinite(small):
+            n_big = sum(len(batch["tokens"]) for batch in batches) * cfg.dp
             small /= state["scale"] ** 2
-            square, trace = noise_scale(small, norm**2, n_big / ratio, n_big)
-            # Undisclosed: the decay of the averages.
+            square, trace = noise_scale(small, norm**2, n_big / n, n_big)
+            # Undisclosed: how estimates are averaged. Here exponentially, with a decay of 0.99.
             state["square"] = 0.99 * state["square"] + 0.01 * square
             state["trace"] = 0.99 * state["trace"] + 0.01 * trace
         measured["noise"] = state["trace"] / (state["square"] or math.nan)
@@ -1248,23 +1261,28 @@ def take_step(parallel, optimizer, batches, lr, state):
     return loss, norm, measured
 
 def train(parallel, optimizer, mix, heldout, state, cfg):
-    """Update the model until the tokens of the run are used up; False if a signal ends it. A
-    skipped update counts for the batch and the end of the run, not for the learning rate."""
-    place = parallel.device, parallel.data_rank, cfg.dp
+    """Update the model until the tokens of the run are used up; returns False if a signal ends it
+    earlier. A skipped update counts for the data and the ramp, but not for the learning rate."""
+    this_rank = parallel.device, parallel.data_rank, cfg.dp
     signals = catch_signals()
     thread = ThreadPoolExecutor(1)  # reads the next batch during an update
-    first = state["sequences"]  # of the batch to come
-    now = dataclasses.replace(cfg, batch_size=batch_at(first * cfg.seq_len, cfg))
-    ahead = thread.submit(read_batch, mix, first, now, *place)
-    steps_left = count_steps(cfg, first * cfg.seq_len)[1]
+
+    def read_ahead(first):
+        batch_size = batch_at(first * cfg.seq_len, cfg)
+        next_cfg = dataclasses.replace(cfg, batch_size=batch_size)
+        return next_cfg, thread.submit(read_batch, mix, first, next_cfg, *this_rank)
+
+    next_cfg, next_batches = read_ahead(state["sequences"])
     first_step = saved = state["step"]
+    last_step = first_step + count_steps(cfg, state["sequences"] * cfg.seq_len)[1]
     clock = time.perf_counter()
     pace = None  # seconds per update
     n_skipped = 0
 
     while True:
         step = state["step"]
-        error = ahead.exception()  # waits until that batch is read
+        steps_left = last_step - step
+        error = next_batches.exception()  # waits until the next batch is read
         if step > first_step + 1:  # the first update may compile and is left out
             seconds = time.perf_counter() - clock
             pace = 0.9 * (pace or seconds) + 0.1 * seconds
@@ -1278,50 +1296,47 @@ def train(parallel, optimizer, mix, heldout, state, cfg):
         if stop:
             return False
         if end or step % cfg.val_every == 0:
-            validate(parallel.evaluate, heldout, step, cfg, *place)
+            validate(parallel.evaluate, heldout, step, cfg, *this_rank)
         if end:
             return True
 
         clock = time.perf_counter()
-        batches = ahead.result()
-        batch_size = now.batch_size
-        first += batch_size
-        now = dataclasses.replace(cfg, batch_size=batch_at(first * cfg.seq_len, cfg))
-        ahead = thread.submit(read_batch, mix, first, now, *place)
+        batches = next_batches.result()
+        now = next_cfg  # cfg with the batch size of this update
+        state["sequences"] += now.batch_size
+        next_cfg, next_batches = read_ahead(state["sequences"])
         sum_counts(batches, cfg.dp)
-        key = cfg.seed, step, parallel.data_rank, parallel.stage  # the same for all of tp
-        torch.manual_seed(stable_hash(*key))  # of dropout
+        # All ranks of tp drop the same entries of the residual stream, of which each has a copy.
+        # Departure: their heads share masks of attention probabilities; Megatron's have their own.
+        key = cfg.seed, step, parallel.data_rank, parallel.stage
+        torch.manual_seed(stable_hash(*key))  # for dropout
         lr = learning_rate(state["tokens"], cfg)
         loss, norm, measured = take_step(parallel, optimizer, batches, lr, state)
         finite = math.isfinite(loss) and math.isfinite(norm)
         state["step"] += 1
-        state["sequences"] = first
-        state["tokens"] += finite * batch_size * cfg.seq_len
+        state["tokens"] += finite * now.batch_size * cfg.seq_len
         if step == 0 or steps_left == 1 or state["step"] % cfg.log_every == 0:
             bpb = bits_per_byte(loss * batches[0]["n_targets"], batches[0]["n_bytes"])
             row = {"loss": loss, "bpb": bpb, "lr": lr, "grad": norm}
             row |= measured | {"tokens": state["tokens"]}
-            read = dataclasses.replace(cfg, batch_size=batch_size)
-            tail = progress(state["tokens"], steps_left - 1, pace, read, parallel.device)
+            head = f"step {step + 1}/{last_step}"
+            tail = progress(state["tokens"], steps_left - 1, pace, now, parallel.device)
             if cfg.precision == "fp16":
                 tail.insert(0, f"scale {state['scale']:g}")
-            head = f"step {step + 1}/{step + steps_left}"
-            log(cfg.out, step + 1, head, row, [f"batch {batch_size}", *tail])
-        steps_left -= 1
+            log(cfg.out, step + 1, head, row, [f"batch {now.batch_size}", *tail])
         n_skipped = 0 if finite else n_skipped + 1
         if n_skipped:
             print(f"step {step + 1} skipped: its loss or gradient is not finite")
-        if n_skipped == 3 or (n_skipped and steps_left == 0):
+        if n_skipped == 3 or (n_skipped and steps_left == 1):
             raise ValueError(f"no finite gradient in the last {n_skipped} steps to {step + 1}")
 
 def export_and_sample(model, heldout, tokenizer, cfg):
-    """Export the model; print its loss by position, and how it continues a text."""
+    """Export the model, print its loss by position, and print a sample."""
     if cfg.export:
         to_hf(model, cfg, cfg.export)
     nats = loss_by_position(model, heldout, min(64, heldout.n_windows(cfg.seq_len)), cfg)
-    edges = [0, *itertools.takewhile(lambda n: n < cfg.seq_len, (4 * 2**i for i in range(30)))]
-    pairs = itertools.pairwise([*edges, cfg.seq_len])
-    means = [f"{a}-{b - 1} {sum(nats[a:b]) / (b - a):.3f}" for a, b in pairs]
+    edges = [0, *(2**i for i in range(2, 30) if 2**i < cfg.seq_len), cfg.seq_len]
+    means = [f"{a}-{b - 1} {sum(nats[a:b]) / (b - a):.3f}" for a, b in itertools.pairwise(edges)]
     print("loss by position |", " | ".join(means))
     if tokenizer:
         ids = get_batch(heldout, 0, 1, cfg)["tokens"][0, :32].tolist()
@@ -1344,7 +1359,7 @@ def main(argv=None):
         if cfg.init:
             source, theirs = from_hf(cfg.init)
             shape = {name: getattr(theirs, name) for name in SHAPE}
-            for name in given & {"band", "banded"}:  # dense models may get banded layers
+            for name in given & {"band", "banded"}:  # a dense model may get banded layers
                 shape[name] = getattr(cfg, name)
             cfg = dataclasses.replace(cfg, **shape)
             check(cfg, ranks)
@@ -1355,10 +1370,11 @@ def main(argv=None):
         n_windows = mix.n_windows(cfg.seq_len)
 
         cfg.tokens = run_tokens(cfg)
-        fixed = {name: getattr(cfg, name) for name in (*SHAPE, "seed", "tp", "pp")}
-        fixed["data_fingerprint"] = mix.fingerprint()
-        checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
-        if run and not given & {"steps", "tokens"}:  # as many tokens as its first start planned
+        fixed = {name: getattr(cfg, name) for name in (*SHAPE, "tp", "pp")}
+        if not cfg.eval:
+            fixed |= {"seed": cfg.seed, "data_fingerprint": mix.fingerprint()}
+        newest, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
+        if run and not given & {"steps", "tokens"}:  # keep the planned number of tokens
             cfg.tokens = run["tokens"]
 
         parallel = ModelParallel(cfg, device)
@@ -1371,26 +1387,26 @@ def main(argv=None):
         optimizer = build_optimizer(parallel.model, cfg)
         state = {"step": 0, "sequences": 0, "tokens": 0}
         state |= {"scale": 1.0, "clean": 0, "square": 0.0, "trace": 0.0}
-        if checkpoint:
-            load_checkpoint(checkpoint, parallel.saved, optimizer, state)
-        if (cfg.precision == "fp16") != (state["scale"] > 1):  # it begins, or is over
+        if newest:
+            load_checkpoint(newest, parallel.saved, optimizer, state)
+        if (cfg.precision == "fp16") != (state["scale"] > 1):  # --precision differs from before
             state["scale"] = 2.0**16 if cfg.precision == "fp16" else 1.0
         if cfg.eval:
-            if not checkpoint and not cfg.init:
+            if not newest and not cfg.init:
                 raise ValueError(f"--eval: {cfg.out} has no checkpoint")
             cfg.tokens = 0.0
             cfg.out = ""  # nothing is written
         if cfg.out:
-            lock = claim_directory(cfg.out, dataclasses.asdict(cfg) | fixed)  # while the run lives
+            lock = claim_directory(cfg.out, dataclasses.asdict(cfg) | fixed)  # until the run ends
         with torch.device("meta"):
-            n, activated = count_parameters(GPT3(cfg))
+            total, activated = count_parameters(GPT3(cfg))
         first = dataclasses.replace(cfg, batch_size=batch_at(0, cfg))
         n_micro, micro = split_batch(first, cfg.dp)
-        tokens = first.batch_size * cfg.seq_len
+        n_tokens = first.batch_size * cfg.seq_len
         print(f"torch {torch.__version__} | {device.type} {cfg.precision} | {n_windows:,} windows")
-        print(f"parameters {n:,} | activated {activated:,}", end=" | ")
+        print(f"parameters {total:,} | activated {activated:,}", end=" | ")
         print(f"FLOPs per token {flops_per_token(cfg):.3g} | tokens per step", end=" ")
-        print(f"{tokens:,} = {cfg.dp} ranks x {n_micro} x {micro} sequences of", end=" ")
+        print(f"{n_tokens:,} = {cfg.dp} ranks x {n_micro} x {micro} sequences of", end=" ")
         print(f"{cfg.seq_len}, later {cfg.batch_size * cfg.seq_len:,}", end=" | ")
         print(f"tp {cfg.tp} x pp {cfg.pp} x dp {cfg.dp}")
         for name, corpus, weight in zip(mix.names, mix.corpora, mix.weights):
@@ -1398,7 +1414,7 @@ def main(argv=None):
             print(f"  {weight:.1%} {name or 'the library'}, {epochs:.2f} epochs")
         if not train(parallel, optimizer, mix, heldout, state, cfg):
             return print(f"stopped after step {state['step']}")
-        if dist.get_rank() == 0 and cfg.tp * cfg.pp == 1:  # what follows needs a whole model
+        if dist.get_rank() == 0 and cfg.tp * cfg.pp == 1:  # this rank has the complete model
             export_and_sample(parallel.model, heldout, tokenizer, cfg)
 
 # ---------------------------------------- Plumbing ----------------------------------------

@@ -2,31 +2,32 @@ r"""Qwen3.5-Omni Technical Report (Qwen Team, 2026, arXiv 2604.15804; "O35") in 
 Qwen3-Omni Technical Report (2025, arXiv 2509.17765; "O3") for what it does not disclose.
 
 One model reads text, images, audio and video, and writes and speaks. New against its parents,
-deepseek_v3.py and gemma.py:
-- an audio encoder, AuT, trained from nothing with a text decoder: 16 times fewer tokens than mel
-  frames, attention in windows that are drawn for each batch (O35 §2.2);
-- a vision encoder at any resolution, with a merger of 2 x 2 patches (O3 §2.3);
+gemma.py and, for the experts, kimi_muon.py:
+- an audio encoder, AuT, trained from scratch with a text decoder: 16 times fewer tokens than mel
+  frames, attention in windows whose length is drawn for each batch (O35 §2.2);
+- a vision encoder for any resolution, with a merger of 2 x 2 patches (O3 §2.3);
 - the Thinker: three Gated DeltaNets for each gated attention, a shared expert beside the routed
-  ones, rotary positions of time, row and column, and time said in words (O35 §2.3);
+  ones, rotary positions of time, row and column, and timestamps in words (O35 §2.3);
 - the Talker: one stream of text and speech (ARIA), several codes per frame of speech, predicted by
-  a small module of its own (O35 §2.4);
+  an MTP module (O35 §2.4);
 - training in stages, in which parts are frozen (O35 §3).
 
-Known are the structure, the stages, the token shares of stage S2, and, from Qwen3-Omni and Qwen3.5,
-configurations of the parts. The sizes of Qwen3.5-Omni, its losses, its optimizer, its speech codec
-and its data are not disclosed: here they are marked as this script's own, the codec is one of band
-energies that needs no learning, and data are made on the spot. Left out: Code2Wav, the extra
-mergers of Qwen3-Omni's vision encoder (DeepStack), the Talker's system prompt, post-training.
+Known are the structure, the stages, the token shares and the context of stage S2, and, from
+Qwen3-Omni and Qwen3.5, configurations of the parts. The sizes of Qwen3.5-Omni, its losses, its
+optimizer, its speech codec and its data are not disclosed: the choices of this script are marked,
+its codec quantizes band energies and is not learned, and its data are synthetic. Left out:
+Code2Wav, the extra mergers of Qwen3-Omni's vision encoder (DeepStack), prompts that name a task,
+the Talker's system prompt and its stage of long contexts, post-training.
 
 Map: O35 §2.2 log_mel, AudioTransformer, AudioDecoder | §2.3 VisionTransformer, position_ids,
 arrange_media, Thinker | §2.4 interleave, Talker | §3 STAGES. Gated DeltaNet: arXiv 2412.06464.
 Legend: B batch, T positions, D width, H heads, K key-value heads or chosen experts, E head width, F
-hidden width, V vocabulary, X experts, G codes of a frame of speech, W audio windows of S chunks, N
-rows of all items together, F pairs of frames (of an encoder), P patches of one.
+hidden width, V vocabulary, X experts, G codes of a frame of speech, W audio windows of S chunks, C
+chunks or channels, M pairs of video frames of P patches, N rows of all items together.
 Conventions: rotary pairs are the two halves of the rotated part; norms are fp32; loss in nats per
 target; a target of -100 is not scored; items are padded at their ends.
 
-Run: python omni.py                              # a laptop: stage S2 alone, from nothing
+Run: python omni.py                              # a laptop: stage S2 alone, from scratch
      python omni.py --preset demo_walk --out walk    # all stages, and walk/t1/speech.wav
      torchrun --nproc_per_node=8 omni.py --ep 8  # GPUs: the preset small
      torchrun --nnodes=16 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
@@ -110,8 +111,8 @@ class Config:
     audio_hidden: int = 5120  # width of the audio encoder's feed-forward layer
     audio_channels: int = 480  # channels of the audio encoder's convolutions
     audio_convs: int = 4  # convolutions of stride 2: 3 give 80 ms a token, 4 give 160 ms
-    audio_chunk: int = 160  # mel frames, of 10 ms, that are convolved together
-    audio_window: int = 800  # mel frames of an attention window, at most
+    audio_chunk: int = 160  # mel frames of 10 ms that are convolved together
+    audio_window: int = 800  # largest attention window of the audio encoder, in mel frames
     decoder_layers: int = 0  # blocks of the text decoder of stage a0; 0: no such decoder
     # Vision encoder: released configuration
     vision_dim: int = 1152  # width of the vision encoder
@@ -129,13 +130,14 @@ class Config:
     n_codebooks: int = 16  # G, codes of a frame of speech
     codebook_size: int = 64  # entries of a codebook
     # Data
-    data: str = ""  # a manifest.jsonl; empty: shapes and sounds made on the spot
-    mix: str = "text:.214,audio:.464,image:.221,video:.033,av:.068"  # share of items of each kind
+    data: str = ""  # a manifest.jsonl; empty: synthetic shapes and sounds, and Python's source
+    # Departure: the paper's shares are of tokens (O35 §3), these are of items.
+    mix: str = "text:.214,audio:.464,image:.221,video:.033,av:.068"  # shares of synthetic items
     time: Literal["text", "abs"] = "text"  # time of video: in words, or as position ids
     fps: float = 1.25  # frames per second of video
-    image_size: int = 64  # side in pixels of images and frames that are made on the spot
-    n_frames: int = 8  # frames of a video that is made on the spot
-    seq_len: int = 4096  # tokens of an item, at most; of text, as many
+    image_size: int = 64  # side in pixels of synthetic images and frames
+    n_frames: int = 8  # frames of a synthetic video
+    seq_len: int = 32768  # characters of a synthetic text; tokens of an item in --dry_run
     tokenizer: str = ""  # bytes, an encoding of tiktoken or a BPE rank file; empty: bytes
     # Optimization
     stage: Literal["a0", "lm", "s1a", "s1b", "s2", "s3", "t1", "all"] = "s2"  # stage of training
@@ -144,7 +146,7 @@ class Config:
     steps: int = 1000  # updates of the stage
     lr: float = 2e-4  # peak learning rate
     encoder_scale: float = 0.25  # learning rate of the encoders over that of the rest
-    warmup: float = 0.03  # share of the updates with a linear warm-up
+    warmup: float = 0.03  # share of the updates that warm up the learning rate
     weight_decay: float = 0.1  # decoupled weight decay of matrices and of the gains 1 + w
     clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
     seed: int = 0  # seed of the weights and the data
@@ -164,7 +166,7 @@ class Config:
     save_every: int = 1000  # updates between checkpoints
     resume: bool = False  # continue from the newest checkpoint in --out, if there is one
     eval: bool = False  # validate the model of --init or --out, without training
-    init: str = ""  # Hugging Face checkpoint directory to start from; fixes the model's shape
+    init: str = ""  # Hugging Face checkpoint directory to start from; fixes the shape of its parts
     export: str = ""  # directory to write a Hugging Face checkpoint to after training
 
 TINY = dict(  # for bytes, and images of 32 x 32 pixels
@@ -176,8 +178,8 @@ TINY = dict(  # for bytes, and images of 32 x 32 pixels
     encoder_scale=1.0, log_every=25, mix="text:.1,audio:.3,image:.25,video:.25,av:.1",
 )  # fmt: skip
 PRESETS = {
-    # A CPU, four minutes: stage S2 alone, from nothing. Most items are images and videos, because
-    # shapes are learned late, after some 5,000 of them.
+    # A CPU, four minutes: stage S2 alone, from scratch. Most items are images and videos, because
+    # shapes are learned late, after about 5,000 of them.
     "demo": TINY | dict(
         mix="text:.05,audio:.2,image:.38,video:.32,av:.05", batch_size=48, steps=340,
     ),
@@ -185,20 +187,20 @@ PRESETS = {
     "demo_walk": TINY | dict(
         stage="all", steps=200, decoder_layers=1, talker_layers=4, talker_dim=96, mtp_layers=1,
     ),
-    # One GPU of 24 GB or a node of them, minutes: the specification's demo, for 64 x 64 pixels.
+    # One GPU of 24 GB or a node of them, minutes: for images of 64 x 64 pixels.
     "small": TINY | dict(
         dim=256, n_layers=8, head_dim=64, rotary_dim=32, key_heads=4, value_heads=8, n_experts=16,
         top_k=4, expert_dim=128, shared_dim=128, audio_dim=192, audio_layers=4, audio_hidden=768,
         audio_channels=64, vision_dim=192, vision_layers=4, vision_hidden=768, image_size=64,
         n_frames=8, seq_len=256, batch_size=96, steps=2000, val_every=500, lr=1e-3,
     ),
-    # Undisclosed: the sizes of Qwen3.5-Omni. The backbones and the vision encoder of Qwen3.5, and
-    # the AuT of Qwen3-Omni with four convolutions, which has as many dimensions.
+    # Undisclosed: the sizes of Qwen3.5-Omni. These are the backbones and the vision encoder of
+    # Qwen3.5, and the AuT of Qwen3-Omni with a fourth convolution and with chunks of 160 frames,
+    # which are exactly 10 tokens of 160 ms.
     "35b_a3b": dict(vocab_size=248320, micro_batch=1, recompute="block"),
     "397b_a17b": dict(
         vocab_size=248320, dim=4096, n_layers=60, n_heads=32, value_heads=64, n_experts=512,
-        top_k=10,
-        expert_dim=1024, shared_dim=1024, micro_batch=1, recompute="block",
+        top_k=10, expert_dim=1024, shared_dim=1024, micro_batch=1, recompute="block",
     ),
 }  # fmt: skip
 SPECIALS = [
@@ -271,7 +273,7 @@ def mel_filters(n_mels, n_fft, rate):
 
 def log_mel(wave):
     """Log-mel spectrogram of a wave at 16 kHz in [-1, 1]: [n] -> [128, n // 160], fp32. A frame of
-    25 ms every 10 ms; at most 80 dB below the clip's maximum (the released extractor)."""
+    25 ms every 10 ms; values at least 80 dB below the clip's maximum are equal (released)."""
     window = torch.hann_window(400)
     spectrum = torch.stft(wave, 400, 160, window=window, return_complex=True)  # [201, n // 160 + 1]
     power = spectrum[:, :-1].abs() ** 2
@@ -286,8 +288,8 @@ def conv_length(n, n_convs):
 
 def count_audio_tokens(n_frames, chunk, n_convs):
     """Tokens of a clip of n_frames, whose chunks are convolved one by one (O3 §2.2)."""
-    whole, rest = divmod(n_frames, chunk)
-    return whole * conv_length(chunk, n_convs) + (conv_length(rest, n_convs) if rest else 0)
+    n_chunks, rest = divmod(n_frames, chunk)
+    return n_chunks * conv_length(chunk, n_convs) + (conv_length(rest, n_convs) if rest else 0)
 
 def cut_into_windows(mels, chunk, window):
     """Clips [128, n], each cut into chunks of `chunk` frames and these into windows of `window`
@@ -339,7 +341,7 @@ class EncoderBlock(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x)), approximate=self.gelu))
 
 class AudioTransformer(nn.Module):
-    """AuT (O3 §2.2, O35 §2.2), windows of log-mel chunks [W, S, 128, chunk] with n_frames [W, S] ->
+    """AuT (O3 §2.2, O35 §2.2): windows of log-mel chunks [W, S, 128, chunk] with n_frames [W, S] ->
     features [N, D] of the N tokens of all clips. Each convolution halves bands and frames:
     three give 80 ms a token, four 160 ms."""
 
@@ -348,7 +350,8 @@ class AudioTransformer(nn.Module):
         self.dim = dim
         sizes = [1] + [channels] * n_convs
         self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in itertools.pairwise(sizes)
+            nn.Conv2d(c_in, c_out, 3, stride=2, padding=1)
+            for c_in, c_out in itertools.pairwise(sizes)
         )
         self.conv_out = Linear(channels * conv_length(128, n_convs), dim, bias=False)
         self.blocks = nn.ModuleList(
@@ -363,33 +366,33 @@ class AudioTransformer(nn.Module):
             weights = conv.weight.to(dtype), conv.bias.to(dtype)
             y = F.gelu(F.conv2d(y, *weights, stride=2, padding=1))
         y = self.conv_out(y.permute(0, 3, 1, 2).flatten(2))  # [C, tokens of a chunk, D]
-        n_tokens = torch.arange(y.shape[1], device=y.device)
-        y = y + sinusoids(n_tokens, self.dim).to(dtype)  # positions begin anew in every chunk
+        positions = torch.arange(y.shape[1], device=y.device)  # restart in every chunk
+        y = y + sinusoids(positions, self.dim).to(dtype)
         x = y.new_zeros(*n_frames.shape, *y.shape[1:])  # [W, S, tokens of a chunk, D]
         x[present] = y
         x = x.flatten(1, 2)  # [W, T, D]
-        exists = (n_tokens < self.chunk_tokens(n_frames)[..., None]).flatten(1)  # [W, T]
+        n_tokens = conv_length(n_frames, len(self.convs)).where(present, 0)  # [W, S]
+        exists = (positions < n_tokens[..., None]).flatten(1)  # [W, T]
         for block in self.blocks:  # a window attends to itself alone
             x = block(x, exists[:, None, None])
         return self.final_norm(x[exists])  # [N, D]
 
-    def chunk_tokens(self, n_frames):
-        """Tokens of chunks of n_frames; none where a chunk has no frames."""
-        return conv_length(n_frames, len(self.convs)).where(n_frames > 0, 0)
-
 class Adapter(nn.Module):
-    """Two layers from an encoder's width to the Thinker's: [N, D] -> [N, D of the Thinker]."""
+    """Two linear layers between the widths of two parts: [..., D] -> [..., out_dim]."""
 
-    def __init__(self, dim, hidden_dim, out_dim):
+    def __init__(self, dim, hidden_dim, out_dim, activation=F.gelu):
         super().__init__()
+        self.activation = activation
         self.up = Linear(dim, hidden_dim)
         self.down = Linear(hidden_dim, out_dim)
 
     def forward(self, x):
-        return self.down(F.gelu(self.up(x)))
+        return self.down(self.activation(self.up(x)))
 
 class DecoderBlock(nn.Module):
-    """Causal attention, attention to a memory and a GELU layer: x [B, T, D] -> [B, T, D]."""
+    """Cross-attention to a memory [B, S, D], then causal self-attention and a GELU layer:
+    x [B, T, D] -> [B, T, D]. causal [T, T] and memory_mask [B, 1, 1, S] are true for keys that a
+    query attends to."""
 
     def __init__(self, dim, n_heads, hidden_dim):
         super().__init__()
@@ -401,18 +404,18 @@ class DecoderBlock(nn.Module):
         self.out = Linear(dim, dim)
 
     def forward(self, x, causal, memory, memory_mask):
-        q = self.q(self.norm(x)).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
-        kv = self.kv(memory).unflatten(-1, (2, self.n_heads, -1))  # [B, T, 2, H, E]
-        k, v = kv.permute(2, 0, 3, 1, 4)
+        q = self.q(self.norm(x)).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # [B, H, T, E]
+        kv = self.kv(memory).unflatten(-1, (2, self.n_heads, -1))  # [B, S, 2, H, E]
+        k, v = kv.permute(2, 0, 3, 1, 4)  # [B, H, S, E] each
         y = F.scaled_dot_product_attention(q, k, v, memory_mask)
         x = x + self.out(y.transpose(1, 2).flatten(2))
         return self.self_block(x, causal)
 
 class AudioDecoder(nn.Module):
     """The text decoder of AuT's pre-training, dropped afterwards (O35 §2.2): tokens [B, T], and
-    the audio features where `is_audio`, as memory [B, T, D] -> what its head reads [B, T, D]."""
+    memory [B, T, D] with audio features where is_audio [B, T] -> its head's input [B, T, D]."""
 
-    # Undisclosed: its depth and width. A quarter of the encoder's depth, and its width.
+    # Undisclosed: depth, width and order of its layers. It has the encoder's width.
 
     def __init__(self, vocab_size, dim, n_layers, n_heads, hidden_dim):
         super().__init__()
@@ -430,14 +433,11 @@ class AudioDecoder(nn.Module):
             x = block(x, causal, memory, is_audio[:, None, None])
         return self.final_norm(x)
 
-    def logits(self, x):
-        """The head, [N, D] -> [N, V], fp32."""
-        return self.head(x).float()
-
 # ---------------------------------------- Vision ----------------------------------------
 
 def smart_resize(height, width, factor, min_pixels, max_pixels):
-    """Height and width as multiples of factor, with an area between the limits (released)."""
+    """Height and width rounded to multiples of factor, with an area in [min_pixels, max_pixels]
+    (released)."""
     new_height = round(height / factor) * factor
     new_width = round(width / factor) * factor
     if new_height * new_width > max_pixels:
@@ -451,31 +451,32 @@ def smart_resize(height, width, factor, min_pixels, max_pixels):
     return new_height, new_width
 
 def merge_order(x):
-    """Dimensions 1 and 2 of x [t, h, w, ...] as one, by blocks of 2 x 2: [t, h w, ...]."""
+    """Flatten rows and columns of x [t, h, w, ...] in the order of 2 x 2 blocks: [t, h w, ...]."""
     t, h, w = x.shape[:3]
     x = x.reshape(t, h // 2, 2, w // 2, 2, *x.shape[3:]).swapaxes(2, 3)
     return x.reshape(t, h * w, *x.shape[5:])
 
 def cut_into_patches(frames, patch, min_pixels, max_pixels):
-    """Frames [n, H, W, 3] of 0 ... 255, resized, as patches of two frames, [t, h w, 3 · 2 · P · P]
-    in fp32, and (h, w). An odd number of frames, or an image, repeats its last one."""
+    """Frames [n, H, W, 3] of 0 ... 255, resized, as patches of two frames, [t, h w, 3 · 2 · p · p]
+    in fp32, and (h, w). If n is odd, as for an image, the last frame is repeated."""
     height, width = smart_resize(*frames.shape[1:3], 2 * patch, min_pixels, max_pixels)
     x = torch.from_numpy(np.ascontiguousarray(frames)).float().permute(0, 3, 1, 2)  # [n, 3, H, W]
     if x.shape[2:] != (height, width):
         x = F.interpolate(x, (height, width), mode="bicubic", antialias=True).round().clamp(0, 255)
     x = x / 127.5 - 1
-    x = torch.cat((x, x[len(x) - len(x) % 2 :][:1])) if len(x) % 2 else x
+    if len(x) % 2:
+        x = torch.cat((x, x[-1:]))
     x = x.unflatten(0, (-1, 2)).unflatten(3, (-1, patch)).unflatten(5, (-1, patch))
-    x = x.permute(0, 3, 5, 2, 1, 4, 6)  # [t, h, w, 3, 2, P, P]
+    x = x.permute(0, 3, 5, 2, 1, 4, 6)  # [t, h, w, 3, 2, p, p]
     return merge_order(x).flatten(2), (height // patch, width // patch)
 
 class VisionTransformer(nn.Module):
-    """The encoder of images and videos (O3 §2.3), patches [F, P, 3 · 2 · p · p] of F pairs of
-    frames with their sizes grid [F, 2] in patches -> features [N, D of the Thinker] of the N
-    blocks of 2 x 2 patches. Each pair of frames attends to itself alone."""
+    """The encoder of images and videos (O3 §2.3): patches [M, P, 3 · 2 · p · p] of M pairs of
+    frames with their sizes grid [M, 2] in patches -> features [N, out_dim] of the N blocks of 2 x 2
+    patches. Each pair of frames attends to itself alone."""
 
-    # Departure: the mergers into deeper layers of Qwen3-Omni (DeepStack) are left out, as in the
-    # released Qwen3.5.
+    # Undisclosed: whether features of its middle layers are added in the Thinker (DeepStack, O3).
+    # They are not here, as in the released Qwen3.5.
 
     def __init__(self, patch, side, dim, n_layers, n_heads, hidden_dim, out_dim):
         super().__init__()
@@ -490,30 +491,30 @@ class VisionTransformer(nn.Module):
         self.merger = Adapter(4 * dim, 4 * dim, out_dim)
 
     def forward(self, patches, grid, dtype):
-        # Row and column of each patch; a smaller grid than the largest is padded.
-        place = torch.arange(patches.shape[1], device=grid.device)
-        block = place // 4
-        inside = place % 4
-        row = block // (grid[:, 1:] // 2) * 2 + inside // 2  # [F, P]
-        column = block % (grid[:, 1:] // 2) * 2 + inside % 2
-        exists = place < grid.prod(1, keepdim=True)
-        coordinates = torch.stack((row, column), -1).where(exists[..., None], 0)  # [F, P, 2]
+        # Row and column of each patch, in the order of 2 x 2 blocks; smaller grids are padded.
+        index = torch.arange(patches.shape[1], device=grid.device)  # [P]
+        block = index // 4
+        within_block = index % 4
+        row = block // (grid[:, 1:] // 2) * 2 + within_block // 2  # [M, P]
+        column = block % (grid[:, 1:] // 2) * 2 + within_block % 2
+        exists = index < grid.prod(1, keepdim=True)
+        coordinates = torch.stack((row, column), -1).where(exists[..., None], 0)  # [M, P, 2]
 
         x = self.patch_embedding(patches.to(dtype)) + self.positions(coordinates, grid).to(dtype)
         i = torch.arange(self.head_dim // 4, device=grid.device)
         frequencies = 10000.0 ** (-4 * i / self.head_dim)
-        angles = (coordinates[..., None] * frequencies).flatten(2)[:, None]  # [F, 1, P, E/2]
+        angles = (coordinates[..., None] * frequencies).flatten(2)[:, None]  # [M, 1, P, E/2]
         rope = angles.cos(), angles.sin()
         for encoder_block in self.blocks:
             x = encoder_block(x, exists[:, None, None], rope)
-        x = self.merger_norm(x).unflatten(1, (-1, 4)).flatten(2)  # [F, P / 4, 4 D]
-        return self.merger(x[exists[:, ::4]])  # [N, D of the Thinker]
+        x = self.merger_norm(x).unflatten(1, (-1, 4)).flatten(2)  # [M, P / 4, 4 D]
+        return self.merger(x[exists[:, ::4]])  # [N, out_dim]
 
     def positions(self, coordinates, grid):
-        """The learned side x side table, read at the place of each patch, [F, P, 2] -> [F, P, D]:
-        bilinear, with the corners of the grid at the corners of the table."""
-        scaled = coordinates * (self.side - 1) / (grid - 1).clamp(min=1)[:, None]
-        low = scaled.floor().long()  # [F, P, 2]
+        """Position embedding of each patch, [M, P, 2] -> [M, P, D]: bilinear interpolation of the
+        learned side x side table, whose corners are the corners of the grid."""
+        scaled = coordinates * (self.side - 1) / (grid - 1)[:, None]
+        low = scaled.floor().long()  # [M, P, 2]
         high = (low + 1).clamp(max=self.side - 1)
         weight = scaled - low
         total = 0.0
@@ -526,22 +527,23 @@ class VisionTransformer(nn.Module):
 
 @dataclasses.dataclass
 class Segment:
-    """A part of an item: the ids of text, or media that begin together. grid: temporal patches,
-    rows and columns of tokens; step: position ids from one temporal patch to the next."""
+    """A part of an item: token ids of text, or audio and frames that begin at the same time. grid:
+    temporal patches, rows and columns of tokens; step: position ids per temporal patch."""
 
     text: list = ()
     n_audio: int = 0
     grid: tuple = (0, 0, 0)
     step: float = 0.0
 
-TEXT, AUDIO, VISION = range(3)  # what a token stands for
+TEXT, AUDIO, VISION = range(3)  # kinds of tokens
 
 def position_ids(segments):
     """TM-RoPE (O3 §2.3): ids of time, row and column [3, T], and the kind of each token [T].
 
-    Text and audio count on. A patch has the time of its frames, which advances by `step`, and
-    row and column counted from there. Each segment starts at 1 + the largest id before it. Media
-    of one segment start together, and their tokens are in the order of their times, frames first.
+    Each segment starts at 1 + the largest id before it. The three ids of a text or audio token are
+    equal and increase by one per token. The time id of a patch increases by `step` per temporal
+    patch; its row and column count from the segment's start. Tokens of audio and frames that begin
+    at the same time are sorted by time id, frames first.
     """
     ids = []
     kinds = []
@@ -560,12 +562,12 @@ def position_ids(segments):
     return np.concatenate(ids, 1), np.concatenate(kinds)
 
 def rotary_section(n):
-    """How many of n rotary pairs are turned by time, row and column."""
+    """How many of n rotary pairs rotate by the ids of time, row and column."""
     # Undisclosed: the shares in Qwen3.5-Omni. A third each, as in Qwen3.5.
     return (n + 2) // 3, (n + 1) // 3, n // 3
 
 def rotary_axes(n_time, n_rows, n_columns):
-    """Which id, 0 time, 1 row or 2 column, turns each rotary pair: interleaved (O3 §2.3)."""
+    """The id of each rotary pair, 0 time, 1 row or 2 column, interleaved (O3 §2.3)."""
     axes = np.zeros(n_time + n_rows + n_columns, int)
     axes[1 : 3 * n_rows : 3] = 1
     axes[2 : 3 * n_columns : 3] = 2
@@ -592,23 +594,23 @@ def gated_delta_rule(q, k, v, g, beta, chunk=64):
     q, k, v = (F.pad(x, (0, 0, 0, -T % chunk)).unflatten(2, (-1, chunk)) for x in (q, k, v))
     g, beta = (F.pad(x, (0, -T % chunk)).unflatten(2, (-1, chunk)) for x in (g, beta))
 
-    # In a chunk of C positions, [B, H, T / C, C, C] and [B, H, T / C, C, E].
+    # Within chunks of C positions; matrices are [B, H, T / C, C, C] or [B, H, T / C, C, E].
     L = g.cumsum(-1)
     above = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).triu(1)
     decay = (L[..., None] - L[..., None, :]).masked_fill(above, -math.inf).exp()  # Γ
-    system = beta[..., None] * (k @ k.mT) * decay  # A - I below the diagonal
+    A = beta[..., None] * (k @ k.mT) * decay  # below the diagonal, which is 1 to the solver
     sides = torch.cat((v, L.exp()[..., None] * k), -1) * beta[..., None]
-    solved = torch.linalg.solve_triangular(system, sides, upper=False, unitriangular=True)
+    solved = torch.linalg.solve_triangular(A, sides, upper=False, unitriangular=True)
     u, w = solved.split([v.shape[-1], k.shape[-1]], -1)  # A⁻¹ β V and A⁻¹ β e^L K
     scores = (q @ k.mT) * decay
     q = q * L.exp()[..., None]
     k = k * (L[..., -1:] - L).exp()[..., None]
 
-    # From chunk to chunk.
+    # From chunk to chunk: V' = U - W S, O = e^L Q S + (Q Kᵀ ⊙ Γ) V', S ← e^{L_C} S + Kᵀ V'.
     outputs = []
     S = q.new_zeros(*q.shape[:2], k.shape[-1], v.shape[-1])
-    end = L[..., -1:, None].exp()  # decay over a whole chunk
-    # unbind, because the backward pass of an index would fill a tensor of all chunks for each.
+    end = L[..., -1:, None].exp()  # decay over a complete chunk
+    # unbind: the backward pass of indexing would allocate a tensor of all chunks for each chunk.
     for q, k, u, w, scores, end in zip(*(x.unbind(2) for x in (q, k, u, w, scores, end))):
         new = u - w @ S  # V'
         outputs.append(q @ S + scores @ new)
@@ -653,7 +655,7 @@ class GatedDeltaNet(nn.Module):
 
 class GatedAttention(nn.Module):
     """Grouped-query attention whose output passes a sigmoid gate, [B, T, D] -> [B, T, D]. The first
-    dimensions of normed queries and keys are rotated, as many as cos and sin have angles for."""
+    R dimensions of a head's normed query and key are rotated by the R / 2 angles of cos and sin."""
 
     def __init__(self, dim, n_heads, n_kv_heads, head_dim):
         super().__init__()
@@ -668,13 +670,13 @@ class GatedAttention(nn.Module):
     def forward(self, x, cos, sin):
         q, gate = self.q(x).unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, -1)  # [B, T, H, E]
         k = self.k(x).unflatten(-1, (-1, self.head_dim))  # [B, T, K, E]
-        v = self.v(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        q = self.turn(self.q_norm(q).transpose(1, 2), cos, sin)  # [B, H, T, E]
-        k = self.turn(self.k_norm(k).transpose(1, 2), cos, sin)
+        v = self.v(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, K, T, E]
+        q = self.rotate_part(self.q_norm(q).transpose(1, 2), cos, sin)  # [B, H, T, E]
+        k = self.rotate_part(self.k_norm(k).transpose(1, 2), cos, sin)
         y = causal_attention(q, k, v, self.head_dim**-0.5)
         return self.out(y.transpose(1, 2).flatten(2) * gate.flatten(2).sigmoid())
 
-    def turn(self, x, cos, sin):
+    def rotate_part(self, x, cos, sin):
         """x [B, H, T, E] with its first R dimensions rotated."""
         R = 2 * cos.shape[-1]
         return torch.cat((rotate(x[..., :R], cos, sin), x[..., R:]), -1)
@@ -729,10 +731,11 @@ class Experts(nn.Module):
 
 class SharedExpertMoE(nn.Module):
     """K of X routed experts per token, and a shared one behind a sigmoid gate: x [B, T, D] ->
-    [B, T, D], and the balance loss, summed over the tokens that exist [B, T]; none is dropped."""
+    [B, T, D], and the balance loss X Σ_i f_i p_i, summed over the tokens that exist [B, T]. f_i are
+    assignments to expert i per token, p_i its probability. No token is dropped."""
 
-    # Departure: the loss X Σ_i f_i p_i, of the shares f of tokens and the mean probabilities p of
-    # the whole batch, has the f of the update before, so that its parts can be added.
+    # Departure: f is the share of the global batch of the update before, so that the losses of
+    # micro-batches and ranks add up to that of the global batch.
 
     def __init__(self, dim, expert_dim, shared_dim, n_experts, top_k):
         super().__init__()
@@ -750,7 +753,7 @@ class SharedExpertMoE(nn.Module):
         gates = gates / gates.sum(-1, keepdim=True)
         exists = exists.flatten()[:, None]
         balance = len(self.share) * (p * self.share * exists).sum()
-        if self.training:  # recomputation adds the same once more, which leaves the shares
+        if self.training:  # recomputation counts all tokens twice, which leaves the shares alone
             self.load += (torch.zeros_like(p).scatter(1, experts, 1.0) * exists).sum(0)
 
         rows = experts.flatten()
@@ -765,8 +768,8 @@ class SharedExpertMoE(nn.Module):
         return y + self.shared_gate(x).sigmoid() * self.shared(x), balance
 
 class Block(nn.Module):
-    """A mixer and experts, each behind a norm: x [B, T, D] and rotary angles -> x and the balance
-    loss. Every fourth mixer is attention, the others are Gated DeltaNets."""
+    """A mixer and experts, each behind a norm: x [B, T, D] -> x and the balance loss. Every fourth
+    mixer is attention, the others are Gated DeltaNets (O35 §2.1)."""
 
     def __init__(self, cfg, dim, index):
         super().__init__()
@@ -785,8 +788,8 @@ class Block(nn.Module):
         return x + y, balance
 
 class Thinker(nn.Module):
-    """The text model (O35 §2): embeddings x [B, T, D] at ids [3, B, T] -> what the head reads, the
-    states in the middle of the stack, both [B, T, D], and the balance loss of all layers."""
+    """The text model (O35 §2): embeddings x [B, T, D] with position ids [3, B, T] -> the input of
+    the head and the states before block L / 2, both [B, T, D], and the sum of balance losses."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -799,17 +802,13 @@ class Thinker(nn.Module):
 
     def forward(self, x, positions, exists):
         rope = rotary_angles(positions, self.rotary_dim, self.rope_theta)
-        middle = x
         balance = 0.0
         for i, block in enumerate(self.blocks):
-            middle = x if i == len(self.blocks) // 2 else middle
+            if i == len(self.blocks) // 2:
+                middle = x
             x, loss = block(x, *rope, exists)
             balance = balance + loss
         return self.final_norm(x), middle, balance
-
-    def logits(self, x):
-        """The head, [N, D] -> [N, V], fp32."""
-        return self.head(x).float()
 
 # ---------------------------------------- Talker ----------------------------------------
 
@@ -843,9 +842,9 @@ def decode_speech(codes, codebook_size):
 
 def interleave(n_text, n_speech, lead):
     """ARIA (O35 §2.4): the order of an item's text (False) and speech (True) tokens. In each
-    prefix, speech / text <= n_speech / n_text; text runs ahead by `lead` tokens more."""
-    # Undisclosed: which of the allowed orders is trained on. The one in which a speech token comes
-    # as soon as it is allowed, and, for some items, text that runs ahead.
+    prefix, speech / text <= n_speech / n_text; `lead` delays speech by as many text tokens."""
+    # Undisclosed: which of the allowed orders are trained on. Here a speech token comes as soon as
+    # it is allowed, or 1 to 5 text tokens later.
     order = []
     text = speech = 0
     while text < n_text or speech < n_speech:
@@ -869,22 +868,13 @@ class DenseBlock(nn.Module):
         x = x + self.attn(self.attn_norm(x), cos, sin)
         return x + self.mlp(self.mlp_norm(x))
 
-class Projection(nn.Module):
-    """Two layers from the Thinker's width to the Talker's: [..., D] -> [..., D of the Talker]."""
-
-    def __init__(self, dim, out_dim):
-        super().__init__()
-        self.up = Linear(dim, dim)
-        self.down = Linear(dim, out_dim)
-
-    def forward(self, x):
-        return self.down(F.silu(self.up(x)))
-
 class Talker(nn.Module):
     """The speech model (O3 §2.4, O35 §2.4): a hybrid stack that predicts code 0 of each frame, and
     the MTP module, which predicts the frame's codes 1 ... G - 1 one after the other."""
 
-    # Undisclosed: the sizes. Heads and experts are those of the Thinker.
+    # Undisclosed: the sizes, and what the Talker reads of the Thinker. Its blocks and those of the
+    # MTP module have the heads and the experts of the Thinker; it reads word embeddings of text and
+    # states of the Thinker's middle at audio and frames, as in O3.
 
     def __init__(self, cfg):
         super().__init__()
@@ -892,8 +882,8 @@ class Talker(nn.Module):
         self.rotary_dim = cfg.rotary_dim
         self.rope_theta = cfg.rope_theta
         self.codebook_size = cfg.codebook_size
-        self.text_projection = Projection(cfg.dim, dim)
-        self.media_projection = Projection(cfg.dim, dim)
+        self.text_projection = Adapter(cfg.dim, cfg.dim, dim, F.silu)
+        self.media_projection = Adapter(cfg.dim, cfg.dim, dim, F.silu)
         self.code_embedding = nn.Embedding(cfg.n_codebooks * cfg.codebook_size, dim)
         self.blocks = nn.ModuleList(Block(cfg, dim, i) for i in range(cfg.talker_layers))
         self.final_norm = UnitOffsetRMSNorm(dim)
@@ -911,8 +901,9 @@ class Talker(nn.Module):
         return self.code_embedding(codes.clamp(min=0) + offsets)
 
     def forward(self, text, media, is_media, codes, positions, exists):
-        """States [B, T, D] and balance loss of a stream of text and media, word embeddings and
-        middle states [B, T, D] of the Thinker, and speech, codes [B, T, G], -1 elsewhere."""
+        """States [B, T, D] and the balance loss of a stream. Its tokens are of text or media, word
+        embeddings or middle states [B, T, D] of the Thinker, or frames of speech, codes [B, T, G],
+        which are -1 elsewhere."""
         is_media = is_media[..., None]
         x = torch.where(is_media, self.media_projection(media), self.text_projection(text))
         speech = self.embed_codes(codes).sum(-2).type_as(x)
@@ -933,14 +924,14 @@ class Talker(nn.Module):
         rope = rotary_angles(positions, self.rotary_dim, self.rope_theta)
         for block in self.mtp_blocks:
             x = block(x, *rope)
-        heads = self.mtp_head[: codes.shape[1]].type_as(x)
+        heads = self.mtp_head[: codes.shape[1]].type_as(x)  # [g, size, D]
         return torch.einsum("ngd,gvd->ngv", self.mtp_norm(x)[:, 1:], heads).float()
 
 # ---------------------------------------- Model ----------------------------------------
 
 def replace_rows(x, mask, rows):
-    """x [B, T, D] with rows [N, D] where mask [B, T] is true. Rows that no token stands for have a
-    gradient of zero: all ranks run all encoders, whatever their batches hold."""
+    """x [B, T, D] with rows [N, D] where mask [B, T] is true. Where it is true nowhere, the rows
+    have a gradient of zero, so that all ranks run all encoders, whatever their batches hold."""
     x = x + 0.0 * rows.sum()
     if mask.any():
         x = x.index_put((mask,), rows)
@@ -968,7 +959,7 @@ def chunked_loss(head, x, targets, vocab_size):
 
 class Omni(nn.Module):
     """Qwen3.5-Omni, tokens [B, T] -> logits [B, T, V]. A batch (see get_batch) adds media to the
-    tokens, and a task says what is returned; `dtype` is the precision of the residual streams."""
+    tokens, and a task names what is returned; `dtype` is the precision of the residual streams."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -989,7 +980,8 @@ class Omni(nn.Module):
     def forward(self, tokens, batch=None, task="logits"):
         """task "logits": logits [B, T, V]; "predict": the likeliest ids [N] at the N targets;
         "loss": nats by modality and the balance loss; "transcribe": nats by modality of AuT's
-        decoder, and 0; "speak": nats of code 0 and of the others, and the Talker's balance loss."""
+        decoder, and 0; "speak": nats of code 0 and of the others, and the Talker's balance loss;
+        "next_codes": the likeliest codes [G] after position `place` of item 0."""
         if batch is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
             batch = {"positions": positions.expand(3, *tokens.shape)}
@@ -1004,15 +996,15 @@ class Omni(nn.Module):
             x = replace_rows(x, batch["kinds"] == VISION, vision)
         x, middle, balance = self.thinker(x, batch["positions"], batch["kinds"] >= 0)
         if task == "logits":
-            return self.thinker.logits(x)
+            return self.thinker.head(x).float()
         if task in ("speak", "next_codes"):
             h, talker_balance = self.run_talker(middle, batch)
             if task == "next_codes":
                 return self.next_codes(h[0, batch["place"]])
             return self.speech_loss(h, batch), talker_balance
         if task == "predict":
-            return self.thinker.logits(x[batch["targets"] >= 0]).argmax(-1)
-        return self.nats(self.thinker.logits, x, batch), balance
+            return self.thinker.head(x[batch["targets"] >= 0]).argmax(-1)
+        return self.nats(self.thinker.head, x, batch), balance
 
     def nats(self, head, x, batch):
         """Cross-entropies of the targets, summed by modality: x [B, T, D] -> [modalities]."""
@@ -1020,9 +1012,9 @@ class Omni(nn.Module):
         for i in range(len(MODALITIES)):
             scored = (batch["targets"] >= 0) & (batch["modality"] == i)[:, None]
             rows = x[scored]
-            vocab_size = self.thinker.token_embedding.num_embeddings
-            loss = chunked_loss(head, rows, batch["targets"][scored], vocab_size)
-            sums.append(rows.float().sum() * 0.0 + loss)
+            logits = lambda rows: head(rows).float()  # noqa: E731
+            loss = chunked_loss(logits, rows, batch["targets"][scored], head.out_features)
+            sums.append(rows.float().sum() * 0.0 + loss)  # a tensor, without rows too
         return torch.stack(sums)
 
     def transcribe(self, tokens, batch):
@@ -1031,16 +1023,16 @@ class Omni(nn.Module):
         is_audio = batch["kinds"] == AUDIO
         memory = replace_rows(rows.new_zeros(*tokens.shape, rows.shape[-1]), is_audio, rows)
         x = self.decoder(tokens, memory, is_audio)
-        return self.nats(self.decoder.logits, x, batch), x.new_zeros(())
+        return self.nats(self.decoder.head, x, batch), x.new_zeros(())
 
     def run_talker(self, middle, batch):
-        """States of the Talker over its streams, and its balance loss. It learns alone: what it
-        reads of the Thinker, word embeddings and middle states, has no gradient."""
+        """States of the Talker over its streams, and its balance loss. What it reads of the
+        Thinker, word embeddings and middle states, is detached."""
         text = self.thinker.token_embedding(batch["stream"]).to(self.dtype).detach()
         media = F.pad(middle, (0, 0, 0, text.shape[1] - middle.shape[1])).detach()
         kinds = batch["stream_kinds"]
-        places = batch["stream_positions"], kinds >= 0
-        return self.talker(text, media, kinds > TEXT, batch["codes"], *places)
+        positions = batch["stream_positions"]
+        return self.talker(text, media, kinds > TEXT, batch["codes"], positions, kinds >= 0)
 
     def speech_loss(self, h, batch):
         """Nats of code 0, the end of speech included, and of codes 1 ... G - 1: [2]."""
@@ -1069,8 +1061,10 @@ def init_weights(model, cfg):
     """Fill the parameters, each from a random stream named by (seed, name), an expert's from its
     number too, so that every layout starts from the same numbers. Raises ValueError for a parameter
     without a rule."""
-    # Undisclosed: all of it but 0.02. Encoders keep the variance of their inputs; decay as in the
-    # paper of Gated DeltaNet; rows of routers have one norm, so that no expert is ahead.
+    # Undisclosed: all of it but 0.02, which the released configurations have. Encoders keep the
+    # variance of their inputs; the decay of Gated DeltaNet is that of its authors' code, except
+    # that A starts at 1 to 16, not 0 to 16; the rows of a router have the same norm, so that no
+    # expert is chosen more often.
     for name, p in model.named_parameters():
         generator = torch.Generator().manual_seed(stable_hash(cfg.seed, name))
         value = torch.empty(p.shape)
@@ -1110,8 +1104,8 @@ def moe_layers(model):
     return [module for module in model.modules() if isinstance(module, SharedExpertMoE)]
 
 def count_parameters(model):
-    """(total, activated) parameters: of the routed experts a token activates top_k. All parts
-    count, encoders and the tables of embeddings too."""
+    """(total, activated) parameters of all parts, embeddings included: of the routed experts, a
+    token activates top_k."""
     total = sum(p.numel() for p in model.parameters())
     idle = 0
     for moe in moe_layers(model):
@@ -1151,13 +1145,13 @@ EVENTS = (
     "low tone", "high tone", "rising chirp", "falling chirp", "one beep", "two beeps", "noise",
     "clicks",
 )  # fmt: skip
-ANSWERS = {  # what validation asks for: number of answers, all as likely
+ANSWERS = {  # parts of captions that validation counts: number of answers, all equally likely
     "image colour": len(COLOURS), "image shape": len(SHAPES), "audio event": len(EVENTS),
     "video direction": len(DIRECTIONS), "av wall": 2, "av pitch": 2, "av match": 2,
 }  # fmt: skip
 
 def draw_shape(colour, shape, x, y, radius, size, rng):
-    """A frame [size, size, 3] of 0 ... 255 with a shape at (x, y) on a noisy dark ground."""
+    """A frame [size, size, 3] of 0 ... 255 with a shape at (x, y) on noisy dark background."""
     i, j = np.indices((size, size))
     dx = np.abs(j - x)
     dy = i - y
@@ -1171,7 +1165,7 @@ def draw_shape(colour, shape, x, y, radius, size, rng):
     return frame.astype(np.uint8)
 
 def tone(hertz, seconds):
-    """A sine, with its start and its end faded: [16000 seconds]; hertz may change over time."""
+    """A sine, faded in and out over 5 ms: [16000 seconds]; hertz may be an array over time."""
     n = round(16000 * seconds)
     phase = 2 * math.pi * np.cumsum(np.broadcast_to(hertz, n)) / 16000
     fade = np.minimum(1, np.minimum(np.arange(n), np.arange(n)[::-1]) / 80)
@@ -1203,8 +1197,8 @@ def draw_event(event, seconds, seed):
 LETTER = 4 * FRAME  # samples of a letter
 
 def spell(text):
-    """A text in tones: for each letter 160 ms of two tones and as much silence, for others silence
-    alone."""
+    """A text in tones: for each letter 160 ms of two tones and as much silence, for any other
+    character silence alone."""
     parts = []
     for letter in text:
         sound = np.zeros(LETTER // 2)
@@ -1223,15 +1217,16 @@ def draw_beep(hertz, start, seconds):
     return wave
 
 def draw_clip(colour, shape, path, radius, size, seed):
-    """Frames [n, size, size, 3] of a shape at the n places of a path."""
+    """Frames [n, size, size, 3] of a shape at the n points of a path."""
     rng = np.random.default_rng(seed)
     return np.stack([draw_shape(colour, shape, x, y, radius, size, rng) for x, y in path])
 
 def draw_item(modality, rng, cfg):
-    """The caption and the media of a made-up item of one of MODALITIES but text: the caption is a
-    list of (text, its name in ANSWERS or ""); media: {kind: (function that makes it, its size)}."""
+    """The caption and the media of a synthetic item of one of MODALITIES but text. The caption is a
+    list of (text, its name in ANSWERS or ""), media are {kind: (function that makes it, its size)}.
+    """
     size = cfg.image_size
-    seed = int(rng.integers(2**60))  # of what is drawn when the media are made
+    seed = int(rng.integers(2**60))  # of the media, which are made when a batch needs them
     colour = str(rng.choice(list(COLOURS)))
     shape = str(rng.choice(SHAPES))
     radius = rng.uniform(0.24, 0.32) * size
@@ -1254,7 +1249,7 @@ def draw_item(modality, rng, cfg):
         speed = 0.4 * size / cfg.n_frames
         path = start + np.outer(i - i.mean(), DIRECTIONS[direction]) * speed
     wave = {}
-    if modality == "av":  # the shape hits a wall; with the beep, or the beep comes at another time
+    if modality == "av":  # the shape hits a wall; a beep comes then, or at another time
         wall = str(rng.choice(("right", "left")))
         pitch = str(rng.choice(("high", "low")))
         match = str(rng.choice(("in time", "late")))
@@ -1274,10 +1269,10 @@ def draw_item(modality, rng, cfg):
     return caption, wave | {"frames": (make, (len(path), size, size))}
 
 def arrange_media(modality, n_audio, grid, rng, cfg):
-    """What stands in front of an item's caption: strings, and Segments of media."""
-    # Undisclosed: how timestamps, frames and sound go together. Each pair of frames has its mean
-    # time in front of it, and the sound of its time behind it; between parts of a sound alone, of
-    # 10 to 50 tokens, stands the time of the next token.
+    """What precedes an item's caption: strings, and Segments of media."""
+    # Undisclosed: how timestamps, frames and sound are combined, and their format. Here the mean
+    # time of each pair of frames precedes it, and the sound of its interval follows it. In sound
+    # without frames, the time of the next token is inserted every 10 to 50 tokens.
     if modality == "text":
         return []
     if modality == "image":
@@ -1300,24 +1295,35 @@ def arrange_media(modality, n_audio, grid, rng, cfg):
     if cfg.time == "abs":
         return [start, Segment(n_audio=n_audio, grid=grid, step=step), end]
     parts = []
+    done = 0  # tokens of sound before this pair of frames
     for i in range(t):
         time = f"<{(2 * i + 0.5) / cfg.fps:.1f} seconds>"
-        ends = [n_audio if j == t else min(round(step * j), n_audio) for j in (i, i + 1)]
-        media = Segment(n_audio=ends[1] - ends[0], grid=(1, h, w))
+        n = n_audio - done if i == t - 1 else min(round(step * (i + 1)), n_audio) - done
+        media = Segment(n_audio=n, grid=(1, h, w))
         parts += [time + start, media, end] if modality == "video" else [time, media]
+        done += n
     return parts if modality == "video" else [start, *parts, end]
 
 @dataclasses.dataclass
 class Item:
-    """An item of the data: its segments, of which the last is what the model learns to predict; the
-    answer (its number in ANSWERS from 1, or 0) of each of its tokens; media as draw_item has."""
+    """An item of the data. The model learns to predict the last segment, the caption; answers has
+    for each of its tokens the number in ANSWERS from 1, or 0; media are as of draw_item."""
 
     modality: str
     segments: list
     answers: list
-    n_bytes: int  # of the scored text
+    n_bytes: int  # of the caption's text
     media: dict
-    lead: int = 0  # text tokens that run ahead of speech
+    lead: int  # tokens by which text runs ahead of speech
+
+def modality_of(media):
+    """The one of MODALITIES that an item with these media belongs to."""
+    if "frames" not in media:
+        return "audio" if "wave" in media else "text"
+    if "wave" in media:
+        return "av"
+    n_frames = media["frames"][1][0]
+    return "image" if n_frames == 1 else "video"
 
 def make_item(caption, media, tokenizer, rng, cfg):
     """The Item of a caption and its media."""
@@ -1331,10 +1337,7 @@ def make_item(caption, media, tokenizer, rng, cfg):
         side = 2 * cfg.patch
         height, width = smart_resize(height, width, side, cfg.min_pixels, cfg.max_pixels)
         grid = (math.ceil(n / 2), height // side, width // side)
-    modality = "audio" if n_audio else "text"
-    if "frames" in media:
-        silent = "image" if n == 1 else "video"
-        modality = "av" if n_audio else silent
+    modality = modality_of(media)
     segments = []
     for part in arrange_media(modality, n_audio, grid, rng, cfg):
         if isinstance(part, str):
@@ -1343,38 +1346,53 @@ def make_item(caption, media, tokenizer, rng, cfg):
     ids = []
     answers = []
     for text, name in caption:
-        new = tokenizer.encode_ordinary(text)
-        ids += new
-        answers += [1 + list(ANSWERS).index(name) if name else 0] * len(new)
-    n_bytes = sum(len(text.encode()) for text, _ in caption)
+        part = tokenizer.encode_ordinary(text)
+        ids += part
+        answers += [1 + list(ANSWERS).index(name) if name else 0] * len(part)
+    n_bytes = sum(len(text.encode(errors="replace")) for text, _ in caption)
     segments.append(Segment([*ids, tokenizer.eot_token]))
-    answers.append(answers[-1])  # an answer at the end is right if the caption ends behind it
+    answers.append(answers[-1])  # a last answer includes the end of the caption
     return Item(modality, segments, answers, n_bytes, media, int(rng.integers(6)))
 
 class Source:
-    """Items by number: of a manifest (its rows), or made on the spot where there is none; documents
-    are texts. A held-out source has items of its own."""
+    """Items by number: synthetic ones, whose texts are parts of documents, or those of the rows of
+    a manifest that suit the stage, about 5 % of which are held out."""
 
     def __init__(self, cfg, tokenizer, documents, rows, held_out):
         self.cfg = cfg
         self.tokenizer = tokenizer
         self.documents = documents
-        self.rows = rows
         self.held_out = held_out
+        rows = [row for row in rows if self.suits_stage(row[1])]
+        flags = [is_held_out(caption) for caption, _ in rows]
+        if len(set(flags)) == 1:  # too few rows for a choice by hash
+            flags[-1] = not flags[-1]
+        self.rows = [row for row, flag in zip(rows, flags) if flag == held_out]
+        if cfg.data and not self.rows:
+            raise ValueError(f"stage {cfg.stage} needs 2 lines of --data with media for it")
         with explain(f"--mix {cfg.mix} is not MODALITY:SHARE,...", ValueError):
-            pairs = [part.split(":") for part in cfg.mix.split(",")]
+            pairs = (part.split(":") for part in cfg.mix.split(","))
             shares = {modality: float(share) for modality, share in pairs}
         modalities = STAGES[cfg.stage].modalities
         self.mix = {modality: shares.get(modality, 0.0) for modality in modalities}
+        if shares.keys() - set(MODALITIES) or not any(self.mix.values()):
+            names = ", ".join(modalities)
+            raise ValueError(f"--mix {cfg.mix} has no share of {names}, or an unknown modality")
+
+    def suits_stage(self, media):
+        """Whether the stage trains on items with these media."""
+        if self.cfg.stage == "t1":
+            return "speech" in media
+        return modality_of(media) in STAGES[self.cfg.stage].modalities
 
     def item(self, index, modality=""):
-        """Item `index` of the run, a pure function of the seed and of index; of a modality, or of
-        one that the mix draws."""
+        """Item `index` of the stage, a pure function of the seed and the index. The modality of a
+        synthetic item is drawn unless it is given."""
         cfg = self.cfg
         rng = np.random.default_rng(stable_hash(cfg.seed, self.held_out, index))
         if self.rows:
-            epoch, place = divmod(index, len(self.rows))
-            row = self.rows[permutation(len(self.rows), cfg.seed, epoch)[place]]
+            epoch, i = divmod(index, len(self.rows))
+            row = self.rows[permutation(len(self.rows), cfg.seed, epoch)[i]]
             return make_item(*row, self.tokenizer, rng, cfg)
         shares = np.array(list(self.mix.values()))
         drawn = rng.choice(list(self.mix), p=shares / shares.sum())
@@ -1387,7 +1405,7 @@ class Source:
         return make_item(caption, media, self.tokenizer, rng, cfg)
 
     def text(self, rng):
-        """seq_len characters of a document; half of the time, a caption without its media."""
+        """At most seq_len - 1 characters of a document or, half of the time, a caption."""
         if rng.random() < 0.5:
             modality = str(rng.choice(MODALITIES[1:]))
             return "".join(text for text, _ in draw_item(modality, rng, self.cfg)[0])
@@ -1397,8 +1415,10 @@ class Source:
 
     def items_of(self, modality, n):
         """The first items of a modality, at most n."""
-        items = [self.item(i, modality) for i in range(len(self.rows) or n)]
-        return [item for item in items if item.modality == modality][:n]
+        if not self.rows:
+            return [self.item(i, modality) for i in range(n)] if modality in self.mix else []
+        items = (self.item(i) for i in range(len(self.rows)))
+        return list(itertools.islice((item for item in items if item.modality == modality), n))
 
     def fingerprint(self):
         """A hash of the data, by which a resumed run recognizes it."""
@@ -1406,8 +1426,8 @@ class Source:
         return stable_hash(self.mix, captions, len(self.documents))
 
 def deal(costs, n):
-    """Numbers of items, dealt to n parts whose costs are about equal: the dearest first, each to
-    the part with the least cost so far. [list of numbers] of each part, and their costs."""
+    """Deal items to n parts of about equal cost: the most expensive first, each to the part with
+    the least cost so far. Returns for each part the sorted indices of its items, and its cost."""
     parts = [[] for _ in range(n)]
     sums = [0.0] * n
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
@@ -1427,7 +1447,7 @@ def item_cost(item, cfg):
     return n_tokens * thinker + n_patches * vision + n_audio * audio
 
 def stack(arrays, value):
-    """Arrays of other lengths as one tensor, padded at their ends along the first dimension."""
+    """Arrays of different lengths as one tensor, padded at their ends in the first dimension."""
     tensors = [torch.as_tensor(array) for array in arrays]
     return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
@@ -1441,10 +1461,13 @@ def place_tokens(item, tokenizer):
     ids[kinds == VISION] = tokenizer.encode_single_token(patch)
     return ids, positions, kinds
 
-def collate(items, tokenizer, window, cfg):
+def collate(items, tokenizer, cfg, window=0):
     """The batch of some items: tokens, targets, answers and kinds [B, T], positions [3, B, T],
-    modality [B], media, and the counts n_...; an audio window has `window` chunks."""
-    columns = {"tokens": [], "targets": [], "answers": [], "kinds": [], "positions": []}
+    modality [B], media, and the counts n_...; an attention window of AuT has `window` chunks, or 0:
+    as many as --audio_window allows."""
+    window = window or longest_window(cfg)
+    padding = {"tokens": 0, "targets": -100, "answers": 0, "kinds": -1, "positions": 0.0}
+    rows = []
     patches = []
     grid = []
     mels = []
@@ -1455,11 +1478,8 @@ def collate(items, tokenizer, window, cfg):
         scored = np.arange(1, len(ids)) >= len(ids) - n
         answers = np.zeros(len(ids), np.int64)
         answers[-n:] = item.answers
-        columns["tokens"].append(ids)
-        columns["targets"].append(np.append(np.where(scored, ids[1:], -100), -100))
-        columns["answers"].append(np.append(answers[1:], 0))
-        columns["kinds"].append(kinds)
-        columns["positions"].append(positions.T)
+        targets = np.append(np.where(scored, ids[1:], -100), -100)
+        rows.append((ids, targets, np.append(answers[1:], 0), kinds, positions.T))
         counts[f"n_{item.modality}"] += int(scored.sum())
         if "frames" in item.media:
             frames = item.media["frames"][0]()
@@ -1469,11 +1489,11 @@ def collate(items, tokenizer, window, cfg):
             grid += [size] * len(part)
         if "wave" in item.media:
             mels.append(log_mel(torch.from_numpy(item.media["wave"][0]()).float()))
-    padding = {"tokens": 0, "targets": -100, "answers": 0, "kinds": -1, "positions": 0.0}
-    batch = {name: stack(column, padding[name]) for name, column in columns.items()}
+    columns = zip(padding.items(), zip(*rows))
+    batch = {name: stack(arrays, value) for (name, value), arrays in columns}
     batch["positions"] = batch["positions"].permute(2, 0, 1)
     batch["modality"] = torch.tensor([MODALITIES.index(item.modality) for item in items])
-    # Without frames or sound there is one patch or chunk of zeros, for which no token stands.
+    # Without frames or sound, a block of patches or a chunk of zeros that no token refers to.
     batch["patches"] = stack(patches or [torch.zeros(4, 6 * cfg.patch**2)], 0.0)
     batch["grid"] = torch.tensor(grid or [(2, 2)])
     mel, n_frames = cut_into_windows(mels or [torch.zeros(128, 1)], cfg.audio_chunk, window)
@@ -1488,63 +1508,66 @@ def collate(items, tokenizer, window, cfg):
 def collate_speech(items, tokenizer, cfg):
     """The Talker's streams: an item's media, then its caption and the codes of its speech,
     interleaved. stream and stream_kinds [B, T], stream_positions [3, B, T], codes and next_codes
-    [B, T, G], -1 where there are none."""
-    columns = {"stream": [], "stream_kinds": [], "stream_positions": []}
-    columns |= {"codes": [], "next_codes": []}
+    [B, T, G], -1 where there are none. Speech has no bits per byte: n_bytes is 0."""
+    names = ("stream", "stream_kinds", "stream_positions", "codes", "next_codes")
+    rows = []
     n_frames = 0
     for item in items:
         *context, caption = item.segments
-        text = caption.text[:-1]  # without its end
+        text = caption.text[:-1]  # without <|endoftext|>
         wave = item.media["speech"][0]()
         speech = encode_speech(wave, cfg.n_codebooks, cfg.codebook_size)  # [frames, G]
         order = np.array(interleave(len(text), len(speech), item.lead))
         ids = np.zeros(len(order), np.int64)
         ids[~order] = text
-        whole = dataclasses.replace(item, segments=[*context, Segment(ids.tolist())])
-        ids, positions, kinds = place_tokens(whole, tokenizer)
+        stream = dataclasses.replace(item, segments=[*context, Segment(ids.tolist())])
+        ids, positions, kinds = place_tokens(stream, tokenizer)
         codes = np.full((len(ids), cfg.n_codebooks), -1)
         codes[len(ids) - len(order) :][order] = speech
         end = np.full((1, cfg.n_codebooks), -1)
-        end[0, 0] = cfg.codebook_size
-        columns["stream"].append(ids)
-        columns["stream_kinds"].append(kinds)
-        columns["stream_positions"].append(positions.T)
-        columns["codes"].append(codes)
-        columns["next_codes"].append(np.concatenate((codes[1:], end)))
+        end[0, 0] = cfg.codebook_size  # the id that ends the speech
+        rows.append((ids, kinds, positions.T, codes, np.concatenate((codes[1:], end))))
         n_frames += len(speech)
-    batch = {name: stack(column, -1) for name, column in columns.items()}
+    batch = {name: stack(arrays, -1) for name, arrays in zip(names, zip(*rows))}
     batch["stream_positions"] = batch["stream_positions"].permute(2, 0, 1)
     batch["stream"] = batch["stream"].clamp(min=0)
-    batch |= {"n_speech": n_frames + len(items), "n_frames_of_speech": n_frames}
+    batch |= {"n_speech": n_frames + len(items), "n_frames_of_speech": n_frames, "n_bytes": 0}
     return batch | {"n_stream": int((batch["stream_kinds"] >= 0).sum())}
 
+def longest_window(cfg):
+    """Chunks of the largest attention window of AuT."""
+    return max(cfg.audio_window // cfg.audio_chunk, 1)
+
 def draw_window(first, cfg):
-    """Chunks of an attention window of AuT for the batch that begins with item `first`: drawn for
-    each batch, from about 1 s (O3 §2.2)."""
-    longest = max(cfg.audio_window // cfg.audio_chunk, 1)
-    return 1 + stable_hash(cfg.seed, "window", first) % longest
+    """Chunks of an attention window of AuT in the batch that begins with item `first`: with the
+    defaults 1.6 to 8 s (O3 §2.2: 1 to 8 s)."""
+    return 1 + stable_hash(cfg.seed, "window", first) % longest_window(cfg)
 
 def get_batch(source, first, n, cfg):
     """Items first ... first + n - 1 of the run: see collate. A pure function of the seed and the
     numbers, so that ranks, accumulation and resumption see the same items."""
     items = [source.item(first + i) for i in range(n)]
-    return collate(items, source.tokenizer, draw_window(first, cfg), cfg)
+    return collate(items, source.tokenizer, cfg, draw_window(first, cfg))
+
+def to_device(batch, device):
+    """The batch with its tensors on the device, copied from pinned memory without waiting."""
+    for name, value in batch.items():
+        if torch.is_tensor(value) and device.type == "cuda":
+            batch[name] = value.pin_memory().to(device, non_blocking=True)
+    return batch
 
 def read_dealt(source, first, cfg, device, rank, ranks):
-    """(micro-batches, on the device, of data-parallel rank `rank` of `ranks` of the global batch
-    that begins with item `first`, largest cost of a micro-batch over the mean). Items are dealt by
-    cost. Without collectives, so that a thread can call it."""
+    """The micro-batches that data-parallel rank `rank` of `ranks` reads, on the device, and the
+    imbalance, the largest cost of a micro-batch over the mean; `first` is the first item of the
+    global batch. Items are dealt by cost. It has no collectives, so that a thread can call it."""
     n_micro, _ = split_batch(cfg, ranks)
     items = [source.item(first + i) for i in range(cfg.batch_size)]
     parts, costs = deal([item_cost(item, cfg) for item in items], ranks * n_micro)
     batches = []
     for part in parts[rank * n_micro :][:n_micro]:
         chosen = [items[i] for i in part]
-        batch = collate(chosen, source.tokenizer, draw_window(first, cfg), cfg)
-        for name, value in batch.items():
-            if torch.is_tensor(value) and device.type == "cuda":
-                batch[name] = value.pin_memory().to(device, non_blocking=True)
-        batches.append(batch)
+        batch = collate(chosen, source.tokenizer, cfg, draw_window(first, cfg))
+        batches.append(to_device(batch, device))
     return batches, max(costs) * len(costs) / sum(costs)
 
 def read_wave(path):
@@ -1558,6 +1581,8 @@ def read_wave(path):
         raise ValueError(f"{path} is not 16 kHz, 16 bits and mono; {convert} converts it")
     if n <= 200:
         raise ValueError(f"{path} has {n} samples, and 201 are the least")
+    if path.stat().st_size < 44 + 2 * n:
+        raise ValueError(f"{path} ends before its {n} samples")
 
     def read():
         with wave.open(str(path)) as file:
@@ -1576,35 +1601,40 @@ def read_image(path):
     if path.suffix == ".npy":
         image = np.load(path, mmap_mode="r")
     else:
-        content = path.read_bytes()
+        content = np.memmap(path, np.uint8, "r")
         header = re.match(rb"P6\s+(?:#.*\n)*(\d+)\s+(\d+)\s+255\s", content)
         if not header:
             raise ValueError(f"{path} is neither .npy nor a binary .ppm of 8 bits")
         width, height = map(int, header.groups())
-        pixels = np.frombuffer(content, np.uint8, offset=header.end())
-        image = pixels[: height * width * 3].reshape(height, width, 3)
+        image = content[header.end() :][: height * width * 3].reshape(height, width, 3)
     if image.dtype != np.uint8 or image.ndim not in (3, 4) or image.shape[-1] != 3:
         raise ValueError(f"{path} holds {image.dtype} {image.shape}, not uint8 [H, W, 3]")
     return image[None] if image.ndim == 3 else image
 
 def read_frames(path, fps, target_fps):
-    """(function that returns frames [n, H, W, 3], (n, H, W)) of an image file, or of a clip, a .npy
-    file or a folder of images in the order of their names, which is taken at target_fps."""
+    """(function that returns frames [n, H, W, 3], (n, H, W)) of an image file or, if fps is not 0,
+    of a clip, a .npy file or a folder of images in the order of their names, sampled at target_fps.
+    """
+    frames = []  # (file, index in it)
+    sizes = set()
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    sizes = [read_image(file).shape for file in files]
-    if len({size[1:] for size in sizes}) != 1:
-        raise ValueError(f"{path} has frames of several sizes, or none")
-    n = sum(size[0] for size in sizes)
-    chosen = np.arange(n)
+    for file in files:
+        n, height, width, _ = read_image(file).shape
+        frames += [(file, i) for i in range(n)]
+        sizes.add((height, width))
     if fps:
-        times = np.arange(math.ceil(n / fps * target_fps)) / target_fps
-        chosen = np.minimum(np.rint(times * fps).astype(int), n - 1)
-    make = lambda: np.concatenate([read_image(file) for file in files])[chosen]  # noqa: E731
-    return make, (len(chosen), *sizes[0][1:3])
+        times = np.arange(math.ceil(len(frames) / fps * target_fps)) / target_fps
+        nearest = np.minimum(np.rint(times * fps).astype(int), len(frames) - 1)
+        frames = [frames[i] for i in nearest]
+    if len(sizes) != 1 or not frames:
+        raise ValueError(f"{path} has frames of several sizes, or none")
+    make = lambda: np.stack([read_image(file)[i] for file, i in frames])  # noqa: E731
+    return make, (len(frames), *sizes.pop())
 
-def read_manifest(path, cfg):
+def read_manifest(path, target_fps):
     """[(caption, media)], as of draw_item, of the lines of a manifest: JSON objects with "text" and
-    any of "audio", "image", "video" with its "fps", and "speech", paths below the manifest's."""
+    any of "audio", "speech", and "image" or "video" with its "fps". Paths are relative to the
+    manifest's directory."""
     rows = []
     folder = Path(path).parent
     with open(path, "rb") as lines:
@@ -1616,6 +1646,8 @@ def read_manifest(path, cfg):
                 unknown = row.keys() - {"text", "audio", "image", "video", "fps", "speech"}
                 if unknown or not row["text"] or not isinstance(row["text"], str):
                     raise ValueError(f"unknown keys {sorted(unknown)}, or no text")
+                if "video" in row and ("image" in row or not row["fps"] > 0):
+                    raise ValueError(f"an image beside a video, or fps {row['fps']}")
                 media = {}
                 for key, kind in (("audio", "wave"), ("speech", "speech")):
                     if key in row:
@@ -1623,9 +1655,7 @@ def read_manifest(path, cfg):
                 if "image" in row:
                     media["frames"] = read_frames(folder / row["image"], 0, 0)
                 if "video" in row:
-                    media["frames"] = read_frames(folder / row["video"], row["fps"], cfg.fps)
-                if cfg.stage == "t1" and "speech" not in media:
-                    raise ValueError("stage t1 needs speech")
+                    media["frames"] = read_frames(folder / row["video"], row["fps"], target_fps)
             rows.append(([(row["text"], "")], media))
     return rows
 
@@ -1633,32 +1663,36 @@ def read_manifest(path, cfg):
 
 @dataclasses.dataclass
 class Stage:
-    """A stage of training (O35 §3): parameters that are trained, a pattern of their names; its
-    modalities; factors of --lr and of the length of text and video."""
+    """A stage of training (O35 §3): a pattern of the names of its trained parameters, its
+    modalities, and factors of --lr and of the lengths --seq_len and --n_frames."""
 
     trained: str
     modalities: tuple
     lr: float = 1.0
-    longer: int = 1
+    length: int = 1
 
 STAGES = {
-    # AuT with a text decoder, which is dropped.
+    # AuT with a text decoder, which is dropped (O35 §2.2).
     "a0": Stage(r"(audio|decoder)\.", ("audio",)),
-    # Departure: the papers begin with the weights of Qwen3.5. This stage trains a Thinker on text.
+    # Departure: the paper initialises the Thinker from Qwen3.5; this stage trains it on text.
     "lm": Stage(r"thinker\.", ("text",)),
-    # S1: adapters, then encoders, under a frozen Thinker, whose encoders would otherwise learn to
-    # make up for it (O3 §3). Undisclosed: whether S1b trains the adapters; it does not here.
-    "s1a": Stage(r"audio_adapter\.|vision\.merger", MODALITIES[1:]),
-    "s1b": Stage(r"audio\.|vision\.(?!merger)", MODALITIES[1:]),
+    # S1: adapters, then encoders, with a frozen Thinker: trained together, the encoders would learn
+    # to compensate for it (O3 §3).
+    # Departure: the paper trains audio and vision separately, here one run trains both.
+    # Undisclosed: whether S1b trains the adapters. It does not here.
+    "s1a": Stage(r"audio_adapter\.|vision\.merger", ("audio", "image")),
+    "s1b": Stage(r"audio\.|vision\.(?!merger)", ("audio", "image")),
     "s2": Stage(r"(audio|audio_adapter|vision|thinker)\.", MODALITIES),
-    "s3": Stage(r"(audio|audio_adapter|vision|thinker)\.", MODALITIES, lr=0.1, longer=2),
+    # Departure: contexts of S3 are 8 times those of S2, 262,144 tokens; synthetic items twice.
+    "s3": Stage(r"(audio|audio_adapter|vision|thinker)\.", MODALITIES, lr=0.1, length=2),
     "t1": Stage(r"talker\.", MODALITIES[1:]),
 }
-TASKS = {"a0": "transcribe", "t1": "speak"}  # of other stages: loss
+TASKS = {"a0": "transcribe", "t1": "speak"}  # the others have the task "loss"
 
 def objective(model, batch, cfg):
-    """The loss of a stage, and its parts as metrics; each sum is divided by its count n_... in the
-    whole global batch. Undisclosed: the losses of all stages."""
+    """The loss of a stage, with the balance loss in training, and its parts as metrics; each sum is
+    divided by its count n_... in the whole global batch."""
+    # Undisclosed: the losses of all stages.
     sums, balance = model(batch["tokens"], batch, TASKS.get(cfg.stage, "loss"))
     if cfg.stage == "t1":  # code 0, and the mean of the others
         first = sums[0] / batch["n_speech"]
@@ -1671,15 +1705,16 @@ def objective(model, batch, cfg):
         loss = sums.sum() / batch["n_targets"]
         counts = [max(batch[f"n_{modality}"], 1) for modality in MODALITIES]
         metrics = {name: nats / n for name, nats, n in zip(MODALITIES, sums, counts)}
-    if re.match(STAGES[cfg.stage].trained, "thinker.") or cfg.stage == "t1":
+    trains_experts = cfg.stage == "t1" or re.match(STAGES[cfg.stage].trained, "thinker.")
+    if model.training and trains_experts:
         loss = loss + cfg.balance_loss * balance
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 # ---------------------------------------- Optimizer ----------------------------------------
 
 def build_optimizer(model, cfg):
-    """AdamW on what the stage trains. Matrices are decayed and, so that it pulls them to 1, gains
-    1 + w; biases, other gains and the parameters of decay are not."""
+    """AdamW on what the stage trains. Matrices are decayed, and gains 1 + w, towards 1; biases,
+    other gains and the decay parameters of Gated DeltaNet are not."""
     # Undisclosed: the optimizer and all of its settings.
     groups = {}
     for name, p in model.named_parameters():
@@ -1687,7 +1722,7 @@ def build_optimizer(model, cfg):
             continue
         decayed = p.ndim > 1 or re.search(UNIT_OFFSET, name) is not None
         is_encoder = re.match(STAGES["s1b"].trained, name) is not None
-        key = decayed, is_encoder, is_expert(name)
+        key = decayed, is_encoder, is_expert(name)  # experts are sharded over other ranks
         groups.setdefault(key, []).append(p)
     groups = [
         dict(params=params, weight_decay=cfg.weight_decay * decayed,
@@ -1707,7 +1742,7 @@ def learning_rate(step, cfg):
 
 @torch.no_grad()
 def update_shares(model):
-    """Set each router's shares f to those of the update that has ended, over all ranks."""
+    """Set each router's shares f to those of the global batch of the last update."""
     layers = moe_layers(model)
     loads = torch.stack([layer.load for layer in layers])
     dist.all_reduce(loads)
@@ -1739,54 +1774,57 @@ def all_to_all(x, send, receive, group):
     dist.all_to_all_single(rows, x.contiguous(), receive, send, group=group)
     return rows
 
-class Exchange(torch.autograd.Function):
-    """§3.2.2, all-to-all of rows by the function `there`, and of their gradients by `back`."""
+class AllToAll(torch.autograd.Function):
+    """all_to_all, whose gradients go the opposite way."""
 
     @staticmethod
-    def forward(ctx, x, send, receive, group, there, back):
-        ctx.settings = receive, send, group
-        ctx.back = back
-        return there(x, send, receive, group)
+    def forward(ctx, x, send, receive, group):
+        ctx.back = receive, send, group
+        return all_to_all(x, send, receive, group)
 
     @staticmethod
     def backward(ctx, gradient):
-        return ctx.back(gradient, *ctx.settings), None, None, None, None, None
+        return all_to_all(gradient, *ctx.back), None, None, None
 
-def exchanged(experts, group, dispatch, x, gates, counts):
-    """experts(x, gates, counts), where each rank of the group has a part of the experts: dispatch
-    of the rows and their gates to the ranks of their experts, and combine of the outputs. The rows,
-    and the gradients of the outputs, travel by the function `dispatch`."""
-    ranks = group.size()
-    send = counts.view(ranks, -1)  # [ranks, X / ranks]
-    receive = all_to_all(send, [1] * ranks, [1] * ranks, group)
-    n_send, n_receive = torch.stack((send.sum(1), receive.sum(1))).tolist()
-    x = Exchange.apply(x, n_send, n_receive, group, dispatch, all_to_all)
-    gates = Exchange.apply(gates, n_send, n_receive, group, all_to_all, all_to_all)
-    # Rows come sorted by rank, and the experts take them sorted by expert.
-    local = torch.arange(send.shape[1], device=x.device).repeat(ranks)
-    order = local.repeat_interleave(receive.flatten()).argsort(stable=True)
-    inverse = order.argsort()
-    rows = Permute.apply(x, order, inverse, 1)
-    y = experts(rows, gates.gather(0, order), receive.sum(0))
-    y = Permute.apply(y, inverse, order, 1)
-    return Exchange.apply(y, n_receive, n_send, group, all_to_all, dispatch)
+class DistributedExperts(Experts):
+    """Experts, of which each rank of a group has an equal part: rows and gates go to the
+    ranks that have their experts, and come back."""
+
+    def __init__(self, n_experts, dim, hidden_dim, group):
+        super().__init__(n_experts // group.size(), dim, hidden_dim)
+        self.group = group
+
+    def forward(self, x, gates, counts):
+        n = self.group.size()
+        send = counts.view(n, -1)  # [ranks, X / ranks]
+        receive = all_to_all(send, [1] * n, [1] * n, self.group)  # the same of the rows to come
+        sizes = torch.stack((send.sum(1), receive.sum(1))).tolist()
+        x = AllToAll.apply(x, *sizes, self.group)  # [M, D], by rank, then by expert
+        gates = AllToAll.apply(gates, *sizes, self.group)
+        local = torch.arange(receive.shape[1], device=x.device).repeat(n)
+        order = local.repeat_interleave(receive.flatten()).argsort(stable=True)  # by expert
+        inverse = order.argsort()
+        x = Permute.apply(x, order, inverse, 1)
+        y = super().forward(x, gates[order], receive.sum(0))
+        return AllToAll.apply(Permute.apply(y, inverse, order, 1), *sizes[::-1], self.group)
 
 def divide_experts(moe, group):
-    """Give a layer of experts this rank's part of them, one of as many as the group has ranks,
-    under a name that says which, for checkpoints. Returns that part."""
-    rank = group.rank()
+    """Replace the experts of a layer by this rank's part of them. The part has a name of its own,
+    part0, part1 ..., because checkpoints and initialisation tell parameters apart by name."""
     X, width, dim = moe.experts.gate_up.shape
     with torch.device(moe.experts.gate_up.device):
-        part = Experts(X // group.size(), dim, width // 2)
+        part = DistributedExperts(X, dim, width // 2, group)
     part.requires_grad_(moe.experts.gate_up.requires_grad)
     del moe.experts
-    moe.add_module(f"part{rank}", nn.ModuleDict({"experts": part}))
-    moe.experts = functools.partial(exchanged, part, group, all_to_all)
+    moe.add_module(f"part{group.rank()}", nn.ModuleDict({"experts": part}))
+    moe.experts = functools.partial(part)  # called in forward, and no second entry of the module
     return part
 
 def parallelize(model, cfg, mesh):
-    """Shard parameters, gradients and optimizer over all ranks, and experts over those ranks that
-    have the same ones. Gradients are summed. Sets the precision; recomputes blocks."""
+    """Shard parameters, gradients and optimizer as in ZeRO-3: experts over the ranks of "dp", which
+    have the same ones, all else over all ranks. Gradients are summed. Sets the precision;
+    recomputes blocks."""
+    # Undisclosed: the parallel layout.
     model.dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     policy = MixedPrecisionPolicy(model.dtype, torch.float32, cast_forward_inputs=False)
     everyone = init_device_mesh(mesh.device_type, (mesh.size(),), mesh_dim_names=("all",))
@@ -1817,7 +1855,8 @@ def fill_parameter(p, value):
 
 def build_omni(cfg, mesh, path=""):
     """The parallelized model of this rank, initialised or with the weights of a Hugging Face
-    checkpoint directory; what the stage does not train has no gradient."""
+    checkpoint directory; what the stage does not train has no gradient. Memory is allocated after
+    the model is sharded, for this rank's shards alone."""
     with torch.device("meta"):
         model = Omni(cfg)
     for name, p in model.named_parameters():
@@ -1830,21 +1869,22 @@ def build_omni(cfg, mesh, path=""):
     return model
 
 def memory_per_rank(model, cfg):
-    """Bytes on each rank, by kind, of a model on the meta device, for batches of text alone."""
+    """Bytes on each rank, by kind, of a model on the meta device, for batches of text alone. Of
+    --stage all, those of s2."""
     n = sum(p.numel() for p in model.parameters())
-    n_trained = sum(
-        p.numel() for name, p in model.named_parameters() if re.match(STAGES["s2"].trained, name)
-    )
+    trained = STAGES["s2" if cfg.stage == "all" else cfg.stage].trained
+    n_trained = sum(p.numel() for name, p in model.named_parameters() if re.match(trained, name))
     block = max(sum(p.numel() for p in block.parameters()) for block in model.thinker.blocks)
     experts = sum(p.numel() for p in model.thinker.blocks[0].moe.experts.parameters())
     size = 2 if cfg.precision == "bf16" else 4
     ranks = cfg.dp * cfg.ep
     memory = {"parameters": 4 * n / ranks, "gradients": 4 * n_trained / ranks}
     memory["optimizer"] = 8 * n_trained / ranks
-    # Gathered parameters of two blocks, of whose experts a rank has a part, and of embedding and
-    # head, and the gradients of these.
+    # Gathered: embedding and head with their gradients; a block, with a rank's part of its experts,
+    # with its gradient, and the next block.
     root = 2 * cfg.vocab_size * cfg.dim
-    memory["gathered"] = size * (2 * root + 3 * (block - experts + experts // cfg.ep))
+    gathered = 2 * root + 3 * (block - experts + experts // cfg.ep)
+    memory["gathered"] = size * gathered * (ranks > 1)
     # Kept for the backward pass, per token and block: about 40 numbers of width D and 6 per hidden
     # channel of the chosen experts; with recomputation, the input alone and one block's.
     kept = size * (40 * cfg.dim + 6 * (cfg.top_k * cfg.expert_dim + cfg.shared_dim))
@@ -1856,9 +1896,10 @@ def memory_per_rank(model, cfg):
 
 # ---------------------------------------- Checkpoint ----------------------------------------
 
-# The Thinker and the vision encoder are those of a Qwen3_5MoeForConditionalGeneration; AuT and its
-# adapter, in the folder audio_tower beside it, are a Qwen3OmniMoeAudioEncoder.
-HF_CONFIG = {  # part of config.json: {field of Config, whose default is theirs: key}
+# The Thinker and the vision encoder are those of a Qwen3_5MoeForConditionalGeneration. AuT and its
+# adapter, in its subdirectory audio_tower, are a Qwen3OmniMoeAudioEncoder, which has three
+# convolutions; one with four is read by this script alone.
+HF_CONFIG = {  # part of config.json: {field of Config: key}; Config has their defaults
     "text_config": {
         "vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers",
         "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads",
@@ -1887,7 +1928,7 @@ HF_FIXED = {  # the only values that are supported
         "in_channels": 3, "model_type": "qwen3_5_moe_vision",
     },
 }  # fmt: skip
-HF_NAMES = {  # part of the model: patterns of our names and theirs, applied one after the other
+HF_NAMES = {  # part of the model: (pattern in our names, Hugging Face's), applied in order
     "thinker": (
         (r"^", "model.language_model."), (r".*head", "lm_head"), (r"\.blocks", ".layers"),
         (r"token_embedding", "embed_tokens"), (r"final_norm", "norm"),
@@ -1923,8 +1964,8 @@ SHAPE = (  # fields of Config that must agree with a checkpoint
 )  # fmt: skip
 
 def hf_names(name):
-    """Hugging Face's names of the tensors that, one below the other, are a parameter; none for a
-    parameter that their classes do not have."""
+    """Hugging Face's names of the tensors that a parameter concatenates; none for a parameter that
+    their classes do not have."""
     part, name = name.split(".", 1)
     if part not in HF_NAMES:
         return []
@@ -1936,21 +1977,21 @@ def hf_names(name):
         return [name.replace("gate_up", kind) for kind in ("gate", "up")]
     return [name]
 
-def read_omni_config(path):
-    """Config from the config.json of a Qwen3_5MoeForConditionalGeneration and, if there is one, of
-    the audio tower beside it."""
+def read_omni_config(path, cfg):
+    """cfg with the shape in the config.json of a Qwen3_5MoeForConditionalGeneration and, if there
+    is one, of its audio tower."""
     with explain(f"{path} holds no Qwen3_5MoeForConditionalGeneration", Exception):
-        cfg = Config()
+        cfg = dataclasses.replace(cfg)
         theirs = json.loads((Path(path) / "config.json").read_text())
         for part, fields in HF_CONFIG.items():
             for key, value in HF_FIXED[part].items():
                 if theirs[part].get(key, value) != value:
                     raise ValueError(f"{part} has {key} {theirs[part][key]!r}, not {value!r}")
             for field, key in fields.items():
-                setattr(cfg, field, theirs[part].get(key, getattr(cfg, field)))
+                setattr(cfg, field, theirs[part].get(key, getattr(Config, field)))
         text = theirs["text_config"]
         rope = text.get("rope_parameters") or {}
-        cfg.rope_theta = rope.get("rope_theta", cfg.rope_theta)
+        cfg.rope_theta = rope.get("rope_theta", Config.rope_theta)
         cfg.rotary_dim = int(cfg.head_dim * rope.get("partial_rotary_factor", 0.25))
         cfg.position_side = math.isqrt(theirs["vision_config"].get("num_position_embeddings", 2304))
         ours = list(rotary_section(cfg.rotary_dim // 2))
@@ -1979,7 +2020,7 @@ def fill_from_hf(model, path):
             names = hf_names(name)
             if not names or (name.startswith("audio") and not has_audio):
                 continue
-            if is_expert(name) and names[0] not in tensors:  # they are one by one
+            if is_expert(name) and names[0] not in tensors:  # a file with one tensor per expert
                 prefix, kind = names[0].rsplit(".", 1)
                 kinds = ["down"] if kind == "down_proj" else ["gate", "up"]
                 keys = [f"{prefix}.{{}}.{kind}_proj.weight" for kind in kinds]
@@ -1995,7 +2036,7 @@ def fill_from_hf(model, path):
 
 def from_hf(path):
     """(model, cfg) from the directory of a Qwen3_5MoeForConditionalGeneration."""
-    cfg = read_omni_config(path)
+    cfg = read_omni_config(path, Config())
     model = Omni(cfg)
     init_weights(model, cfg)
     fill_from_hf(model, path)
@@ -2021,7 +2062,8 @@ def omni_configs(cfg):
 
 def to_hf(model, cfg, path, mesh=None):
     """Write the Thinker and the vision encoder to the directory path, and AuT to audio_tower in it.
-    All ranks call this: they gather one parameter after the other, and rank 0 writes."""
+    All ranks call this: they gather one parameter after the other; rank 0 keeps all in its memory
+    and writes."""
     from safetensors.torch import save_file
 
     is_writer = not dist.is_initialized() or dist.get_rank() == 0
@@ -2046,10 +2088,10 @@ def to_hf(model, cfg, path, mesh=None):
         return
     with written_beside(path) as folder:
         (folder / "audio_tower").mkdir()
-        places = folder, folder / "audio_tower"
-        for place, weights, config in zip(places, (tensors, audio), omni_configs(cfg)):
-            save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
-            (place / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        parts = (folder, folder / "audio_tower"), (tensors, audio), omni_configs(cfg)
+        for directory, weights, config in zip(*parts):
+            save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+            (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 def read_hf_tensors(path):
     """{name: tensor} of model.safetensors or, without it, of the files that the index names."""
@@ -2168,56 +2210,52 @@ def evaluation_mode(model, compiled):
         yield
     model.train()
 
-def to_device(batch, device):
-    """The batch with its tensors on the device."""
-    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-
 def count_right(model, batch):
-    """[2, answers]: how many of each of ANSWERS the batch asks for, and how many are right, which
-    is when all of their tokens are the likeliest ones."""
+    """[2, answers]: how many of each of ANSWERS are in the batch, and how many are predicted, that
+    is, all of their tokens are the likeliest ones."""
     scored = batch["targets"] >= 0
     right = model(batch["tokens"], batch, "predict") == batch["targets"][scored]  # [N]
     answers = batch["answers"][scored]
     rows = scored.nonzero()[:, 0]
     counts = np.zeros((2, len(ANSWERS)))
     for i in range(len(ANSWERS)):
-        asked = rows[answers == i + 1].unique()
-        wrong = rows[(answers == i + 1) & ~right].unique()
-        counts[:, i] = len(asked), len(asked) - len(wrong)
+        n_asked = len(rows[answers == i + 1].unique())
+        n_wrong = len(rows[(answers == i + 1) & ~right].unique())
+        counts[:, i] = n_asked, n_asked - n_wrong
     return counts
 
 def measure(model, source, step, cfg, device):
-    """Log held-out nats per target by modality and, of items made on the spot, print how often the
-    model answers right, with their media and with zeros in the place of pixels and mel."""
+    """Log held-out nats per target by modality and, for synthetic items, print how many answers the
+    model predicts, with their media and with zeros instead of pixels and mel."""
+    rank = dist.get_rank()
     ranks = dist.get_world_size()
-    window = max(cfg.audio_window // cfg.audio_chunk, 1)
     row = {"val_loss": 0.0, "val_bpb": 0.0}
     sums = np.zeros(3)  # nats, targets, bytes
     seen = np.zeros((2, len(ANSWERS)))
-    blind = np.zeros((2, len(ANSWERS)))
+    zeroed = np.zeros((2, len(ANSWERS)))
     with evaluation_mode(model, False):
-        for modality in STAGES[cfg.stage].modalities:
+        for modality in MODALITIES:
             items = source.items_of(modality, cfg.val_items)
-            if len(items) < ranks:
+            if not items:
                 continue
-            batch = collate(items[dist.get_rank() :: ranks], source.tokenizer, window, cfg)
-            batch = to_device(batch, device)
+            items = items * math.ceil(ranks / len(items))  # each rank has one
+            batch = to_device(collate(items[rank::ranks], source.tokenizer, cfg), device)
             sum_counts([batch], ranks)
-            loss, metrics = objective(model, batch, cfg)
-            (loss,) = sum_over_ranks(metrics.get(modality, loss).item())
+            (loss,) = sum_over_ranks(objective(model, batch, cfg)[0].item())
             row[f"val_{modality}"] = loss
             sums += loss * batch["n_targets"], batch["n_targets"], batch["n_bytes"]
             if cfg.stage not in TASKS:
                 zeros = {"mel": 0 * batch["mel"], "patches": 0 * batch["patches"]}
                 seen += count_right(model, batch)
-                blind += count_right(model, batch | zeros)
+                zeroed += count_right(model, batch | zeros)
     nats, n_targets, n_bytes = sums.tolist()
     row |= {"val_loss": nats / n_targets, "val_bpb": bits_per_byte(nats, n_bytes)}
     log(cfg.out, step, f"val {step}", row, [])
-    asked, right, _, right_blind = np.split(np.array(sum_over_ranks(*seen.flat, *blind.flat)), 4)
+    totals = np.array(sum_over_ranks(*seen.flat, *zeroed.flat))
+    asked, right, _, right_zeroed = np.split(totals, 4)
     for i, (name, n_answers) in enumerate(ANSWERS.items()):
         if asked[i]:
-            without = f"without it {right_blind[i] / asked[i]:6.1%} | chance {1 / n_answers:.1%}"
+            without = f"without it {right_zeroed[i] / asked[i]:6.1%} | chance {1 / n_answers:.1%}"
             print(f"{name:16} {right[i] / asked[i]:6.1%} of {asked[i]:.0f} right | {without}")
 
 def check(cfg, ranks):
@@ -2229,7 +2267,6 @@ def check(cfg, ranks):
             raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
     n_micro, micro = split_batch(cfg, ranks)
     stages = stage_names(cfg)
-    side = 2 * cfg.patch
     for wrong, message in (
         (cfg.n_heads % cfg.n_kv_heads, f"{cfg.n_kv_heads} key-value heads, {cfg.n_heads} heads"),
         (cfg.value_heads % cfg.key_heads, f"{cfg.key_heads} key, {cfg.value_heads} value heads"),
@@ -2238,8 +2275,10 @@ def check(cfg, ranks):
         (cfg.vision_dim % (4 * cfg.vision_heads), "4 vision_heads do not divide vision_dim"),
         (cfg.audio_convs not in (3, 4), f"--audio_convs {cfg.audio_convs} is neither 3 nor 4"),
         (cfg.top_k > cfg.n_experts, f"--top_k {cfg.top_k} of {cfg.n_experts} experts"),
-        (cfg.image_size % side, f"--image_size {cfg.image_size} is no multiple of {side}"),
-        (cfg.n_codebooks > len(BANDS), f"--n_codebooks {cfg.n_codebooks}: {len(BANDS)} bands"),
+        (cfg.fps == 0, "--fps 0"),
+        (cfg.n_frames < 3, f"--n_frames {cfg.n_frames} is less than 3"),
+        (not 2 <= cfg.n_codebooks <= len(BANDS),
+         f"--n_codebooks {cfg.n_codebooks} is not 2 ... {len(BANDS)}"),
         (cfg.codebook_size < cfg.n_codebooks, "--codebook_size is less than --n_codebooks"),
         ("a0" in stages and not cfg.decoder_layers, "stage a0 needs --decoder_layers"),
         ("t1" in stages and not cfg.talker_layers, "stage t1 needs --talker_layers"),
@@ -2260,7 +2299,7 @@ def dry_run(cfg):
     """Print parameters, FLOPs per token and memory per rank, computed from shapes alone."""
     if not cfg.vocab_size:
         cfg.vocab_size = load_tokenizer(cfg.tokenizer or "bytes", SPECIALS).n_vocab
-    cfg.dp = cfg.dp or cfg.world_size // cfg.ep
+    cfg.dp = cfg.dp or cfg.world_size // max(cfg.ep, 1)
     check(cfg, cfg.world_size)
     with torch.device("meta"):
         model = Omni(cfg)
@@ -2272,8 +2311,8 @@ def dry_run(cfg):
     print_memory(memory_per_rank(model, cfg))
 
 def omni_step(model, optimizer, batches, lr, cfg):
-    """One update from this rank's micro-batches: loss and gradient norm of the global batch, and
-    the metrics. The parameters stay as they are if a number is not finite, on all ranks alike."""
+    """One update from this rank's micro-batches; returns loss, gradient norm and metrics of the
+    global batch. Skips the update if loss or norm is not finite, which is the same on all ranks."""
     totals = 0.0
     for i, batch in enumerate(batches):
         if isinstance(model, FSDPModule):  # one reduction of the gradients an update
@@ -2286,7 +2325,7 @@ def omni_step(model, optimizer, batches, lr, cfg):
     parts = [part.to_local() if isinstance(part, DTensor) else part for part in parts]
     totals = torch.cat((nn.utils.get_total_norm(parts).square()[None], totals))
     dist.all_reduce(totals)
-    square, loss, *values = totals.tolist()  # an update waits for the device here and for experts
+    square, loss, *values = totals.tolist()  # waits for the device, as the exchange of experts does
     norm = math.sqrt(square) if square >= 0 else math.nan
     if cfg.clip and norm > cfg.clip:
         torch._foreach_mul_(parts, cfg.clip / norm)
@@ -2300,9 +2339,9 @@ def omni_step(model, optimizer, batches, lr, cfg):
 
 def train(model, optimizer, source, heldout, state, cfg, device, signals):
     """Update the model until the items of the stage are used up; False if a signal ends it."""
-    place = device, dist.get_rank(), dist.get_world_size()
+    reader = device, dist.get_rank(), dist.get_world_size()
     thread = ThreadPoolExecutor(1)  # reads the next batch during an update
-    ahead = thread.submit(read_dealt, source, state["sequences"], cfg, *place)
+    ahead = thread.submit(read_dealt, source, state["sequences"], cfg, *reader)
     first_step = saved = state["step"]
     clock = time.perf_counter()
     pace = None  # seconds per update
@@ -2311,7 +2350,7 @@ def train(model, optimizer, source, heldout, state, cfg, device, signals):
         step = state["step"]
         first = state["sequences"]  # of the batch to come
         steps_left = math.ceil(cfg.steps - first / cfg.batch_size)
-        error = ahead.exception()  # waits until that batch is read
+        error = ahead.exception()  # waits until the batch to come is read
         if step > first_step + 1:  # the first update allocates memory and is left out
             seconds = time.perf_counter() - clock
             pace = 0.9 * (pace or seconds) + 0.1 * seconds
@@ -2331,7 +2370,7 @@ def train(model, optimizer, source, heldout, state, cfg, device, signals):
 
         clock = time.perf_counter()
         batches, imbalance = ahead.result()
-        ahead = thread.submit(read_dealt, source, first + cfg.batch_size, cfg, *place)
+        ahead = thread.submit(read_dealt, source, first + cfg.batch_size, cfg, *reader)
         sum_counts(batches, dist.get_world_size())
         counts = batches[0]
         lr = learning_rate(first / cfg.batch_size, cfg)
@@ -2356,17 +2395,13 @@ def train(model, optimizer, source, heldout, state, cfg, device, signals):
             raise ValueError(f"no finite gradient in the last {n_skipped} steps to {step + 1}")
 
 def load_sources(cfg):
-    """(tokenizer, (documents, rows) to train on, (documents, rows) held out) of --data or, without
-    it, of the standard library, whose text made-up items use; sets cfg.vocab_size."""
+    """(tokenizer, documents and rows to train on, documents and rows held out): the rows of --data,
+    of which Source holds some out, or documents for synthetic items. Sets cfg.vocab_size."""
     tokenizer = load_tokenizer(cfg.tokenizer or "bytes", SPECIALS)
     cfg.vocab_size = vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
     if cfg.data:
-        rows = read_manifest(cfg.data, cfg)
-        held_out = [row for row in rows if is_held_out(row[0])] or rows[-1:]
-        train = [row for row in rows if row not in held_out]
-        if not train:
-            raise ValueError(f"{cfg.data} has {len(rows)} lines, and 2 are the least")
-        return tokenizer, ([], train), ([], held_out)
+        rows = read_manifest(cfg.data, cfg.fps)
+        return tokenizer, ([], rows), ([], rows)
     files, _ = find_files("")
     documents = [document for document in read_documents("", files) if document[1]]
     train = [text for name, text in documents if not is_held_out(name)]
@@ -2381,7 +2416,7 @@ def stage_config(cfg, name):
     """The Config of a stage, whose files are in a directory of its own below --out."""
     stage = STAGES[name]
     changes = dict(stage=name, lr=cfg.lr * stage.lr, out=cfg.out and f"{cfg.out}/{name}")
-    changes |= dict(seq_len=cfg.seq_len * stage.longer, n_frames=cfg.n_frames * stage.longer)
+    changes |= dict(seq_len=cfg.seq_len * stage.length, n_frames=cfg.n_frames * stage.length)
     return dataclasses.replace(cfg, **changes)
 
 def load_stage_before(model, cfg):
@@ -2397,12 +2432,9 @@ def load_stage_before(model, cfg):
             return print(f"stage {cfg.stage} begins with {checkpoints[-1]}")
     print(f"stage {cfg.stage} begins with new weights")
 
-def run_stage(cfg, mesh, model, data, device, signals):
-    """Train a stage, from `model`, that of the stage before in this run, if any. Returns the model,
-    and whether the stage ended."""
-    tokenizer, *parts = data
-    source, heldout = (Source(cfg, tokenizer, *part, held_out=i) for i, part in enumerate(parts))
-    previous = model
+def run_stage(cfg, given, mesh, previous, source, heldout, device, signals):
+    """Train a stage, from the model `previous` of the stage before in this run, if any. Returns the
+    model, and whether the stage ended."""
     model = build_omni(cfg, mesh, cfg.init)
     optimizer = build_optimizer(model, cfg)
     state = {"step": 0, "sequences": 0, "tokens": 0}
@@ -2415,7 +2447,11 @@ def run_stage(cfg, mesh, model, data, device, signals):
         model.load_state_dict(previous.state_dict())
     elif not cfg.init:
         load_stage_before(model, cfg)
+    if run and "steps" not in given:  # as many items as its first start planned
+        cfg.steps = math.ceil(run["steps"] * run["batch_size"] / cfg.batch_size)
     if cfg.eval:
+        if not checkpoint and not cfg.init:
+            raise ValueError(f"--eval: {cfg.out} has no checkpoint")
         cfg.steps = 0
         cfg.out = ""  # nothing is written
     if cfg.out:
@@ -2427,33 +2463,31 @@ def run_stage(cfg, mesh, model, data, device, signals):
     print(f"{cfg.batch_size} items per step = {ranks} ranks x {n_micro} x {micro}")
     return model, train(model, optimizer, source, heldout, state, cfg, device, signals)
 
-def sample(model, item, n, source, cfg, device):
-    """What the model writes of an item's media: at most n ids, each the likeliest."""
-    window = max(cfg.audio_window // cfg.audio_chunk, 1)
-    phase = dataclasses.replace(cfg, stage="s2")
+def sample(model, item, tokenizer, cfg, device):
+    """What the model writes after an item's media: at most 48 ids, each the likeliest."""
+    thinker_cfg = dataclasses.replace(cfg, stage="s2")  # batches without speech
     *context, _ = item.segments
     ids = []
     with evaluation_mode(model, False):
-        while len(ids) < n:
+        while len(ids) < 48:
             segments = [*context, Segment(ids)] if ids else context
-            part = dataclasses.replace(item, segments=segments, answers=0)
-            batch = to_device(collate([part], source.tokenizer, window, phase), device)
+            prompt = dataclasses.replace(item, segments=segments, answers=0)
+            batch = to_device(collate([prompt], tokenizer, thinker_cfg), device)
             likeliest = model(batch["tokens"], batch)[0, -1].argmax().item()
-            if likeliest == source.tokenizer.eot_token:
+            if likeliest == tokenizer.eot_token:
                 break
             ids.append(likeliest)
     return ids
 
-def sample_speech(model, item, ids, source, cfg, device):
-    """How the Talker says the text of ids after an item's media: a wave [n]."""
-    # Undisclosed: how long speech gets. As long as the toy codec's letters, if it does not end.
-    window = max(cfg.audio_window // cfg.audio_chunk, 1)
-    caption = Segment([*ids, source.tokenizer.eot_token])
+def sample_speech(model, item, ids, tokenizer, cfg, device):
+    """The wave [n] in which the Talker says the text of ids after an item's media."""
+    # Undisclosed: how the ratio of text and speech is known before the speech. Here speech is as
+    # long as the letters of the toy codec, or ends earlier.
+    segments = [*item.segments[:-1], Segment([*ids, tokenizer.eot_token])]
     silence = {"speech": (lambda: np.zeros(LETTER * len(ids)), 0)}
-    segments = [*item.segments[:-1], caption]
     changes = dict(segments=segments, answers=0, media=item.media | silence, lead=0)
-    item = dataclasses.replace(item, **changes)
-    batch = to_device(collate([item], source.tokenizer, window, cfg), device)
+    batch = collate([dataclasses.replace(item, **changes)], tokenizer, cfg)
+    batch = to_device(batch, device)
     (places,) = torch.where(batch["codes"][0, :, 0] >= 0)
     with evaluation_mode(model, False):
         for n_done, place in enumerate(places):
@@ -2466,34 +2500,39 @@ def sample_speech(model, item, ids, source, cfg, device):
     return decode_speech(batch["codes"][0, places].cpu().numpy(), cfg.codebook_size)
 
 def show(model, source, cfg, device):
-    """Print captions of held-out items and what the model writes; with a Talker that was trained,
-    say the last of them, in a .wav file in --out."""
-    for modality in STAGES["s1a"].modalities:
+    """Print captions of held-out items and what the model writes. After stage t1, the Talker says
+    the last of these texts in the file speech.wav of --out."""
+    ids = []
+    for modality in MODALITIES[1:]:
         for item in source.items_of(modality, 1):
             truth = source.tokenizer.decode(item.segments[-1].text[:-1])
-            ids = sample(model, item, 48, source, cfg, device)
+            ids = sample(model, item, source.tokenizer, cfg, device)
             print(f"{modality:6}{truth!r}, and the model: {source.tokenizer.decode(ids)!r}")
     if cfg.stage == "t1" and cfg.out and ids:
-        speech = sample_speech(model, item, ids, source, cfg, device)
+        speech = sample_speech(model, item, ids, source.tokenizer, cfg, device)
         if dist.get_rank() == 0 and len(speech):
             write_wave(Path(cfg.out) / "speech.wav", speech)
             print(f"{cfg.out}/speech.wav says it in {len(speech) / 16000:.1f} seconds")
 
 @record
 def main(argv=None):
-    """Run the command line: read the data, train the stages one after the other, export, show."""
+    """Run the command line: read the data, train the stages one after the other, export, sample."""
     with report_user_errors():
-        cfg, _ = parse(argv)
+        cfg, given = parse(argv)
         if cfg.dry_run:
             return dry_run(cfg)
         device = init_distributed(cfg.timeout)
         ranks = dist.get_world_size()
-        cfg.dp = cfg.dp or ranks // cfg.ep
-        check(cfg, ranks)
+        cfg.dp = cfg.dp or ranks // max(cfg.ep, 1)
         if cfg.init:
-            theirs = read_omni_config(cfg.init)
-            cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in SHAPE})
-        data = load_sources(cfg)
+            cfg = read_omni_config(cfg.init, cfg)
+        check(cfg, ranks)
+        tokenizer, *parts = load_sources(cfg)
+        plan = []  # all sources are built before training, so that errors come first
+        for name in stage_names(cfg):
+            stage = stage_config(cfg, name)
+            sources = [Source(stage, tokenizer, *part, held_out=i) for i, part in enumerate(parts)]
+            plan.append((stage, *sources))
         mesh = init_device_mesh(device.type, (cfg.dp, cfg.ep), mesh_dim_names=("dp", "ep"))
         signals = catch_signals()
         with torch.device("meta"):
@@ -2503,14 +2542,13 @@ def main(argv=None):
         print("parameters {:,} | activated {:,}".format(*sizes), end=" | ")
         print(f"FLOPs per token {flops_per_token(cfg):.3g}")
         model = None
-        for name in stage_names(cfg):
-            stage = stage_config(cfg, name)
-            model, ended = run_stage(stage, mesh, model, data, device, signals)
+        for stage, source, heldout in plan:
+            model, ended = run_stage(stage, given, mesh, model, source, heldout, device, signals)
             if not ended:
-                return print(f"stopped in stage {name}")
+                return print(f"stopped in stage {stage.stage}")
         if cfg.export:
             to_hf(model, cfg, cfg.export, mesh)
-        show(model, Source(stage, data[0], *data[2], held_out=1), stage, device)
+        show(model, heldout, stage, device)
 
 # ---------------------------------------- Plumbing ----------------------------------------
 
