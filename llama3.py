@@ -78,6 +78,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------- Config ----------------------------------------
@@ -155,18 +156,20 @@ class Config:
     export: str = ""  # directory to write a Hugging Face checkpoint to after training
     write_tokens: str = ""  # directory to write the data to as token shards, then exit
 
-# §3.4.1 to §3.4.3; "8M sequences of 8,192" read as tokens, and the "final 40M tokens" of
-# annealing, less than three updates, as the 40B of §3.1.3.
+# §3.4: 15.6T tokens, of which the long-context stage takes 0.8T; "8M sequences of 8,192" are read
+# as 8M tokens.
+# Departure: annealing takes the 40B tokens of §3.1.3; the "final 40M" are less than three updates.
 # Undisclosed: the lengths between 8K and 128K, and the tokens of each; there are six.
+# Undisclosed: the rotary frequencies at these lengths; here the released ones.
 LLAMA = dict(
     vocab_size=128256, ramp="4096x1024:252e6,8192x1024:2.87e12", tokens=14.8e12, long_tokens=8e11,
     long_lengths="16384,32768,49152,65536,98304,131072", anneal_tokens=4e10, rope_scaling="llama3",
     precision="bf16", micro_batch=1, compile=True,
 )  # fmt: skip
 # Qwen2.5 §3: 18T tokens at 4,096 positions, 32,768 at the end with another rotary base.
-# Undisclosed: how it was optimized: rates and tokens per batch are Llama's, without its ramp and
-# its annealing. Undisclosed: the tokens of the second phase, here Llama's 800B. Undisclosed: a mask
-# between documents, here none (document_mask), and a token before each, here none (bos).
+# Undisclosed: how it was optimized; rates and tokens per batch are Llama's, without its ramp and
+# its annealing. Of the tokens, the second phase takes 800B, as in Llama 3.
+# Undisclosed: a mask between documents, and a token before each; here neither.
 QWEN = dict(
     qkv_bias=True, rope_theta=1e4, long_rope_theta=1e6, rope_original=32768, bos=False,
     document_mask=False, seq_len=4096, batch_size=4096, tokens=17.2e12, long_lengths="32768",
@@ -192,7 +195,8 @@ PRESETS = {
         rope_original=1024, lr=1e-3, min_lr=1e-5, warmup_steps=200, cosine_steps=2700,
         val_every=500, micro_batch=12, compile=True,
     ),
-    # Llama 3.2's published configurations and 9T tokens. Undisclosed: their rates and batches.
+    # Llama 3.2's published configurations and 9T tokens.
+    # Undisclosed: their rates and batches.
     # Departure: from scratch and from text, not pruned from 8b and distilled.
     "1b": SMALL_LLAMA | dict(zip(SIZES, (2048, 16, 32, 8, 8192))),
     "3b": SMALL_LLAMA | dict(zip(SIZES, (3072, 28, 24, 8, 8192))),
@@ -214,10 +218,10 @@ PRESETS = {
 }  # fmt: skip
 BEGIN = "<|begin_of_text|>"  # before each document
 END = "<|end_of_text|>"  # after it
-NAMES = "finetune_right_pad_id step_id start_header_id end_header_id eom_id eot_id python_tag image"
-RESERVED = [f"reserved_special_token_{i}" for i in range(246)]
+RESERVED = [f"<|reserved_special_token_{i}|>" for i in range(246)]
 SPECIALS = (  # the 256 of Llama 3.1 and later, 128000 ... 128255
-    BEGIN, END, *(f"<|{name}|>" for name in (*RESERVED[:2], *NAMES.split(), *RESERVED[2:])),
+    BEGIN, END, *RESERVED[:2], "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>",
+    "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", "<|image|>", *RESERVED[2:],
 )  # fmt: skip
 PATTERN = (  # how GPT-4 and Llama 3 split text into words, for BPE rank files
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -226,41 +230,46 @@ PATTERN = (  # how GPT-4 and Llama 3 split text into words, for BPE rank files
 
 @dataclasses.dataclass
 class Phase:
-    """A part of a run in which length, batch, mix and positions stay the same."""
+    """A part of a run in which length, batch, mix and rotary frequencies stay the same."""
 
     stage: str  # initial, long-context or annealing
     begin: int  # tokens of the run before it
     end: int  # tokens of the run at its end
+    size: int  # tokens per update
     cfg: Config  # the run's, with this phase's seq_len, batch_size, data and rope_...
 
 def parse_stages(cfg):
     """(stage, length, sequences per update, tokens of the run at its end) of each part of --ramp,
     the rest of the initial stage, each of --long_lengths, and annealing."""
     rows = []
+    begin = 0.0  # of a part of the ramp
     for part in filter(None, cfg.ramp.split(",")):
         with explain(f"--ramp: {part} is not LENGTHxSEQUENCES:TOKENS", ValueError):
             size, tokens = part.split(":")
             length, sequences = map(int, size.split("x"))
             end = float(tokens)
-        if min(length, sequences) < 1 or not (rows[-1][3] if rows else 0) < end:
+        if min(length, sequences) < 1 or not begin < end:
             raise ValueError(f"--ramp: {part} is out of order, or has no length or no sequences")
-        rows.append(("initial", length, sequences, end))
-    rows = [(*row[:3], min(row[3], cfg.tokens)) for row in rows]
+        rows.append(("initial", length, sequences, min(end, cfg.tokens)))
+        begin = end
     rows.append(("initial", cfg.seq_len, cfg.batch_size, cfg.tokens))
-    lengths = cfg.long_lengths.split(",") if cfg.long_tokens else []
-    with explain(f"--long_lengths {cfg.long_lengths} is not LENGTH,...", ValueError):
-        lengths = [int(length) for length in filter(None, lengths)]
+    if not re.fullmatch(r"([1-9]\d*(,|$))*", cfg.long_lengths):
+        raise ValueError(f"--long_lengths {cfg.long_lengths} is not LENGTH,...")
+    lengths = []
+    if cfg.long_tokens:
+        lengths = [int(length) for length in filter(None, cfg.long_lengths.split(","))]
     later = [("long-context", length, cfg.long_tokens / len(lengths)) for length in lengths]
     later.append(("annealing", [cfg.seq_len, *lengths][-1], cfg.anneal_tokens))
-    for stage, length, tokens in later:  # the same tokens per update, if ranks can share them
-        if length < 1:
-            raise ValueError(f"--long_lengths {length} is not positive")
+    end = cfg.tokens
+    for stage, length, tokens in later:
+        # Departure: as many tokens per update as before (Table 4), less what ranks cannot share.
         sequences = max(cfg.seq_len * cfg.batch_size // length, 1)
         unit = max(cfg.dp, 1) * max(cfg.micro_batch, 1)
         if sequences > unit * cfg.pp:
             unit *= cfg.pp
         sequences = sequences - sequences % unit or sequences
-        rows.append((stage, length, sequences, rows[-1][3] + tokens))
+        end += tokens
+        rows.append((stage, length, sequences, end))
     return rows
 
 def phases(cfg):
@@ -268,7 +277,6 @@ def phases(cfg):
     of the long-context stage, annealing. All are measured in tokens, rounded to updates."""
     # Departure: the paper goes on to the next length once short evaluations are back and needles
     # are found (§3.4.2); here tokens decide, and needle_loss only reports.
-    stages = parse_stages(cfg)
     mixes = cfg.data.split(";")[::2]
     starts = [0.0]  # tokens of the run at which each mix begins
     with explain(f"--data {cfg.data} is not MIX;TOKENS;MIX;TOKENS;MIX...", ValueError):
@@ -278,24 +286,26 @@ def phases(cfg):
     plan = []
     begin = 0
     done = 0.0  # as begin, before rounding
-    for stage, length, sequences, end in stages:
-        for cut in [*(start for start in starts if done < start < end), end]:
-            now = {"seq_len": length, "batch_size": sequences}
-            now["data"] = mixes[bisect.bisect_right(starts, done) - 1]
-            if stage == "annealing" and cfg.anneal_data:
-                now["data"] = cfg.anneal_data
-            is_long = stage != "initial" and length > cfg.seq_len
-            if not is_long and cfg.rope_from != "initial":
-                now["rope_scaling"] = "none"
-            if is_long and cfg.long_rope_theta:
-                now["rope_theta"] = cfg.long_rope_theta
-            if cfg.pp > 1 and not cfg.micro_batch:  # two micro-batches for each rank of a pipeline
-                now["micro_batch"] = max(sequences // (max(cfg.dp, 1) * 2 * cfg.pp), 1)
-            n_updates = max(round((cut - done) / (length * sequences)), 0)
+    for stage, length, sequences, end in parse_stages(cfg):
+        changes = {"seq_len": length, "batch_size": sequences}
+        is_long = stage != "initial" and length > cfg.seq_len
+        if not is_long and cfg.rope_from != "initial":
+            changes["rope_scaling"] = "none"
+        if is_long and cfg.long_rope_theta:
+            changes["rope_theta"] = cfg.long_rope_theta
+        if cfg.pp > 1 and not cfg.micro_batch:  # two micro-batches for each rank of a pipeline
+            changes["micro_batch"] = max(sequences // (max(cfg.dp, 1) * 2 * cfg.pp), 1)
+        cuts = [start for start in starts if stage != "annealing" and done < start < end]
+        for cut in [*cuts, end]:
+            changes["data"] = mixes[bisect.bisect_right(starts, done) - 1]
+            if stage == "annealing":
+                changes["data"] = cfg.anneal_data or mixes[-1]
+            size = length * sequences
+            n_updates = max(round((cut - done) / size), 0)
             if n_updates:
-                size = n_updates * length * sequences
-                plan.append(Phase(stage, begin, begin + size, dataclasses.replace(cfg, **now)))
-                begin += size
+                phase_cfg = dataclasses.replace(cfg, **changes)
+                plan.append(Phase(stage, begin, begin + n_updates * size, size, phase_cfg))
+                begin = plan[-1].end
             done = max(cut, done)
     if not plan:
         raise ValueError("--tokens, --long_tokens and --anneal_tokens give not a single update")
@@ -309,17 +319,15 @@ def updates_before(plan, tokens):
     """Updates that the first `tokens` tokens of the run take, as a float."""
     n_updates = 0.0
     for phase in plan:
-        size = phase.cfg.batch_size * phase.cfg.seq_len
-        n_updates += max(min(tokens, phase.end) - phase.begin, 0) / size
+        n_updates += max(min(tokens, phase.end) - phase.begin, 0) / phase.size
     return n_updates
 
 def tokens_of_updates(plan, n_updates):
     """Tokens of the run that its first n_updates updates take."""
     for phase in plan:
-        size = phase.cfg.batch_size * phase.cfg.seq_len
-        if n_updates * size <= phase.end - phase.begin:
-            return phase.begin + n_updates * size
-        n_updates -= (phase.end - phase.begin) // size
+        if n_updates * phase.size <= phase.end - phase.begin:
+            return phase.begin + n_updates * phase.size
+        n_updates -= (phase.end - phase.begin) // phase.size
     return plan[-1].end
 
 # ---------------------------------------- Model ----------------------------------------
@@ -356,9 +364,11 @@ def rope_frequencies(dim, theta, scaling, factor, original):
         u = ((original * frequencies / (2 * math.pi) - 1.0) / (4.0 - 1.0)).clamp(0, 1)
         return (1 - u) * frequencies / factor + u * frequencies, 1.0
     if scaling == "yarn":  # blend between 32 rotations and 1 within the original context
-        turns = (original / (2 * math.pi * rotations) for rotations in (32, 1))
-        low, high = (dim * math.log(turn) / (2 * math.log(theta)) for turn in turns)
-        low, high = max(math.floor(low), 0), min(math.ceil(high), dim - 1)
+        def pair(rotations):  # i of the pair that makes so many
+            return dim * math.log(original / (2 * math.pi * rotations)) / (2 * math.log(theta))
+
+        low = max(math.floor(pair(32)), 0)
+        high = min(math.ceil(pair(1)), dim - 1)
         ramp = ((i / 2 - low) / max(high - low, 1e-3)).clamp(0, 1)
         return frequencies * (1 - ramp) + frequencies / factor * ramp, 0.1 * math.log(factor) + 1
     return frequencies, 1.0
@@ -369,11 +379,9 @@ def rotate(x, cos, sin):
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).type_as(x)
 
 @functools.cache
-def flex_kernels():
-    """Compiled (flex_attention, which skips masked blocks, create_block_mask); on GPUs."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    return torch.compile(flex_attention), torch.compile(create_block_mask)
+def compiled(function):
+    """The function, compiled once; uncompiled, those of flex_attention form all T x T scores."""
+    return torch.compile(function)
 
 def attention_mask(documents, rows, columns):
     """§3.2, what a query may see: no later position, no other document. From documents [B, T], the
@@ -384,7 +392,7 @@ def attention_mask(documents, rows, columns):
             return (columns[j] <= rows[i]) & same
 
         sizes = len(documents), None, len(rows), len(columns)
-        return flex_kernels()[1](visible, *sizes, device=documents.device)
+        return compiled(create_block_mask)(visible, *sizes, device=documents.device)
     same = documents[:, rows, None] == documents[:, None, columns]
     return (same & (columns <= rows[:, None]))[:, None]
 
@@ -392,11 +400,9 @@ def attend(q, k, v, mask):
     """softmax(q kᵀ / sqrt(E)) v over the positions that mask allows (None: causal); query
     head j uses key-value head j // (H / K). [B, H, T, E], [B, K, T, E] twice -> [B, H, T, E]."""
     if mask is None or torch.is_tensor(mask):
-        settings = dict(is_causal=mask is None, enable_gqa=True)
-        return F.scaled_dot_product_attention(q, k, v, mask, **settings)
-    from torch.nn.attention.flex_attention import flex_attention
-
-    flex = flex_attention if torch.compiler.is_compiling() else flex_kernels()[0]
+        is_causal = mask is None
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=True)
+    flex = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
     return flex(q, k, v, block_mask=mask, enable_gqa=True)
 
 class GroupedQueryAttention(nn.Module):
@@ -439,9 +445,8 @@ class Block(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        heads = cfg.n_heads, cfg.n_kv_heads, cfg.qkv_bias
         self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.attn = GroupedQueryAttention(cfg.dim, *heads)
+        self.attn = GroupedQueryAttention(cfg.dim, cfg.n_heads, cfg.n_kv_heads, cfg.qkv_bias)
         self.mlp_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.mlp = SwiGLU(cfg.dim, cfg.hidden_dim)
 
@@ -461,12 +466,13 @@ class Llama3(nn.Module):
         self.blocks = nn.ModuleDict({str(i): Block(cfg) for i in range(cfg.n_layers)})
         self.final_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.head = None if cfg.tied else Linear(cfg.dim, cfg.vocab_size, bias=False)
-        self.extend(cfg)
+        self.set_rope(cfg)
 
-    def extend(self, cfg):
+    def set_rope(self, cfg):
         """Take the rotary frequencies of cfg, which the long-context stage changes."""
-        shape = cfg.dim // cfg.n_heads, cfg.rope_theta
-        self.rope = rope_frequencies(*shape, cfg.rope_scaling, cfg.rope_factor, cfg.rope_original)
+        head_dim = cfg.dim // cfg.n_heads
+        scaling = cfg.rope_scaling, cfg.rope_factor, cfg.rope_original
+        self.rope = rope_frequencies(head_dim, cfg.rope_theta, *scaling)
 
     def forward(self, tokens, targets=None, documents=None):
         """Logits or, with targets, the sum of the cross-entropies in nats. documents [B, T] numbers
@@ -535,15 +541,15 @@ def init_weights(model, cfg, tp=None):
     # Undisclosed: all of it. N(0, 0.02), and for what is added to the residual stream, 2 L times,
     # 0.02 / sqrt(2 L), as GPT-2 has it.
     for name, p in model.named_parameters():
-        whole = torch.empty(whole_shape(name, p, tp))
         if re.search(r"(token_embedding|head|q|k|v|out|gate|up|down)\.weight$", name):
             depth = 2 * cfg.n_layers if re.search(r"(out|down)\.weight$", name) else 1
             generator = torch.Generator().manual_seed(stable_hash(cfg.seed, name))
+            whole = torch.empty(whole_shape(name, p, tp))
             fill(name, p, whole.normal_(0.0, 0.02 / math.sqrt(depth), generator=generator), tp)
         elif re.search(r"(q|k|v)\.bias$", name):
-            fill(name, p, whole.zero_(), tp)
+            nn.init.zeros_(p)
         elif re.search(r"_norm\.weight$", name):
-            fill(name, p, whole.fill_(1.0), tp)
+            nn.init.ones_(p)
         else:
             raise ValueError(f"no rule initialises {name}")
 
@@ -650,8 +656,6 @@ def load_mixes(cfg):
     if cfg.tokenizer or any(files for files, _ in sources.values()):
         tokenizer, separator = load_specials(cfg)
         cfg.vocab_size = cfg.vocab_size or 8 * math.ceil(tokenizer.n_vocab / 8)
-        if cfg.vocab_size < tokenizer.n_vocab:
-            raise ValueError(f"--vocab_size {cfg.vocab_size} is below {tokenizer.n_vocab} ids")
     else:
         print("without --tokenizer there are no borders of documents, and no mask")
     cfg.vocab_size = vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
@@ -660,6 +664,8 @@ def load_mixes(cfg):
     corpora = {}
     for path, (files, shards) in sources.items():
         documents = tokenize_pieces(read_documents(path, files), tokenizer, separator)
+        if cfg.write_tokens and shards:
+            raise ValueError("--write_tokens reads text, and --data has token shards")
         if cfg.write_tokens:
             return write_tokens(cfg.write_tokens, documents)
         share = max(mix.get(path, 0) for mix in mixes)
@@ -732,14 +738,14 @@ def learning_rate(step, cfg):
 
 def clip_gradients(model, loss, cfg, mesh):
     """(norm of the complete gradient, loss summed over ranks), after scaling the gradient down to a
-    norm of cfg.clip. What tensor-parallel ranks hold alike counts once."""
+    norm of cfg.clip. Parameters of which each tensor-parallel rank has a copy count once."""
     split = []
     replicated = []
     for name, p in model.named_parameters():
         local = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
         (replicated if tensor_dimension(name) is None else split).append(local)
-    square, shared = (nn.utils.get_total_norm(part).double() ** 2 for part in (split, replicated))
-    square = square + shared / mesh["tp"].size()
+    square = nn.utils.get_total_norm(split).double() ** 2
+    square = square + nn.utils.get_total_norm(replicated).double() ** 2 / mesh["tp"].size()
     # The update waits for the device here alone.
     square, loss = sum_over_ranks(*torch.stack([square, loss]).tolist())
     norm = math.sqrt(square) if square >= 0 else math.nan
@@ -748,18 +754,18 @@ def clip_gradients(model, loss, cfg, mesh):
             p.grad.mul_(cfg.clip / (norm + 1e-6))
     return norm, loss
 
-def update_average(pipeline, position, phase, n_checkpoints):
-    """§3.4.3, Polyak averaging: at each of n_checkpoints equally spaced updates of annealing, the
-    parameters enter the running mean. position counts the tokens of the run so far."""
+def update_average(pipeline, state, phase, n_checkpoints):
+    """§3.4.3, Polyak averaging: after each of n_checkpoints equally spaced updates of annealing the
+    parameters enter the running mean, which replaces them when the run ends. state has the tokens
+    of the run so far and the number of checkpoints in the mean."""
     # Undisclosed: how many checkpoints and how far apart; here ten, uniformly.
-    size = phase.cfg.batch_size * phase.cfg.seq_len
-    n_updates = (phase.end - phase.begin) // size
+    n_updates = (phase.end - phase.begin) // phase.size
     n_checkpoints = min(n_checkpoints, n_updates)
-    done = (position - phase.begin) // size
-    count = done * n_checkpoints // n_updates
-    if count > (done - 1) * n_checkpoints // n_updates:
+    done = (state["position"] - phase.begin) // phase.size
+    if done * n_checkpoints // n_updates > (done - 1) * n_checkpoints // n_updates:
+        state["n_averaged"] += 1
         for mean, p in zip(pipeline.average.parameters(), pipeline.model.parameters()):
-            mean.data.lerp_(p.data, 1 / count)
+            mean.data.lerp_(p.data, 1 / state["n_averaged"])
 
 # ---------------------------------------- Precision ----------------------------------------
 
@@ -886,8 +892,6 @@ class GatherSequence(torch.autograd.Function):
 def context_positions(length, ranks, rank):
     """§3.3.2: the positions of a context-parallel rank. Of 2 x ranks chunks it holds one from the
     front and its mirror image from the back, so that causal attention costs all ranks the same."""
-    if ranks == 1:
-        return torch.arange(length)
     chunks = torch.arange(length).chunk(2 * ranks)
     return torch.cat((chunks[rank], chunks[2 * ranks - 1 - rank]))
 
@@ -1044,11 +1048,11 @@ class Pipeline:
             p.data.zero_()
         self.saved[f"average_tp{self.mesh['tp'].get_local_rank()}"] = self.average
 
-    def enter(self, cfg):
+    def start_phase(self, cfg):
         """Prepare for a phase: its positions, and a schedule, whose shapes are fixed."""
         self.cfg = cfg
         for stage in self.stages:
-            stage.extend(cfg)
+            stage.set_rope(cfg)
         if cfg.pp == 1:
             return
         group = self.mesh["pp"].get_group()
@@ -1058,39 +1062,30 @@ class Pipeline:
         for i, stage in enumerate(self.stages):
             index = group.rank() + i * cfg.pp
             stages.append(PipelineStage(stage, index, cfg.pp * cfg.pp_chunks, device, group=group))
-        settings = dict(n_microbatches=n_micro, loss_fn=self.share, scale_grads=False)
+        settings = dict(n_microbatches=n_micro, loss_fn=self.loss, scale_grads=False)
         if cfg.pp_chunks == 1:
             self.schedule = Schedule1F1B(stages[0], **settings)
         else:
             self.schedule = ScheduleInterleaved1F1B(stages, **settings)
 
-    def share(self, nats, _):
-        """Part of the mean loss over the global batch that a micro-batch's nats are, times the
-        number over which sharding averages gradients."""
+    def loss(self, nats, targets):
+        """The objective of a micro-batch with that many nats, as the schedule asks for it, times
+        the number over which sharding averages gradients."""
         return nats.sum() / max(self.n_targets, 1) * self.n_shards
 
     def run(self, batches):
         """This rank's part of the mean loss over the global batch, to be summed over all ranks;
         where autograd is on, its gradients are added to the parameters."""
-        cfg = self.cfg
         self.n_targets = batches[0]["n_targets"]
         parts = [self.own_part(batch) for batch in batches]
-        losses = []
-        if cfg.pp > 1:
-            self.run_schedule(parts, losses)
-        for i, part in enumerate(parts, 1):
-            if cfg.pp == 1:
-                losses.append(objective(self.stages[0], part, cfg)[0] * self.n_shards)
-                if torch.is_grad_enabled():
-                    self.backward(losses[-1], is_last=i == len(parts))
-        if not torch.is_grad_enabled():  # as the backward pass would
-            for module in itertools.chain(*(stage.modules() for stage in self.stages)):
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+        if self.cfg.pp > 1:
+            losses = self.run_schedule(parts)
+        else:
+            losses = [self.run_micro_batch(part, part is parts[-1]) for part in parts]
         total = torch.zeros((), dtype=torch.float64, device=parts[0]["tokens"].device)
         for loss in losses:
             total += loss.detach()
-        return total / self.n_shards / cfg.tp
+        return total / self.n_shards / self.cfg.tp
 
     def own_part(self, batch):
         """A micro-batch with this rank's positions of tokens and targets, and all documents."""
@@ -1100,26 +1095,34 @@ class Pipeline:
         part = {"documents": torch.zeros_like(batch["tokens"])}  # else one; the mask is causal
         return part | batch | {name: batch[name][:, own] for name in ("tokens", "targets")}
 
-    def backward(self, loss, is_last):
-        """Add the gradients of a micro-batch; ranks reduce them once, in the last."""
-        if self.n_shards > 1:
-            self.stages[0].set_requires_gradient_sync(is_last)
-            self.stages[0].set_reshard_after_backward(is_last)
-            self.stages[0].set_is_last_backward(is_last)
-        loss.backward()
+    def run_micro_batch(self, batch, is_last):
+        """The loss of a micro-batch of a model with all layers, times n_shards; where autograd is
+        on, its gradients are added, which ranks reduce once, in the last micro-batch."""
+        (model,) = self.stages
+        loss = objective(model, batch, self.cfg)[0] * self.n_shards
+        if torch.is_grad_enabled():
+            if self.n_shards > 1:
+                model.set_requires_gradient_sync(is_last)
+                model.set_reshard_after_backward(is_last)
+                model.set_is_last_backward(is_last)
+            loss.backward()
+        return loss
 
-    def run_schedule(self, parts, losses):
-        """Forward and, where autograd is on, backward passes of all micro-batches through the
-        pipeline; the last stage has their losses."""
-        names = [name for name in parts[0] if not name.startswith("n_")]
-        inputs = {name: torch.cat([part[name] for part in parts]) for name in names}
+    def run_schedule(self, batches):
+        """The losses, on the last stage, of all micro-batches, which go forward and, where autograd
+        is on, backward through the pipeline."""
+        names = [name for name in batches[0] if not name.startswith("n_")]
+        inputs = {name: torch.cat([batch[name] for batch in batches]) for name in names}
         tokens = inputs.pop("tokens")
-        rank = self.mesh["pp"].get_local_rank()
-        first = [tokens] if rank == 0 else []
-        if rank == self.cfg.pp - 1:
+        first = []
+        losses = []
+        if self.mesh["pp"].get_local_rank() == 0:
+            first = [tokens]
+        if self.mesh["pp"].get_local_rank() == self.cfg.pp - 1:
             inputs |= {"target": inputs["targets"], "losses": losses}
         step = self.schedule.step if torch.is_grad_enabled() else self.schedule.eval
         step(*first, **inputs, return_outputs=False)
+        return losses
 
     def use_average(self):
         """Put the average in place of the parameters."""
@@ -1128,8 +1131,12 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, batches):
-        """run without gradients."""
-        return self.run(batches)
+        """run without gradients; parameters are resharded, as the backward pass does it."""
+        loss = self.run(batches)
+        for module in itertools.chain(*(stage.modules() for stage in self.stages)):
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return loss
 
 def memory_per_rank(cfg):
     """Bytes on the rank that needs most, by kind, at the peak of an eager update in the phase cfg:
@@ -1152,7 +1159,7 @@ def memory_per_rank(cfg):
     head = positions * (4 + 2 * size) * cfg.dim
     columns = cfg.vocab_size // cfg.tp
     head += 12 * columns * slices(positions, columns)[0].stop
-    # Or, of the block whose backward pass runs, the gradients of three of the MLP and of its input.
+    # Or, in the backward pass of a block, the gradients of three of the MLP and of its input.
     gradients = positions * size * (3 * cfg.hidden_dim / cfg.tp + cfg.dim)
     n_shards = cfg.dp * cfg.cp
     ranks = []
@@ -1178,10 +1185,6 @@ def memory_per_rank(cfg):
         memory["activations"] = activations + max(recomputed + gradients, head * is_last)
         ranks.append(memory)
     return max(ranks, key=lambda memory: sum(memory.values()))
-
-def pipeline_bubble(cfg):
-    """§3.3.2: idle over working time, (PP - 1) / (V M), of V stages a rank and M micro-batches."""
-    return (cfg.pp - 1) / (cfg.pp_chunks * split_batch(cfg, cfg.dp)[0])
 
 # ---------------------------------------- Checkpoint ----------------------------------------
 
@@ -1225,18 +1228,18 @@ def hf_files(cfg):
     """{name of our parameter: its file}: one file, or as many as 5 GB each (or one tensor) need."""
     with torch.device("meta"):
         model = Llama3(cfg)
-    numbers = {}
-    number = 1
+    files = [[]]  # the names in each
     n_bytes = 0
     for name, p in model.named_parameters():
-        if n_bytes and n_bytes + 4 * p.numel() > 5e9:
-            number += 1
+        if files[-1] and n_bytes + 4 * p.numel() > 5e9:
+            files.append([])
             n_bytes = 0
-        numbers[name] = number
+        files[-1].append(name)
         n_bytes += 4 * p.numel()
-    if number == 1:
-        return dict.fromkeys(numbers, "model.safetensors")
-    return {name: f"model-{i:05d}-of-{number:05d}.safetensors" for name, i in numbers.items()}
+    if len(files) == 1:
+        return dict.fromkeys(files[0], "model.safetensors")
+    pattern = f"model-{{:05d}}-of-{len(files):05d}.safetensors"
+    return {name: pattern.format(i) for i, names in enumerate(files, 1) for name in names}
 
 def read_llama_config(path):
     """Config of the LlamaForCausalLM or Qwen2ForCausalLM in the directory path."""
@@ -1500,11 +1503,11 @@ def validate(loss_of, corpus, step, cfg, device, rank, ranks):
 
 def load_specials(cfg):
     """(tokenizer, id after each document): Llama 3's special tokens for a BPE rank file, the first
-    eight of them for another tokenizer; without --bos one token after each document alone."""
+    eight of them for another tokenizer; without --bos, <|endoftext|> and seven others."""
     is_file = os.path.isfile(cfg.tokenizer)
     specials = SPECIALS if is_file else SPECIALS[:8]
     if not cfg.bos:
-        specials = ["<|endoftext|>"]
+        specials = ["<|endoftext|>", *SPECIALS[2:9]]
     tokenizer = load_tokenizer(cfg.tokenizer or "bytes", specials)
     if is_file and cfg.qkv_bias:  # Qwen2.5's pattern takes digits one by one
         id_of = tokenizer.encode_single_token
@@ -1540,15 +1543,16 @@ def needle_loss(pipeline, heldout, tokenizer, cfg, device):
         for row in range(micro):
             number = str(stable_hash(cfg.seed, "needle", first + row) % 90000 + 10000)
             fact = torch.tensor(tokenizer.encode_ordinary(f"\nkey={number}\n"))
-            end = torch.tensor(tokenizer.encode_ordinary(f"\nkey={number}"))
+            question = torch.tensor(tokenizer.encode_ordinary(f"\nkey={number}"))  # and answer
             n_answer = len(tokenizer.encode_ordinary(number))
-            depth = (cfg.seq_len - len(fact) - len(end)) * (first + row) // cfg.batch_size
-            if depth < 0:
+            n_depths = cfg.seq_len - len(fact) - len(question)
+            if n_depths < 0:
                 return math.nan
+            depth = n_depths * (first + row) // cfg.batch_size
             batch["tokens"][row, depth : depth + len(fact)] = fact
-            batch["tokens"][row, 1 - len(end) :] = end[:-1]
+            batch["tokens"][row, 1 - len(question) :] = question[:-1]
             batch["targets"][row] = -100
-            batch["targets"][row, -n_answer:] = end[-n_answer:]
+            batch["targets"][row, -n_answer:] = question[-n_answer:]
         batch["documents"] = torch.zeros_like(batch["tokens"])
         batch["n_targets"] = int((batch["targets"] >= 0).sum())
         batches.append({k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()})
@@ -1559,11 +1563,12 @@ def needle_loss(pipeline, heldout, tokenizer, cfg, device):
 def is_spike(state, loss, limit):
     """Whether loss is `limit` standard deviations above its running mean over about 50
     updates. The mean then takes it in, so that a lasting level is soon no spike."""
-    n, mean, variance = state["watched"], state["loss_mean"], state["loss_variance"]
-    spike = bool(limit) and n >= 20 and loss > mean + limit * math.sqrt(variance)
+    n = state["watched"]
+    deviation = loss - state["loss_mean"]
+    spike = n >= 20 and 0 < limit * math.sqrt(state["loss_variance"]) < deviation
     rate = max(1 / (n + 1), 0.02)
-    state["loss_mean"] = mean + rate * (loss - mean)
-    state["loss_variance"] = (1 - rate) * (variance + rate * (loss - mean) ** 2)
+    state["loss_mean"] += rate * deviation
+    state["loss_variance"] = (1 - rate) * (state["loss_variance"] + rate * deviation**2)
     state["watched"] = n + 1
     return spike
 
@@ -1628,8 +1633,9 @@ def limit_to_layout(plan, position, end):
     return end
 
 def dry_run(cfg):
-    """Print parameters, FLOPs per token, bytes on the rank that needs most, and for each phase its
-    activations and the pipeline's bubble, or why the layout cannot hold it; from shapes alone."""
+    """Print parameters, FLOPs per token, for each phase its activations and the pipeline's bubble,
+    or why the layout cannot hold it, and the bytes on the rank that needs most, in the phase that
+    needs most; from shapes alone."""
     cfg = fit_ranks(cfg, cfg.world_size)
     cfg.vocab_size = cfg.vocab_size or 8 * math.ceil(load_specials(cfg)[0].n_vocab / 8)
     check(cfg, cfg.world_size)
@@ -1639,19 +1645,21 @@ def dry_run(cfg):
     print(f"parameters {total:,} | activated {activated:,}")
     flops = flops_per_token(plan[-1].cfg)
     print(f"FLOPs per token {flops:.4g} in {plan[-1].stage} | 6 N gives {6 * activated:.4g}")
-    print_memory(memory_per_rank(plan[-1].cfg))
+    memories = []
     for phase in plan:
-        now = phase.cfg
         if phase_problem(phase):
             print(f"{phase_problem(phase)} | another layout is needed")
             continue
-        memory = memory_per_rank(now)
-        n_updates = (phase.end - phase.begin) // (now.batch_size * now.seq_len)
+        now = phase.cfg
+        memories.append(memory_per_rank(now))
+        n_micro, _ = split_batch(now, now.dp)
+        bubble = (now.pp - 1) / (now.pp_chunks * n_micro)  # §3.3.2: (PP - 1) / (V M)
         print(f"{phase.stage}, {now.batch_size:,} sequences of {now.seq_len:,} |", end=" ")
-        print(f"{n_updates:,} updates | {split_batch(now, now.dp)[0]} micro-batches |", end=" ")
-        print(f"bubble {pipeline_bubble(now):.1%} |", end=" ")
-        print(f"activations {memory['activations'] / 2**30:.3f} GiB |", end=" ")
-        print(f"sum {sum(memory.values()) / 2**30:.3f} GiB")
+        print(f"{(phase.end - phase.begin) // phase.size:,} updates |", end=" ")
+        print(f"{n_micro} micro-batches | bubble {bubble:.1%} |", end=" ")
+        print(f"activations {memories[-1]['activations'] / 2**30:.3f} GiB |", end=" ")
+        print(f"sum {sum(memories[-1].values()) / 2**30:.3f} GiB")
+    print_memory(max(memories, key=lambda memory: sum(memory.values())))
 
 def go_back(pipeline, optimizer, state, path, n_returns):
     """Undo the updates since the checkpoint at path, and go on with the data that follows theirs.
@@ -1666,11 +1674,10 @@ def go_back(pipeline, optimizer, state, path, n_returns):
     state.update(kept)
     print(f"back to the weights of {path.name}, and past {undone} sequences")
 
-def pipeline_step(pipeline, optimizer, batches, n_updates, state, cfg):
-    """One update from this rank's micro-batches, after n_updates of the plan; returns the row for
-    log, and why the update was skipped, if it was, which is the same on all ranks."""
+def pipeline_step(pipeline, optimizer, batches, lr, state, cfg):
+    """One update from this rank's micro-batches; returns the row for log, and why the update was
+    skipped, if it was, which is the same on all ranks."""
     now = pipeline.cfg
-    lr = learning_rate(n_updates, cfg)
     loss = pipeline.run(batches)
     norm, loss = clip_gradients(pipeline.model, loss, cfg, pipeline.mesh)
     for group in optimizer.param_groups:
@@ -1714,7 +1721,7 @@ def train(pipeline, optimizer, plan, mixes, heldout, tokenizer, state, end, cfg,
         if phase is not plan[i]:
             phase = plan[i]
             now = phase.cfg
-            pipeline.enter(now)
+            pipeline.start_phase(now)
             print_phase(phase, mixes[i])
             first_step = step
             pace = None  # seconds per update
@@ -1737,7 +1744,7 @@ def train(pipeline, optimizer, plan, mixes, heldout, tokenizer, state, end, cfg,
             raise error
         if stop:
             return False
-        if pipeline.average is not None and state["position"] >= plan[-1].end:
+        if is_over and cfg.average and state["n_averaged"]:
             pipeline.use_average()
         if is_over or step % cfg.val_every == 0:
             validate(pipeline.evaluate, heldout, step, now, *reader)
@@ -1746,12 +1753,13 @@ def train(pipeline, optimizer, plan, mixes, heldout, tokenizer, state, end, cfg,
 
         clock = time.perf_counter()
         batches = ahead.result()
-        following = phase_at(state["position"] + now.batch_size * now.seq_len)
+        following = phase_at(state["position"] + phase.size)
         key, ahead = read(following, state["sequences"] + now.batch_size)
         sum_counts(batches, cfg.dp)
-        row, why = pipeline_step(pipeline, optimizer, batches, n_updates, state, cfg)
+        lr = learning_rate(n_updates, cfg)
+        row, why = pipeline_step(pipeline, optimizer, batches, lr, state, cfg)
         if phase.stage == "annealing" and cfg.average:
-            update_average(pipeline, state["position"], phase, cfg.average)
+            update_average(pipeline, state, phase, cfg.average)
         if step == 0 or steps_left == 1 or state["step"] % cfg.log_every == 0:
             head = f"step {step + 1}/{step + steps_left}"
             tail = progress(state["tokens"], steps_left - 1, pace, now, device)
@@ -1783,6 +1791,8 @@ BUDGET = {"tokens", "long_tokens", "anneal_tokens"}  # fields that a run keeps w
 def plan_and_end(cfg, given, run):
     """(phases, tokens of the plan after which the run ends); run is config.json of a run that goes
     on, whose --steps cut it at as many tokens. Cuts the warm-up to a tenth of the stages."""
+    # Departure: 8,000 updates are less than a hundredth of the paper's run; a short one would end
+    # within them.
     plan = phases(cfg)
     end = plan[-1].end
     if cfg.steps:
@@ -1801,7 +1811,7 @@ def restore(pipeline, optimizer, state, checkpoint, cfg):
     if checkpoint:
         with explain(f"{checkpoint} is damaged", OSError):
             keys = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-        if any("average" in key for key in keys):
+        if any("average_tp" in key for key in keys):
             pipeline.add_average(cfg)
         load_checkpoint(checkpoint, pipeline.saved, optimizer, state)
     if cfg.anneal_tokens and cfg.average and pipeline.average is None:
@@ -1835,7 +1845,9 @@ def main(argv=None):
         cfg = fit_ranks(cfg, ranks)
         check(cfg, ranks)
 
-        fixed = {"tp": cfg.tp, "pp": cfg.pp} | ({} if cfg.eval else {"seed": cfg.seed})
+        fixed = {"tp": cfg.tp, "pp": cfg.pp}
+        if not cfg.eval:
+            fixed |= {"seed": cfg.seed}
         checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
         for name in BUDGET - given:  # a run that goes on has the stages of its first start
             setattr(cfg, name, run.get(name, getattr(cfg, name)))
@@ -1843,6 +1855,7 @@ def main(argv=None):
         if not data:
             return
         tokenizer, mixes, heldout = data
+        check(cfg, ranks)  # again, with the size of the vocabulary
         for name in SHAPE:
             if run and run[name] != getattr(cfg, name):
                 raise ValueError(f"{checkpoint} has {name} {run[name]}, not {getattr(cfg, name)}")
@@ -1853,13 +1866,13 @@ def main(argv=None):
             fill_layout_from_hf(pipeline.model, cfg.init, pipeline.tp)
         optimizer = build_optimizer(pipeline.model, cfg)
         state = {"step": 0, "sequences": 0, "position": 0, "tokens": 0}
-        state |= {"watched": 0, "loss_mean": 0.0, "loss_variance": 0.0}
+        state |= {"n_averaged": 0, "watched": 0, "loss_mean": 0.0, "loss_variance": 0.0}
         restore(pipeline, optimizer, state, checkpoint, cfg)
         i = phase_index(plan, state["position"])
         fingerprints = [mix.fingerprint() for mix in mixes]
         n_begun = i + (state["position"] > plan[i].begin)  # phases
-        theirs = run.get("data_fingerprint", [])[:n_begun]
-        if theirs != fingerprints[: len(theirs)] and not cfg.eval:
+        before = run.get("data_fingerprint", [])[:n_begun]
+        if before != fingerprints[: len(before)] and not cfg.eval:
             raise ValueError(f"{checkpoint} has another data_fingerprint than --data")
         if cfg.eval:
             if not checkpoint and not cfg.init:
@@ -1871,8 +1884,7 @@ def main(argv=None):
             lock = claim_directory(cfg.out, run)  # held while the run lives
         print_run(plan, end, cfg, device)
         end = limit_to_layout(plan, state["position"], end)
-        arguments = plan, mixes, heldout, tokenizer, state, end, cfg, device
-        if not train(pipeline, optimizer, *arguments):
+        if not train(pipeline, optimizer, plan, mixes, heldout, tokenizer, state, end, cfg, device):
             return print(f"stopped after step {state['step']}")
         now = pipeline.cfg
         if cfg.export:

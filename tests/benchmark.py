@@ -184,7 +184,7 @@ def the_pipeline(module, cfg):
     module.init_weights(pipeline.model, cfg)
     optimizer = module.build_optimizer(pipeline.model, cfg)
     size = cfg.batch_size * cfg.seq_len
-    state = dict.fromkeys(("tokens", "watched", "loss_mean", "loss_variance"), 0)
+    state = dict.fromkeys(("tokens", "n_averaged", "watched", "loss_mean", "loss_variance"), 0)
     state |= {"step": 1, "sequences": cfg.batch_size, "position": size}
 
     def run():

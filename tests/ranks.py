@@ -266,7 +266,7 @@ def in_pipeline(module, cfg, corpus, model, device):
     pipeline = module.Pipeline(cfg, module.make_mesh(cfg, device.type))
     for key, p in pipeline.model.named_parameters():
         module.fill(key, p, values[key], pipeline.tp)
-    pipeline.enter(phase.cfg)
+    pipeline.start_phase(phase.cfg)
     batches = global_batch(module, corpus, phase.cfg, device, pipeline.data_rank, cfg.dp)
     norm, loss = module.clip_gradients(pipeline.model, pipeline.run(batches), phase.cfg, pipeline.mesh)
     return loss, {key: module.whole_tensor(key, p.grad, pipeline.tp) for key, p in pipeline.model.named_parameters()}, norm

@@ -95,7 +95,7 @@ def held_bytes(name, row, overrides):
     pipeline.add_average(cfg)
     module.init_weights(pipeline.model, cfg, pipeline.tp)
     optimizer = module.build_optimizer(pipeline.model, cfg)
-    pipeline.enter(phase.cfg)
+    pipeline.start_phase(phase.cfg)
     batches = module.read_batch(make_corpora(module, cfg)[0], 0, phase.cfg, device, pipeline.data_rank, cfg.dp)
     module.sum_counts(batches, cfg.dp)
     module.clip_gradients(pipeline.model, pipeline.run(batches), cfg, pipeline.mesh)
