@@ -87,7 +87,7 @@ class Config:
     banded: Literal["odd", "even"] = "odd"  # which layers are banded, counted from 0
     dropout: float = 0.0  # dropout of embeddings, residual branches and attention probabilities
     # Data
-    data: str = ""  # WEIGHT:PATH,... of text or token shards; empty: Python's standard library
+    data: str = ""  # [WEIGHT:]PATH,... of text or shards; empty: Python's standard library
     tokenizer: str = ""  # bytes, bpe:N (N entries, learned), an encoding of tiktoken or a rank file
     train_tokenizer: int = 0  # entries of a BPE to learn for out/ranks.tiktoken, then exit
     # Optimization, Table 2.1 and appendix B

@@ -106,7 +106,7 @@ class Config:
     rope_original: int = 8192  # positions of the context before its extension
     rope_from: Literal["initial", "long-context"] = "long-context"  # first stage with the extension
     # Data, §3.1
-    data: str = ""  # WEIGHT:PATH,...;TOKENS;WEIGHT:PATH,...: mix; the next begins at TOKENS
+    data: str = ""  # [WEIGHT:]PATH,... of text or token shards; ";TOKENS;MIX": the next mix
     anneal_data: str = ""  # mix of the annealing stage; empty: the last mix of --data
     tokenizer: str = ""  # bytes, an encoding of tiktoken or a BPE rank file; empty: bytes
     bos: bool = True  # a token before each document as well as after it; Qwen2.5 has none
