@@ -1,30 +1,31 @@
 r"""Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer
 (Raffel et al., 2019, arXiv 1910.10683), T5, in one file.
 
-What is new compared with its parents, the Transformer (Vaswani et al., 2017) and BERT (1810.04805):
-- an encoder and a decoder (§2.1), trained to write the spans that are missing in a text (§3.1.4,
-  §3.3.4), not to name masked tokens one by one: targets are short, so that an update is cheap;
-- positions are a number for each head and bucket of distances, added to the scores of attention by
-  all layers of a stack (§2.1); no other positions, no scaling of the scores (code);
-- norms without mean and bias, at the input of each branch; no bias anywhere (§2.1);
-- Adafactor, whose rate 1 / sqrt(max(n, 10⁴)) is relative to the parameters (§3.1.2), and a loss
-  that keeps log Z near 0 (code).
-Also T5 v1.1 (gated GELU, a softmax of its own; github.com/google-research/text-to-text-transfer-
+What is new compared with its parents, bert.py and the Transformer (Vaswani et al., 2017):
+- an encoder and a decoder (§2.1): the decoder writes the spans that are missing in the encoder's
+  text (§3.1.4, §3.3.4), where BERT predicts each masked token by itself;
+- positions enter attention alone, as a learned bias of the scores for each head and bucket of
+  distances, which all layers of a stack share (§2.1); scores are not scaled (code);
+- norms at the input of each branch (pre-norm), without mean and bias; no bias anywhere (§2.1);
+- ReLU in place of GELU (§3.1.1);
+- Adafactor, whose rate 1 / sqrt(max(n, 10⁴)) is relative to the parameters (§3.1.2), and a z-loss,
+  which keeps log Z near 0 (code).
+Also T5 v1.1 (gated GELU, untied softmax; github.com/google-research/text-to-text-transfer-
 transformer, released_checkpoints.md) and, as --denoiser ul2, the mixture of UL2 (2205.05131).
-"Code" is that repository, and Mesh TensorFlow's transformer, on which it ran.
-Left out: the supervised tasks that the released v1.0 models also saw (§3.7): this is C4 alone, as
-for the baseline and v1.1; the cleaning of C4 (§2.2); SentencePiece, for which tiktoken stands in.
+"Code" means that repository and Mesh TensorFlow's transformer, on which it ran.
+Left out: the supervised tasks that the released v1.0 models also saw (§3.7); the cleaning of C4
+(§2.2); SentencePiece, for which tiktoken stands in.
 --init with a released checkpoint needs token shards of that checkpoint's ids (--data shards/).
 
-Map: §2.1 RelativePositionBias, RelativeBiasAttention, FeedForward, Block, T5, RMSNorm | §3.1.2
-learning_rate, build_optimizer, Adafactor | §3.1.4 replace_spans, corrupt | §3.3.4 span_mask |
-§3.7 PRESETS | UL2 §3.1 UL2.
+Map: §2.1 RelativePositionBias, RelativeBiasAttention, FeedForward, Block, Stack, T5, RMSNorm |
+§3.1.2 learning_rate, Adafactor | §3.1.4 replace_spans, corrupt | §3.3.4 span_mask | §3.6, §3.7
+PRESETS | UL2 §3.1 UL2.
 Legend: B batch, T positions of the encoder, U of the decoder, S of keys, D width, H heads, E head
 width, F hidden width, V vocabulary.
 Conventions: loss in nats per target, sentinels and EOS included; a target of -100 is not scored;
 the z-loss is in the loss of training and not in that of validation. Tokens, and speed, count the
-text before it is corrupted: 568 a row where the paper counts 512 inputs. Bits per byte are of the
-hidden bytes, given the rest.
+text before it is corrupted: 568 a row where the paper counts 512 inputs. Bits per byte: the
+targets' loss in bits, per byte of the hidden text.
 
 Run: python t5.py                           # a laptop: the preset demo
      torchrun --nproc_per_node=8 t5.py      # GPUs: the preset small
@@ -39,7 +40,6 @@ the baseline's batch (GEGLU 1.942), 1.677 after 524,288 (1.633); GLU Variants (2
 
 import argparse
 import base64
-import bisect
 import contextlib
 import dataclasses
 import fcntl
@@ -72,9 +72,7 @@ import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import (
-    FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method,
-)  # fmt: skip
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -93,12 +91,10 @@ class Config:
     hidden_dim: int = 3072  # F, width of the feed-forward layer
     gated: bool = False  # feed-forward layer of v1.1, a gated GELU, in place of ReLU
     tied: bool = True  # the softmax shares the token embedding, scaled by 1 / sqrt(D)
-    buckets: int = 32  # number of buckets of relative positions
-    max_distance: int = 128  # distance from which all relative positions share one bucket
     dropout: float = 0.1  # dropout of stack inputs and outputs, branches, hidden units, attention
     # Data, §2.2, §3.1.4
     data: str = ""  # file or directory of text or token shards; empty: Python's standard library
-    tokenizer: str = ""  # bytes, an encoding of tiktoken or a BPE rank file; empty: bytes
+    tokenizer: str = ""  # "bytes", a tiktoken encoding or a BPE rank file; empty: bytes, for text
     denoiser: Literal["t5", "iid", "ul2"] = "t5"  # t5: spans; iid: single tokens; ul2: UL2's mix
     rate: float = 0.15  # fraction of the tokens that is hidden by the denoisers t5 and iid
     span: float = 3.0  # mean tokens of a span that the denoiser t5 hides
@@ -129,37 +125,37 @@ class Config:
     log_every: int = 10  # updates between log lines
     val_every: int = 1000  # updates between validations
     val_batches: int = 16  # maximum number of batches per validation
-    prompt: str = ""  # text to fill in at <extra_id_0>, ...; without these, spans of it are hidden
+    prompt: str = ""  # text to fill in at <extra_id_0>, ..., or at its end; empty: held-out text
     out: str = ""  # directory of checkpoints, metrics.jsonl and config.json; empty: write nothing
     save_every: int = 1000  # updates between checkpoints
     resume: bool = False  # continue from the newest checkpoint in --out, if there is one
     eval: bool = False  # validate and sample the model of --init or --out, without training
-    init: str = ""  # Hugging Face checkpoint directory to start from
+    init: str = ""  # Hugging Face checkpoint directory to start from; it sets the model's sizes
     export: str = ""  # directory to write a Hugging Face checkpoint to after training
     write_tokens: str = ""  # directory to write the data to as token shards, then exit
 
 # The code's V: 32,000 word-pieces and 100 sentinels, padded to a multiple of 128.
 BASELINE = dict(vocab_size=32128, micro_batch=32, precision="bf16", compile=True, denoiser="iid")
 # §3.7: spans, 2²⁰ tokens an update, a million updates.
-# Undisclosed: the last two, and the rate, for v1.1. They are the same here.
+# Undisclosed: batch, updates and learning rate of v1.1. They are those of §3.7 here.
 FINAL = BASELINE | dict(denoiser="t5", batch_size=2048, steps=1_000_000)
 V1_1 = FINAL | dict(gated=True, tied=False, dropout=0.0)
-SHARDED = dict(micro_batch=8, recompute="block")  # of the sizes that need several GPUs
+SHARDED = dict(micro_batch=8, recompute="block")  # for the sizes that need several GPUs
 SIZES = ("n_layers", "dim", "hidden_dim", "n_heads", "head_dim")
 PRESETS = {
-    # For a CPU, about a minute. As if k, the updates of constant rate, were 400.
+    # For a CPU, about a minute. The rate is constant for 400 updates: 0.05 = 1 / sqrt(400).
     "demo": dict(
         dim=64, n_layers=2, n_heads=4, head_dim=16, hidden_dim=192, dropout=0.0, inputs=48,
         batch_size=48, steps=700, lr=0.05, ramp_down=0.5, log_every=50,
     ),
-    # For a GPU of 24 GB or a node of them, minutes: v1.1's base, over bytes. k is 2,500.
+    # For a GPU of 24 GB or a node of them, minutes: v1.1's base, over bytes.
     "small": dict(
         dim=768, n_layers=12, hidden_dim=2048, gated=True, tied=False, dropout=0.0, batch_size=96,
         micro_batch=12, steps=2000, lr=0.02, ramp_down=0.1, compile=True, val_every=500,
     ),
     # §3.1: the baseline, with the objective of §3.1.4.
     "baseline": BASELINE,
-    # §3.7. The paper's 770M for large is the count with a softmax of its own.
+    # §3.7. The paper's 770M for large is the count with an untied softmax.
     # Departure: the released models also saw the supervised tasks; here they see text alone.
     "t5_small": FINAL | dict(zip(SIZES, (6, 512, 2048, 8, 64))),
     "t5_base": FINAL | dict(zip(SIZES, (12, 768, 3072, 12, 64))),
@@ -177,7 +173,8 @@ PRESETS = {
     "v1_1_xxl": V1_1 | SHARDED | dict(zip(SIZES, (24, 4096, 10240, 64, 64))),
 }  # fmt: skip
 # Departure: tiktoken, over bytes by default, stands for the paper's 32,000 SentencePieces, so that
-# PAD, EOS and sentinels have other ids than 0, 1 and 32099 down, which those of shards keep.
+# PAD, EOS and sentinels have other ids than the code's 0, 1 and 32099 down. Token shards without a
+# --tokenizer have the code's, or those of --pad, --eos and --sentinel.
 END = "</s>"  # EOS: ends inputs and targets, and no document
 PAD = "<pad>"
 MODES = ("[R]", "[S]", "[X]")
@@ -201,47 +198,46 @@ class RMSNorm(nn.Module):
         y = F.rms_norm(x.float(), self.weight.shape, None, self.eps).type_as(x)
         return y * self.weight.type_as(x)
 
-def relative_position_bucket(relative, bidirectional, buckets=32, max_distance=128):
-    """§2.1: the bucket of key position - query position, any shape: one for each small distance,
-    ever wider ones up to max_distance, one beyond. With bidirectional, half of them are for keys
-    after the query (the first of that half is never used); else these are not seen, and bucket 0.
+@functools.lru_cache(8)
+def relative_position_buckets(length, bidirectional, device):
+    """§2.1: the bucket of each query and key, int64 [T, T], by relative position: one for each
+    small distance, then ever wider ones on a logarithmic scale to 128. If bidirectional, buckets 16
+    to 31 are for keys after the query (16 stays unused); else those are masked, and in bucket 0.
+
+    Computed on the CPU, since some distances lie on the border of two buckets, where the rounding
+    of a device's logarithm could decide otherwise.
     """
+    position = torch.arange(length, device="cpu")
+    relative = position[None] - position[:, None]  # key - query
+    buckets = 32
     offset = 0
     distance = (-relative).clamp(min=0)
     if bidirectional:
-        buckets //= 2
-        offset = buckets * (relative > 0)
+        buckets = 16
+        offset = 16 * (relative > 0)
         distance = relative.abs()
     exact = buckets // 2
-    far = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
-    far = (exact + (far * (buckets - exact)).long()).clamp(max=buckets - 1)
-    return offset + torch.where(distance < exact, distance, far)
-
-@functools.lru_cache(8)
-def bucket_table(length, bidirectional, buckets, max_distance, device):
-    """Bucket of each query and key: [T, T]. It is made on the CPU, since some distances lie on the
-    border of two, where a device's logarithm could decide otherwise."""
-    position = torch.arange(length)
-    relative = position[None] - position[:, None]
-    return relative_position_bucket(relative, bidirectional, buckets, max_distance).to(device)
+    scale = torch.log(distance.clamp(min=1).float() / exact) / math.log(128 / exact)  # 1 at 128
+    far = (exact + (scale * (buckets - exact)).long()).clamp(max=buckets - 1)
+    return (offset + torch.where(distance < exact, distance, far)).to(device)
 
 class RelativePositionBias(nn.Module):
-    """§2.1: a number for each head and bucket of relative positions, [H, T, T], which all layers of
-    a stack add to their scores."""
+    """§2.1: a learned scalar for each head and bucket of relative positions: [H, T, T]."""
 
-    def __init__(self, n_heads, bidirectional, buckets=32, max_distance=128):
+    def __init__(self, n_heads, bidirectional):
         super().__init__()
-        self.kind = bidirectional, buckets, max_distance
-        self.table = nn.Embedding(buckets, n_heads)
+        self.bidirectional = bidirectional
+        self.table = nn.Embedding(32, n_heads)
 
     def forward(self, length):
-        bucket = bucket_table(length, *self.kind, self.table.weight.device)  # [T, T]
-        return self.table(bucket).permute(2, 0, 1)  # [H, T, T]
+        device = self.table.weight.device
+        buckets = relative_position_buckets(length, self.bidirectional, device)  # [T, T]
+        return self.table(buckets).permute(2, 0, 1)  # [H, T, T]
 
 class RelativeBiasAttention(nn.Module):
-    """softmax(q kᵀ + bias) v W_o of x [B, T, D], with keys and values of memory [B, S, D] ->
-    [B, T, D]. bias [1 or B, H or 1, T, S]: relative positions, or -inf where a key is hidden; None:
-    nothing. Scores are not scaled: the initial q is small instead (code)."""
+    """softmax(q kᵀ + bias) v W_o with queries of x [B, T, D], keys and values of memory [B, S, D]:
+    [B, T, D]. bias is None or broadcasts to [B, H, T, S]; -inf masks a key. Scores are not scaled
+    by 1 / sqrt(E): the initial W_q is smaller instead (code)."""
 
     def __init__(self, dim, n_heads, head_dim, dropout):
         super().__init__()
@@ -255,14 +251,14 @@ class RelativeBiasAttention(nn.Module):
     def forward(self, x, memory, bias):
         q = self.q(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # [B, H, T, E]
         k = self.k(memory).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # [B, H, S, E]
-        v = self.v(memory).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+        v = self.v(memory).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # [B, H, S, E]
         p = self.dropout if self.training else 0.0
         o = F.scaled_dot_product_attention(q, k, v, bias, p, scale=1.0)  # [B, H, T, E]
         return self.out(o.transpose(1, 2).flatten(2))  # [B, T, D]
 
 class FeedForward(nn.Module):
-    """W_o ReLU(W_i x) or, in v1.1, W_o (GELU(W_i0 x) * W_i1 x) with GELU in its tanh form:
-    [B, T, D] -> [B, T, D], no biases, dropout on the hidden units (code)."""
+    """W_o ReLU(W_i x) or, in v1.1, W_o (GELU(W_i0 x) * W_i1 x), with the tanh form of GELU and
+    dropout on the hidden units (code): [B, T, D] -> [B, T, D]."""
 
     def __init__(self, dim, hidden_dim, gated, dropout):
         super().__init__()
@@ -279,14 +275,14 @@ class FeedForward(nn.Module):
         return self.down(F.dropout(x, self.dropout, self.training))  # [B, T, D]
 
 class Block(nn.Module):
-    """§2.1, [B, T, D] -> [B, T, D]: each branch behind a norm of its input, dropout, and added; in
-    a decoder, attention to memory, the encoder's output, stands between the two."""
+    """§2.1: x + dropout(branch(norm(x))) for self-attention, in a decoder for attention to memory,
+    the encoder's output [B, S, D], and for the feed-forward layer: [B, T, D] -> [B, T, D]."""
 
     def __init__(self, cfg, decoder):
         super().__init__()
-        # Undisclosed: what norms add to the mean square; the code's 1e-6.
         attention = cfg.dim, cfg.n_heads, cfg.head_dim, cfg.dropout
         self.dropout = cfg.dropout
+        # Undisclosed: the eps of norms; the code's 1e-6.
         self.attn_norm = RMSNorm(cfg.dim, 1e-6)
         self.attn = RelativeBiasAttention(*attention)
         self.cross_norm = RMSNorm(cfg.dim, 1e-6) if decoder else None
@@ -295,8 +291,8 @@ class Block(nn.Module):
         self.ff = FeedForward(cfg.dim, cfg.hidden_dim, cfg.gated, cfg.dropout)
 
     def forward(self, x, bias, memory=None, memory_bias=None):
-        # Departure: dropout draws a mask for every position. The code has one for all positions of
-        # a sequence, and for all queries of a head; common ports do as this script.
+        # Departure: dropout draws a mask for every position. The code draws one for all positions
+        # of a sequence, and for all queries of a head; common ports do as this script.
         y = self.attn_norm(x)
         x = x + F.dropout(self.attn(y, y, bias), self.dropout, self.training)
         if self.cross is not None:
@@ -305,22 +301,20 @@ class Block(nn.Module):
         return x + F.dropout(self.ff(self.ff_norm(x)), self.dropout, self.training)
 
 class Stack(nn.Module):
-    """The encoder or the decoder: embedded [B, T, D] -> [B, T, D]. hidden [T, T] or [B, 1, 1, T] is
-    0 or -inf, where a key is hidden from its own attention."""
+    """The encoder or the decoder, a list of blocks: embedded [B, T, D] -> [B, T, D]. mask [T, T] or
+    [B, 1, 1, T] is -inf at keys that are not to be seen and 0 at others; None: all are seen."""
 
-    def __init__(self, cfg, decoder):
+    def __init__(self, blocks, dim, n_heads, dropout, bidirectional):
         super().__init__()
-        self.dropout = cfg.dropout
-        self.relative = RelativePositionBias(
-            cfg.n_heads, not decoder, cfg.buckets, cfg.max_distance
-        )
-        self.blocks = nn.ModuleList(Block(cfg, decoder) for _ in range(cfg.n_layers))
-        self.final_norm = RMSNorm(cfg.dim, 1e-6)
+        self.dropout = dropout
+        self.relative = RelativePositionBias(n_heads, bidirectional)
+        self.blocks = nn.ModuleList(blocks)
+        self.final_norm = RMSNorm(dim, 1e-6)
 
-    def forward(self, x, hidden, memory=None, memory_bias=None):
+    def forward(self, x, mask, memory=None, memory_bias=None):
         bias = self.relative(x.shape[1])[None]  # [1, H, T, T]
-        if hidden is not None:
-            bias = bias + hidden  # [1 or B, H, T, T]
+        if mask is not None:
+            bias = bias + mask  # [1 or B, H, T, T]
         x = F.dropout(x, self.dropout, self.training)
         for block in self.blocks:
             x = block(x, bias, memory, memory_bias)
@@ -334,40 +328,35 @@ class T5(nn.Module):
         super().__init__()
         self.scale = cfg.dim**-0.5 if cfg.tied else 1.0
         self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.dim)
-        self.encoder = Stack(cfg, decoder=False)
-        self.decoder = Stack(cfg, decoder=True)
+        encoder = [Block(cfg, decoder=False) for _ in range(cfg.n_layers)]
+        decoder = [Block(cfg, decoder=True) for _ in range(cfg.n_layers)]
+        self.encoder = Stack(encoder, cfg.dim, cfg.n_heads, cfg.dropout, bidirectional=True)
+        self.decoder = Stack(decoder, cfg.dim, cfg.n_heads, cfg.dropout, bidirectional=False)
         self.head = None if cfg.tied else nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
 
-    def encode(self, source, source_mask=None):
-        """What the decoder attends to, [B, T, D], and what hides padding, [B, 1, 1, T]."""
-        # Departure: states of padding are not set to 0; nothing sees them. What is hidden has a
-        # score of -inf, not the code's -1e9.
-        hidden = None
+    def forward(self, source, target_in, source_mask=None):
+        # Departure: states of padding are not set to 0, since nothing sees them; masked scores are
+        # -inf, where the code has -1e9.
+        padding = None
         if source_mask is not None:
-            hidden = torch.zeros(source_mask.shape, device=source.device)
-            hidden = hidden.masked_fill(~source_mask, -math.inf)[:, None, None]  # [B, 1, 1, T]
-        return self.encoder(self.token_embedding(source), hidden), hidden
-
-    def decode(self, target, memory, hidden):
-        """Shifted target [B, U], and what encode gives -> logits [B, U, V]."""
-        length = target.shape[1]
-        future = torch.full((length, length), -math.inf, device=target.device).triu(1)  # [U, U]
-        x = self.decoder(self.token_embedding(target), future, memory, hidden)
+            padding = torch.zeros(source_mask.shape, device=source.device)
+            padding = padding.masked_fill(~source_mask, -math.inf)[:, None, None]  # [B, 1, 1, T]
+        memory = self.encoder(self.token_embedding(source), padding)  # [B, T, D]
+        length = target_in.shape[1]
+        future = torch.full((length, length), -math.inf, device=source.device).triu(1)  # [U, U]
+        x = self.decoder(self.token_embedding(target_in), future, memory, padding)  # [B, U, D]
         weight = self.token_embedding.weight if self.head is None else self.head.weight
         return F.linear(x * self.scale, weight).float()
 
-    def forward(self, source, target_in, source_mask=None):
-        return self.decode(target_in, *self.encode(source, source_mask))
-
 def init_weights(model, cfg):
-    """As the code has it: embeddings N(0, 1); matrices N(0, 1 / fan-in), those of the feed-forward
-    layers and of v1.1's softmax cut at two sigma; queries smaller by sqrt(E), for the scaling that
-    scores lack; gains 1; the table of relative positions uniform.
+    """Embeddings N(0, 1); matrices N(0, 1 / fan-in), truncated at two sigma for the feed-forward
+    layers and v1.1's softmax; W_q smaller by sqrt(E), since scores are not scaled; gains 1; the
+    table of relative positions uniform.
 
     Each parameter is drawn from a generator seeded by (seed, name), so that every layout
     starts from the same numbers. Raises ValueError for a parameter without a rule.
     """
-    # Undisclosed: all of it in the paper.
+    # Undisclosed: the initialisation; this is the code's.
     for name, p in model.named_parameters():
         generator = torch.Generator().manual_seed(stable_hash(cfg.seed, name))
         value = torch.empty(p.shape)
@@ -395,26 +384,29 @@ def count_parameters(model):
 
 def flops_per_token(cfg):
     """Training FLOPs per token of text: 2 per weight of a matrix product forward, twice that
-    backward. The decoder's own attention counts as causal, (U + 1) / 2 keys a query, half of what
-    the full square gives; padding counts."""
+    backward. The decoder's self-attention counts as causal, (U + 1) / 2 keys per query; padding
+    counts as tokens."""
     length, T, U = row_lengths(cfg)
     inner = cfg.n_heads * cfg.head_dim
     mlp = (3 if cfg.gated else 2) * cfg.dim * cfg.hidden_dim
-    source = 6 * cfg.dim * inner + mlp + 2 * inner * T  # with the keys and values of the decoder
+    # Of a layer, per position of the source (with the decoder's keys and values of memory), and of
+    # the target: six matrices D x H E, feed-forward layer, scores and their weighted sums.
+    source = 6 * cfg.dim * inner + mlp + 2 * inner * T
     target = 6 * cfg.dim * inner + mlp + 2 * inner * ((U + 1) / 2 + T)
     return 6 * (cfg.n_layers * (T * source + U * target) + U * cfg.dim * cfg.vocab_size) / length
 
 # ---------------------------------------- Data ----------------------------------------
 
-# UL2 §3.1: (mode, rate, mean span). One suffix of a quarter, the S-denoiser, is one endless span.
-# Undisclosed: how often each comes. They are drawn uniformly.
+# UL2 §3.1: (mode, rate, mean span). The S-denoiser hides a suffix of a quarter of the tokens, which
+# is what a single span comes to.
+# Undisclosed: how often each denoiser is used. Each is drawn with the same probability.
 UL2 = (
     ("[R]", 0.15, 3.0), ("[R]", 0.15, 8.0), ("[S]", 0.25, math.inf),
     ("[X]", 0.5, 3.0), ("[X]", 0.5, 8.0), ("[X]", 0.15, 64.0), ("[X]", 0.5, 64.0),
 )  # fmt: skip
 
 def count_noise(length, rate, span):
-    """(tokens, spans) that are hidden of `length` tokens; halves are rounded to even (code)."""
+    """(tokens, spans) to hide of `length` tokens; halves are rounded to even (code)."""
     noise = min(max(round(length * rate), 1), length - 1)
     spans = max(round(noise / span), 1)
     # Departure: where kept tokens are fewer than spans, the code fails; here spans are as few.
@@ -428,80 +420,84 @@ def encoded_lengths(length, rate, span):
 @functools.cache
 def fitting_length(inputs, rate, span):
     """The most tokens whose encoded inputs fit: 568 for 512 (code)."""
-    candidates = range(2, int((inputs + 2) / (1 - rate)) + 3)  # inputs grow with them
-    fits = bisect.bisect(candidates, inputs, key=lambda n: encoded_lengths(n, rate, span)[0])
-    length = candidates[fits - 1]
-    # Targets that just exceed the inputs would ask for a longer row (code).
+    length = 2
+    while encoded_lengths(length + 1, rate, span)[0] <= inputs:
+        length += 1
+    # At a rate of 0.5, targets may exceed the inputs by one; one token less avoids it (code).
     # Departure: a row then has the targets of the shorter text. The code takes one from the count
     # of the longer: for spans of 16 in 26 inputs 26, of which 25 are used.
-    return length - (rate == 0.5 and encoded_lengths(length, rate, span)[1] > inputs)
+    if rate == 0.5 and encoded_lengths(length, rate, span)[1] > inputs:
+        length -= 1
+    return length
 
 def denoisers(cfg):
-    """(mode, tokens of an example, rate, mean span) of those that hide spans."""
-    most = cfg.seq_len or math.inf
-    if cfg.denoiser == "t5":
-        length = min(most, fitting_length(cfg.inputs, cfg.rate, cfg.span))
-        return [("", length, cfg.rate, cfg.span)]
-    # One of the inputs is the mode.
-    lengths = [min(most, fitting_length(cfg.inputs - 1, rate, span)) for _, rate, span in UL2]
-    return [(mode, length, *kind) for (mode, *kind), length in zip(UL2, lengths)]
+    """(mode, tokens of an example, rate, mean span) of each denoiser that hides spans."""
+    mix = UL2 if cfg.denoiser == "ul2" else [("", cfg.rate, cfg.span)]
+    examples = []
+    for mode, rate, span in mix:
+        inputs = cfg.inputs - 1 if mode else cfg.inputs  # one input is the mode
+        length = fitting_length(inputs, rate, span)
+        examples.append((mode, min(length, cfg.seq_len or length), rate, span))
+    return examples
 
 def row_lengths(cfg):
     """(tokens of text, inputs, targets), at most, of an example."""
-    if cfg.denoiser == "iid":  # runs are left to chance
-        length = min(cfg.seq_len or math.inf, cfg.inputs - 1)
+    if cfg.denoiser == "iid":  # the number of runs is random
+        length = min(cfg.inputs - 1, cfg.seq_len or cfg.inputs)
         # 192 targets for 512 inputs at a rate of 0.15 (code); in proportion at others
         return length, length + 1, math.ceil(2.5 * cfg.rate * (length + 1))
-    encoded = [encoded_lengths(*kind) for _, *kind in denoisers(cfg)]
-    length = max(length for _, length, *_ in denoisers(cfg))
-    inputs, targets = map(max, zip(*encoded))
-    return length, inputs + (cfg.denoiser == "ul2"), targets
+    lengths = []
+    for mode, length, rate, span in denoisers(cfg):
+        inputs, targets = encoded_lengths(length, rate, span)
+        lengths.append((length, inputs + 1 if mode else inputs, targets))
+    return tuple(map(max, zip(*lengths)))
 
 def random_parts(n, parts, rng):
-    """Lengths of `parts` non-empty parts of n, uniform among all such."""
+    """Lengths of `parts` non-empty parts of n, drawn uniformly among all compositions."""
     cuts = np.sort(rng.choice(n - 1, parts - 1, replace=False)) + 1
     return np.diff(cuts, prepend=0, append=n)
 
 def span_mask(length, rate, span, rng):
-    """[length] bool, true where a token is hidden: a kept part, a hidden span, and so on, so that
-    the first token is always kept and the last one always hidden (code)."""
+    """Which tokens are hidden, bool [length]: kept and hidden spans alternate, so that the first
+    token is always kept and the last one always hidden (code)."""
     noise, spans = count_noise(length, rate, span)
-    keep = random_parts(length - noise, spans, rng)
-    drop = random_parts(noise, spans, rng)
-    return np.repeat(np.arange(2 * spans) % 2 == 1, np.stack((keep, drop), 1).ravel())
+    kept = random_parts(length - noise, spans, rng)
+    hidden = random_parts(noise, spans, rng)
+    return np.repeat([False, True] * spans, np.stack((kept, hidden), 1).ravel())
 
 def replace_spans(ids, mask, sentinel):
     """ids with each run of the mask replaced by a sentinel: sentinel, sentinel - 1, ..."""
-    starts = mask & ~np.concatenate(([False], mask[:-1]))
+    starts = mask & np.diff(mask, prepend=False)  # the first token of each run
     return np.where(starts, sentinel + 1 - np.cumsum(starts), ids)[starts | ~mask]
 
 def corrupt(ids, rng, cfg):
-    """(inputs, targets) of a piece of text: what is kept with a sentinel for each hidden run, and
-    what is hidden with one for each kept run (§3.1.4)."""
-    # Departure: the paper's Figure 2 closes the targets with a sentinel. The code, and this, ends
-    # them with the last span, since spans hide the last token; of single tokens, as it comes.
+    """(inputs, targets) of a window of text, without EOS: the kept tokens with a sentinel for each
+    hidden span, and the hidden tokens with a sentinel for each kept span (§3.1.4)."""
+    # Departure: the paper's Figure 2 closes the targets with a sentinel. The code and this script
+    # end them with the last hidden span; only where single tokens are hidden, and the last one of
+    # the window is kept, a sentinel closes them.
     mode = []
     if cfg.denoiser == "iid":  # §3.1.4
         mask = rng.random(len(ids)) < cfg.rate
-        starts = np.cumsum(mask & ~np.concatenate(([False], mask[:-1])))
-        # Departure: the code's ids would run into word-pieces; without a sentinel none is hidden.
-        mask &= starts < cfg.sentinels
+        # Departure: the code does not limit the spans to its sentinels; here the text beyond the
+        # last sentinel is kept.
+        mask &= np.cumsum(mask & np.diff(mask, prepend=False)) < cfg.sentinels
     else:
         mix = denoisers(cfg)
-        name, length, *kind = mix[rng.integers(len(mix))]
+        name, length, rate, span = mix[rng.integers(len(mix))]
         mode = [cfg.mode + MODES.index(name)] if name else []
         # Departure: a window is what the longest denoiser takes; of it, the others leave the end
         # unused. A shorter window for each would have to know the draws before it.
         ids = ids[:length]
-        mask = span_mask(len(ids), *kind, rng)
-        if name == "[X]" and count_noise(len(ids), *kind)[1] == 1:
-            # A single span would always be the suffix, as S's: it moves, also over the end (code).
+        mask = span_mask(len(ids), rate, span, rng)
+        if name == "[X]" and count_noise(len(ids), rate, span)[1] == 1:
+            # A single span would always be the suffix, as S's: it is moved, cyclically (code).
             mask = np.roll(mask, rng.integers(len(ids)))
     inputs = [*mode, *replace_spans(ids, mask, cfg.sentinel)]
     return inputs, replace_spans(ids, ~mask, cfg.sentinel)
 
 def get_batch(corpus, first, n, cfg):
-    """Rows first ... first + n - 1 of the run: source [n, T], target_in and targets [n, U], the
+    """Windows first ... first + n - 1 of the run: source [n, T], target_in and targets [n, U], the
     source_mask [n, T] of denoisers that do not fill each row, and the counts n_targets and n_bytes
     (of the hidden text).
 
@@ -509,8 +505,8 @@ def get_batch(corpus, first, n, cfg):
     any resume see the same sequences. Targets of -100 are not scored.
     """
     # Documents are one stream without separators, cut into windows (code).
-    # Departure: of the whole corpus, not of 128 documents each, so that no shorter piece is left,
-    # and none has to be packed with others into a row.
+    # Departure: the stream is the whole corpus. The code concatenates 128 documents at a time, and
+    # packs the shorter pieces that are left, several in a row.
     # Departure: a long document is read whole; the code takes 65,536 tokens of it, at random.
     length, T, U = row_lengths(cfg)
     source = torch.full((n, T), cfg.pad)
@@ -519,77 +515,77 @@ def get_batch(corpus, first, n, cfg):
     source_mask = torch.zeros(n, T, dtype=torch.bool)
     for row in range(n):
         window = corpus.window(first + row, length, cfg.seed)[:-1]
-        taken = window[(window > cfg.sentinel - cfg.sentinels) & (window <= cfg.sentinel)]
-        if len(taken):
-            raise ValueError(
-                f"the data has token id {taken[0]}, and {cfg.sentinels} ids from {cfg.sentinel} "
-                "down are the sentinels: see --sentinel, --tokenizer"
-            )
+        is_sentinel = (window > cfg.sentinel - cfg.sentinels) & (window <= cfg.sentinel)
+        if is_sentinel.any():
+            ids = f"{cfg.sentinels} ids from {cfg.sentinel} down are the sentinels"
+            found = f"the data has token id {window[is_sentinel][0]}"
+            raise ValueError(f"{found}, and {ids}: see --sentinel, --tokenizer")
         rng = np.random.default_rng(stable_hash(cfg.seed, "corruption", first + row))
-        inputs, hidden = corrupt(window, rng, cfg)
+        inputs, outputs = corrupt(window, rng, cfg)
         inputs = torch.tensor([*inputs[: T - 1], cfg.eos])
-        hidden = torch.tensor([*hidden[: U - 1], cfg.eos])
+        outputs = torch.tensor([*outputs[: U - 1], cfg.eos])
         source[row, : len(inputs)] = inputs
         source_mask[row, : len(inputs)] = True
-        targets[row, : len(hidden)] = hidden
-        target_in[row, 1 : len(hidden)] = hidden[:-1]
+        targets[row, : len(outputs)] = outputs
+        target_in[row, 1 : len(outputs)] = outputs[:-1]  # shifted right behind PAD
     scored = targets[targets >= 0].numpy()
     counts = {"n_targets": len(scored), "n_bytes": int(corpus.token_bytes[scored].sum())}
     batch = {"source": source, "target_in": target_in, "targets": targets, **counts}
-    return batch if cfg.denoiser == "t5" else batch | {"source_mask": source_mask}
+    if cfg.denoiser != "t5":
+        batch["source_mask"] = source_mask
+    return batch
 
 # ---------------------------------------- Objective ----------------------------------------
 
 def objective(model, batch, cfg):
-    """Cross-entropy of the targets and, where a gradient is asked for, z_loss times (log Z)²; the
-    sums over the batch, divided by batch["n_targets"], the count of the whole global batch."""
+    """Cross-entropy of the targets and, in training, z_loss (log Z)² each: sums over the batch,
+    divided by batch["n_targets"], the count of the whole global batch. There are no metrics."""
     # Undisclosed: the z-loss and its weight, which are the code's.
     # Departure: the code divides by all target positions. That is the same where rows are full.
-    inputs = ("source", "target_in", "source_mask")
     with torch.autocast(batch["source"].device.type, torch.bfloat16, cfg.precision == "bf16"):
-        logits = model(*(batch[name] for name in inputs if name in batch))  # [B, U, V]
+        logits = model(batch["source"], batch["target_in"], batch.get("source_mask"))  # [B, U, V]
     targets = batch["targets"]  # [B, U]
     log_z = logits.logsumexp(-1)
-    target = logits.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-    loss = log_z - target
-    if torch.is_grad_enabled():
+    loss = log_z - logits.gather(-1, targets.clamp(min=0)[..., None])[..., 0]  # [B, U]
+    if torch.is_grad_enabled():  # not in validation
         loss = loss + cfg.z_loss * log_z.square()
-    return loss[targets >= 0].sum() / max(batch["n_targets"], 1), {}
+    return loss.masked_fill(targets < 0, 0.0).sum() / batch["n_targets"], {}
 
 # ---------------------------------------- Optimizer ----------------------------------------
 
 class Adafactor(torch.optim.Optimizer):
     """Adafactor as used in §3.1.2 (code): no momentum, second moments factored into means of rows
-    and of columns, updates clipped at RMS 1 and scaled by the RMS of their parameter. Parameters
+    and of columns, updates clipped to RMS 1 and scaled by the RMS of their parameter. Parameters
     may be sharded by rows: means are those of the complete matrix. A vector is one column."""
 
     # Departure: the code factors only where both sides have 128 or more, which at the published
-    # sizes only the tables of relative positions have not.
+    # sizes all matrices have, except the tables of relative positions.
 
     def __init__(self, parameters, lr):
         super().__init__(parameters, dict(lr=lr))
 
     @torch.no_grad()
     def step(self, closure=None):
-        for p in (p for p in self.param_groups[0]["params"] if p.grad is not None):
-            w = local_rows(p)
+        for p in self.param_groups[0]["params"]:
+            value = local_rows(p)
             g = local_rows(p.grad)
             state = self.state[p]
             if not state:
                 state["step"] = torch.tensor(0.0)
                 state["rows"] = torch.zeros_like(p[:, :1] if p.ndim == 2 else p)
-                state["columns"] = torch.zeros_like(g[:1] if len(g) else g.sum(0, keepdim=True))
+                state["columns"] = torch.zeros_like(g.sum(0, keepdim=True))
             state["step"] += 1
-            share = state["step"].item() ** -0.8  # 1 - β2
+            weight = state["step"].item() ** -0.8  # 1 - β2
             square = g.square() + 1e-30
-            rows = local_rows(state["rows"]).lerp_(square.mean(1, keepdim=True), share)
             mean = sum_of_shards(square.sum(0, keepdim=True), p) / len(p)
-            columns = state["columns"].lerp_(mean, share)
-            # g / sqrt(v) with v = rows columns / mean(rows), which is the mean of columns, too
+            rows = local_rows(state["rows"]).lerp_(square.mean(1, keepdim=True), weight)
+            columns = state["columns"].lerp_(mean, weight)
+            # g / sqrt(v), with v = rows columns / mean(rows), and mean(rows) = mean(columns)
             update = g * (rows / columns.mean()).rsqrt() * columns.rsqrt()
             rms = (sum_of_shards(update.square().sum(), p) / p.numel()).sqrt()
-            size = (sum_of_shards(w.square().sum(), p) / p.numel()).sqrt()
-            w -= self.param_groups[0]["lr"] * size.clamp(min=1e-3) / rms.clamp(min=1.0) * update
+            scale = (sum_of_shards(value.square().sum(), p) / p.numel()).sqrt()
+            lr = self.param_groups[0]["lr"] * scale.clamp(min=1e-3)
+            value -= lr / rms.clamp(min=1.0) * update
 
 def local_rows(x):
     """This rank's rows of a parameter or a gradient, as a matrix."""
@@ -609,7 +605,7 @@ def build_optimizer(model, cfg):
 def learning_rate(step, cfg):
     """§3.1.2: 1 / sqrt(max(n, k)), where cfg.lr is 1 / sqrt(k), relative to the RMS of parameters;
     step counts the updates made before. The text says that it "exponentially decays"; its formula,
-    and the code, do not. ramp_down is the code's, off for T5, and 0.1 in GLU Variants (2002.05202).
+    and the code, do not. ramp_down is 0 for T5 (code), and 0.1 in GLU Variants (2002.05202).
     """
     rate = min(cfg.lr, (step + 1) ** -0.5)
     if cfg.ramp_down:
@@ -619,9 +615,8 @@ def learning_rate(step, cfg):
 # ---------------------------------------- Precision ----------------------------------------
 
 # Parameters, gradients and Adafactor's moments are fp32. Under bf16, autocast (in objective) runs
-# matrix products and attention in bf16, as the code did on TPUs; fused kernels have scores in fp32.
-# Norms, softmax and loss are fp32; the logits of the vocabulary are rounded to bf16 by the product
-# that gives them.
+# matrix products and attention in bf16, as the code did on TPUs; norms, softmax and loss are fp32.
+# The logits of the vocabulary are products, and thus rounded to bf16.
 # Departure: residual sums are fp32, which the code has in bf16; the bias of relative positions is
 # rounded to bf16 by attention, which the code has in fp32.
 
@@ -633,17 +628,18 @@ PEAK_FLOPS = {"bf16": {  # dense, by precision and the device's exact name; othe
 # ---------------------------------------- Parallelism ----------------------------------------
 
 def parallelize(model, cfg, mesh):
-    """Data parallelism with sharded parameters, gradients and moments (FSDP): a block is gathered
-    when it is needed. Recomputation and compilation are applied to the blocks first."""
-    # Departure: Mesh TensorFlow split heads, hidden units and vocabulary over devices (§2.1); it
-    # had no sharding over the data axis, with which any of the models fits on as many GPUs.
+    """Data parallelism with parameters, gradients and optimizer state sharded over the ranks
+    (FSDP), where there are several. Recomputation and compilation are applied to the blocks first.
+    """
+    # Departure: Mesh TensorFlow split heads, hidden units and vocabulary over devices (§2.1), and
+    # did not shard over the data axis, which suffices for all sizes.
     blocks = [*model.encoder.blocks, *model.decoder.blocks]
     for block in blocks:
         if cfg.recompute == "block":
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         if cfg.compile:
             torch.compiler.config.fail_on_recompile_limit_hit = True
-            block.compile(dynamic=False)  # for the lengths of encoder and decoder
+            block.compile(dynamic=False)
     if mesh.size() == 1:
         return model
     # Matrices are gathered in the precision of their products; gradients are averaged in fp32.
@@ -653,8 +649,6 @@ def parallelize(model, cfg, mesh):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    register_fsdp_forward_method(model, "encode")
-    register_fsdp_forward_method(model, "decode")
     return model
 
 def fill_parameter(p, value):
@@ -670,11 +664,13 @@ HF_CONFIG = {  # field of Config: (key in config.json, default of T5Config)
     "vocab_size": ("vocab_size", 32128), "dim": ("d_model", 512), "n_layers": ("num_layers", 6),
     "n_heads": ("num_heads", 8), "head_dim": ("d_kv", 64), "hidden_dim": ("d_ff", 2048),
     "gated": ("feed_forward_proj", "relu"), "tied": ("tie_word_embeddings", True),
-    "buckets": ("relative_attention_num_buckets", 32), "pad": ("pad_token_id", 0),
-    "max_distance": ("relative_attention_max_distance", 128), "eos": ("eos_token_id", 1),
+    "pad": ("pad_token_id", 0), "eos": ("eos_token_id", 1),
 }  # fmt: skip
-HF_FIXED = {"model_type": "t5", "layer_norm_epsilon": 1e-6}
-HF_NAMES = {
+HF_FIXED = {  # the only values that are supported
+    "model_type": "t5", "layer_norm_epsilon": 1e-6, "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+}  # fmt: skip
+HF_NAMES = {  # part of a parameter's name here: its name in T5ForConditionalGeneration
     "token_embedding": "shared", "blocks": "block", "attn_norm": "layer.0.layer_norm",
     "cross_norm": "layer.1.layer_norm", "ff_norm": "layer.FF.layer_norm", ".out.": ".o.",
     "attn.": "layer.0.SelfAttention.", "cross.": "layer.1.EncDecAttention.",
@@ -682,67 +678,58 @@ HF_NAMES = {
     "final_norm": "final_layer_norm", "ff.": "layer.FF.DenseReluDense.", "gate": "wi_0",
     "down": "wo",
 }  # fmt: skip
-SHAPE = tuple(HF_CONFIG)  # fields of Config that a checkpoint fixes
+SHAPE = tuple(HF_CONFIG)  # fields of Config that must agree with a checkpoint
 
 def t5_name(name, gated):
-    """Hugging Face's name of our parameter."""
+    """Hugging Face's name of a parameter."""
     if name == "head.weight":
         return "lm_head.weight"
     for ours, theirs in (HF_NAMES | {"up": "wi_1" if gated else "wi"}).items():
         name = name.replace(ours, theirs)
     return name.replace("FF", "2" if name.startswith("decoder") else "1")
 
-def read_t5(path):
-    """(Config, {name of our parameter: tensor}) from the checkpoint directory of a
-    T5ForConditionalGeneration."""
-    with explain(f"{path} holds no T5ForConditionalGeneration", Exception):
-        cfg = Config(**read_hf_config(path, HF_CONFIG, HF_FIXED))
-        cfg.gated = cfg.gated == "gated-gelu"
-        fixed = {"num_decoder_layers": cfg.n_layers}
-        fixed["feed_forward_proj"] = "gated-gelu" if cfg.gated else "relu"
-        others = {"scaled": ("scale_decoder_outputs", cfg.tied)}  # since transformers 5
-        others["start"] = ("decoder_start_token_id", None)
-        others = read_hf_config(path, others, fixed)
-        cfg.tied = others["scaled"]
-        if others["start"] not in (None, cfg.pad):
-            raise ValueError(f"decoder_start_token_id is {others['start']}, not {cfg.pad}")
-        theirs = read_hf_tensors(path)
-        if not cfg.tied and "lm_head.weight" not in theirs:  # transformers 5 ties all T5 models
-            print(f"{path} holds no lm_head.weight: the softmax begins as the embedding")
-            theirs["lm_head.weight"] = theirs["shared.weight"]
-        with torch.device("meta"):
-            model = T5(cfg)
-        tensors = {}
-        for name, p in model.named_parameters():
-            key = t5_name(name, cfg.gated)
-            tensors[name] = theirs[key]
-            if tensors[name].shape != p.shape:
-                raise ValueError(f"the shape of {key} is {list(theirs[key].shape)}")
-    return cfg, tensors
+def dependent_keys(cfg):
+    """The keys of config.json that follow from other fields of cfg."""
+    return {
+        "num_decoder_layers": cfg.n_layers, "decoder_start_token_id": cfg.pad,
+        "feed_forward_proj": "gated-gelu" if cfg.gated else "relu",
+    }  # fmt: skip
 
 def from_hf(path):
     """(model, cfg) from the checkpoint directory of a T5ForConditionalGeneration."""
-    cfg, tensors = read_t5(path)
-    model = T5(cfg)
-    model.load_state_dict(tensors)
+    with explain(f"{path} holds no T5ForConditionalGeneration", Exception):
+        cfg = Config(**read_hf_config(path, HF_CONFIG, HF_FIXED))
+        cfg.gated = cfg.gated == "gated-gelu"
+        # Transformers 5 always has tie_word_embeddings, and this key for what it meant.
+        scaled = {"tied": ("scale_decoder_outputs", cfg.tied)}
+        cfg.tied = read_hf_config(path, scaled, dependent_keys(cfg))["tied"]
+        tensors = read_hf_tensors(path)
+        if not cfg.tied and "lm_head.weight" not in tensors:  # transformers 5 ties all T5 models
+            print(f"{path} holds no lm_head.weight: the softmax begins as the embedding")
+            tensors["lm_head.weight"] = tensors["shared.weight"].clone()
+        with torch.device("meta"):
+            model = T5(cfg)
+        names = [name for name, _ in model.named_parameters()]
+        values = {name: tensors[t5_name(name, cfg.gated)].float() for name in names}
+        model.load_state_dict(values, assign=True)
     return model, cfg
 
 def to_hf(model, cfg, path):
     """Write model to the directory path as a T5ForConditionalGeneration; all ranks call this.
-    Versions of transformers 5 may tie the softmax to the embedding all the same: then
-    lm_head.weight of an untied model has to be put in its place."""
+    Transformers 5 ties the softmax to the embedding even if this model does not: its users have to
+    set lm_head.weight themselves."""
     from safetensors.torch import save_file
 
     config = {key: getattr(cfg, field) for field, (key, _) in HF_CONFIG.items()} | HF_FIXED
+    config |= dependent_keys(cfg) | {"dropout_rate": cfg.dropout, "torch_dtype": "float32"}
     config |= {"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}
-    config |= {"num_decoder_layers": cfg.n_layers, "decoder_start_token_id": cfg.pad}
-    config |= {"feed_forward_proj": "gated-gelu" if cfg.gated else "relu"}
-    config |= {"dropout_rate": cfg.dropout, "torch_dtype": "float32"}
+    writes = not dist.is_initialized() or dist.get_rank() == 0
     tensors = {}
     for name, p in model.named_parameters():
         value = p.full_tensor() if isinstance(p, DTensor) else p
-        tensors[t5_name(name, cfg.gated)] = value.detach().cpu()
-    if not dist.is_initialized() or dist.get_rank() == 0:
+        if writes:
+            tensors[t5_name(name, cfg.gated)] = value.detach().cpu()
+    if writes:
         with written_beside(path) as folder:
             save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -905,35 +892,34 @@ def validate(loss_of, corpus, step, cfg, device, rank, ranks):
     log(cfg.out, step, f"val {step}", row, [])
 
 def sample(model, source, n, cfg):
-    """Ids that the model finds likeliest for the targets of source, a list of ids: up to EOS, n at
-    most. All ranks call this."""
+    """The likeliest targets of source, a list of ids: one at a time, up to EOS or n. All ranks call
+    this."""
     device = model.token_embedding.weight.device
+    source = torch.tensor([source], device=device)  # [1, T]
     ids = [cfg.pad]
     autocast = torch.autocast(device.type, torch.bfloat16, cfg.precision == "bf16")
     with evaluation_mode(model, cfg.compile), autocast:
-        memory, hidden = model.encode(torch.tensor([source], device=device))
         while len(ids) <= n and ids[-1] != cfg.eos:
-            logits = model.decode(torch.tensor([ids], device=device), memory, hidden)  # [1, U, V]
+            logits = model(source, torch.tensor([ids], device=device))  # [1, U, V]
             ids.append(logits[0, -1].argmax().item())
     return ids[1:]
 
 def fill_spans(model, text, heldout, tokenizer, cfg):
     """Print a text, by default the first held-out one, with sentinels in place of its hidden spans,
-    and the same with those spans that the model finds, ⟦so⟧."""
+    and the same text with the spans that the model predicts, ⟦so⟧."""
     length, T, U = row_lengths(cfg)
     sentinels = range(cfg.sentinel - cfg.sentinels + 1, cfg.sentinel + 1)
-    names = {f"<extra_id_{k}>" for k in range(cfg.sentinels)}
-    ids = tokenizer.encode(text, allowed_special=names, disallowed_special=())
-    by_hand = not set(ids).isdisjoint(sentinels)
-    if by_hand:
+    names = set(sentinel_names(cfg.sentinels))
+    if text:
+        ids = tokenizer.encode(text, allowed_special=names, disallowed_special=())
+        if set(ids).isdisjoint(sentinels):
+            ids = [*ids[: T - 3], cfg.sentinel]
         mode = [cfg.mode] if cfg.denoiser == "ul2" else []  # [R]
-        ids = [*mode, *ids]
+        ids = [*mode, *ids[: T - 2]]
     else:
-        ids = np.array(ids[:length]) if text else heldout.read(0, length)
-        if len(ids) > 1:  # of a single token nothing can be hidden
-            rng = np.random.default_rng(stable_hash(cfg.seed, "prompt"))
-            ids, _ = corrupt(ids, rng, cfg)
-    ids = [int(i) for i in ids[: T - 1]]
+        rng = np.random.default_rng(stable_hash(cfg.seed, "prompt"))
+        ids, _ = corrupt(heldout.read(0, length), rng, cfg)
+    ids = [int(i) for i in ids]
     spans = {}  # sentinel: the ids that follow it
     span = []
     for i in sample(model, [*ids, cfg.eos], U, cfg):
@@ -941,21 +927,12 @@ def fill_spans(model, text, heldout, tokenizer, cfg):
             span = spans.setdefault(i, [])
         elif heldout.token_bytes[i]:  # no special token
             span.append(i)
-    filled = b""
-    for i in ids:
-        if i in sentinels:
-            filled += "⟦".encode() + tokenizer.decode_bytes(spans.get(i, [])) + "⟧".encode()
-        elif heldout.token_bytes[i]:
-            filled += tokenizer.decode_bytes([i])
-    print(tokenizer.decode(ids), filled.decode(errors="replace"), sep="\n---\n")
-
-def most_spans(cfg):
-    """Sentinels that an example needs, at most; for single tokens, on average and four sigma."""
-    if cfg.denoiser == "iid":
-        mean = row_lengths(cfg)[0] * cfg.rate * (1 - cfg.rate)
-        return math.ceil(mean + 4 * math.sqrt(mean))
-    spans = (count_noise(*kind)[1] for _, *kind in denoisers(cfg))
-    return max(2 * (cfg.denoiser == "ul2"), *spans)  # a single span that moves has two
+    text = tokenizer.decode(ids)
+    filled = text
+    for i in set(ids).intersection(sentinels):
+        span = tokenizer.decode(spans.get(i, []))
+        filled = filled.replace(tokenizer.decode([i]), f"⟦{span}⟧")
+    print(text, filled, sep="\n---\n")
 
 def check(cfg, ranks):
     """Raise ValueError for a configuration that cannot run on that many ranks."""
@@ -965,8 +942,6 @@ def check(cfg, ranks):
             raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
     n_micro, micro = split_batch(cfg, ranks)
     for wrong, message in (
-        (cfg.buckets % 4, f"--buckets {cfg.buckets} is not a multiple of 4"),
-        (cfg.max_distance <= cfg.buckets, f"--max_distance {cfg.max_distance} is within buckets"),
         (not 0 < cfg.rate < 1, f"--rate {cfg.rate} is not between 0 and 1"),
         (cfg.span < 1, f"--span {cfg.span} is less than a token"),
         (cfg.inputs < 4, f"--inputs {cfg.inputs} cannot hold mode, token, sentinel and EOS"),
@@ -983,75 +958,83 @@ def check(cfg, ranks):
     if cfg.seq_len > length:
         most = f"the {length} that --inputs {cfg.inputs} hold"
         raise ValueError(f"--seq_len {cfg.seq_len} is more than {most}")
-    if most_spans(cfg) > cfg.sentinels:
-        spans = f"up to {most_spans(cfg)} spans in an example of {length} tokens"
+    n_spans = max(count_noise(*example)[1] for _, *example in denoisers(cfg))
+    if cfg.denoiser == "ul2":
+        n_spans = max(n_spans, 2)  # a single span that is moved over the end
+    if cfg.denoiser == "iid":  # the mean, and four sigma
+        mean = length * cfg.rate * (1 - cfg.rate)
+        n_spans = math.ceil(mean + 4 * math.sqrt(mean))
+    if n_spans > cfg.sentinels:
+        spans = f"up to {n_spans} spans in an example of {length} tokens"
         raise ValueError(f"--denoiser {cfg.denoiser} hides {spans}: --sentinels is too small")
     check_directories(cfg.init, cfg.export, cfg.write_tokens)
 
-def sentinel_names(cfg):
-    """The sentinels as special tokens: they count down from the vocabulary's last id."""
-    return tuple(f"<extra_id_{k}>" for k in reversed(range(cfg.sentinels)))
+def sentinel_names(n):
+    """Names of n sentinels in the order of their ids; <extra_id_0> has the last id."""
+    return tuple(f"<extra_id_{k}>" for k in reversed(range(n)))
 
 def fit_vocabulary(cfg, tokenizer):
-    """Set the vocabulary's size and the special ids in cfg to those of the tokenizer, if it is
-    known. Raises ValueError if two of the special ids are the same, or one is outside of V."""
-    padded = -1  # unknown
+    """Set vocab_size and the special ids in cfg to those of the tokenizer, if it is known. Raises
+    ValueError if two special ids are the same, or one is outside of the vocabulary."""
     if tokenizer:
         padded = 128 * math.ceil(tokenizer.n_vocab / 128)  # as the code pads it
         cfg.vocab_size = cfg.vocab_size or padded
         special = "".join((PAD, END, "<extra_id_0>", MODES[0]))
         cfg.pad, cfg.eos, cfg.sentinel, cfg.mode = tokenizer.encode(special, allowed_special="all")
-    if cfg.vocab_size != padded:
+    if not tokenizer or cfg.vocab_size != padded:
         vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
     ids = [cfg.pad, cfg.eos, *range(cfg.sentinel - cfg.sentinels + 1, cfg.sentinel + 1)]
     if cfg.denoiser == "ul2":
         ids += range(cfg.mode, cfg.mode + len(MODES))
     if len(set(ids)) < len(ids) or min(ids) < 0 or max(ids) >= cfg.vocab_size:
-        raise ValueError(
-            f"--vocab_size {cfg.vocab_size} does not hold, each on an id of its own, "
-            f"{cfg.sentinels} sentinels from --sentinel {cfg.sentinel} down, --pad {cfg.pad}, "
-            f"--eos {cfg.eos} and, for ul2, --mode {cfg.mode} to {cfg.mode + 2}"
-        )
+        sentinels = f"{cfg.sentinels} sentinels from --sentinel {cfg.sentinel} down"
+        others = f"--pad {cfg.pad}, --eos {cfg.eos}, for ul2 --mode {cfg.mode} to {cfg.mode + 2}"
+        raise ValueError(f"--vocab_size {cfg.vocab_size} lacks distinct {sentinels}, {others}")
 
 def dry_run(cfg):
     """Print parameters, FLOPs per token and memory per rank, computed from shapes alone."""
     ranks = cfg.world_size
-    n_vocab = load_tokenizer(cfg.tokenizer or "bytes", SPECIALS + sentinel_names(cfg)).n_vocab
-    cfg.vocab_size = cfg.vocab_size or 128 * math.ceil(n_vocab / 128)
+    if not cfg.vocab_size:
+        specials = SPECIALS + sentinel_names(cfg.sentinels)
+        tokenizer = load_tokenizer(cfg.tokenizer or "bytes", specials)
+        cfg.vocab_size = 128 * math.ceil(tokenizer.n_vocab / 128)
     check(cfg, ranks)
     with torch.device("meta"):
         model = T5(cfg)
-    n, activated = count_parameters(model)
-    print(f"parameters {n:,} | activated {activated:,}")
-    # 6 N has each token of the text meet all weights: here inputs meet one stack, targets the other
-    print(f"FLOPs per token {flops_per_token(cfg):.4g} | 6 N gives {6 * activated:.4g}", end=" ")
-    print("as if each token met both stacks")
-    # Kept for the backward pass, per position and branch: the norm's input, its normalised and its
-    # scaled output; q, k, v and what attention gives; hidden units. Autocast casts what enters a
-    # product, anew for each of q, k and v.
+    total, activated = count_parameters(model)
+    print(f"parameters {total:,} | activated {activated:,}")
+    # Here inputs meet the weights of one stack, and targets those of the other.
+    print(f"FLOPs per token {flops_per_token(cfg):.4g}", end=" | ")
+    print(f"6 N gives {6 * activated:.4g}, as if each token met both stacks")
+    # Kept for the backward pass, in bytes per position and branch: the norm's input and normalised
+    # output in fp32; the inputs of products, which autocast casts anew for each of q, k and v; q,
+    # k, v and what attention gives; hidden units; a byte per entry of a GPU's dropout masks. The
+    # decoder's keys and values of memory have the T positions of the encoder. The peak is at the
+    # start of the backward pass, when the loss holds five fp32 tensors of V per target; with
+    # recomputation, which keeps each block's fp32 input, it is there or in a recomputed block.
     _, T, U = row_lengths(cfg)
     size = 2 if cfg.precision == "bf16" else 4
-    width = cfg.n_heads * cfg.head_dim
-    norm = (8 + size) * cfg.dim
-    attention = 4 * size * width + 2 * size * cfg.dim * (size < 4)
-    mlp = size * cfg.hidden_dim * (4 if cfg.gated else 1)
-    block = T * (2 * norm + attention + mlp) + U * (3 * norm + 2 * attention + mlp)
-    largest = block  # of which recomputation has one at a time
-    kept = cfg.n_layers * (4 * cfg.dim * (T + U) if cfg.recompute == "block" else block)
-    kept += largest * (cfg.recompute == "block")
-    kept += norm * (T + U) + U * (size * cfg.dim + 16 * cfg.vocab_size)  # logits, their gradient
-    kept += size * cfg.n_heads * (T * T + U * U)  # the bias
+    inner = size * cfg.n_heads * cfg.head_dim
+    cast = size * cfg.dim * (size == 2)
+    norm = (8 + size + (cfg.dropout > 0)) * cfg.dim
+    attention = norm + 4 * inner + 2 * cast
+    mlp = norm + size * cfg.hidden_dim * (4 if cfg.gated else 1)
+    mlp += (size + 1) * cfg.hidden_dim * (cfg.dropout > 0)
+    encoder = T * (attention + mlp)
+    decoder = U * (attention + norm + 2 * inner + mlp) + T * 2 * (inner + cast)
+    head = norm * (T + U) + U * (size * cfg.dim + 20 * cfg.vocab_size)
+    kept = cfg.n_layers * (encoder + decoder) + head
+    if cfg.recompute == "block":
+        kept = cfg.n_layers * 4 * cfg.dim * (T + U) + max(encoder, decoder, head)
     columns = sum(p.shape[1] for p in model.parameters() if p.ndim == 2)
     rows = sum(p.shape[0] for p in model.parameters())
-    memory = {"parameters": 4 * n / ranks, "gradients": 4 * n / ranks}
+    memory = {"parameters": 4 * total / ranks, "gradients": 4 * total / ranks}
     memory["optimizer"] = 4 * rows / ranks + 4 * columns
-    memory["gathered"] = 0
-    n_block = sum(p.numel() for p in model.decoder.blocks[0].parameters())
-    if ranks > 1:  # the root's parameters, and of a block and the next one, and their gradients
-        n_root = n - sum(p.numel() for name, p in model.named_parameters() if ".blocks." in name)
-        memory["gathered"] = 8 * n_root + 3 * size * n_block
-    elif size == 2:
-        memory["gathered"] = 2 * n  # autocast's copies
+    memory["gathered"] = 2 * total * (size == 2)  # autocast's copies
+    if ranks > 1:  # the root's parameters, those of a block and the next one, and their gradients
+        block = sum(p.numel() for p in model.decoder.blocks[0].parameters())
+        blocks = sum(p.numel() for name, p in model.named_parameters() if ".blocks." in name)
+        memory["gathered"] = 8 * (total - blocks) + 3 * size * block
     print_memory(memory | {"activations": split_batch(cfg, ranks)[1] * kept})
 
 def fsdp_step(model, optimizer, batches, lr, cfg):
@@ -1077,11 +1060,11 @@ def fsdp_step(model, optimizer, batches, lr, cfg):
     return loss, norm
 
 def train(model, optimizer, corpus, heldout, state, cfg, device):
-    """Update the model until the sequences of the run are used up; False if a signal ends it."""
-    place = device, dist.get_rank(), dist.get_world_size()
+    """Update the model until the end of the run; returns False if a signal ends it earlier."""
+    this_rank = device, dist.get_rank(), dist.get_world_size()
     signals = catch_signals()
     thread = ThreadPoolExecutor(1)  # reads the next batch during an update
-    ahead = thread.submit(read_batch, corpus, state["sequences"], cfg, *place)
+    next_batches = thread.submit(read_batch, corpus, state["sequences"], cfg, *this_rank)
     first_step = saved = state["step"]
     clock = time.perf_counter()
     pace = None  # seconds per update
@@ -1093,9 +1076,9 @@ def train(model, optimizer, corpus, heldout, state, cfg, device):
 
     while True:
         step = state["step"]
-        first = state["sequences"]  # of the batch to come
+        first = state["sequences"]  # first sequence of the next batch
         steps_left = math.ceil(cfg.steps - first / cfg.batch_size)
-        error = ahead.exception()  # waits until that batch is read
+        error = next_batches.exception()  # waits until the next batch is read
         if step > first_step + 1:  # the first update may compile and is left out
             seconds = time.perf_counter() - clock
             pace = 0.9 * (pace or seconds) + 0.1 * seconds
@@ -1109,15 +1092,15 @@ def train(model, optimizer, corpus, heldout, state, cfg, device):
         if stop:
             return False
         if end or step % cfg.val_every == 0:
-            validate(evaluate, heldout, step, cfg, *place)
+            validate(evaluate, heldout, step, cfg, *this_rank)
         if end:
             return True
 
         clock = time.perf_counter()
-        batches = ahead.result()
-        ahead = thread.submit(read_batch, corpus, first + cfg.batch_size, cfg, *place)
+        batches = next_batches.result()
+        next_batches = thread.submit(read_batch, corpus, first + cfg.batch_size, cfg, *this_rank)
         sum_counts(batches, dist.get_world_size())
-        torch.manual_seed(stable_hash(cfg.seed, step, dist.get_rank()))  # of dropout
+        torch.manual_seed(stable_hash(cfg.seed, step, dist.get_rank()))  # for dropout
         lr = learning_rate(first / cfg.batch_size, cfg)
         loss, norm = fsdp_step(model, optimizer, batches, lr, cfg)
         finite = math.isfinite(loss) and math.isfinite(norm)
@@ -1137,13 +1120,14 @@ def train(model, optimizer, corpus, heldout, state, cfg, device):
             raise ValueError(f"no finite gradient in the last {n_skipped} steps to {step + 1}")
 
 def load_stream(cfg):
-    """(tokenizer or None, training Corpus, held-out Corpus) of --data, documents one after another
-    without a separator (code); sets what cfg leaves to them. With --write_tokens the data is
+    """(tokenizer or None, training Corpus, held-out Corpus) of --data, whose documents have no
+    separator (code); sets the fields of cfg that depend on them. With --write_tokens the data is
     written as shards instead, and the result is None."""
     files, shards = find_files(cfg.data)
     tokenizer = None
     if cfg.tokenizer or files:
-        tokenizer = load_tokenizer(cfg.tokenizer or "bytes", SPECIALS + sentinel_names(cfg))
+        specials = SPECIALS + sentinel_names(cfg.sentinels)
+        tokenizer = load_tokenizer(cfg.tokenizer or "bytes", specials)
     elif cfg.prompt:
         raise ValueError("--prompt needs --tokenizer where --data is token shards")
     fit_vocabulary(cfg, tokenizer)
@@ -1168,7 +1152,7 @@ def main(argv=None):
         ranks = dist.get_world_size()
         check(cfg, ranks)
         if cfg.init:
-            theirs, tensors = read_t5(cfg.init)
+            source, theirs = from_hf(cfg.init)
             cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in SHAPE})
         data = load_stream(cfg)
         if not data:
@@ -1178,39 +1162,39 @@ def main(argv=None):
         fixed = {name: getattr(cfg, name) for name in SHAPE}
         if not cfg.eval:
             fixed |= {"seed": cfg.seed, "data_fingerprint": corpus.fingerprint()}
-        checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
-        if run and "steps" not in given:  # as many sequences as its first start planned
+        newest, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
+        if run and "steps" not in given:  # keep the planned number of sequences
             cfg.steps = math.ceil(run["steps"] * run["batch_size"] / cfg.batch_size)
 
         with torch.device("meta"):  # no memory before it is sharded
             model = T5(cfg)
-        n, activated = count_parameters(model)
         mesh = init_device_mesh(device.type, (ranks,), mesh_dim_names=("dp",))
         parallelize(model, cfg, mesh)
         model.to_empty(device=device)
         init_weights(model, cfg)
         if cfg.init:
+            values = dict(source.named_parameters())
             for name, p in model.named_parameters():
-                fill_parameter(p, tensors[name])
+                fill_parameter(p, values[name].detach())
         optimizer = build_optimizer(model, cfg)
         state = {"step": 0, "sequences": 0, "tokens": 0}
-        if checkpoint:
-            load_checkpoint(checkpoint, model, optimizer, state)
+        if newest:
+            load_checkpoint(newest, model, optimizer, state)
         if cfg.eval:
-            if not checkpoint and not cfg.init:
+            if not newest and not cfg.init:
                 raise ValueError(f"--eval: {cfg.out} has no checkpoint")
             cfg.steps = 0
             cfg.out = ""  # nothing is written
         if cfg.out:
-            lock = claim_directory(cfg.out, dataclasses.asdict(cfg) | fixed)  # while the run lives
+            lock = claim_directory(cfg.out, dataclasses.asdict(cfg) | fixed)  # until the run ends
         n_micro, micro = split_batch(cfg, ranks)
-        tokens = cfg.batch_size * cfg.seq_len
+        n_tokens = cfg.batch_size * cfg.seq_len
+        n_windows = corpus.n_windows(cfg.seq_len)
         _, T, U = row_lengths(cfg)
-        print(f"torch {torch.__version__} | {device.type} {cfg.precision}", end=" | ")
-        print(f"{corpus.n_windows(cfg.seq_len):,} windows")
-        print(f"parameters {n:,} | activated {activated:,}", end=" | ")
+        print(f"torch {torch.__version__} | {device.type} {cfg.precision} | {n_windows:,} windows")
+        print("parameters {:,} | activated {:,}".format(*count_parameters(model)), end=" | ")
         print(f"FLOPs per token {flops_per_token(cfg):.3g} | tokens per step", end=" ")
-        print(f"{tokens:,} = {ranks} ranks x {n_micro} x {micro} sequences of", end=" ")
+        print(f"{n_tokens:,} = {ranks} ranks x {n_micro} x {micro} sequences of", end=" ")
         print(f"{cfg.seq_len} in {T} inputs, {U} targets")
         if not train(model, optimizer, corpus, heldout, state, cfg, device):
             return print(f"stopped after step {state['step']}")

@@ -298,7 +298,7 @@ MISTAKES = {  # flags -> what the line on stderr must say; without an arrow, the
         "--data DIR/ids.npy --vocab_size 400 --sentinel 99 -> 100 sentinels from --sentinel 99", "--seq_len 200 -> --seq_len 200 is more than the 52 that",
         "--data DIR/ids.npy --vocab_size 32128 --prompt text -> --prompt needs --tokenizer", "--vocab_size 256 -> --vocab_size 256 is less than the 361 ids",
         "--denoiser iid --inputs 2048 --seq_len 0 -> --sentinels is too small", "--dry_run --world_size 3 -> not 3 ranks", "--denoiser bert -> bert",
-        "--rate 1 -> --rate 1.0", "--dropout 1.5 -> 1.5", "--max_distance 32", "--buckets 6", "--span 0.5",
+        "--rate 1 -> --rate 1.0", "--dropout 1.5 -> 1.5", "--span 0.5",
     ],
     "gpt1": [
         "--data DIR/latin.txt --prompt x -> latin.txt is not UTF-8", "--data DIR/empty.txt -> 0 tokens are too few", "--export DIR/hf -> hidden_dim of 4 dim",
