@@ -1934,7 +1934,7 @@ def train(pipe, optimizer, corpus, heldout, state, end, cfg, device):
             pace = 0.9 * (pace or seconds) + 0.1 * seconds
         (stop,) = sum_over_ranks(len(signals) + (error is not None))
         ends = steps_left <= 0 or stop
-        if cfg.out and step > saved and not n_skipped and (ends or step % cfg.save_every == 0):
+        if cfg.out and step > saved and (ends or (step % cfg.save_every == 0 and not n_skipped)):
             save_checkpoint(cfg.out, pipe.saved, optimizer, state)
             saved = step
         if error:

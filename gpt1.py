@@ -629,7 +629,7 @@ def train(model, optimizer, corpus, heldout, state, cfg, device):
             pace = 0.9 * (pace or seconds) + 0.1 * seconds
         (stop,) = sum_over_ranks(len(signals) + (error is not None))
         end = steps_left <= 0 or stop
-        if cfg.out and step > saved and not n_skipped and (end or step % cfg.save_every == 0):
+        if cfg.out and step > saved and (end or (step % cfg.save_every == 0 and not n_skipped)):
             save_checkpoint(cfg.out, model, optimizer, state)
             saved = step
         if error:

@@ -1735,8 +1735,8 @@ def train(pipeline, optimizer, plan, mixes, heldout, tokenizer, state, end, cfg,
             pace = 0.9 * (pace or seconds) + 0.1 * seconds
         (stop,) = sum_over_ranks(len(signals) + (error is not None))
         is_over = steps_left <= 0 or stop
-        is_due = is_over or step % cfg.save_every == 0 or step == first_step
-        if cfg.out and step > saved and not n_skipped and is_due:
+        is_due = step % cfg.save_every == 0 or step == first_step
+        if cfg.out and step > saved and (is_over or (is_due and not n_skipped)):
             save_checkpoint(cfg.out, pipeline.saved, optimizer, state)
             saved = step
             n_returns = 0

@@ -481,6 +481,15 @@ def test_steps_that_are_not_finite(main, name, text, tmp_path, monkeypatch):
     assert (status, err.count("3 steps to 9"), len(err.splitlines())) == ((0, 0, 0) if name == "llama3" else (2, 1, 1))
 
 
+def test_a_signal_in_a_skipped_step_saves(text, tmp_path, monkeypatch):
+    signals, inner = [], gpt1.training_step
+    steps = iter([inner, inner, lambda *_: signals.append(signal.SIGTERM) or (math.nan, 0.0)])
+    monkeypatch.setattr(gpt1, "catch_signals", lambda: signals)
+    monkeypatch.setattr(gpt1, "training_step", lambda *args: next(steps)(*args))
+    status, out, _ = run_main("gpt1", small("gpt1", data=text, out=tmp_path, steps=9))
+    assert status == 0 and "stopped after step 3" in out and state_of(tmp_path / "step_000000003") == (3, 12, 2 * 64)
+
+
 @pytest.mark.parametrize("name", [name for name in CAUSAL.args[1] if name != "kimi_muon"])  # whose step has tests of its own
 def test_training_is_what_it_says(main, name, text, tmp_path):
     """Three updates against a plain loop in float64: data, rate, clipping, AdamW, and the val line."""
