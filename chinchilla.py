@@ -1,33 +1,35 @@
 r"""Training Compute-Optimal Large Language Models (Hoffmann et al., 2022) in one file.
 
-New against gpt1.py: the subject is a sweep of small runs and the laws fitted to it, not one run.
-- For each budget C of FLOPs models of several sizes N, each trained on D = C / 6N tokens with a
-  cosine of just that length (§3.1, App. B); three fits of the optimum N(C), D(C) (§3, App. D).
-- Beside them the laws of Kaplan et al. (2020), their correction by Besiroglu et al. (2024), Llama
-  3's in two steps (2024, §3.2.1) and, for a model that will be used much, the over-training of
-  Sardana et al. (2024).
+What is new compared with gpt1.py: the subject is a sweep of runs and the laws fitted to them.
+- For each budget C of FLOPs the sweep trains models of several sizes N, each on D = C / 6N tokens
+  with a cosine of that length (§3.1, App. B), and three fits give the optimal
+  N(C) and D(C) (§3, App. D).
+- Beside them stand the law of Kaplan et al. (2020), the correction of the third fit by Besiroglu et
+  al. (2024), the two-step law of Llama 3 (2024, §3.2.1) and, for models that will read and write
+  many tokens after training, the over-training of Sardana et al. (2024).
 - The model is Gopher's (Rae et al. 2021): RMSNorm before each branch, and relative positions as
   in Transformer-XL (Dai et al. 2019, §3.3) in place of learned ones.
-- AdamW with a cosine that falls tenfold (§4.1, App. G); bf16 products over fp32 weights, which are
-  sharded over the ranks.
+- AdamW with a cosine that falls tenfold (§4.1, App. G); products in bf16 of fp32 weights, which
+  are sharded over the ranks.
 
 Map: Tables 4, A9 PRESETS | App. F appendix_f | §3.1 fit_envelope | §3.2 fit_isoflop | §3.3
-fit_parametric | Eq. 4 frontier | Table 3, A3 TABLE_3 | §4.1 Chinchilla, build_optimizer |
-Table 4 (the batch doubles) at_sequence.
-Kaplan Eq. 1.5 kaplan_loss, Table 6 kaplan_optimum | Llama 3 §3.2.1 fit_llama | Sardana overtrain.
+fit_parametric | Eq. 4 frontier | Tables 3, A3 TABLE_3 | §4.1 Chinchilla, build_optimizer |
+Table 4 (the batch doubles) at_sequence | Kaplan Eq. 1.5 kaplan_loss, Table 6 kaplan_optimum |
+Llama 3 §3.2.1 fit_llama, fit_accuracy | Sardana Eq. 3 overtrain.
 Legend: B batch, T positions, D width, H heads, E head width, F hidden width, V vocabulary; of runs
-and laws: N parameters, embeddings included, D tokens, C FLOPs, L nats per token; P constants
-of a law, R runs.
-Conventions: T + 1 tokens make T inputs and T targets; all count; loss in nats per target.
+and laws: N parameters with embeddings, D tokens, C FLOPs, L nats per token; P constants of a law,
+R runs.
+Conventions: T + 1 tokens give T inputs and T targets, which all count; loss in nats per target.
 
-Run: python chinchilla.py                         # a CPU: a sweep of minutes, and its fits
-     torchrun --nproc_per_node=8 chinchilla.py    # GPUs: the preset small, runs spread over ranks
+Run: python chinchilla.py                         # a laptop: a sweep of minutes, and its fits
+     torchrun --nproc_per_node=8 chinchilla.py    # GPUs: the preset small, one run per rank
      torchrun --nnodes=32 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
          chinchilla.py --preset 1018m --data massive/ --tokenizer ranks.tiktoken --out /shared/1b
+     (ranks.tiktoken: a BPE rank file of at most 32,000 entries, such as gpt3.py learns)
      python chinchilla.py --budget 1e21            # the optimum by every law; no training
      python chinchilla.py --fit runs.csv           # the laws of any table with columns N, D, loss
-Expect: the demo trains 15 models in some minutes on two CPU cores, and then fits the laws. So small
-a sweep shows the method, not the constants.
+Expect: the demo trains 15 models in some minutes on two CPU cores, and then fits the laws. A sweep
+of this size shows the method and not the constants.
 """
 
 import argparse
@@ -67,7 +69,7 @@ import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -81,29 +83,29 @@ class Config:
     vocab_size: int = 0  # V, vocabulary size; 0: that of the tokenizer
     dim: int = 8192  # D, width of the residual stream
     n_layers: int = 80  # number of blocks
-    n_heads: int = 64  # H, attention heads
+    n_heads: int = 64  # H, number of attention heads
     head_dim: int = 128  # E, width of a head; H x E need not be D
     hidden_dim: int = 32768  # F, width of the feed-forward layer
     norm_eps: float = 1e-5  # number added to the mean square in RMSNorm
     # Data
-    tokenizer: str = ""  # bytes, an encoding of tiktoken or a BPE rank file; empty: bytes
-    seq_len: int = 2048  # T, tokens of a sequence
+    tokenizer: str = ""  # "bytes", a tiktoken encoding or a BPE rank file; empty: bytes, for text
+    seq_len: int = 2048  # T, sequence length in tokens
     # Optimization, §4.1 and Appendix D
     batch_size: int = 256  # sequences per update, over all ranks
     second_batch: int = 0  # sequences per update in the second half of the tokens; 0: batch_size
     micro_batch: int = 0  # sequences per forward pass on one rank; 0: as many as the batch allows
     tokens: float = 0.0  # D, training tokens of a single run, if --steps is 0; 0: 20 per parameter
-    steps: int = 0  # length of a single run in updates of batch_size; 0: --tokens, or a sweep
-    lr: float = 1e-4  # peak learning rate; of a sweep's WIDTHxLAYERS, times dim / WIDTH
-    warmup_steps: int = 1500  # updates of linear warm-up, at most a tenth of the run
-    cosine: float = 1.0  # length of the learning rate's cosine, as a multiple of the run's
+    steps: int = 0  # updates of batch_size that a single run has; 0: as --tokens says, or a sweep
+    lr: float = 1e-4  # peak learning rate; in a sweep of WIDTHxLAYERS, for WIDTH = dim
+    warmup_steps: int = 1500  # updates of linear warm-up; cut to a tenth of the run if longer
+    cosine: float = 1.0  # length of the learning-rate cosine, in lengths of the run
     weight_decay: float = 0.1  # decoupled weight decay of matrices and embeddings
     clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
     seed: int = 0  # seed of the weights and of the order of the data
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     log_every: int = 10  # updates between log lines, and between points of a training curve
     val_batches: int = 16  # maximum number of batches per validation
-    # Machine
+    # Machine: from here on, no field changes the numbers of a sweep's run
     data: str = ""  # file or directory of text or token shards; empty: Python's standard library
     compile: bool = False  # compile each block with torch.compile
     recompute: Literal["none", "block"] = "none"  # block: recompute blocks in the backward pass
@@ -112,14 +114,14 @@ class Config:
     world_size: int = 1  # number of ranks that --dry_run plans for
     # Sweep and laws
     sweep: str = ""  # budgets of a sweep, FLOPS,...; empty: a single run
-    sizes: str = ""  # models of a sweep: presets' names, or WIDTHxLAYERS with heads of head_dim
-    flops: Literal["6nd", "appF"] = "6nd"  # FLOPs that a budget counts: 6 N D, or Appendix F
-    keep_models: bool = True  # keep the last checkpoint of each run of a sweep
+    sizes: str = ""  # models of a sweep: presets, or WIDTHxLAYERS with heads of head_dim
+    flops: Literal["6nd", "appF"] = "6nd"  # how a budget counts FLOPs: 6 N D, or as Appendix F does
+    keep_models: bool = True  # keep the checkpoints of a sweep's finished runs
     fit: str = ""  # file of runs to fit without training: .csv (columns N, D, loss, ...) or .jsonl
     drop_highest: int = 0  # runs of highest loss that approach 3 leaves out (Besiroglu: 5)
     bootstrap: int = 100  # resamples of 80 % of the runs, for the intervals of a fit; 0: none
     budget: float = 0.0  # FLOPs to find the best N and D for, by every law, without training
-    inference_tokens: float = 0.0  # tokens that the model of --budget will read and write
+    inference_tokens: float = 0.0  # tokens that --budget's model reads and writes after training
     plot: str = ""  # directory to write plots to as PNG; needs matplotlib
     # Reports and files
     val_every: int = 1000  # updates between validations
@@ -152,60 +154,62 @@ TABLE_A9 = (  # parameters in millions, D, E, H, layers; F = 4 D
 )  # fmt: skip
 PUBLISHED = dict(vocab_size=32_000, micro_batch=1, compile=True, recompute="block")
 PRESETS = {
-    # A CPU, minutes: bytes, little context and many small updates, for small budgets allow no less;
-    # one layer in the sweep, since so small a model's updates take as long as they have operations.
+    # For a CPU, minutes. Bytes, short sequences and many small updates, because attention forms
+    # late; one layer in the sweep, because models this small are bound by the number of operations.
     "demo": dict(
         dim=48, n_layers=2, n_heads=3, head_dim=16, hidden_dim=192, seq_len=32, batch_size=24,
         lr=0.36 / 48, warmup_steps=300, log_every=10, val_batches=64,
         sweep="1e11,2e11,4e11", sizes="16x1,32x1,48x1,64x1,96x1",
     ),
-    # A GPU of 24 GB or a node of them, minutes: sizes 1.6 apart around the corrected law's optimum.
+    # For a GPU of 24 GB or a node of them, minutes: sizes around the optimum of Besiroglu's law.
     "small": dict(
         dim=256, n_layers=6, n_heads=8, head_dim=32, hidden_dim=1024, seq_len=256, batch_size=256,
         lr=1.5e-3, warmup_steps=300, compile=True, sweep="1e15,2e15,4e15,8e15",
         sizes="128x6,160x6,192x7,256x6,320x6,384x7",
     ),
-    # Table 4: Chinchilla, 1.4T tokens, batch 1.5M -> 3M; with rotary positions, as it is often
-    # rebuilt, it would have 64.7B parameters: those relative to the query have a matrix a layer.
+    # Table 4: Chinchilla, 1.4T tokens, batch 1.5M -> 3M. Rebuilt with rotary positions it would
+    # have 64.7B parameters, since those need no W_R.
     "70b": dict(PUBLISHED, batch_size=768, second_batch=1536, tokens=1.4e12),
     # Table 4: Gopher, 300B tokens, batch 3M -> 6M; its Adam is AdamW without decay.
     "280b": dict(PUBLISHED, dim=16384, n_heads=128, hidden_dim=65536, batch_size=1536, lr=4e-5,
                  second_batch=3072, tokens=3e11, weight_decay=0.0, clip=0.25),
 }  # fmt: skip
 
-def published(dim, width, heads, layers, **more):
+def published(dim, head_dim, n_heads, n_layers, **settings):
     """Overrides of Config for a published shape: F = 4 D."""
-    shape = dict(dim=dim, head_dim=width, n_heads=heads, n_layers=layers, hidden_dim=4 * dim)
-    return PUBLISHED | shape | more
+    shape = dict(dim=dim, head_dim=head_dim, n_heads=n_heads, n_layers=n_layers, hidden_dim=4 * dim)
+    return PUBLISHED | shape | settings
 
-for name, shape, lr, batch, clip in (  # Rae et al., Table 1
+for name, shape, lr, batch_size, clip in (  # Rae et al., Table 1
     ("44m", (512, 32, 16, 8), 6e-4, 128, 1.0), ("117m", (768, 64, 12, 12), 6e-4, 128, 1.0),
     ("417m", (1536, 128, 12, 12), 2e-4, 128, 1.0), ("1.4b", (2048, 128, 16, 24), 2e-4, 128, 1.0),
     ("7.1b", (4096, 128, 32, 32), 1.2e-4, 1024, 0.25),
 ):  # fmt: skip
-    more = dict(lr=lr, batch_size=batch, clip=clip, tokens=3e11, weight_decay=0.0)
-    PRESETS[f"gopher_{name}"] = published(*shape, **more)
+    PRESETS[f"gopher_{name}"] = published(
+        *shape, lr=lr, batch_size=batch_size, clip=clip, tokens=3e11, weight_decay=0.0
+    )
 for millions, *shape in TABLE_A9:
-    # Undisclosed: which rate each size had between 2e-4 for the smallest and 1.25e-4 for the
-    # largest (here linear in ln N), and which batch (here 0.5M tokens, as the one that D.4 names).
+    # Undisclosed: the rate of each size between 2e-4 for the smallest and 1.25e-4 for the largest
+    # (here linear in ln N), and the batches (here 0.5M tokens, as for the models of App. D.4).
     lr = 2e-4 - 0.75e-4 * math.log(millions / 44) / math.log(16183 / 44)
     PRESETS[f"{millions}m"] = published(*shape, lr=lr)
-PATTERN = (  # how GPT-4 and Llama 3 split text into words, for BPE rank files
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Departure: bytes or a byte-level BPE instead of 32,000 pieces of SentencePiece; by default the
+# standard library of Python instead of MassiveText, which is not public. Its mix (Table A1: 45 %
+# MassiveWeb, 30 books, 10 C4, 10 news, 4 GitHub, 1 Wikipedia) has to be in the shards of --data.
+# Undisclosed: the held-out split. About 5 % of the documents are held out, see load_corpora.
+PATTERN = (  # how GPT-2, and gpt3.py when it learns ranks, split text, for BPE rank files
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 )
 
 PF_DAY = 8.64e19  # FLOPs, the unit of Kaplan's C
-TABLE_2 = (  # a of N = k C^a, and 10 to 90 %; of Besiroglu the standard error
-    "0.73 (Kaplan)", "0.50 (0.488, 0.502)", "0.49 (0.462, 0.534)", "0.46 (0.454, 0.455)",
-    "0.452", "0.513 +- 0.02",
-)  # fmt: skip
 KAPLAN_ND = dict(N_c=6.4e13, D_c=1.8e13, alpha_N=0.076, alpha_D=0.103)  # Table 2, Eq. 1.5
-HOFFMANN = dict(  # approach 3 with the digits of the paper's source; those printed do not give its
-    E=math.exp(0.5267228), A=math.exp(6.0073404), B=math.exp(6.0179186),  # 40B at 5.76e23, but 32B
+# Approach 3 with the digits in the source files of the paper: at 5.76e23 FLOPs they give the 40B
+# that the paper states; the rounded constants that it prints (Eq. 10) give 32B.
+HOFFMANN = dict(
+    E=math.exp(0.5267228), A=math.exp(6.0073404), B=math.exp(6.0179186),
     alpha=0.33917084, beta=0.2849083,
 )  # fmt: skip
-HOFFMANN_ROUNDED = dict(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)  # Eq. 10
+HOFFMANN_ROUNDED = dict(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
 BESIROGLU = dict(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)
 LLAMA3 = {"text": (0.29, 0.53), "Fig. 3": (0.299, 0.537)}  # optimal tokens = A C^alpha
 TABLE_3 = (  # N; C and D by approach 1 (Table 3), 2 and 3 (Table A3, whose 1.26e24 is a misprint)
@@ -237,27 +241,27 @@ class RMSNorm(nn.Module):
 @functools.lru_cache(maxsize=4)
 @torch.inference_mode(False)  # so that a later call that trains can use what is cached
 def distances(length, dim, device):
-    """(R of Transformer-XL: sinusoids of the distances T - 1 ... 0, half sines and half cosines,
-    [T, D]; the causal mask, 0 or -inf [T, T]), fp32, once for all layers and updates."""
+    """(Sinusoids of the distances T - 1 ... 0, half sines and half cosines, [T, D], R of
+    Transformer-XL; the causal mask, 0 or -inf, [T, T]), fp32, for all layers and updates."""
     frequencies = 10000 ** (-torch.arange(0, dim, 2, device=device) / dim)  # [D/2]
     angles = torch.arange(length - 1.0, -1, -1, device=device)[:, None] * frequencies  # [T, D/2]
-    future = torch.full((length, length), -math.inf, device=device).triu(1)
-    return torch.cat((angles.sin(), angles.cos()), -1), future
+    mask = torch.full((length, length), -math.inf, device=device).triu(1)
+    return torch.cat((angles.sin(), angles.cos()), -1), mask
 
 def relative_shift(scores):
-    """Scores by distance, columns T - 1 ... 0, become scores by position j <= i: [..., T, T]. What
-    lands on j > i is of another row, and for the mask (Transformer-XL, App. B)."""
+    """Scores of query i by distance (columns T - 1 ... 0) as scores by key j = i - distance:
+    [..., T, T]. Entries with j > i belong to other rows: mask them (Transformer-XL, App. B)."""
     T = scores.shape[-1]
-    scores = F.pad(scores, (1, 0))  # [..., T, T + 1]: row i will begin i + 1 places earlier
+    scores = F.pad(scores, (1, 0))  # [..., T, T + 1], read as rows of T: row i moves T - 1 - i left
     return scores.reshape(*scores.shape[:-2], T + 1, T)[..., 1:, :]
 
 class RelativeAttention(nn.Module):
-    """softmax over j <= i of ((q_i + u) k_j + (q_i + w) W_R r_{i-j}) / sqrt(E), times v: [B, T, D]
-    -> [B, T, D], for r [T, D] of distances T - 1 ... 0 (Transformer-XL §3.3)."""
+    """softmax over j <= i of ((q_i + u) k_j + (q_i + w) W_R r_{i-j}) / sqrt(E), times v, as in
+    Transformer-XL §3.3: x [B, T, D] -> [B, T, D]; r, mask: see distances."""
 
-    # Undisclosed: that W_R is a matrix a layer, that only the feed-forward layers have biases, and
-    # that u and w are a layer's own: with these all but four counts of Table A9 come out. And
-    # that no memory of an earlier sequence is kept.
+    # Undisclosed: whether each layer has its own W_R, u and w, and which layers have biases. With
+    # all its own, and biases in the feed-forward layers alone, all but four of the 50 counts of
+    # Table A9 come out. Nor is a memory of earlier sequences mentioned: there is none.
 
     def __init__(self, dim, n_heads, head_dim):
         super().__init__()
@@ -269,15 +273,16 @@ class RelativeAttention(nn.Module):
         self.u = nn.Parameter(torch.zeros(n_heads * head_dim))
         self.w = nn.Parameter(torch.zeros(n_heads * head_dim))
 
-    def forward(self, x, r, future):
+    def forward(self, x, r, mask):
         B, T, _ = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4).contiguous()
-        u, w = (bias.view(self.n_heads, 1, -1).type_as(q) for bias in (self.u, self.w))
+        u = self.u.view(self.n_heads, 1, -1).type_as(q)  # [H, 1, E]
+        w = self.w.view(self.n_heads, 1, -1).type_as(q)
         scale = 1 / math.sqrt(self.head_dim)
         r = self.distance(r.type_as(x)).view(T, self.n_heads, -1).permute(1, 2, 0) * scale
         content = (q + u) @ (k * scale).transpose(-2, -1)  # [B, H, T, T]
         position = relative_shift((q + w) @ r)  # [B, H, T, E] x [H, E, T] -> [B, H, T, T]
-        p = (future + content + position).softmax(-1).type_as(v)  # sums and softmax: fp32
+        p = (mask + content + position).softmax(-1).type_as(v)  # sums and softmax: fp32
         return self.out((p @ v).transpose(1, 2).reshape(B, T, -1))  # [B, T, D]
 
 class MLP(nn.Module):
@@ -298,8 +303,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """GPT-2's block with RMSNorm before each branch, [B, T, D] -> [B, T, D] (Gopher §3.1)."""
 
-    # Undisclosed: activation, dropout and eps. As in GPT-2 the tanh form of GELU; no dropout, since
-    # most of the text comes once.
+    # Undisclosed: activation, dropout and eps. As in GPT-2, GELU; no dropout, since most of the
+    # text is read once.
 
     def __init__(self, cfg):
         super().__init__()
@@ -308,8 +313,8 @@ class Block(nn.Module):
         self.norm2 = RMSNorm(cfg.dim, cfg.norm_eps)
         self.mlp = MLP(cfg.dim, cfg.hidden_dim, 0.0)
 
-    def forward(self, x, r, future):
-        x = x + self.attn(self.norm1(x), r, future)
+    def forward(self, x, r, mask):
+        x = x + self.attn(self.norm1(x), r, mask)
         return x + self.mlp(self.norm2(x))
 
 class Chinchilla(nn.Module):
@@ -324,14 +329,18 @@ class Chinchilla(nn.Module):
 
     def forward(self, tokens):
         x = self.token_embedding(tokens)  # [B, T, D]
-        r, future = distances(tokens.shape[1], x.shape[-1], tokens.device)  # [T, D], [T, T]
+        r, mask = distances(tokens.shape[1], x.shape[-1], tokens.device)  # [T, D], [T, T]
         for block in self.blocks:
-            x = block(x, r, future)
+            x = block(x, r, mask)
         return F.linear(self.norm(x), self.token_embedding.weight)  # [B, T, V]
 
 def init_weights(model, cfg):
-    """N(0, 0.02), 1 / sqrt(2 layers) of it where a branch joins the residual stream; gains 1, the
-    rest 0. A parameter is drawn from (seed, its name), so that every layout starts the same."""
+    """Draw matrices and embeddings from a normal distribution of mean 0 and standard deviation
+    0.02, or 0.02 / sqrt(2 n_layers) if they end a residual branch; set gains to 1, biases to 0.
+
+    Each parameter is drawn from a generator seeded by (seed, name), so that every layout
+    starts from the same numbers. Raises ValueError for a parameter without a rule.
+    """
     # Undisclosed: initialisation. This is GPT-2's.
     for name, p in model.named_parameters():
         if re.search(r"(^|\.)(token_embedding|qkv|distance|up|out|down)\.weight$", name):
@@ -354,8 +363,8 @@ def count_parameters(model):
 
 def flops_per_token(cfg):
     """Training FLOPs per token: 2 per weight of a matrix product forward, twice that backward.
-    Attention counts as causal, (T + 1) / 2 keys a query, half of what the full square gives; W_R r
-    is left out, since one product serves all sequences of a batch."""
+    Attention counts as causal, (T + 1) / 2 keys per query, half of what the full square gives;
+    W_R r is left out, since one product serves all sequences of a batch."""
     width = cfg.n_heads * cfg.head_dim
     weights = cfg.n_layers * (4 * cfg.dim * width + 2 * cfg.dim * cfg.hidden_dim)
     attention = cfg.n_layers * 3 * width * (cfg.seq_len + 1) / 2  # q k, q r, A v
@@ -363,8 +372,8 @@ def flops_per_token(cfg):
 
 def appendix_f(cfg):
     """Forward FLOPs of a sequence of T tokens by the terms of Appendix F; training takes three
-    times that. Its ratios to 6 N D (Table A4) come out with "body" alone; and the 6.3e23 that the
-    paper names for Gopher is four times "body", as if one forward pass were recomputed."""
+    times as many. Table A4's ratios to 6 N D come out with "body" alone, and the 6.3e23 that the
+    paper gives for Gopher is four times "body", as if one forward pass were recomputed."""
     T, D, L, V = cfg.seq_len, cfg.dim, cfg.n_layers, cfg.vocab_size
     width = cfg.n_heads * cfg.head_dim
     attention = 2 * 3 * T * D * width  # queries, keys, values
@@ -377,13 +386,13 @@ def appendix_f(cfg):
 # ---------------------------------------- Data ----------------------------------------
 
 def get_batch(corpus, first, n, cfg):
-    """Sequences first ... first + n - 1 of the run, whatever the ranks or the moment: tokens and
-    targets [n, T], and the counts n_targets and n_bytes (of the targets' text)."""
-    # Undisclosed: how documents fill sequences. As in GPT-3 they stand one behind another with
-    # <|endoftext|> between, and attention sees across; every one of the T targets counts.
-    # Departure: MassiveText is not public; its mix (Table A1: 0.45 MassiveWeb, 0.3 books, 0.1 C4,
-    # 0.1 news, 0.04 GitHub, 0.01 Wikipedia) is for whoever has the parts, in the shards of --data.
-    # Nor is its vocabulary, 32,000 pieces of SentencePiece: --tokenizer takes another.
+    """Sequences first ... first + n - 1 of the run: tokens and targets [n, T], and their counts.
+
+    A pure function of the seed and the index, so that any number of ranks, any accumulation and
+    any resume see the same sequences. n_targets counts targets, n_bytes the bytes of their text.
+    """
+    # Undisclosed: how documents fill sequences. As in GPT-3 they are concatenated, each followed by
+    # <|endoftext|>, and attention crosses their borders.
     windows = np.stack([corpus.window(first + i, cfg.seq_len, cfg.seed) for i in range(n)])
     tokens = torch.from_numpy(windows[:, :-1].copy())
     targets = windows[:, 1:].copy()
@@ -393,10 +402,10 @@ def get_batch(corpus, first, n, cfg):
 # ---------------------------------------- Objective ----------------------------------------
 
 def objective(model, batch, cfg):
-    """Loss and metrics: the sum of -log P(next token) over the batch's targets, divided by
-    batch["n_targets"], the count of the whole global batch."""
+    """The sum of -log P(next token) over the batch's targets, divided by batch["n_targets"], the
+    count of the whole global batch. There are no metrics."""
     with torch.autocast(batch["tokens"].device.type, torch.bfloat16, cfg.precision == "bf16"):
-        logits = model(batch["tokens"]).float().flatten(0, 1)  # [B * T, V]
+        logits = model(batch["tokens"]).float().flatten(0, 1)  # [B T, V]
     nats = F.cross_entropy(logits, batch["targets"].flatten(), reduction="sum")
     return nats / max(batch["n_targets"], 1), {}
 
@@ -412,13 +421,19 @@ def frontier(law, C):
     G = (alpha * law["A"] / (beta * law["B"])) ** (1 / (alpha + beta))
     return G * (C / 6) ** (beta / (alpha + beta)), (C / 6) ** (alpha / (alpha + beta)) / G
 
+def frontier_power_law(law):
+    """(k, a) of the frontier's N = k C^a."""
+    a = law["beta"] / (law["alpha"] + law["beta"])
+    return frontier(law, 6.0)[0] / 6**a, a
+
 def overtrain(law, N, D, inference):
-    """Sardana Eq. 3: (N, D) as good as the given ones, at the least cost 6 N D + 2 N inference of
-    training and use together: the best of a grid of smaller models."""
+    """Sardana Eq. 3: (N, D) of the same loss as the given ones and the least cost 6 N D + 2 N
+    inference of training and inference, from a grid of smaller models."""
     N = N * np.geomspace(1e-6, 1, 100_001)
-    gap = parametric_loss(law, N[-1], D) - law["E"] - law["A"] / N ** law["alpha"]
-    N = N[gap > 0]
-    D = (law["B"] / gap[gap > 0]) ** (1 / law["beta"])  # makes up for the smaller model
+    N_term = law["A"] / N ** law["alpha"]
+    D_term = law["B"] / D ** law["beta"] - (N_term - N_term[-1])  # what N adds, D has to save
+    N = N[D_term > 0]
+    D = (law["B"] / D_term[D_term > 0]) ** (1 / law["beta"])
     best = np.argmin(6 * N * D + 2 * N * inference)
     return N[best], D[best]
 
@@ -427,21 +442,20 @@ def kaplan_loss(N, D, N_c, D_c, alpha_N, alpha_D):
     return ((N_c / N) ** (alpha_N / alpha_D) + D_c / D) ** alpha_D
 
 def critical_batch(loss):
-    """Kaplan Eq. 1.4: tokens of the batch that takes twice the least updates S and twice the least
-    data E; in general (S / S_min - 1) (E / E_min - 1) = 1 (Eq. 5.1)."""
+    """Kaplan Eq. 1.4: tokens of the batch with which training to a loss takes twice the least
+    number of updates and twice the least number of tokens."""
     return 2e8 / loss ** (1 / 0.21)
 
 def kaplan_optimum(C):
-    """Kaplan Table 6, Eq. 1.3: optimal N, tokens D, updates S and loss for C_min in FLOPs, the
-    compute of a batch far below the critical one; a batch B takes C = C_min (1 + B / B_crit)."""
+    """Kaplan Table 6, Eq. 1.3: (optimal N without embeddings, tokens D, loss) for C_min in FLOPs,
+    the compute with a batch B far below the critical one: C = C_min (1 + B / B_crit)."""
     days = C / PF_DAY
-    law = {"N": 1.3e9 * days**0.73, "D": 2e10 * days**0.27, "S": 5.4e3 * days**0.03}
-    return law | {"loss": (3.1e8 / days) ** 0.050}
+    return 1.3e9 * days**0.73, 2e10 * days**0.27, (3.1e8 / days) ** 0.050
 
-SQUARES = 1e9  # delta of Huber's loss that makes it least squares
+SQUARES = 1e9  # delta with which a Huber loss is half the square
 
 class TooFewRuns(Exception):
-    """What a law lacks to be fitted to these runs."""
+    """A law cannot be fitted to these runs; the message says what they lack."""
 
 def minimize(function, start):
     """(minimum, argument) of function, [P] -> scalar, by L-BFGS from start, in float64."""
@@ -453,8 +467,8 @@ def minimize(function, start):
 
     def closure():
         optimizer.zero_grad()
-        # The objectives are 1e-5 to 1e-3, below any tolerance that a library has: unscaled (or as
-        # a mean, as in the paper) it stops far from the minimum (Besiroglu).
+        # Departure: the sums are 1e-5 to 1e-3, near the optimizer's tolerances, and are scaled. The
+        # paper's fit, of a mean over runs, stopped far from the minimum (Besiroglu).
         loss = 1e6 * function(x)
         loss.backward()
         return loss
@@ -464,17 +478,17 @@ def minimize(function, start):
 
 def best_minimum(residuals, delta, axes, near):
     """The argument of the least Huber sum of residuals(x [..., P]) [..., R], by L-BFGS from near
-    or, if it is None, from the best five points of a grid, which are scored together."""
+    or, if it is None, from the best five points of the grid of axes."""
     objective = functools.partial(huber_sum, residuals, delta)
     starts = [near]
     if near is None:
         grid = torch.cartesian_prod(*(torch.tensor(list(axis)).double() for axis in axes))
         starts = grid[objective(grid).argsort()[:5]].tolist()
-    found = [minimize(objective, start) for start in starts]
-    found = [pair for pair in found if math.isfinite(pair[0])]
-    if not found:
+    minima = [minimize(objective, start) for start in starts]
+    minima = [(value, x.tolist()) for value, x in minima if math.isfinite(value)]
+    if not minima:
         raise TooFewRuns("no minimum")
-    return min(found, key=lambda pair: pair[0])[1].tolist()
+    return min(minima)[1]
 
 def columns(rows, *names):
     """The named columns of the rows, as float64 arrays."""
@@ -485,55 +499,47 @@ def power_law(x, y):
     exponent, log_k = np.polyfit(np.log(x), np.log(y), 1)
     return math.exp(log_k), exponent
 
-def smoothed(losses, window=10):
-    """Losses after a Gaussian of that window (§3.1); its weights add up to 1 at the ends, too."""
-    # Undisclosed: the Gaussian's deviation, here a quarter of the window.
-    # Departure: it counts logged updates, since a toy's have a thousandth of the paper's tokens.
-    kernel = np.exp(-0.5 * (np.arange(-window // 2, window // 2 + 1) / (window / 4)) ** 2)
-    total = np.convolve(losses, kernel)[window // 2 :][: len(losses)]
-    return total / np.convolve(np.ones(len(losses)), kernel)[window // 2 :][: len(losses)]
+def smoothed(losses):
+    """Losses averaged over a Gaussian with a window of 10, also at both ends (§3.1)."""
+    # Undisclosed: the Gaussian's standard deviation, here a quarter of the window.
+    # Departure: the window counts logged updates, because those of small runs have few tokens.
+    kernel = np.exp(-0.5 * (np.arange(-5, 6) / 2.5) ** 2)
+    total = np.convolve(losses, kernel)[5:-5]
+    return total / np.convolve(np.ones(len(losses)), kernel)[5:-5]
 
 def training_curves(rows):
-    """(N, FLOPs per token, tokens, losses) of each run, or of each size that has several D."""
-    curves = [(r["N"], r["C"] / r["D"], *np.array(r["curve"]).T) for r in rows if r.get("curve")]
-    if curves:
-        return curves
-    rows = sorted(rows, key=lambda row: (row["N"], row["D"]))
-    for N, same in itertools.groupby(rows, lambda row: row["N"]):
-        C, D, losses = columns(list(same), "C", "D", "loss")
-        curves += [(N, (C / D).mean(), D, losses)] if len(D) > 1 else []
-    return curves
+    """(N, FLOPs per token, tokens, losses) of each run that has a curve."""
+    return [(r["N"], r["C"] / r["D"], *np.array(r["curve"]).T) for r in rows if r.get("curve")]
 
-def envelope(curves, low, high, points=1500):
-    """§3.1, App. D.1: (C, N, D) of the run of least loss at 1500 FLOPs from low to high."""
-    C = np.geomspace(low, high, points)
-    losses = [
+def envelope(curves, low, high):
+    """§3.1, App. D.1: (C, N, D, loss) of the run of least loss at 1500 FLOPs from low to high."""
+    C = np.geomspace(low, high, 1500)
+    losses = np.array([
         np.interp(np.log(C), np.log(cost * tokens), loss, math.inf, math.inf)
         for _, cost, tokens, loss in curves
-    ]  # [runs, points]
-    best, reached = np.argmin(losses, 0), np.isfinite(np.min(losses, 0))
-    N, cost = np.array([curve[:2] for curve in curves])[best].T
-    return C[reached], N[reached], (C / cost)[reached]
+    ])  # [R, 1500]; infinite before and after a run
+    reached = np.isfinite(losses.min(0))
+    C = C[reached]
+    losses = losses[:, reached]
+    N, cost = np.array([curve[:2] for curve in curves])[losses.argmin(0)].T
+    return C, N, C / cost, losses.min(0)
 
 def fit_envelope(rows, near=None):
     """Approach 1 (§3.1): power laws through the sizes and tokens that lie on the envelope."""
-    # Departure: a size has one cosine a budget, where the paper has four over a factor of 16.
+    # Departure: each size has one cosine per budget, where the paper has four over a factor of 16.
     curves = training_curves(rows)
-    if len({curve[0] for curve in curves}) < 3:
-        raise TooFewRuns("needs training curves, or several D a size, of three sizes")
-    starts, ends = np.transpose([cost * tokens[[0, -1]] for _, cost, tokens, _ in curves])
-    low = min(ends) if min(ends) < 0.5 * max(ends) else max(starts)  # where runs end
-    if low >= max(ends):
-        raise TooFewRuns("the curves of the sizes do not overlap")
-    C, N, D = envelope(curves, low, max(ends))
+    ends = [cost * tokens[-1] for _, cost, tokens, _ in curves]
+    if not curves or max(ends) < 1.5 * min(ends):
+        raise TooFewRuns("needs training curves of two budgets")
+    C, N, D, _ = envelope(curves, min(ends), max(ends))
     if len(set(N)) < 3:
         raise TooFewRuns("fewer than three sizes have the least loss at some budget")
     (k, a), (_, b) = power_law(C, N), power_law(C, D)
     return {"a": a, "b": b, "k": k, "sizes": len(set(N))}
 
 def budgets_of(rows):
-    """[runs of a budget] of three sizes or more, the least first: runs that name the same budget
-    or, where they name none, whose C is less than a tenth above that of the run before."""
+    """The runs of each budget that has three sizes or more, in the order of budgets: runs of the
+    same budget or, without that column, runs whose C are neighbours less than a tenth apart."""
     groups = []
     last = 0.0
     for row in sorted(rows, key=lambda row: row.get("budget") or row["C"]):
@@ -545,8 +551,9 @@ def budgets_of(rows):
     return [group for group in groups if len({row["N"] for row in group}) >= 3]
 
 def parabola(rows, name):
-    """§3.2: (argument, value, C) of the lowest point of the loss's parabola over ln(column), or
-    None where it is not inside what was swept; and the parabola's coefficients."""
+    """§3.2: the parabola of the loss over the logarithm of a column, N or D, of a budget's runs:
+    ((column, loss, C) at its lowest point, or None if that is outside the runs; coefficients)."""
+    # Undisclosed: the parabola's argument and weights, here ln N and equal weights.
     x, loss, C = columns(sorted(rows, key=lambda row: row[name]), name, "loss", "C")
     if len(set(x)) < 3:
         return None, None
@@ -555,21 +562,20 @@ def parabola(rows, name):
     lowest = -c[1] / (2 * c[0]) if c[0] > 0 else math.nan
     if not x[0] < lowest < x[-1]:
         return None, c
-    cost = math.exp(np.interp(lowest, x, np.log(C)))  # 6 N D is not the same for all by App. F
+    cost = math.exp(np.interp(lowest, x, np.log(C)))  # by App. F, 6 N D differs within a budget
     return (math.exp(lowest), np.polyval(c, lowest), cost), c
 
 def lowest_points(rows, name):
-    """(C, the column there, the run nearest to it) of each budget's lowest point; those not inside
-    are left out."""
-    # Undisclosed: x and weights of the parabola: ln N, all alike.
-    found = []
+    """(C, column, the run nearest to it) at the lowest point of each budget that has one inside."""
+    points = []
     for same in budgets_of(rows):
-        if point := parabola(same, name)[0]:
+        point, _ = parabola(same, name)
+        if point:
             nearest = min(same, key=lambda row: abs(math.log(row[name] / point[0])))
-            found.append((point[2], point[0], nearest))
-    if len(found) < 2:
+            points.append((point[2], point[0], nearest))
+    if len(points) < 2:
         raise TooFewRuns("needs two budgets whose lowest loss lies inside three sizes or more")
-    C, x, nearest = zip(*found)
+    C, x, nearest = zip(*points)
     return np.array(C), np.array(x), nearest
 
 def fit_isoflop(rows, near=None):
@@ -590,7 +596,7 @@ def parametric_residuals(x, ln_N, ln_D, ln_L):
     return torch.stack(terms).logsumexp(0) - ln_L  # [..., R]
 
 def fit_law(rows, residuals, near, delta, axes):
-    """The argument of least Huber sum for a law of N, D and L: of the grid's best, or near one."""
+    """The argument of least Huber sum for a law of N, D and L; near, axes: see best_minimum."""
     N, D, L = (torch.from_numpy(np.log(column)) for column in columns(rows, "N", "D", "loss"))
     if len(set(N.tolist())) < 3 or len(set(D.tolist())) < 3 or len(rows) < 6:
         raise TooFewRuns("needs six runs, of three sizes and three D")
@@ -602,14 +608,14 @@ def fit_law(rows, residuals, near, delta, axes):
 
 def fit_parametric(rows, near=None, delta=1e-3):
     """Approach 3 (§3.3, App. D.2): Eq. 2 by Huber loss and L-BFGS from a grid of 4500 starts."""
-    # Departure: all starts are scored, and the best five followed: the same minimum in less time.
+    # Departure: all starts are scored, but only the best five are followed, to save time.
     axes = [np.arange(0, 26, 5)] * 2 + [np.arange(-1, 1.1, 0.5)] + [np.arange(0, 2.1, 0.5)] * 2
     if near:
         near = [math.log(near[key]) for key in "ABE"] + [near["alpha"], near["beta"]]
     *x, alpha, beta = fit_law(rows, parametric_residuals, near, delta, axes)
     law = dict(zip("ABE", np.exp(x).tolist())) | {"alpha": alpha, "beta": beta}
-    a = beta / (alpha + beta)
-    return {"a": a, "b": 1 - a, "k": frontier(law, 6.0)[0] / 6**a} | law
+    k, a = frontier_power_law(law)
+    return {"a": a, "b": 1 - a, "k": k} | law
 
 def kaplan_residuals(x, ln_N, ln_D, ln_L):
     """ln of Kaplan's Eq. 1.5 minus ln L, x = (ln N_c, ln D_c, alpha_N, alpha_D) [..., 4]."""
@@ -618,56 +624,52 @@ def kaplan_residuals(x, ln_N, ln_D, ln_L):
 
 def fit_kaplan(rows, near=None):
     """Kaplan Eq. 1.5, with N without embeddings where runs have it, and the optimum it implies."""
-    # Undisclosed: Kaplan's procedure: here least squares in ln L.
-    # Departure: Kaplan leaves out models of one layer (D.7); a toy sweep may have no others.
+    # Undisclosed: how Kaplan fits it, here least squares in ln L.
+    # Departure: Kaplan leaves out models of one layer (D.7), but the demo has no others.
     rows = [row | {"N": row.get("N_non_embedding") or row["N"]} for row in rows]
     axes = [np.arange(5, 41, 5)] * 2 + [(0.03, 0.07, 0.15, 0.3, 0.6)] * 2
     if near:
         near = [*np.log([near["N_c"], near["D_c"]]), near["alpha_N"], near["alpha_D"]]
     N_c, D_c, alpha_N, alpha_D = fit_law(rows, kaplan_residuals, near, SQUARES, axes)
-    p = alpha_N / alpha_D  # N of least loss under 6 N D = C: p (N_c / N)^p = 6 D_c N / C
+    p = alpha_N / alpha_D  # least loss with 6 N D = C: p (N_c / N)^p = 6 D_c N / C
     k = math.exp((math.log(p / 6) + p * N_c - D_c) / (1 + p))
     law = {"N_c": math.exp(N_c), "D_c": math.exp(D_c), "alpha_N": alpha_N, "alpha_D": alpha_D}
     return {"a": 1 / (1 + p), "b": p / (1 + p), "k": k} | law
 
-def sigmoid(nll, m, k):
-    """Accuracy in four choices over nats per byte of the right one: from 1 down to chance."""
-    return 0.25 + 0.75 * torch.sigmoid(-k * (nll - m))
-
 def fit_llama(rows, near=None):
-    """Llama 3 §3.2.1: tokens at the lowest point of each budget's parabola; then, of the runs that
-    have the columns nll (nats per character of a benchmark's right answers) and accuracy, nll of
-    the optimal models over ln C, and accuracy over nll."""
+    """Llama 3 §3.2.1: the optimal tokens D = A C^b, through the lowest points of parabolas over
+    ln D; and fit_accuracy, if the runs allow."""
     C, D, _ = lowest_points(rows, "D")
-    A, alpha = power_law(C, D)
-    found = {"a": 1 - alpha, "b": alpha, "k": 1 / (6 * A), "A": A}
-    scored = [row for row in rows if None not in (row.get("nll"), row.get("accuracy"))]
-    nll, accuracy = columns(scored, "nll", "accuracy")
-    try:
-        _, _, optimal = lowest_points(scored, "D")
-    except TooFewRuns:
-        return found
-    if len(set(nll)) < 3 or len(set(accuracy)) < 3:
-        return found
-    slope, start = np.polyfit(*np.log(columns(optimal, "C")), *columns(optimal, "nll"), 1)
-    # Undisclosed: how the sigmoid is fitted: here least squares, with a floor at chance.
-    # Departure: to all runs, where the paper adds the Llama 2 models to the optimal ones.
-    nll, accuracy = torch.from_numpy(nll), torch.from_numpy(accuracy)
+    A, b = power_law(C, D)
+    law = {"a": 1 - b, "b": b, "k": 1 / (6 * A), "A": A}
+    with contextlib.suppress(TooFewRuns):
+        law |= fit_accuracy(rows, near)
+    return law
+
+def fit_accuracy(rows, near):
+    """Llama 3 §3.2.1, of runs with the columns nll, in nats per character of a benchmark's correct
+    answers, and accuracy: nll of the optimal models = intercept + slope ln C, and accuracy =
+    1/4 + 3/4 / (1 + exp(k (nll - m))), with chance among four answers as its floor."""
+    # Undisclosed: how the sigmoid is fitted and what its floor is, here least squares and chance.
+    # Departure: to all runs, where the paper takes the optimal ones and the Llama 2 models.
+    rows = [row for row in rows if None not in (row.get("nll"), row.get("accuracy"))]
+    _, _, optimal = lowest_points(rows, "D")
+    slope, intercept = np.polyfit(*np.log(columns(optimal, "C")), *columns(optimal, "nll"), 1)
+    nll, accuracy = (torch.from_numpy(column) for column in columns(rows, "nll", "accuracy"))
 
     def residuals(x):
         m, ln_k = x[..., None].unbind(-2)
-        return sigmoid(nll, m, ln_k.exp()) - accuracy
+        return 0.25 + 0.75 * torch.sigmoid(-ln_k.exp() * (nll - m)) - accuracy
 
     axes = [np.linspace(nll.min().item() - 1, nll.max().item() + 1, 20), np.linspace(-2, 4, 20)]
+    start = None
     if near and "sigmoid_m" in near:
-        near = [near["sigmoid_m"], math.log(near["sigmoid_k"])]
-    else:
-        near = None
-    m, ln_k = best_minimum(residuals, SQUARES, axes, near)
+        start = [near["sigmoid_m"], math.log(near["sigmoid_k"])]
+    m, ln_k = best_minimum(residuals, SQUARES, axes, start)
     if abs(ln_k) > 200:
         raise TooFewRuns("accuracy is no sigmoid of nll")
-    found |= {"nll_start": start, "nll_slope": slope}
-    return found | {"sigmoid_m": m, "sigmoid_k": math.exp(ln_k)}
+    line = {"nll_intercept": intercept, "nll_slope": slope}
+    return line | {"sigmoid_m": m, "sigmoid_k": math.exp(ln_k)}
 
 FITS = {
     "approach 1": fit_envelope, "approach 2": fit_isoflop, "approach 3": fit_parametric,
@@ -675,42 +677,43 @@ FITS = {
 }  # fmt: skip
 
 def fit_all(rows, cfg):
-    """{law: {constant: (value, its 10 % and 90 % over resamples of 80 % of the runs, the number of
-    resamples that have it)}}, or, of a law that cannot be fitted, what it lacks. N_ahead is the
-    optimal N for ten times the FLOPs of the largest run."""
+    """{law: constants as of fit_resamples, or a message if the law cannot be fitted}."""
     ahead = 10 * max(row["C"] for row in rows)
-    kept = sorted(rows, key=lambda row: row["loss"])[: len(rows) - cfg.drop_highest]
+    n_kept = max(len(rows) - cfg.drop_highest, 0)
+    kept = sorted(rows, key=lambda row: row["loss"])[:n_kept]
     fits = {}
     for law, fit in FITS.items():
         used = kept if fit is fit_parametric else rows
-
-        def constants(chosen, near=None, fit=fit):
-            found = fit(chosen, near)
-            return found | {"N_ahead": power(found["k"], found["a"])(ahead)}
-
-        try:
-            best = constants(used)
-        except TooFewRuns as lacking:
-            fits[law] = str(lacking)
-            continue
         generator = np.random.default_rng(stable_hash(cfg.seed, law))
-        found = []
-        for _ in range(cfg.bootstrap):
-            chosen = generator.choice(len(used), round(0.8 * len(used)), replace=False)
-            with contextlib.suppress(TooFewRuns):
-                found.append(constants([used[i] for i in chosen], best))
-        fits[law] = {}
-        for key, value in best.items():
-            values = [other[key] for other in found if key in other]
-            interval = (math.nan, math.nan)
-            if values and 2 * len(values) >= cfg.bootstrap:
-                interval = np.percentile(values, (10, 90)).tolist()
-            fits[law][key] = (value, *interval, len(values))
+        try:
+            fits[law] = fit_resamples(fit, used, ahead, cfg.bootstrap, generator)
+        except TooFewRuns as error:
+            fits[law] = str(error)
     return fits
 
+def fit_resamples(fit, rows, ahead, n_resamples, generator):
+    """{constant of the fit, or N_ahead, the optimal N for `ahead` FLOPs: (value, its 10 % and 90 %
+    over resamples of 80 % of the rows, NaN if fewer than half of them have it, how many do)}."""
+    best = fit(rows)
+    resamples = [best]
+    for _ in range(n_resamples):
+        chosen = generator.choice(len(rows), round(0.8 * len(rows)), replace=False)
+        with contextlib.suppress(TooFewRuns):
+            resamples.append(fit([rows[i] for i in chosen], best))
+    for constants in resamples:
+        constants["N_ahead"] = power(constants["k"], constants["a"], ahead)
+    intervals = {}
+    for key, value in best.items():
+        values = [constants[key] for constants in resamples[1:] if key in constants]
+        interval = (math.nan, math.nan)
+        if values and 2 * len(values) >= n_resamples:
+            interval = np.percentile(values, (10, 90)).tolist()
+        intervals[key] = (value, *interval, len(values))
+    return intervals
+
 def read_runs(path, flops):
-    """Rows of a .csv or .jsonl of runs with N, D, loss and C (if there is none, or flops is "6nd"
-    6 N D; "appF": the column C_appF), without those that diverged or whose cosine was too long."""
+    """The runs of a .csv or .jsonl that did not diverge: rows with N, D, loss, C (C_appF if flops
+    is "appF" and there is one; 6 N D without a column C), and further columns if there are."""
     with explain(f"{path} is not UTF-8 text", UnicodeDecodeError):
         lines = Path(path).read_text("utf-8-sig").splitlines(True)
     if Path(path).suffix == ".jsonl":
@@ -720,62 +723,59 @@ def read_runs(path, flops):
     else:
         with explain(f"{path} is not a table", csv.Error):
             rows = list(csv.DictReader(lines))
-    found = []
+    runs = []
     for number, row in enumerate(rows, 1):
-        if row.get("loss") is None and "key" in row:
-            print(f"run {row['name']} diverged: it is left out")
+        if row.get("loss") is None and "key" in row:  # as a sweep writes it
+            print(f"run {row.get('name')} diverged: it is left out")
             continue
         with explain(f"{path}, run {number}, is not numbers above 0", Exception):
             numbers = {name: float(row[name]) for name in ("N", "D", "loss")}
-            for name in ("C", "C_appF", "nll", "accuracy", "N_non_embedding", "budget", "cosine"):
+            numbers["C"] = 6 * numbers["N"] * numbers["D"]
+            for name in ("C", "C_appF", "nll", "accuracy", "N_non_embedding", "budget"):
                 if row.get(name) not in (None, ""):
                     numbers[name] = float(row[name])
+            if flops == "appF" and "C_appF" in numbers:
+                numbers["C"] = numbers["C_appF"]
             curve = np.array(row.get("curve") or [[1, 1]], np.float64)
             values = [*numbers.values(), *curve.flatten()]
-            if curve.shape[1] != 2 or not all(0 <= value < math.inf for value in values):
+            positive = min(numbers[name] for name in ("N", "D", "loss", "C")) > 0
+            if curve.shape[1] != 2 or not positive or not all(0 <= x < math.inf for x in values):
                 raise ValueError(f"it has {numbers}")
-            if min(numbers["N"], numbers["D"], numbers["loss"]) <= 0:
-                raise ValueError(f"it has {numbers}")
-        numbers.setdefault("C", 6 * numbers["N"] * numbers["D"])
-        if flops == "appF" and "C_appF" in numbers:
-            numbers["C"] = numbers["C_appF"]
-        if numbers.get("cosine", 1) == 1:
-            found.append(numbers | {"curve": row.get("curve"), "key": row.get("key")})
-    if not found:
+        runs.append(numbers | {"curve": row.get("curve"), "key": row.get("key")})
+    if not runs:
         raise ValueError(f"{path} has no runs")
-    return found
+    return runs
 
 def human(x):
-    """A number in three digits with its unit, as 1.41M; 1e15 and more as a power of ten."""
+    """x with three digits and a unit, as 1.41M; in exponential form from 1e15 on."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if size <= x < 1e15:
             return f"{x / size:#.3g}".rstrip(".") + unit
     return f"{x:.3g}"
 
-def draw(rows, width=66, height=18):
-    """The IsoFLOP parabolas in characters: budget 1 is the least, * is a lowest point."""
+def draw(rows):
+    """Print the IsoFLOP parabolas: the digits are runs of the first, second ... budget, dots are
+    the parabolas, stars their lowest points."""
     groups = budgets_of(rows)
-    N, loss = columns([row for group in groups for row in group], "N", "loss")
-    left, right, low, high = *np.log([N.min(), N.max()]), loss.min(), loss.max()
-    grid = [[" "] * width for _ in range(height)]
-
-    def put(x, y, mark):
-        column = round((x - left) / (right - left) * (width - 1))
-        row = round((high - y) / (high - low or 1) * (height - 1))
-        if 0 <= column < width and 0 <= row < height:
-            grid[row][column] = mark
-
+    marks = []  # (ln N, loss, character)
     for number, same in enumerate(groups, 1):
         point, c = parabola(same, "N")
         x = np.log(columns(same, "N")[0])
-        for at in np.linspace(x.min(), x.max(), width):
-            put(at, np.polyval(c, at), ".")
-        for row in same:
-            put(math.log(row["N"]), row["loss"], str(number % 10))
+        marks += [(ln_N, np.polyval(c, ln_N), ".") for ln_N in np.linspace(x.min(), x.max(), 66)]
+        marks += [(math.log(row["N"]), row["loss"], str(number % 10)) for row in same]
         if point:
-            put(math.log(point[0]), point[1], "*")
-    print(f"loss {high:.3f} ... {low:.3f}, N {human(N.min())} ... {human(N.max())} in logarithms:")
-    print("\n".join("  |" + "".join(line).rstrip() for line in grid) + "\n  +" + "-" * width)
+            marks.append((math.log(point[0]), point[1], "*"))
+    N, loss = columns([row for same in groups for row in same], "N", "loss")
+    left, right, low, high = *np.log([N.min(), N.max()]), loss.min(), loss.max()
+    grid = np.full((18, 66), " ")
+    for ln_N, loss, mark in marks:
+        row = round((high - loss) / (high - low or 1) * 17)
+        if 0 <= row < 18:
+            grid[row, round((ln_N - left) / (right - left) * 65)] = mark
+    print(f"loss {high:.3f} ... {low:.3f} over ln N, N {human(N.min())} ... {human(N.max())}:")
+    for row in grid:
+        print("  |" + "".join(row).rstrip())
+    print("  +" + "-" * 66)
 
 def plot(rows, fits, folder):
     """Write isoflop.png (§3.2), envelope.png (§3.1) and frontier.png to folder."""
@@ -786,8 +786,7 @@ def plot(rows, fits, folder):
 
     Path(folder).mkdir(parents=True, exist_ok=True)
     pictures = {name: plt.subplots() for name in ("isoflop", "envelope", "frontier")}
-    isoflop, runs, frontier = (axes for _, axes in pictures.values())
-    points = []
+    isoflop, training, optimum = (axes for _, axes in pictures.values())
     for same in budgets_of(rows):
         N, loss, C = columns(sorted(same, key=lambda row: row["N"]), "N", "loss", "C")
         (line,) = isoflop.plot(N, loss, "o", label=f"{C[0]:.2g} FLOPs")
@@ -796,33 +795,29 @@ def plot(rows, fits, folder):
         isoflop.plot(x, np.polyval(c, np.log(x)), "-", color=line.get_color())
         if point:
             isoflop.plot(*point[:2], "*", color=line.get_color(), markersize=14)
-            points.append((point[2], point[0]))
-    isoflop.set(xscale="log", xlabel="N", ylabel="loss, nats per token")
+            optimum.plot(point[2], point[0], "k*")
     curves = training_curves(rows)
-    colors = {N: f"C{i}" for i, N in enumerate(sorted({curve[0] for curve in curves}))}
+    sizes = sorted({N for N, *_ in curves})
     for N, cost, tokens, loss in curves:
-        seen = f"N {human(N)}" in runs.get_legend_handles_labels()[1]
-        label = None if seen else f"N {human(N)}"
-        runs.plot(cost * tokens, loss, color=colors[N], label=label, linewidth=0.8)
+        training.plot(cost * tokens, loss, color=f"C{sizes.index(N)}", linewidth=0.8)
+    for i, N in enumerate(sizes):
+        training.plot([], [], color=f"C{i}", label=f"N {human(N)}")
     if curves:
-        ends = np.array([cost * tokens[-1] for _, cost, tokens, _ in curves])
-        C, N, D = envelope(curves, min(ends) / 2, max(ends))
-        every = [np.interp(C, cost * t, loss, math.inf, math.inf) for _, cost, t, loss in curves]
-        runs.plot(C, np.min(every, 0), "k:", label="envelope")
-        frontier.plot(C, N, "k.", markersize=2, label="envelope")
-    runs.set(xscale="log", xlabel="FLOPs", ylabel="training loss, smoothed")
-    most = 10 * max(row["C"] for row in rows)
-    C = np.geomspace(min(row["C"] for row in rows), most, 50)
-    frontier.plot(C, [power(*all_laws({})[3][1:3])(c) for c in C], "k--", label="as published, 3")
+        ends = [cost * tokens[-1] for _, cost, tokens, _ in curves]
+        C, N, _, loss = envelope(curves, min(ends) / 2, max(ends))
+        training.plot(C, loss, "k:", label="envelope")
+        optimum.plot(C, N, "k.", markersize=2, label="envelope")
+    every = [row["C"] for row in rows]
+    C = np.geomspace(min(every), 10 * max(every), 50)
+    optimum.plot(C, frontier(HOFFMANN, C)[0], "k--", label="approach 3 as published")
     for name, law in fits.items():
-        if isinstance(law, str):
-            continue
-        N = law["k"][0] * C ** law["a"][0]
-        (line,) = frontier.plot(C, N, label=f"{name}, a {law['a'][0]:.3f}")
-        low, high = law["N_ahead"][1:3]
-        frontier.plot([most, most], [low, high], "_-", color=line.get_color())
-    frontier.plot(*np.array(points).reshape(-1, 2).T, "k*", label="lowest points")
-    frontier.set(xscale="log", yscale="log", xlabel="C, FLOPs", ylabel="optimal N")
+        if not isinstance(law, str):
+            a = law["a"][0]
+            (line,) = optimum.plot(C, law["k"][0] * C**a, label=f"{name}, a {a:.3f}")
+            optimum.plot([C[-1]] * 2, law["N_ahead"][1:3], "_-", color=line.get_color())
+    isoflop.set(xscale="log", xlabel="N", ylabel="loss, nats per token")
+    training.set(xscale="log", xlabel="FLOPs", ylabel="training loss, smoothed")
+    optimum.set(xscale="log", yscale="log", xlabel="C, FLOPs", ylabel="optimal N (lowest point: *)")
     for name, (figure, axes) in pictures.items():
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="x-small")
@@ -831,13 +826,13 @@ def plot(rows, fits, folder):
     print(f"{', '.join(pictures)} as PNG in {folder}")
 
 def shown(key, value, low, high, count, of):
-    """A constant of a fit with its interval; and of how many resamples, where not all had it."""
+    """A constant with its interval and, unless all have it, how many of the resamples do."""
     interval = "n/a" if math.isnan(low) else f"{low:.4g}, {high:.4g}"
     return f"{key} {value:.4g} [{interval}{f'; {count} of {of}' if count < of else ''}]"
 
 def fit_and_report(rows, cfg):
-    """The fits of all laws to rows, after printing them with their intervals, the lowest points of
-    the budgets and, as plots, the parabolas."""
+    """Fit all laws to rows; print the lowest points of the budgets and the constants with their
+    intervals, and plot. Returns the fits."""
     print(f"fits to {len(rows)} runs; in brackets 10 to 90 % of {cfg.bootstrap} resamples of 80 %")
     groups = budgets_of(rows)
     for same in groups:
@@ -850,9 +845,6 @@ def fit_and_report(rows, cfg):
         sizes = f"{human(N.min())} ... {human(N.max())}"
         middle = math.exp(np.log(C).mean())
         print(f"C {middle:.3g} | {len(same)} runs | N {sizes} | lowest point {optimum}")
-    n_others = len(rows) - sum(map(len, groups))
-    if n_others:
-        print(f"{n_others} of {len(rows)} runs are left out of approach 2")
     fits = fit_all(rows, cfg)
     for name, law in fits.items():
         if isinstance(law, str):
@@ -860,112 +852,104 @@ def fit_and_report(rows, cfg):
             continue
         print(f"{name:10} | {' | '.join(shown(k, *v, cfg.bootstrap) for k, v in law.items())}")
         if name == "approach 1" and law["sizes"][0] < 10:
-            print(f"{'':10} | so few sizes are a coarse grid, which sets the exponent with the law")
+            print(f"{'':10} | with so few sizes, the exponent depends on the grid of sizes")
     if cfg.plot:
         try:
             plot(rows, fits, cfg.plot)
-        except Exception as error:  # the fits are there all the same
+        except Exception as error:  # must not end a run whose fits are complete
             print(f"no plots: {type(error).__name__}: {error}")
     elif groups:
         draw(rows)
     return fits
 
-def power(k, a):
-    """C -> k C^a, or e^200 and its inverse where that is out of reach."""
-    return lambda C: math.exp(max(min(math.log(k) + a * math.log(C), 200), -200))
+def power(k, a, C):
+    """k C^a, within e^-200 ... e^200."""
+    return math.exp(max(min(math.log(k) + a * math.log(C), 200), -200))
 
 def all_laws(fits):
-    """[(name, k, a of N = k C^a, a as published with its error, parametric law or None)] of every
+    """[(name, k, a of N = k C^a, a with its interval as text, parametric law or None)] of every
     published law and of our own fits."""
-    N, *table = np.array(TABLE_3).T
-    laws = [("Kaplan, Table 6 *", 1.3e9 / PF_DAY**0.73, 0.73, None)]
-    for approach in (1, 2):  # a power law through the rows of the table: no more was published
-        laws += [(f"Hoffmann, approach {approach}", *power_law(table[2 * approach - 2], N), None)]
-    names = "Hoffmann, approach 3", "same, as printed", "Besiroglu"
-    for name, law in zip(names, (HOFFMANN, HOFFMANN_ROUNDED, BESIROGLU)):
-        a = law["beta"] / (law["alpha"] + law["beta"])
-        laws += [(name, frontier(law, 6.0)[0] / 6**a, a, law)]
-    laws = [(name, k, a, error, law) for (name, k, a, law), error in zip(laws, TABLE_2)]
-    for name, (A, alpha) in LLAMA3.items():  # whose law is of the tokens
-        laws += [(f"Llama 3, {name}", 1 / (6 * A), 1 - alpha, f"{1 - alpha:.3f}", None)]
+    N, C_1, _, C_2, *_ = np.array(TABLE_3).T
+    # a: as in Table 2, with 10 to 90 %; Besiroglu's with the standard error. For approaches 1 and 2
+    # no k is published: these power laws are fitted to the rows of the tables.
+    laws = [
+        ("Kaplan, Table 6 *", kaplan_optimum(PF_DAY)[0] / PF_DAY**0.73, 0.73, "0.73", None),
+        ("Hoffmann, approach 1", *power_law(C_1, N), "0.50 (0.488, 0.502)", None),
+        ("Hoffmann, approach 2", *power_law(C_2, N), "0.49 (0.462, 0.534)", None),
+        ("Hoffmann, approach 3", *frontier_power_law(HOFFMANN), "0.46 (0.454, 0.455)", HOFFMANN),
+        ("same, as printed", *frontier_power_law(HOFFMANN_ROUNDED), "0.452", HOFFMANN_ROUNDED),
+        ("Besiroglu", *frontier_power_law(BESIROGLU), "0.513 +- 0.02", BESIROGLU),
+    ]
+    for name, (A, alpha) in LLAMA3.items():
+        laws.append((f"Llama 3, {name}", 1 / (6 * A), 1 - alpha, f"{1 - alpha:.3f}", None))
     for name, law in fits.items():
         if not isinstance(law, str):
             values = {key: value for key, (value, *_) in law.items()}
-            error = shown("", *law["a"], law["a"][-1]).strip()
+            interval = shown("", *law["a"], law["a"][-1]).strip()
+            parametric = values if "E" in values else None
             name = f"own fit, {name}" + " *" * (name == "Kaplan")
-            laws += [(name, values["k"], values["a"], error, values if "E" in values else None)]
+            laws.append((name, values["k"], values["a"], interval, parametric))
     return laws
 
 def answer(cfg, fits):
-    """Print the optimal N and D for a budget by every law, 6 N D beside counted FLOPs, and the
-    paper's tables 3 and A3 beside what the laws give."""
+    """Print the optimal N and D for a budget by every law, and the paper's Tables 3 and A3 beside
+    what the laws give."""
     C = cfg.budget
-    laws = all_laws(fits)
     used = cfg.inference_tokens
-    kaplan = kaplan_optimum(C)
+    laws = all_laws(fits)
+    _, kaplan_D, loss = kaplan_optimum(C)
     print(f"budget {C:.3g} FLOPs = {C / PF_DAY:.3g} PF-days | D = C / 6N | a of N = k C^a")
-    for name, k, a, error, law in laws:
-        N = power(k, a)(C)
-        D = kaplan["D"] if name.startswith("Kaplan") else C / (6 * N)
-        line = f"{name:21} | N {human(N):>7} | D {human(D):>7} | D/N {D / N:8.3g} | a {error:21}"
-        line += f" | loss {parametric_loss(law, N, D):.4f}" if law else ""
+    for name, k, a, interval, law in laws:
+        N = power(k, a, C)
+        D = kaplan_D if name.startswith("Kaplan") else C / (6 * N)
+        line = f"{name:21} | N {human(N):>7} | D {human(D):>7} | D/N {D / N:8.3g} | a {interval:21}"
+        if law:
+            line += f" | loss {parametric_loss(law, N, D):.4f}"
         if law and used:
-            less, more = overtrain(law, N, D, used)
-            cost = (6 * less * more + 2 * less * used) / (6 * N * D + 2 * N * used)
-            line += f" | used for {human(used)} tokens: N {human(less)},"
-            line += f" D {human(more)}, {cost:.3f} of the cost"
+            small_N, large_D = overtrain(law, N, D, used)
+            ratio = (6 * small_N * large_D + 2 * small_N * used) / (6 * N * D + 2 * N * used)
+            line += f" | used for {human(used)} tokens: N {human(small_N)},"
+            line += f" D {human(large_D)}, {ratio:.3f} of the cost"
         print(line.rstrip())
-    batch = human(critical_batch(kaplan["loss"]))
-    print("* N without embeddings; Table 6's D is a fit of its own; its C is C_min, of batches far")
-    print(f"below the critical one, {batch} tokens at Kaplan's loss {kaplan['loss']:.3f} (Eq. 1.4)")
-    N = frontier(BESIROGLU, C)[0]
-    shapes = {f"{row[0]}m": row[0] * 1e6 for row in TABLE_A9} | {"70b": 7e10, "280b": 2.8e11}
-    preset = min(shapes, key=lambda name: abs(math.log(shapes[name] / N)))
-    model = Config(**PRESETS[preset])
-    with torch.device("meta"):
-        N, _ = count_parameters(Chinchilla(model))
-    terms = appendix_f(model)
-    D = C / (6 * N)
-    print(f"nearest shape {preset}: N {N:,} | 6ND {C:.4g} | App. F", end=" ")
-    print(f"{3 * terms['total'] * D / model.seq_len:.4g}, without embeddings and logits", end=" ")
-    print(f"{3 * terms['body'] * D / model.seq_len:.4g} | causal {flops_per_token(model) * D:.4g}")
+    print("* N without embeddings; Table 6 has a fit of D, too, and its C is C_min, of batches far")
+    print(f"below the critical {human(critical_batch(loss))} tokens (Eq. 1.4 at loss {loss:.3f})")
     print("Tables 3 and A3: FLOPs and tokens for N to be optimal, printed -> by the law above")
     for N, *row in TABLE_3:
         line = f"N {human(N):>5}"
-        for i, (_, k, a, *_) in enumerate(laws[1:4]):
-            cost = (N / k) ** (1 / a)
-            line += f" | {row[2 * i]:.2e} {human(row[2 * i + 1]):>6} -> {cost:.2e} "
-            line += f"{human(cost / (6 * N)):>6}"
+        for C, D, (_, k, a, *_) in zip(row[::2], row[1::2], laws[1:4]):
+            found = (N / k) ** (1 / a)
+            line += f" | {C:.2e} {human(D):>6} -> {found:.2e} {human(found / (6 * N)):>6}"
         print(line)
 
 # ---------------------------------------- Sweep ----------------------------------------
 
 def is_sweep(cfg):
-    """Whether to train a sweep: it has budgets, and nothing asks for a single run."""
+    """Whether to train a sweep: --sweep has budgets, and no flag asks for a single run."""
     return bool(cfg.sweep) and not cfg.steps and not cfg.eval
 
 def plan_sweep(cfg, fingerprint):
-    """[(key, budget, N, Config of the run)] for each budget and size, the longest first. The key is
-    a hash of all that a run depends on, the data of that fingerprint included."""
+    """[(key, budget, N, Config of the run)] for each budget and size, the longest run first. The
+    key is a hash of the fields of Config before `data` and of the data's fingerprint."""
     names = [field.name for field in dataclasses.fields(cfg)]
-    names = names[: names.index("data")]  # what comes later changes no number
-    runs = []
+    names = names[: names.index("data")]
+    plan = []
     for C, size in itertools.product(cfg.sweep.split(","), cfg.sizes.split(",")):
         with explain(f"--sweep {C} --sizes {size} is not FLOPS,... and presets or WIDTHxLAYERS",
                      ValueError):  # fmt: skip
             C = float(C)
             # Undisclosed: batches and warm-up of the sweep's models ("well-tested heuristics").
-            # Here all have one batch, and a tenth of a run at most is warm-up.
+            # Here all have the same batch, and warm-up is at most a tenth of a run.
             if size in PRESETS:
+                preset = Config(**PRESETS[size])
                 shape = ("dim", "n_layers", "n_heads", "head_dim", "hidden_dim", "lr")
-                own = {name: PRESETS[size][name] for name in shape if name in PRESETS[size]}
-            else:  # Departure: rates of toy models fall with width
-                dim, layers = map(int, size.split("x"))
-                own = dict(dim=dim, n_layers=layers, hidden_dim=4 * dim)
-                own |= dict(n_heads=dim // cfg.head_dim, lr=cfg.lr * cfg.dim / dim)
-                if dim % cfg.head_dim or dim % 2 or dim < 1 or layers < 1:
+                changes = {name: getattr(preset, name) for name in shape}
+            else:  # Departure: the learning rate of small models falls with their width
+                dim, n_layers = map(int, size.split("x"))
+                changes = dict(dim=dim, n_layers=n_layers, hidden_dim=4 * dim)
+                changes |= dict(n_heads=dim // cfg.head_dim, lr=cfg.lr * cfg.dim / dim)
+                if dim % cfg.head_dim or dim % 2 or dim < 1 or n_layers < 1:
                     raise ValueError(f"heads of {cfg.head_dim} do not divide the width {dim}")
-            run = dataclasses.replace(cfg, **own, sweep="", sizes="")
+            run = dataclasses.replace(cfg, **changes, sweep="", sizes="")
             with torch.device("meta"):
                 N, _ = count_parameters(Chinchilla(run))
             cost = 6 * N
@@ -973,16 +957,16 @@ def plan_sweep(cfg, fingerprint):
                 cost = 3 * appendix_f(run)["total"] / run.seq_len
             if not 0.5 <= C / cost / (run.batch_size * run.seq_len) < math.inf:
                 raise ValueError(f"{C:g} FLOPs are not one update of {size}")
-        run.steps = round(C / cost / (run.batch_size * run.seq_len))  # D = C / (FLOPs of a token)
+        run.steps = round(C / cost / (run.batch_size * run.seq_len))  # D = C / FLOPs per token
         run.tokens = planned_tokens(run, N)
         run.warmup_steps = min(cfg.warmup_steps, run.steps // 10)
         key = stable_hash(fingerprint, [getattr(run, name) for name in names]) % 16**12
-        runs.append((f"{key:012x}", C, N, run))
-    # an update of a tiny model takes as long as some 5e7 FLOPs, whatever it computes
-    return sorted(runs, key=lambda run: -run[1] - 5e7 * run[3].steps)
+        plan.append((f"{key:012x}", C, N, run))
+    # An update of a very small model takes as long as some 5e7 FLOPs, whatever it computes.
+    return sorted(plan, key=lambda planned: -planned[1] - 5e7 * planned[3].steps)
 
 class OnceAMinute(io.TextIOBase):
-    """A file that prints, once a minute, the line that is written to it."""
+    """An output that prints the text written to it at most once a minute, after a head."""
 
     def __init__(self, head):
         self.head = head
@@ -1000,21 +984,16 @@ def train_run(key, C, N, run, corpus, heldout, device, signals):
     its row for runs.jsonl, without a loss if it diverged; None if a signal stopped it."""
     clock = time.perf_counter()
     if run.compile:
-        torch.compiler.reset()  # each size compiles anew, and few are allowed for one block
-    run.val_every = run.steps + 1  # at the start and at the end
-    finite = True
+        torch.compiler.reset()  # each size recompiles the block, and the number of times is limited
+    run.val_every = run.steps + 1  # validate at the start and at the end
     name = Path(run.out).name
-    with contextlib.redirect_stdout(OnceAMinute(name)):
+    with contextlib.redirect_stdout(OnceAMinute(name)), contextlib.suppress(Diverged):
         fixed = fixed_fields(run, corpus)
-        checkpoint, _ = newest_checkpoint(run.out, True, fixed)
-        # the lock is held until the row is returned
-        model, optimizer, state, lock = build_run(run, fixed, None, checkpoint, device)
-        try:
-            if not train(model, optimizer, corpus, heldout, state, run, device, signals):
-                return None
-        except Diverged:
-            finite = False
-    log = [json.loads(line) for line in (Path(run.out) / "metrics.jsonl").open()]
+        newest, _ = newest_checkpoint(run.out, True, fixed)
+        # The lock is held until this function returns.
+        model, optimizer, state, lock = build_run(run, fixed, None, newest, device)
+        if not train(model, optimizer, corpus, heldout, state, run, device, signals):
+            return None
     D = state["tokens"]
     row = {
         "key": key, "name": name, "N": N, "D": D, "steps": run.steps,
@@ -1022,12 +1001,13 @@ def train_run(key, C, N, run, corpus, heldout, device, signals):
         "C_appF": 3 * appendix_f(run)["total"] / run.seq_len * D, "lr": run.lr, "seed": run.seed,
         "train_loss": None, "loss": None, "seconds": time.perf_counter() - clock, "curve": [],
     }  # fmt: skip
-    # Departure: all approaches but the first are fitted to held-out loss, where the paper has the
-    # smoothed training loss; a toy reads its text several times, and has few updates to smooth.
-    loss = log[-1].get("val_loss")  # on the same windows for all runs
-    if finite and loss is not None:
-        steps = {row["step"]: row for row in log if row.get("loss")}  # some twice, after a resume
-        tokens, losses = columns([steps[step] for step in sorted(steps)], "tokens", "loss")
+    # Departure: all approaches but the first are fitted to the held-out loss, where the paper takes
+    # the smoothed training loss; small sweeps repeat their text, and have few updates to smooth.
+    logged = [json.loads(line) for line in (Path(run.out) / "metrics.jsonl").open()]
+    loss = logged[-1].get("val_loss")  # on the same windows for all runs; None if one diverged
+    if loss is not None:
+        updates = {r["step"]: r for r in logged if r.get("loss")}  # a resume logs some again
+        tokens, losses = columns([updates[step] for step in sorted(updates)], "tokens", "loss")
         losses = smoothed(losses)
         kept = np.unique(np.geomspace(1, len(losses), 100).round().astype(int)) - 1
         curve = np.stack((tokens, losses), 1)[kept].round(5).tolist()
@@ -1035,17 +1015,18 @@ def train_run(key, C, N, run, corpus, heldout, device, signals):
     return row
 
 def finished(file):
-    """{key: row} of the runs in runs.jsonl; a line that a kill cut short is none."""
+    """{key: row} of the runs in runs.jsonl, without lines that a killed process left incomplete."""
     rows = {}
-    for line in file.read_text().splitlines() if file.exists() else ():
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            rows[row["key"]] = row
+    if file.exists():
+        for line in file.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                rows[row["key"]] = row
     return rows
 
 def sweep(cfg, plan, corpus, heldout, device, queue, signals):
-    """Train, of the planned runs that are not in runs.jsonl, what the queue gives this rank; rank 0
-    waits for the others. Returns whether all runs are done."""
+    """Train the planned runs that the queue gives this rank, except those in runs.jsonl; rank 0
+    waits for the other ranks. Returns whether all runs are finished."""
     store, rank, ranks = queue
     file = Path(cfg.out) / "runs.jsonl"
     while not signals:
@@ -1059,45 +1040,44 @@ def sweep(cfg, plan, corpus, heldout, device, queue, signals):
         print(f"run {turn + 1}/{len(plan)}: {Path(run.out).name}, {run.steps:,} updates")
         row = train_run(key, C, N, run, corpus, heldout, device, signals)
         if row:
-            with open(file, "ab", buffering=2**20) as end:  # in one write: lines do not mix
+            with open(file, "ab", buffering=2**20) as end:  # one write: lines of ranks do not mix
                 end.write(f"\n{json.dumps(row)}\n".encode())
             if not cfg.keep_models:
                 shutil.rmtree(run.out)
-    store.add("ended", 1)
-    while rank == 0 and not signals and store.add("ended", 0) < ranks:  # at their last runs
+    with contextlib.suppress(dist.DistNetworkError):  # rank 0, which has the store, was stopped
+        store.add("ended", 1)
+    while rank == 0 and not signals and store.add("ended", 0) < ranks:
         time.sleep(0.1)
-    return finished(file).keys() >= {run[0] for run in plan}
+    return finished(file).keys() >= {key for key, *_ in plan}
 
 def sweep_and_fit(cfg, corpus, heldout, device, queue, signals):
-    """Train the sweep, over the ranks of the queue; fit the laws to it on rank 0."""
+    """Train the sweep over the ranks of the queue, in cfg.out or a temporary directory, and fit
+    the laws to it on rank 0."""
     store, rank, ranks = queue
-    folder = contextlib.nullcontext(cfg.out)
-    if rank == 0 and not cfg.out:
-        folder = tempfile.TemporaryDirectory(prefix="chinchilla_", ignore_cleanup_errors=True)
     plan = plan_sweep(cfg, corpus.fingerprint())
     if device.type == "cpu" and max(run.dim for *_, run in plan) <= 256:
-        torch.set_num_threads(1)  # for so small products threads cost more than they bring
-    with folder as cfg.out:
+        torch.set_num_threads(1)  # threads slow down products this small
+    with tempfile.TemporaryDirectory(prefix="chinchilla_", ignore_cleanup_errors=True) as folder:
         if rank == 0:
-            Path(cfg.out).mkdir(parents=True, exist_ok=True)
-            store.set("folder", cfg.out)
-            done = finished(Path(cfg.out) / "runs.jsonl").keys() & {run[0] for run in plan}
-            print(f"sweep of {len(plan)} runs over {ranks} ranks,", end=" ")
-            print(f"{sum(run[1] for run in plan):.3g} FLOPs | {len(done)} are done")
-            print_epochs(plan, corpus)
+            store.set("folder", cfg.out or folder)
         cfg.out = store.get("folder").decode()
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        file = Path(cfg.out) / "runs.jsonl"
+        keys = {key for key, *_ in plan}
+        print(f"sweep of {len(plan)} runs over {ranks} ranks,", end=" ")
+        print(f"{sum(C for _, C, *_ in plan):.3g} FLOPs |", end=" ")
+        print(f"{len(finished(file).keys() & keys)} are done")
+        print_epochs(plan, corpus)
         complete = sweep(cfg, plan, corpus, heldout, device, queue, signals)
-        if rank > 0:
-            return
         if not complete:
             return print("stopped by a signal" if signals else "another rank failed")
-        rows = read_runs(Path(cfg.out) / "runs.jsonl", cfg.flops)
-    keys = {run[0] for run in plan}
-    fit_and_report([row for row in rows if row["key"] in keys], cfg)
+        if rank == 0:
+            rows = [row for row in read_runs(file, cfg.flops) if row["key"] in keys]
+            fit_and_report(rows, cfg)
 
 def print_epochs(plan, corpus):
     """Print the passes over the training data of each planned run, with a warning above four."""
-    for key, C, N, run in plan:
+    for _, C, N, run in plan:
         epochs = run.steps * run.batch_size / corpus.n_windows(run.seq_len)
         line = f"  {run.dim}x{run.n_layers} at {C:g}: N {human(N)}, D {human(run.tokens)}"
         warning = ", a warning: more than four" if epochs > 4 else ""
@@ -1107,8 +1087,7 @@ def print_epochs(plan, corpus):
 
 def build_optimizer(model, cfg):
     """AdamW (§4.1, App. G), whose decay is on all weights that are neither bias nor gain."""
-    # Undisclosed: betas, eps and decay (those of GPT-3 and of most that came later), warm-up and
-    # clipping (Gopher's).
+    # Undisclosed: betas, eps and decay, here GPT-3's; warm-up and clipping, here Gopher's.
     groups = [
         dict(params=[p for p in model.parameters() if p.ndim > 1], weight_decay=cfg.weight_decay),
         dict(params=[p for p in model.parameters() if p.ndim <= 1], weight_decay=0.0),
@@ -1116,10 +1095,10 @@ def build_optimizer(model, cfg):
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 def learning_rate(sequences, cfg):
-    """Linear from 1e-7 (Gopher), then a cosine that falls tenfold over `cosine` times the tokens of
-    the run (§3.1, App. B), after that many sequences."""
-    # Undisclosed: whether the cosine begins before the warm-up or behind it. Here it spans the
-    # whole run, and the warm-up meets it just below the peak.
+    """After that many sequences: linear from 1e-7 (Gopher), then a cosine that falls tenfold over
+    `cosine` times the tokens of the run (§3.1, App. B)."""
+    # Undisclosed: the cosine's span. Here it is the whole run, so that after the warm-up it begins
+    # a little below the peak.
     step = sequences / cfg.batch_size
     if cfg.warmup_steps and step <= cfg.warmup_steps:
         return 1e-7 + (cfg.lr - 1e-7) * step / cfg.warmup_steps
@@ -1130,8 +1109,8 @@ def learning_rate(sequences, cfg):
 
 # Parameters, gradients and Adam's moments are fp32. Under bf16, autocast (in objective) runs matrix
 # products in bf16; the sums and the softmax of attention's scores, norms, residual sums and the
-# loss stay fp32. Sharded ranks gather bf16 weights and reduce fp32 gradients.
-# Gopher kept its parameters in bf16 with stochastic rounding; Chinchilla's fp32 copy is better.
+# loss stay fp32. Sharded ranks gather the weights of blocks in bf16, and reduce fp32 gradients.
+# Chinchilla keeps this fp32 copy where Gopher rounded bf16 parameters stochastically.
 
 PEAK_FLOPS = {"bf16": {  # dense, by precision and the device's exact name; others get no MFU
     "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989e12,
@@ -1141,9 +1120,9 @@ PEAK_FLOPS = {"bf16": {  # dense, by precision and the device's exact name; othe
 # ---------------------------------------- Parallelism ----------------------------------------
 
 def parallelize(model, cfg, mesh):
-    """Parameters, gradients and optimizer state sharded over the ranks (ZeRO-3), where there are
-    several. Recomputation and compilation are applied to the blocks first."""
-    # Departure: the paper shards the optimizer state alone, and also splits matrices ("model").
+    """Parameters, gradients and optimizer state are sharded if there are several ranks (ZeRO-3).
+    Recomputation and compilation are applied to the blocks first."""
+    # Departure: the paper shards the optimizer state alone, and also uses model parallelism.
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
@@ -1154,7 +1133,8 @@ def parallelize(model, cfg, mesh):
             block.compile(dynamic=False)
         if mesh.size() > 1:
             fully_shard(block, mesh=mesh, mp_policy=policy)
-    if mesh.size() > 1:
+    if mesh.size() > 1:  # fp32 embeddings begin an fp32 residual stream
+        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     return model
 
@@ -1171,29 +1151,29 @@ def memory_per_rank(cfg):
         model = Chinchilla(cfg)
     n, _ = count_parameters(model)
     n_block = sum(p.numel() for p in model.blocks[0].parameters())
-    n_root = n - n_block * cfg.n_layers
+    n_root = n - n_block * cfg.n_layers  # embedding and last norm
     ranks = cfg.world_size
     largest = dataclasses.replace(cfg, batch_size=max(cfg.batch_size, cfg.second_batch))
     positions = split_batch(largest, ranks)[1] * cfg.seq_len
     size = 2 if cfg.precision == "bf16" else 4
     width = cfg.n_heads * cfg.head_dim
-    # Kept per position and block: input of both norms and what they make of it before the gain
-    # (fp32); inputs of the products: q k v, q + u, q + w, k, r for each sequence, A v; GELU's
-    # input; the probabilities.
+    # Kept per position and block: the inputs of both norms and their results before the gain
+    # (fp32); the inputs of the products: q, k, v, q + u, q + w, k, r of each sequence, and P v; the
+    # input of GELU; the probabilities P.
     block = 16 * cfg.dim + size * (2 * cfg.dim + 8 * width + 2 * cfg.hidden_dim)
     block += (6 if size == 2 else 4) * cfg.n_heads * cfg.seq_len
-    if cfg.recompute == "block":  # every block's input, and one block at a time in full
-        block = 4 * cfg.dim + block / cfg.n_layers
+    blocks = cfg.n_layers * block
+    if cfg.recompute == "block":  # the inputs of all blocks, and one block at a time in full
+        blocks = cfg.n_layers * 4 * cfg.dim + block
     head = (8 + size) * cfg.dim + 4 * cfg.vocab_size  # last norm, last product, loss's softmax
-    activations = positions * (cfg.n_layers * block + head)
     memory = {"parameters": 4 * n / ranks, "gradients": 4 * n / ranks, "optimizer": 8 * n / ranks}
-    # Weights and gradients of the root, and of a block and the next one's weights.
-    gathered = size * (2 * n_root + 3 * n_block) * (ranks > 1)
-    return memory | {"gathered": gathered, "activations": activations}
+    # Weights and gradients of the root, in fp32, and of a block, and the next block's weights.
+    gathered = (8 * n_root + size * 3 * n_block) * (ranks > 1)
+    return memory | {"gathered": gathered, "activations": positions * (blocks + head)}
 
 def join_queue(cfg):
-    """(store, rank, ranks) of a sweep over torchrun's ranks, which draw runs from a counter in the
-    store; then each is a process group of its own."""
+    """(store, rank, ranks) of torchrun's processes, which take the runs of a sweep from a counter
+    in the store. Afterwards each of them forms a process group of its own."""
     rank = int(os.environ.get("RANK", 0))
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     store = dist.HashStore()
@@ -1209,7 +1189,7 @@ SHAPE = ("vocab_size", "dim", "n_layers", "n_heads", "head_dim", "hidden_dim", "
 
 def from_hf(path):
     """(model, cfg) from a directory that to_hf wrote; the weights stay in the mapped file."""
-    # Departure: Hugging Face has no class for this model; names and shapes are our own.
+    # Hugging Face has no class for this model: the names of config and tensors are our own.
     from safetensors.torch import load_file
 
     with explain(f"{path} holds no Chinchilla model", Exception):
@@ -1221,19 +1201,21 @@ def from_hf(path):
     return model, cfg
 
 def to_hf(model, cfg, path):
-    """Write model to the directory path: config.json and safetensors. All ranks call."""
+    """Write model to the directory path: config.json and safetensors. All ranks call this: they
+    gather one tensor after the other; rank 0 keeps all in its memory and writes."""
     from safetensors.torch import save_file
 
+    is_writer = not dist.is_initialized() or dist.get_rank() == 0
     tensors = {}
     for name, p in model.named_parameters():
-        p = p.detach()
-        tensors[name] = (p.full_tensor() if isinstance(p, DTensor) else p).cpu().contiguous()
-    if dist.is_initialized() and dist.get_rank() > 0:
-        return
-    with written_beside(path) as folder:
-        save_file(tensors, folder / "model.safetensors")
-        config = {name: getattr(cfg, name) for name in SHAPE}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        tensor = p.full_tensor() if isinstance(p, DTensor) else p
+        if is_writer:
+            tensors[name] = tensor.detach().cpu().contiguous()
+    if is_writer:
+        with written_beside(path) as folder:
+            save_file(tensors, folder / "model.safetensors")
+            config = {name: getattr(cfg, name) for name in SHAPE}
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 @contextlib.contextmanager
 def written_beside(path):
@@ -1371,7 +1353,7 @@ def validate(loss_of, corpus, step, cfg, device, rank, ranks):
     log(cfg.out, step, f"val {step}", row, [])
 
 def sample(model, ids, n, allowed_ids, cfg):
-    """ids and n more, drawn at temperature 0.8 among allowed_ids [V] (boolean)."""
+    """ids followed by n sampled ids (temperature 0.8); allowed_ids [V], boolean, may be drawn."""
     device = model.token_embedding.weight.device
     torch.manual_seed(stable_hash(cfg.seed, "sample"))
     with evaluation_mode(model, cfg.compile):
@@ -1395,28 +1377,28 @@ def check(cfg, ranks):
     for name in ("init", "export", "second_batch", "tokens", "cosine"):
         if sweep and getattr(cfg, name) != getattr(Config, name):
             raise ValueError(f"--{name} is for a single run: --sweep= turns the sweep off")
-    sharers = 1 if sweep else ranks  # ranks that share a batch
+    n_sharing = 1 if sweep else ranks  # ranks that share a batch
     for name in ("batch_size", "second_batch"):
         n = getattr(cfg, name)
-        n_micro, micro = split_batch(dataclasses.replace(cfg, batch_size=n), sharers)
-        if sharers * n_micro * micro != n:
-            raise ValueError(f"--{name} {n} is not {sharers} ranks x micro-batches of {micro}")
+        n_micro, micro = split_batch(dataclasses.replace(cfg, batch_size=n), n_sharing)
+        if n_sharing * n_micro * micro != n:
+            raise ValueError(f"--{name} {n} is not {n_sharing} ranks x n micro-batches of {micro}")
     local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     for wrong, message in (
-        (cfg.dim % 2, f"--dim {cfg.dim} is odd: half of a distance's encoding are sines"),
+        (cfg.dim % 2, f"--dim {cfg.dim} is odd: sinusoids of distances come in pairs"),
         (cfg.cosine < 1, f"--cosine {cfg.cosine} ends before the run"),
         (cfg.resume and not cfg.out, "--resume needs --out"),
         (cfg.eval and not cfg.out and not cfg.init, "--eval needs --out or --init"),
         (cfg.write_tokens and ranks > 1, "--write_tokens runs in one process, without torchrun"),
         (sweep and not cfg.sizes, "--sweep needs --sizes"),
         (sweep and (restarts or local < ranks) and not cfg.out,
-         "a sweep over several machines or with --max-restarts needs --out, for its finished runs"),
+         "a sweep over several machines or with --max-restarts needs --out to keep finished runs"),
         (cfg.budget and not 1e6 <= cfg.budget <= 1e40, f"--budget {cfg.budget}: 1e6 ... 1e40"),
         (cfg.inference_tokens > 1e30, f"--inference_tokens {cfg.inference_tokens:g} is over 1e30"),
         (cfg.inference_tokens and not cfg.budget, "--inference_tokens needs --budget"),
-        (cfg.plot and not (cfg.fit or (cfg.out if cfg.budget else sweep)),
-         "--plot is for a sweep, for the runs of --fit, or with --budget for those of --out"),
+        (cfg.plot and not (cfg.fit or (cfg.budget and cfg.out) or (sweep and not cfg.budget)),
+         "--plot needs runs: a sweep, --fit, or --budget with --out"),
     ):  # fmt: skip
         if wrong:
             raise ValueError(message)
@@ -1426,7 +1408,7 @@ def check(cfg, ranks):
             import matplotlib  # noqa: F401
 
 def planned_tokens(cfg, n):
-    """D of a single run of a model of n parameters."""
+    """D of a run of a model of n parameters."""
     if cfg.steps:
         return float(cfg.steps * cfg.batch_size * cfg.seq_len)
     return cfg.tokens or 20.0 * n
@@ -1450,12 +1432,15 @@ def at_sequence(sequences, cfg):
 
 def fixed_fields(cfg, corpus):
     """{name: value} of what a resumed run must have in common with its first start."""
-    fixed = {name: getattr(cfg, name) for name in (*SHAPE, "seq_len", "seed")}
-    return fixed | {"data_fingerprint": corpus.fingerprint()}
+    fixed = {name: getattr(cfg, name) for name in SHAPE}
+    if not cfg.eval:
+        fixed |= {"seq_len": cfg.seq_len, "seed": cfg.seed}
+        fixed |= {"data_fingerprint": corpus.fingerprint()}
+    return fixed
 
-def build_run(cfg, fixed, source, checkpoint, device):
-    """(model, optimizer, state, lock on cfg.out) of a run: with the weights of the model source,
-    if there is one, and then with what the checkpoint holds, if there is one."""
+def build_run(cfg, fixed, source, newest, device):
+    """(model, optimizer, state, lock on cfg.out) of a run, which begins with the weights of the
+    model `source` and continues from the checkpoint `newest`, if these are not None."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp",))
     with torch.device("meta"):
         model = Chinchilla(cfg)
@@ -1468,49 +1453,51 @@ def build_run(cfg, fixed, source, checkpoint, device):
         init_weights(model, cfg)
     optimizer = build_optimizer(model, cfg)
     state = {"step": 0, "sequences": 0, "tokens": 0}
-    if checkpoint:
-        load_checkpoint(checkpoint, model, optimizer, state)
+    if newest:
+        load_checkpoint(newest, model, optimizer, state)
     lock = None
     if cfg.out:
         lock = claim_directory(cfg.out, dataclasses.asdict(cfg) | fixed)
     return model, optimizer, state, lock
 
 def dry_run(cfg):
-    """Print parameters, FLOPs per token and memory per rank, computed from shapes alone; and the
-    runs of a sweep."""
+    """Print parameters, FLOPs per token and memory per rank, computed from shapes alone; of a sweep
+    those of its runs and the memory of its largest model."""
     if not cfg.vocab_size:
         cfg.vocab_size = load_tokenizer(cfg.tokenizer or "bytes", ["<|endoftext|>"]).n_vocab
     check(cfg, cfg.world_size)
+    if is_sweep(cfg):
+        plan = plan_sweep(cfg, 0)
+        for _, C, N, run in plan:
+            size = f"{run.dim}x{run.n_layers}"
+            print(f"run {size} | N {N:,} | {run.steps:,} updates | {C:.3g} FLOPs")
+        _, _, N, run = max(plan, key=lambda planned: planned[2])
+        print(f"memory for N {N:,}, which one rank trains alone:")
+        return print_memory(memory_per_rank(dataclasses.replace(run, world_size=1)))
     with torch.device("meta"):
         total, activated = count_parameters(Chinchilla(cfg))
     print(f"parameters {total:,} | activated {activated:,}")
     print(f"FLOPs per token {flops_per_token(cfg):.4g} | 6 N gives {6 * activated:.4g}", end=" ")
     print(f"| App. F {3 * appendix_f(cfg)['total'] / cfg.seq_len:.4g}")
-    if is_sweep(cfg):
-        for _, C, N, run in plan_sweep(cfg, 0):
-            size = f"{run.dim}x{run.n_layers}"
-            print(f"run {size} | N {N:,} | {run.steps:,} updates | {C:.3g} FLOPs")
-        return print_memory(memory_per_rank(dataclasses.replace(cfg, world_size=1)))
     cfg.tokens = planned_tokens(cfg, total)
-    print(f"D {human(cfg.tokens)} in {updates_left(0, cfg):,} updates | 6ND", end=" ")
-    print(f"{6 * total * cfg.tokens:.3g}")
+    print(f"D {human(cfg.tokens)} in {updates_left(0, cfg):,} updates", end=" ")
+    print(f"| 6 N D {6 * total * cfg.tokens:.3g}")
     print_memory(memory_per_rank(cfg))
 
 def update_shards(model, optimizer, batches, lr, cfg):
-    """One update from this rank's micro-batches: (loss, gradient norm) of the global batch. The
-    parameters stay as they are if either is not finite, which all ranks find alike."""
+    """One update from this rank's micro-batches; returns loss and gradient norm of the global
+    batch. If either is not finite, all ranks skip the update."""
     loss = torch.zeros((), device=batches[0]["tokens"].device)
-    for i, batch in enumerate(batches):
-        if isinstance(model, FSDPModule):  # one reduction of the gradients an update
-            model.set_requires_gradient_sync(i == len(batches) - 1)
+    # Each micro-batch reduces its gradients: unreduced, every rank would keep those of all weights.
+    for batch in batches:
         part, _ = objective(model, batch, cfg)
         (part * dist.get_world_size()).backward()  # FSDP averages over the ranks
         loss += part.detach()
     dist.all_reduce(loss)
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
     if isinstance(norm, DTensor):
-        norm = norm.full_tensor()  # of the parts of all ranks
-    loss, norm = torch.stack([loss, norm]).tolist()  # the update waits for the device here alone
+        norm = norm.full_tensor()  # of the shards of all ranks
+    loss, norm = torch.stack([loss, norm]).tolist()  # the only wait for the device in an update
     for group in optimizer.param_groups:
         group["lr"] = lr
     if math.isfinite(loss) and math.isfinite(norm):
@@ -1519,14 +1506,14 @@ def update_shards(model, optimizer, batches, lr, cfg):
     return loss, norm
 
 class Diverged(ValueError):
-    """The last updates had no finite gradient."""
+    """The last updates were skipped, because the loss or the gradient was not finite."""
 
 def train(model, optimizer, corpus, heldout, state, cfg, device, signals):
-    """Update the model until the tokens of the run are used up; False if a signal ends it."""
-    place = device, dist.get_rank(), dist.get_world_size()
-    now = at_sequence(state["sequences"], cfg)  # with the batch size of the update to come
+    """Update the model until the end of the run; returns False if a signal ends it earlier."""
+    this_rank = device, dist.get_rank(), dist.get_world_size()
+    next_cfg = at_sequence(state["sequences"], cfg)  # has the size of the next batch
     thread = ThreadPoolExecutor(1)  # reads the next batch during an update
-    ahead = thread.submit(read_batch, corpus, state["sequences"], now, *place)
+    next_batches = thread.submit(read_batch, corpus, state["sequences"], next_cfg, *this_rank)
     first_step = saved = state["step"]
     clock = time.perf_counter()
     pace = None  # seconds per update
@@ -1538,15 +1525,15 @@ def train(model, optimizer, corpus, heldout, state, cfg, device, signals):
 
     while True:
         step = state["step"]
-        first = state["sequences"]  # of the batch to come
+        first = state["sequences"]  # first sequence of the next batch
         steps_left = updates_left(first, cfg)
-        error = ahead.exception()  # waits until that batch is read
+        error = next_batches.exception()  # waits until the next batch is read
         if step > first_step + 1:  # the first update may compile and is left out
             seconds = time.perf_counter() - clock
             pace = 0.9 * (pace or seconds) + 0.1 * seconds
         (stop,) = sum_over_ranks(len(signals) + (error is not None))
         end = steps_left <= 0 or stop
-        if cfg.out and step > saved and not n_skipped and (end or step % cfg.save_every == 0):
+        if cfg.out and step > saved and (end or (step % cfg.save_every == 0 and not n_skipped)):
             save_checkpoint(cfg.out, model, optimizer, state)
             saved = step
         if error:
@@ -1554,15 +1541,16 @@ def train(model, optimizer, corpus, heldout, state, cfg, device, signals):
         if stop:
             return False
         if end or step % cfg.val_every == 0:
-            validate(evaluate, heldout, step, cfg, *place)
+            validate(evaluate, heldout, step, cfg, *this_rank)
         if end:
             return True
 
         clock = time.perf_counter()
-        batches = ahead.result()
-        now = at_sequence(first, cfg)
+        batches = next_batches.result()
+        now = next_cfg
         following = first + now.batch_size
-        ahead = thread.submit(read_batch, corpus, following, at_sequence(following, cfg), *place)
+        next_cfg = at_sequence(following, cfg)
+        next_batches = thread.submit(read_batch, corpus, following, next_cfg, *this_rank)
         sum_counts(batches, dist.get_world_size())
         lr = learning_rate(first, cfg)
         loss, norm = update_shards(model, optimizer, batches, lr, cfg)
@@ -1601,38 +1589,39 @@ def load_data(cfg):
     return tokenizer, *load_corpora(shards, documents, tokenizer, separator, *sizes)
 
 def single_run(cfg, given, corpus, heldout, tokenizer, source, device, signals):
-    """Train one model on all ranks, from source or a checkpoint if there is one; then sample."""
+    """Build or resume one run on all ranks, train, export and sample; source: see build_run."""
     ranks = dist.get_world_size()
     with torch.device("meta"):
         total, activated = count_parameters(Chinchilla(cfg))
     cfg.tokens = planned_tokens(cfg, total)
     fixed = fixed_fields(cfg, corpus)
-    checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
-    if run and not given & {"steps", "tokens"}:  # as many tokens as its first start planned
+    newest, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
+    if run and not given & {"steps", "tokens"}:  # keep the planned number of tokens
         cfg.tokens = run["tokens"]
     n_updates = updates_left(0, cfg)
     if cfg.warmup_steps > n_updates // 10:
         cfg.warmup_steps = n_updates // 10
         print(f"the warm-up is cut to {cfg.warmup_steps} updates, a tenth of the run")
     if cfg.eval:
-        if not checkpoint and not cfg.init:
+        if not newest and not cfg.init:
             raise ValueError(f"--eval: {cfg.out} has no checkpoint")
         cfg.tokens = 0
         cfg.out = ""  # nothing is written
-    model, optimizer, state, lock = build_run(cfg, fixed, source, checkpoint, device)
+    # The process holds the lock until the run ends.
+    model, optimizer, state, lock = build_run(cfg, fixed, source, newest, device)
     n_micro, micro = split_batch(cfg, ranks)
-    tokens = cfg.batch_size * cfg.seq_len
+    n_tokens = cfg.batch_size * cfg.seq_len
     print(f"parameters {total:,} | activated {activated:,}", end=" | ")
     print(f"FLOPs per token {flops_per_token(cfg):.3g} | tokens per step", end=" ")
-    print(f"{tokens:,} = {ranks} ranks x {n_micro} x {micro} sequences of {cfg.seq_len}", end=" | ")
-    print(f"D {human(cfg.tokens)}, {cfg.tokens / total:.3g} per parameter")
+    print(f"{n_tokens:,} = {ranks} ranks x {n_micro} x {micro} sequences of {cfg.seq_len}", end="")
+    print(f" | D {human(cfg.tokens)}, {cfg.tokens / total:.3g} per parameter")
     if cfg.second_batch:
         print(f"{cfg.second_batch} sequences per step from half of the tokens on")
     if not train(model, optimizer, corpus, heldout, state, cfg, device, signals):
         return print(f"stopped after step {state['step']}")
     if cfg.export:
         to_hf(model, cfg, cfg.export)
-    if tokenizer:  # all ranks compute the same sample
+    if tokenizer:  # all ranks compute the sample, since each has a shard of the weights
         ids = get_batch(heldout, 0, 1, cfg)["tokens"][0, :32].tolist()
         if cfg.prompt:
             ids = tokenizer.encode_ordinary(cfg.prompt)
@@ -1660,8 +1649,6 @@ def main(argv=None):
         if cfg.init:
             source, theirs = from_hf(cfg.init)
             cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in SHAPE})
-            check(cfg, ranks)
-
         data = load_data(cfg)
         if not data:
             return

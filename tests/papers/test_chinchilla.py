@@ -3,6 +3,7 @@ import json
 import math
 import re
 import signal
+from unittest.mock import MagicMock, patch
 
 import chinchilla as c
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from conftest import SCRIPTS
 from pytest import approx
-from ranks import Process, run_main
+from ranks import gradients, run_main
 
 BUDGETS = [6e18, 1e19, 3e19, 6e19, 1e20, 3e20, 6e20, 1e21, 3e21]
 TRUTH = dict(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)
@@ -21,43 +22,27 @@ main = lambda flags: run_main("chinchilla", flags)  # noqa: E731 -> (exit status
 def synthetic(law=TRUTH, noise=0.0, outliers=0.0, span=4):
     """The specification's 63 runs: nine budgets times N = N_opt span^(k/3), k = -3 ... 3, ordered by budget, then k."""
     rows = []
-    for i in range(63):
-        N = c.frontier(TRUTH, BUDGETS[i // 7])[0] * span ** (i % 7 / 3 - 1)
-        D = BUDGETS[i // 7] / 6 / N
+    for i, C in enumerate(np.repeat(BUDGETS, 7)):
+        N = c.frontier(TRUTH, C)[0] * span ** (i % 7 / 3 - 1)
         error = noise * ((7 * i % 11) - 5) / 5 + outliers * (i in (5, 20, 40))
-        rows.append(dict(N=N, D=D, C=6 * N * D, loss=c.parametric_loss(law, N, D) * math.exp(error)))
+        rows.append(dict(N=N, D=C / 6 / N, C=C, loss=c.parametric_loss(law, N, C / 6 / N) * math.exp(error)))
     return rows
 
 
-def test_attention_is_the_formula_and_hfs_xlnet():
+def test_attention_is_the_formula():
     """score_ij = ((q_i + u) k_j + (q_i + w) W_R r_{i-j}) / sqrt(E), no weight or bias near 0: T 7, D 20, H 3, E 6."""
     layer, x, i = c.RelativeAttention(20, 3, 6).double(), torch.randn(2, 7, 20).double(), torch.arange(7)
     [p.data.normal_(0, 0.4) for p in layer.parameters()]
     angles = torch.arange(7, -7, -1)[:, None] / 10000 ** (torch.arange(0, 20, 2) / 20).double()
     every = torch.cat((angles.sin(), angles.cos()), 1)  # of distances 7 ... -6
-    r, future = c.distances(7, 20, torch.device("cpu"))
+    r, mask = c.distances(7, 20, torch.device("cpu"))
     torch.testing.assert_close(r.double(), every[1:8], atol=1e-6, rtol=0)
-    found, W_r = layer(x, every[1:8], future.double()), layer.distance(every).view(14, 3, 6)
     q, k, v = layer.qkv(x).view(2, 7, 3, 3, 6).unbind(2)  # [B, T, H, E]
     scores = torch.einsum("bihe,bjhe->bhij", q + layer.u.view(3, 6), k)
-    scores += torch.einsum("bihe,ijhe->bhij", q + layer.w.view(3, 6), W_r[7 - i[:, None] + i])
+    scores += torch.einsum("bihe,ijhe->bhij", q + layer.w.view(3, 6), layer.distance(every).view(14, 3, 6)[7 - i[:, None] + i])
     p = (scores / math.sqrt(6)).masked_fill(i > i[:, None], -math.inf).softmax(-1)
-    torch.testing.assert_close(found, layer.out(torch.einsum("bhij,bjhe->bihe", p, v).flatten(2)), atol=1e-10, rtol=0)
-    xlnet = pytest.importorskip("transformers.models.xlnet.modeling_xlnet")
-    core = xlnet.XLNetRelativeAttention(xlnet.XLNetConfig(vocab_size=9, d_model=18, n_head=3, d_inner=8, dropout=0.0)).double()
-    core.r_w_bias.data, core.r_r_bias.data = layer.u.data.view(3, 6), layer.w.data.view(3, 6)
-    mask = (i > i[:, None]).double()[:, :, None, None].expand(7, 7, 2, 1)
-    theirs = core.rel_attn_core(*(t.transpose(0, 1) for t in (q, k, v)), W_r[:, None].expand(14, 2, 3, 6), None, mask)  # [T, B, H, E]
-    torch.testing.assert_close(found, layer.out(theirs.transpose(0, 1).flatten(2)), atol=1e-9, rtol=0)
-
-
-def test_initialisation():
-    cfg = c.Config(**c.PRESETS["demo"] | {"vocab_size": 257, "dim": 96, "n_layers": 8})
-    model = c.Chinchilla(cfg)
-    c.init_weights(model, cfg)
-    for name, p in model.named_parameters():
-        std = 0.02 / 4 if re.search(r"(out|down)\.weight", name) else 0.02  # sqrt(2 x 8 layers)
-        assert p.std().item() == approx(std, rel=0.1) if p.ndim == 2 else p.unique().tolist() == [float("norm" in name)], name
+    expected = layer.out(torch.einsum("bhij,bjhe->bihe", p, v).flatten(2))
+    torch.testing.assert_close(layer(x, every[1:8], mask.double()), expected, atol=1e-10, rtol=0)
 
 
 def test_tables_a9_and_4():
@@ -66,9 +51,9 @@ def test_tables_a9_and_4():
     assert len(counts) == 50 and all(count == approx(printed, abs=0.61) for printed, count in counts.items())
     assert [printed for printed, count in counts.items() if round(count) != printed] == [489, 1731, 2980, 6796]
     assert all(row[2] == (64 if row[0] < 400 else 128) and 1.25e-4 <= c.PRESETS[f"{row[0]}m"]["lr"] <= 2e-4 for row in c.TABLE_A9)
-    shapes = {512: (64, 8, 8, approx(2e-4)), 1280: (128, 10, 18, c.PRESETS["425m"]["lr"])}
+    shapes = {512: (64, 8, 8, approx(2e-4)), 1280: (128, 10, 18, c.PRESETS["425m"]["lr"]), 8192: (128, 64, 80, 1e-4)}
     for flops in ("6nd", "appF"):
-        for _, C, N, run in c.plan_sweep(c.Config(**c.PRESETS["demo"] | dict(vocab_size=257, sweep="1e18", sizes="44m,425m", flops=flops)), 0):
+        for _, C, N, run in c.plan_sweep(c.Config(**c.PRESETS["demo"] | dict(vocab_size=257, sweep="1e18", sizes="44m,425m,70b", flops=flops)), 0):
             assert (run.head_dim, run.n_heads, run.n_layers, run.lr) == shapes[run.dim]
             assert C == approx(run.steps * 768 * {"6nd": 6 * N, "appF": 3 * c.appendix_f(run)["total"] / 32}[flops], rel=1e-3)
     for preset, shape, tokens, sizes in (("70b", (64, 8192, 1e-4), 1.4e12, (768, 1536)), ("280b", (128, 16384, 4e-5), 3e11, (1536, 3072))):
@@ -90,40 +75,39 @@ def test_laws_at_the_specifications_points():
         ([round(body / 4096 / (32000 * D + L * (5 * D * E * H + 8 * D * D)), 2) for D, E, H, L, body in shapes], [1.03, 1.10, 1.08, 1.04, 1.03, 0.99], 1e-9),
         (4 * terms["280b"]["body"] / 2048 * 3e11, 6.31e23, 2e-3),  # Gopher's 6.3e23 counts a forward pass more
         ([c.kaplan_loss(N, D, **c.KAPLAN_ND) for N, D in ((1e8, 1e9), (1e9, 2.2e10))], [2.9567, 2.3693], 2e-5),
-        ([c.critical_batch(3), c.kaplan_optimum(3.1e8 * 8.64e19)["loss"]], [1.069e6, 1], 1e-3),
-        ([c.kaplan_optimum(3640 * 8.64e19)[key] for key in "NDS"], [5.171e11, 1.83e11, 5.4e3 * 3640**0.03], 2e-3),
+        ([c.critical_batch(3), c.kaplan_optimum(3.1e8 * 8.64e19)[2]], [1.069e6, 1], 1e-3),
+        (c.kaplan_optimum(3640 * 8.64e19)[:2], [5.171e11, 1.83e11], 2e-3),
         ([c.parametric_loss(laws[0], *point) for point in points], [1.973882, 1.999608, 2.530050, 3.438537], 4e-7),
         ([c.parametric_loss(laws[1], *point) for point in points], [1.936645, 1.993258, 2.580048, 3.485874], 4e-7),
         ([c.frontier(laws[0], C) for C in (1e18, 1e21, 3.8e25)], [(8.053e7, 2.070e9), (2.778e9, 5.999e10), (6.187e11, 1.024e13)], 3e-4),
-        ([c.parametric_loss(laws[0], *c.frontier(laws[0], C)) for C in (1e18, 1e21)], [3.4905, 2.3055], 2e-5),
         ([np.divide(*c.frontier(law, 5.76e23)) for law in laws], [1 / 18.4, 1 / 92.7, 1 / 58.9], 3e-3),
         ([c.frontier(law, 5.76e23)[0] for law in laws[1:]], [32e9, 40e9], 0.02),
         ([A * 3.8e25**alpha for A, alpha in c.LLAMA3.values()], [10.5e12, 16.3e12], 0.01),
         ([c.overtrain(laws[1], 7e9, 4.677e11, used) for used in (1e11, 1e12, 1e13)], [(6.34e9, 5.18e11), (4.26e9, 8.42e11), (2.32e9, 2.51e12)], 2e-3),
+        (c.overtrain(TRUTH | dict(A=1e20, B=1e-3), 1e9, 1e9, 0), [1e9, 1e9], 1e-9),  # the data's term is nothing beside the model's
     ):  # fmt: skip
         assert np.array(found) == approx(np.array(expected), rel=rel)
 
 
 def test_fits_of_approach_3_and_kaplan():
     """The specification's table, and the same from the minimum itself, where resamples start; the minimum of a mean; Kaplan's own law."""
-    for runs, delta, rel, expected in (
-        (dict(), 1e-3, 1e-4, TRUTH | dict(a=0.512612)),
-        (dict(law=c.HOFFMANN_ROUNDED), 1e-3, 1e-4, dict(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28, a=0.28 / 0.62)),
-        (dict(noise=0.002), 1e-3, 1e-3, dict(A=471.92, B=2166.78, E=1.8182, alpha=0.3466, beta=0.3677, a=0.5148)),
-        (dict(outliers=0.2), 1e-3, 1e-3, dict(A=482.47, B=2114.86, E=1.8177, alpha=0.3479, beta=0.3664, a=0.5130)),
-        (dict(outliers=0.2), 1.0, 1e-3, dict(A=576.87, B=12456, E=1.8803, alpha=0.3613, beta=0.4433, a=0.5510)),  # squared errors
-        *((dict(noise=0.002, outliers=0.2), delta, 3e-4, dict(a=a)) for delta, a in ((1e-3, 0.5160), (1e-2, 0.5189), (1e-4, 0.5162))),
+    for runs, delta, expected in (
+        (dict(), 1e-3, TRUTH | dict(a=0.512612)), (dict(law=c.HOFFMANN_ROUNDED), 1e-3, c.HOFFMANN_ROUNDED | dict(a=0.28 / 0.62)),
+        (dict(noise=0.002), 1e-3, dict(A=471.92, B=2166.78, E=1.8182, alpha=0.3466, beta=0.3677, a=0.5148)),
+        (dict(outliers=0.2), 1e-3, dict(A=482.47, B=2114.86, E=1.8177, alpha=0.3479, beta=0.3664, a=0.5130)),
+        (dict(outliers=0.2), 1.0, dict(A=576.87, B=12456, E=1.8803, alpha=0.3613, beta=0.4433, a=0.5510)),  # squared errors
+        *((dict(noise=0.002, outliers=0.2), delta, dict(a=a)) for delta, a in ((1e-3, 0.5160), (1e-2, 0.5189), (1e-4, 0.5162))),
     ):
         found = c.fit_parametric(synthetic(**runs), delta=delta)
-        assert {key: found[key] for key in expected} == approx(expected, rel=rel)
+        assert {key: found[key] for key in expected} == approx(expected, rel=1e-4 if not runs or "law" in runs else 1e-3)
         assert c.fit_parametric(synthetic(**runs), found, delta) == approx(found, rel=1e-3)
     # what made the paper's fit miss its minimum: a mean's gradient is to a library's 1e-7 as one 1e8 x 63 times less than ours to our 1e-9
     logs = [torch.tensor([run[key] for run in synthetic()]).double().log() for key in ("N", "D", "loss")]
     for scale, right in ((1e-3, True), (1e-8 / 63, False)):
         _, x = c.minimize(lambda x: scale * c.huber_sum(lambda x: c.parametric_residuals(x, *logs), 1e-3, x), [5.0, 5.0, 0.5, 0.5, 0.5])
         assert (x[4] / (x[3] + x[4]) == approx(0.5126, abs=1e-4), math.exp(x[2]) == approx(1.8172, abs=1e-3)) == (right, right)
-    points = [(N, D) for N in (1e7, 1e8, 1e9, 1e10) for D in (1e9, 1e10, 1e11)]
-    rows = [dict(N=N / 0.8, N_non_embedding=N, D=D, loss=c.kaplan_loss(N, D, **c.KAPLAN_ND)) for N, D in points]
+    grid = [dict(N_non_embedding=N, D=D) for N in (1e7, 1e8, 1e9, 1e10) for D in (1e9, 1e10, 1e11)]
+    rows = [run | dict(N=2 * run["N_non_embedding"], loss=c.kaplan_loss(*run.values(), **c.KAPLAN_ND)) for run in grid]
     found, N = c.fit_kaplan(rows), np.geomspace(1e7, 1e13, 200_001)
     assert {key: found[key] for key in c.KAPLAN_ND} == approx(c.KAPLAN_ND, rel=1e-3) and c.fit_kaplan(rows, found) == approx(found, rel=1e-3)
     assert all(found["k"] * C ** found["a"] == approx(N[c.kaplan_loss(N, C / (6 * N), **c.KAPLAN_ND).argmin()], rel=2e-3) for C in (1e19, 1e22))
@@ -131,11 +115,15 @@ def test_fits_of_approach_3_and_kaplan():
 
 def test_approaches_1_and_2():
     """Training curves that follow the law, of Table A9's sizes from 70M to 10B; the parabola's bias, which is common to all budgets."""
-    curves = [(1e6 * row[0], np.geomspace(1e18, 1e22, 2000) / (6e6 * row[0])) for row in c.TABLE_A9 if 70 <= row[0] <= 10_000]
-    C, N, D = c.envelope([(N, 6 * N, D, c.parametric_loss(TRUTH, N, D)) for N, D in curves], 6e18, 3e21)
-    assert len(C) == 1500 and len(set(N)) == 33 and [c.power_law(C, N)[1], c.power_law(C, D)[1]] == approx([0.5122, 0.4878], abs=0.002)
-    points = [(N, D) for N in 1e7 * 2.0 ** np.arange(12) for D in np.geomspace(6e18, 3e21, 60) / (6 * N)]
-    assert c.fit_envelope([dict(N=N, D=D, C=6 * N * D, loss=c.parametric_loss(TRUTH, N, D)) for N, D in points])["a"] == approx(0.5144, abs=0.01)
+    rows = []
+    for N, end in ((1e6 * row[0], end) for row in c.TABLE_A9 if 70 <= row[0] <= 10_000 for end in (6e18, 3e21)):
+        D = np.geomspace(1e17, end, 1000) / (6 * N)
+        rows.append(dict(N=N, D=D[-1], C=end, curve=np.stack((D, c.parametric_loss(TRUTH, N, D)), 1).tolist()))
+    found = c.fit_envelope(rows)
+    assert (found["a"], found["b"], found["sizes"]) == approx((0.5122, 0.4878, 33), abs=0.002)
+    assert [len(column) for column in c.envelope(c.training_curves(rows), 5e16, 3e21)] == [1500 - 95] * 4, "none before the curves begin"
+    smooth, kernel = c.smoothed([2.0] * 20 + [3.0] + [2.0] * 10), np.exp(-0.5 * (np.arange(-5, 6) / 2.5) ** 2)
+    assert smooth == approx(2 + np.r_[np.zeros(15), kernel / kernel.sum(), np.zeros(5)])
     for span, bias in ((2, 0.999), (4, 0.996), (8, 0.990)):
         found = c.fit_isoflop(synthetic(span=span))
         assert (found["a"], found["b"], found["budgets"]) == approx((0.5126, 0.4874, 9), abs=0.001)
@@ -149,12 +137,14 @@ def test_approaches_1_and_2():
 def test_intervals_are_those_of_resamples(monkeypatch):
     """80 % of the runs, in approach 3 without those of highest loss; 10 to 90 % of 2 ... 102."""
     assert all(isinstance(fit, str) for fit in c.fit_all(synthetic()[:3], c.Config()).values()), "three runs are too few for every law"
-    seen = []
+    rows, seen = synthetic() + [run | {"loss": 9.0} for run in synthetic()[:2]], []
     fit = lambda rows, near=None: seen.append([run["loss"] for run in rows]) or {"a": len(seen), "k": 1.0}  # noqa: E731
     monkeypatch.setattr(c, "fit_parametric", fit)
     monkeypatch.setattr(c, "FITS", {"approach 3": fit})
-    fits = c.fit_all([*synthetic(), *(run | {"loss": 9.0} for run in synthetic()[:2])], c.Config(bootstrap=101, drop_highest=2))
-    assert fits["approach 3"]["a"] == (1, 12, 92, 101) and [len(losses) for losses in seen] == [63] + [50] * 101 and max(seen[0]) < 9
+    assert c.fit_all(rows, c.Config(bootstrap=101, drop_highest=2))["approach 3"]["a"] == (1, 12, 92, 101)
+    assert [len(losses) for losses in seen] == [63] + [50] * 101 and max(seen[0]) < 9
+    c.fit_all(rows, c.Config(bootstrap=0, drop_highest=70))
+    assert seen[-1] == [], "more than there are"
 
 
 def test_fit_and_budget(tmp_path):
@@ -168,10 +158,10 @@ def test_fit_and_budget(tmp_path):
     assert status == 0 and len(re.findall(r"^C \S+ \| 7 runs .* lowest point \S+, loss", out, re.M)) == 9 and out.count("\n  |") == 18
     for pattern in (
         r"approach 1 +\| n/a: needs training curves", r"approach 2 +\| a 0\.5126 \[", r"approach 3 +\| a 0\.5126 \[0\.5126, 0\.5126\]",
-        r"Llama 3 .* b 0\.4874 .* nll_start 3 .* nll_slope -0\.05 .* sigmoid_m 0\.7 .* sigmoid_k 6 ", r"own fit, approach 3 +\| N +12\.8B",
+        r"Llama 3 .* b 0\.4874 .* nll_intercept 3 .* nll_slope -0\.05 .* sigmoid_m 0\.7 .* sigmoid_k 6 ", r"own fit, approach 3 +\| N +12\.8B",
         r"Kaplan, Table 6 \* +\| N +68\.3B \| D +86\.6B", r"Hoffmann, approach 1 +\| N +12\.6B", r"Llama 3, text +\| N +17\.3B \| D +190B",
         r"same, as printed +\| N +7\.00B \| D +468B .* loss 2\.0944 \| used for 1\.00T tokens: N 4\.26B, D 842B, 0\.892 of the cost",
-        r"below the critical one, \S+ tokens at Kaplan's loss 2\.026", r"nearest shape 12569m: .* 6ND 1\.964e\+22 \| App\. F",
+        r"below the critical \S+ tokens \(Eq\. 1\.4 at loss 2\.026\)",
     ):  # fmt: skip
         assert re.search(rf"^{pattern}", out, re.M), (pattern, out)
     found, table = np.array([re.findall(r"-> (\S+)", line) for line in out.splitlines() if line.startswith("N ")], float), np.array(c.TABLE_3)
@@ -182,11 +172,10 @@ def test_fit_and_budget(tmp_path):
 
 def test_tables_that_are_none(tmp_path):
     for name, text, phrase in (
-        ("a.csv", "N,D\n1,2\n", "run 1, is not numbers above 0: KeyError: 'loss'"), ("a.csv", "N,D,loss\n1e6,2e7,nan\n", "run 1"),
-        ("a.csv", "N,D,loss\n", "no runs"), ("a.csv", "N,D,loss\n1e6,2e7,3\n1e6,x,3\n", "run 2"), ("a.csv", "N,D,loss\n1e6,2e7,-3\n", "run 1"),
-        ("a.csv", "N,D,loss\nI\xffI", "not UTF-8"), ("a.jsonl", '{"N": 1}\n{"N": 1, }\n', "not a JSON object"),
-        ("a.jsonl", '{"N": 1, "D": 2, "loss": 3, "curve": [[1, 2, 3]]}\n', "run 1"),
-    ):  # fmt: skip
+        *(("a.csv", f"N,D,loss,C\n1e6,2e7,3,9\n{row}\n", "run 2, is not num") for row in ("1e6,x,3,9", "1e6,9,-3,9", "1e6,2e7,3,0", "1e6,9,nan,9")),
+        ("a.csv", "N,D\n1,2\n", "KeyError: 'loss'"), ("a.csv", "N,D,loss\n", "no runs"), ("a.csv", "N,D,loss\nI\xffI", "not UTF-8"),
+        ("a.jsonl", '{"N": 1}\n{"N": 1, }\n', "not a JSON object"), ("a.jsonl", '{"N": 1, "D": 2, "loss": 3, "curve": [[1, 2, 3]]}\n', "run 1"),
+    ):
         (tmp_path / name).write_text(text, "latin-1")
         status, out, err = main(["--fit", tmp_path / name])
         assert (status, out, len(err.splitlines())) == (2, "", 1) and phrase in err, phrase
@@ -195,7 +184,7 @@ def test_tables_that_are_none(tmp_path):
 
 
 def test_sweep(ranks, tmp_path, monkeypatch):
-    """Killed, stopped and finished by two ranks it is the sweep that nobody stopped; of other data one run diverges; no run is trained twice."""
+    """Stopped and finished by two ranks it is the sweep that nobody stopped; of other data one run diverges; no run is trained twice."""
     rows_of = lambda folder: {key: row | {"seconds": 0} for key, row in c.finished(folder / "runs.jsonl").items()}  # noqa: E731
     changes = dict(seed=0, out="x", data="x", timeout=9, batch_size=48, warmup_steps=3, precision="bf16", log_every=5)  # four change no number
     keys = [c.plan_sweep(c.Config(**c.PRESETS["demo"] | {"vocab_size": 257, name: value}), 1)[0][0] for name, value in changes.items()]
@@ -203,18 +192,17 @@ def test_sweep(ranks, tmp_path, monkeypatch):
     broken, inner, stop = tmp_path / "broken", c.update_shards, []
     monkeypatch.setattr(c, "catch_signals", lambda: stop)
     status, out, err = main([*SWEEP, "--out", tmp_path])
-    assert status == 0 and out.count("\nrun ") == 6 and "fits to 6 runs" in out, err
+    assert status == 0 and re.findall(r"\nrun ./6: \S+_(\S+)_", out) == ["3e+09"] * 3 + ["1e+09"] * 3 and "fits to 6 runs" in out, err
     for r in (rows := rows_of(tmp_path)).values():
         d, N, D = int(r["name"].split("x")[0]), r["N"], r["D"]
         assert r["N_non_embedding"] == N - 257 * d == 13 * d * d + 10 * d and r["lr"] == approx(0.36 / d) and D == r["steps"] * 768
-        assert abs(D - r["budget"] / 6 / N) <= 384 and r["C"] == 6 * N * D and r["curve"][-1] == approx([D, r["train_loss"]], abs=1e-4) and 1 < r["loss"] < 6
-    process = Process("chinchilla", [*SWEEP, "--save_every", 10, "--out", broken])
-    while process.poll() is None and not list(broken.glob("*/step_*10")):
-        process.wait(0.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+        assert abs(D - r["budget"] / 6 / N) <= 384 and r["C"] == 6 * N * D and r["curve"][-1] == approx([D, r["train_loss"]], abs=1e-4)
+        log = [json.loads(line) for line in (tmp_path / r["name"] / "metrics.jsonl").open()]
+        assert max(row["lr"] for row in log if "lr" in row) == approx(r["lr"], rel=0.1), "warm-up is a tenth at most"
+        assert r["loss"] == log[-1]["val_loss"] and r["train_loss"] == approx(c.smoothed([row["loss"] for row in log if "loss" in row])[-1])
     monkeypatch.setattr(c, "update_shards", lambda *args: stop.extend([signal.SIGTERM] * (args[4].dim == 48)) or inner(*args))
     assert "stopped by a signal" in main([*SWEEP, "--out", broken])[1] and len(rows_of(broken)) == 2
+    next(broken.glob("48x1*/metrics.jsonl")).open("a").write('{"step": 2, "loss": 9.0, "tokens": 1536}\n')  # of updates that a kill undid
     (broken / "runs.jsonl").write_text((broken / "runs.jsonl").read_text() + '{"name": "what a full disk left')
     (status, out, err), (other, silent, more) = ranks.run(2, run_main, "chinchilla", [*SWEEP, "--out", broken], timeout=120)
     assert status == other == 0 and not silent and all(part in out for part in ("over 2 ranks", "2 are done", "fits to 6 runs")), (err, more)
@@ -229,22 +217,49 @@ def test_sweep(ranks, tmp_path, monkeypatch):
     same = [*SWEEP, "--data", c.Path(c.__file__).parent / "tests/../chinchilla.py", "--out", tmp_path]
     assert "6 are done" in main(same)[1] and "3 are done" in main(other)[1]
     assert len(list(tmp_path.glob("*x1_*/config.json"))) == 6 and len(rows_of(tmp_path)) == 9
+    gone = MagicMock(**{"add.side_effect": torch.distributed.DistNetworkError("the store of rank 0 is gone")})
+    assert c.sweep(c.Config(out=tmp_path), [], None, None, None, (gone, 1, 2), [signal.SIGTERM]), "a stopped rank ends all the same"
+    out = main(["--preset", "demo", "--vocab_size", 32000, "--dry_run", "--sweep", "1e18", "--sizes", "1018m,44m"])[1]
+    assert re.search(r"optimizer +(\S+)", out)[1] == f"{8 * SCRIPTS['chinchilla'].counts['1018m'] / 2**30:.3f}", "of the largest model"
+
+
+def spied_update(overrides):
+    """(Types of a block's input and output, whether shards have gradients before each micro-batch, loss) of an update of this rank."""
+    types, reduced, inner = set(), [], c.objective
+
+    def spy(model, batch, cfg):
+        model.blocks[0].register_forward_hook(lambda block, args, x: types.update((args[0].dtype, x.dtype)))
+        reduced.append(model.blocks[0].mlp.up.weight.grad is not None)
+        return inner(model, batch, cfg)
+
+    with patch.object(c, "objective", spy):
+        loss, _, _ = gradients("chinchilla", SCRIPTS["chinchilla"], overrides | dict(precision="bf16"))
+    return types, reduced, loss
+
+
+def test_shards_in_bf16(ranks):
+    """The residual stream is fp32, as on one rank; each micro-batch reduces its gradients, so that no rank keeps those of the whole model."""
+    ((_, _, loss),) = ranks.run(1, spied_update, {})
+    assert ranks.run(2, spied_update, dict(micro_batch=2)) == [({torch.float32}, [False, True], approx(loss, rel=1e-3))] * 2
 
 
 def test_single_run_doubles_its_batch_and_exports(ranks, tmp_path, monkeypatch):
-    """As a whole; stopped and resumed, to the tokens of its first start; on two ranks, whose weights are exported whole."""
+    """As a whole; stopped and resumed, to the tokens of its first start; on two ranks, whose weights are exported whole; evaluated on other text."""
     flags = ["--preset", "demo", "--sweep=", "--batch_size", 4, "--second_batch", 8, "--val_batches", 1, "--log_every", 1, "--data", c.__file__]
     logged = lambda name, key: [r[key] for r in map(json.loads, (tmp_path / name / "metrics.jsonl").open()) if key in r]  # noqa: E731
     inner, stop = c.learning_rate, []
     monkeypatch.setattr(c, "catch_signals", lambda: stop)
     assert main([*flags, "--tokens", 2048, "--out", tmp_path / "whole"])[0] == 0
-    assert logged("whole", "tokens") == [*range(128, 1025, 128), *range(1280, 2049, 256)]
+    assert logged("whole", "tokens") == [*range(128, 1025, 128), *range(1280, 2049, 256)] and logged("whole", "lr")[:2] == approx([1e-7, 0.36 / 48])
     monkeypatch.setattr(c, "learning_rate", lambda first, cfg: stop.extend([signal.SIGTERM] * (first == 20)) or inner(first, cfg))
     assert "stopped after step 6" in main([*flags, "--tokens", 2048, "--out", tmp_path / "parts"])[1]
     stop.clear()
     assert main([*flags, "--out", tmp_path / "parts", "--resume"])[0] == 0 and logged("parts", "loss") == logged("whole", "loss")
+    (tmp_path / "other.txt").write_text("another text, " * 100)
+    status, out, err = main([*flags, "--eval", "--out", tmp_path / "whole", "--data", tmp_path / "other.txt", "--seq_len", 16])
+    assert status == 0 and out.count("val 12 | ") == 1 and len(logged("whole", "val_loss")) == 2, err
     pytest.importorskip("safetensors")
     ranks.run(2, run_main, "chinchilla", [*flags, "--tokens", 2048, "--out", tmp_path / "two", "--export", tmp_path / "hf"])
-    assert logged("two", "loss") == approx(logged("whole", "loss"), rel=1e-4)
+    assert all(logged("two", key) == approx(logged("whole", key), rel=1e-3) for key in ("loss", "grad"))
     _, out, _ = main([*flags, "--steps", 1, "--init", tmp_path / "hf"])
     assert float(re.search(r"val 0 \| loss (\S+)", out)[1]) == approx(logged("two", "val_loss")[-1], abs=2e-4)
