@@ -1487,7 +1487,7 @@ def dry_run(cfg):
 def update_shards(model, optimizer, batches, lr, cfg):
     """One update from this rank's micro-batches; returns loss and gradient norm of the global
     batch. If either is not finite, all ranks skip the update."""
-    loss = torch.zeros((), device=batches[0]["tokens"].device)
+    loss = torch.zeros((), device=batches[0]["targets"].device)
     # Each micro-batch reduces its gradients: unreduced, every rank would keep those of all weights.
     for batch in batches:
         part, _ = objective(model, batch, cfg)

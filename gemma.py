@@ -19,8 +19,8 @@ Map: Gemma 2 §2, Table 1 Gemma, Block, LocalGlobalAttention, PRESETS | §3.2 so
 objective | §3.3, Table 3 parallelize. Gemma 3 §2, Table 1 Block, PRESETS | §2.2 sample_logits,
 unimax | §2.4, Table 2 parallelize | §5.3 token_phases, rotary_table.
 Legend: B batch, T positions, D width, H query heads, K key-value heads, G = H / K, E head width, F
-hidden width, V vocabulary, W window, N blocks of a window (or positions of a chunk, or keys of a
-block of queries), S queries of a block (or tokens sampled at a position).
+hidden width, V vocabulary, W window, M blocks of a window, S queries and P keys of a block of
+soft-capped attention, N positions of a chunk, n tokens sampled at a position.
 Conventions: rotary pairs are the two halves of a head; norms are fp32; T + 1 tokens give T inputs
 and T targets; loss in nats per target; a target of -100 is not scored.
 
@@ -73,7 +73,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import (
-    FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method,
+    MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method,
 )  # fmt: skip
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
@@ -153,7 +153,7 @@ GEMMA2 = dict(
     compile=True, recompute="block",
 )  # fmt: skip
 GEMMA3 = dict(vocab_size=262144, micro_batch=1, compile=True, recompute="block")
-LONG = GEMMA3 | dict(window=1024)
+GEMMA3_LARGE = GEMMA3 | dict(window=1024)
 SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "query_scalar", "hidden_dim")
 PRESETS = {
     # A CPU, a minute: Gemma 3 with 2 local layers to a global one, the last layer local, 2 phases.
@@ -181,13 +181,13 @@ PRESETS = {
     # Gemma 3, Table 1 and §2.2; all learned from a teacher, and all but the 1B end with sequences
     # of 128K tokens (§5.3).
     "3_1b": GEMMA3 | dict(zip(SIZES, (1152, 26, 4, 1, 256, 256, 6912)), tokens=2e12, lr=6e-4),
-    "3_4b": LONG
+    "3_4b": GEMMA3_LARGE
     | dict(zip(SIZES, (2560, 34, 8, 4, 256, 256, 10240)), tokens=3.94e12, long_tokens=6e10,
            lr=4e-4, batch_size=64),
-    "3_12b": LONG
+    "3_12b": GEMMA3_LARGE
     | dict(zip(SIZES, (3840, 48, 16, 8, 256, 256, 15360)), tokens=11.82e12, long_tokens=1.8e11,
            lr=3e-4, batch_size=128),
-    "3_27b": LONG
+    "3_27b": GEMMA3_LARGE
     | dict(zip(SIZES, (5376, 62, 32, 16, 128, 168, 21504)), tokens=13.79e12, long_tokens=2.1e11,
            lr=2e-4, batch_size=128),
 }  # fmt: skip
@@ -268,18 +268,18 @@ def local_attention(q, k, v, scale, window):
         return first
     if T % window:  # padding after the last position, which no query before it sees
         q, k, v = (F.pad(x, (0, 0, 0, -T % window)) for x in (q, k, v))
-    # N blocks of W positions: [B, N, H or K, W, E].
+    # M blocks of W positions: [B, M, H or K, W, E].
     q, k, v = (x.unflatten(2, (-1, window)).transpose(1, 2) for x in (q, k, v))
-    # Keys and values of the block before and of the block itself: [B (N-1), K, 2W, E].
+    # Keys and values of the block before and of the block itself: [B (M-1), K, 2W, E].
     k, v = (torch.cat((x[:, :-1], x[:, 1:]), 3).flatten(0, 1) for x in (k, v))
-    # The G = H / K query heads that share keys are laid end to end: [B (N-1), K, G W, E].
+    # The G = H / K query heads that share keys are laid end to end: [B (M-1), K, G W, E].
     q = q[:, 1:].unflatten(2, (K, -1)).flatten(3, 4).flatten(0, 1)
     i = torch.arange(window, 2 * window, device=q.device)[:, None]  # queries: the second block
     j = torch.arange(2 * window, device=q.device)  # keys: both blocks
     visible = ((j <= i) & (j > i - window)).repeat(H // K, 1)  # [G W, 2W]
-    x = F.scaled_dot_product_attention(q, k, v, visible, scale=scale)  # [B (N-1), K, G W, E]
-    x = x.unflatten(2, (-1, window)).flatten(1, 2)  # [B (N-1), H, W, E]
-    x = x.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)  # [B, H, (N-1) W, E]
+    x = F.scaled_dot_product_attention(q, k, v, visible, scale=scale)  # [B (M-1), K, G W, E]
+    x = x.unflatten(2, (-1, window)).flatten(1, 2)  # [B (M-1), H, W, E]
+    x = x.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)  # [B, H, (M-1) W, E]
     return torch.cat((first, x), 2)[:, :, :T]
 
 def soft_cap(x, cap):
@@ -287,16 +287,16 @@ def soft_cap(x, cap):
     return cap * torch.tanh(x / cap) if cap else x
 
 def capped_block(q, k, v, scale, window, cap):
-    """Attention with soft-capped scores of the last S of N positions. q [B, H, S, E], k and v
-    [B, K, N, E] -> [B, H, S, E]."""
+    """Attention with soft-capped scores of the last S of P positions. q [B, H, S, E], k and v
+    [B, K, P, E] -> [B, H, S, E]."""
     S = q.shape[2]
-    N = k.shape[2]
+    P = k.shape[2]
     q = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B, K, G S, E]
     # Scale, cap and mask, in this order; cap divides q, which is smaller than the scores.
-    scores = cap * torch.tanh((q * (scale / cap) @ k.mT).float())  # [B, K, G S, N]
-    distance = torch.arange(N - S, N, device=q.device)[:, None] - torch.arange(N, device=q.device)
-    visible = (distance >= 0) & (distance < window)  # [S, N]
-    scores = scores.unflatten(2, (-1, S)).masked_fill(~visible, -math.inf)  # [B, K, G, S, N]
+    scores = cap * torch.tanh((q * (scale / cap) @ k.mT).float())  # [B, K, G S, P]
+    distance = torch.arange(P - S, P, device=q.device)[:, None] - torch.arange(P, device=q.device)
+    visible = (distance >= 0) & (distance < window)  # [S, P]
+    scores = scores.unflatten(2, (-1, S)).masked_fill(~visible, -math.inf)  # [B, K, G, S, P]
     p = scores.softmax(-1).type_as(v)
     x = p.flatten(2, 3) @ v  # [B, K, G S, E]
     return x.unflatten(2, (-1, S)).flatten(1, 2)
@@ -490,8 +490,8 @@ def unimax(sizes, budget, max_epochs):
 
 class LanguageMixture:
     """Corpora in given proportions, to be read as one Corpus. Of each 1,000 sequences every corpus
-    has its exact share, in an order that the seed shuffles, so that the window of a corpus that a
-    sequence reads follows from the sequence's index alone."""
+    has its share, to a whole number, in an order that the seed shuffles, so that the window of a
+    corpus that a sequence reads follows from the sequence's index alone."""
 
     def __init__(self, corpora, weights):
         self.corpora = corpora
@@ -501,19 +501,16 @@ class LanguageMixture:
         self.token_bytes = corpora[0].token_bytes
 
     def n_windows(self, length):
-        """Number of sequences before one of the corpora is read again."""
-        shares = [stop - start for start, stop in itertools.pairwise(self.bounds)]
-        sizes = [corpus.n_windows(length) for corpus in self.corpora]
-        return min(1000 * size // share for size, share in zip(sizes, shares))
+        """Number of windows of all corpora together."""
+        return sum(corpus.n_windows(length) for corpus in self.corpora)
 
     def window(self, index, length, seed):
         """The length + 1 ids of sequence `index`."""
         thousand, position = divmod(index, 1000)
-        position = permutation(1000, seed, "mixture", thousand)[position]
-        corpus = bisect.bisect_right(self.bounds, position) - 1
-        start, stop = self.bounds[corpus : corpus + 2]
-        index = thousand * (stop - start) + int(position) - start
-        return self.corpora[corpus].window(index, length, seed)
+        position = int(permutation(1000, seed, "mixture", thousand)[position])
+        i = bisect.bisect_right(self.bounds, position) - 1
+        start, stop = self.bounds[i : i + 2]
+        return self.corpora[i].window(thousand * (stop - start) + position - start, length, seed)
 
     def fingerprint(self):
         """A hash of the proportions and of the fingerprints of the corpora."""
@@ -585,14 +582,13 @@ def soft_targets(teacher, batch, cfg):
         states = states.flatten(0, 1)
 
         def whole_distributions(rows):
-            with torch.no_grad():
-                return teacher.logits(states[rows]).softmax(-1) * scored[rows]
+            return teacher.logits(states[rows]).softmax(-1) * scored[rows]
 
         return whole_distributions
 
     seeds = [stable_hash(cfg.seed, cfg.seq_len, i) for i in batch["indices"].tolist()]
     samples = [sample_logits(teacher, x, cfg.samples, seed) for x, seed in zip(states, seeds)]
-    ids, p = (torch.cat(parts) for parts in zip(*samples))  # [B T, S] each
+    ids, p = (torch.cat(parts) for parts in zip(*samples))  # [B T, n] each
 
     def sampled_distributions(rows):
         t = torch.zeros(len(ids[rows]), cfg.vocab_size, device=p.device)
@@ -723,6 +719,8 @@ def memory_per_rank(cfg):
     size = 2 if cfg.precision == "bf16" else 4
     # Gathered: embedding and head with their gradient; a block with its gradient, and the next.
     gathered = 2 * (n - n_blocks) + 3 * n_blocks / cfg.n_layers
+    if cfg.dp * cfg.dp_replicate == 1:  # or bf16 copies, which the backward pass needs
+        gathered = n * (size == 2)
     # Kept for the backward pass, per position and block: x / rms(x) of the norms in fp32; in the
     # products' precision the inputs of the matrix products and of GeGLU, q, k, v and the output.
     width = (cfg.n_heads + cfg.n_kv_heads) * cfg.head_dim
@@ -736,7 +734,7 @@ def memory_per_rank(cfg):
     head = 12 * min(positions * cfg.vocab_size, 2**25)
     return {
         "parameters": 4 * n / cfg.dp, "gradients": 4 * n / cfg.dp, "optimizer": 8 * n / cfg.dp,
-        "gathered": size * gathered * (cfg.dp > 1), "activations": kept + head,
+        "gathered": size * gathered, "activations": kept + head,
     }  # fmt: skip
 
 # ---------------------------------------- Checkpoint ----------------------------------------
@@ -1068,7 +1066,6 @@ def check(cfg, ranks):
         if not 0 < phase.batch_size == ranks * n_micro * micro:
             batch = f"--batch_size {phase.batch_size} of length {phase.seq_len}"
             raise ValueError(f"{batch} is not {ranks} ranks x micro-batches of {micro}")
-    check_directories(cfg.init or cfg.teacher, cfg.export, cfg.write_tokens)
 
 def dry_run(cfg):
     """Print parameters, FLOPs per token and memory per rank, computed from shapes alone."""
@@ -1088,9 +1085,8 @@ def sharded_step(model, teacher, optimizer, batches, lr, cfg):
     """One update from this rank's micro-batches; returns loss and gradient norm of the global
     batch. Skips the update if either is not finite, which is the same on all ranks."""
     loss = torch.zeros((), device=batches[0]["tokens"].device)
-    for i, batch in enumerate(batches):
-        if isinstance(model, FSDPModule):  # one reduction of the gradients an update
-            model.set_requires_gradient_sync(i == len(batches) - 1)
+    # Each micro-batch reduces its gradients: unreduced, every rank would keep those of all weights.
+    for batch in batches:
         if teacher:
             batch = batch | {"targets": soft_targets(teacher, batch, cfg)}
         part, _ = objective(model, batch, cfg)
@@ -1138,8 +1134,9 @@ def train(model, teacher, optimizer, corpus, heldout, state, cfg, device):
     phase = None
     while True:
         step = state["step"]
-        if find_phase(state["sequences"], cfg)[1] != phase:
-            _, phase = find_phase(state["sequences"], cfg)
+        _, current = find_phase(state["sequences"], cfg)
+        if current != phase:
+            phase = current
             begin_phase(model, phase, count_updates(state["sequences"], cfg))
             first_step = step
             pace = None  # seconds per update
@@ -1150,7 +1147,7 @@ def train(model, teacher, optimizer, corpus, heldout, state, cfg, device):
             pace = 0.9 * (pace or seconds) + 0.1 * seconds
         (stop,) = sum_over_ranks(len(signals) + (error is not None))
         end = steps_left <= 0 or stop
-        if cfg.out and step > saved and not n_skipped and (end or step % cfg.save_every == 0):
+        if cfg.out and step > saved and (end or (step % cfg.save_every == 0 and not n_skipped)):
             save_checkpoint(cfg.out, model, optimizer, state)
             saved = step
         if error:
@@ -1196,14 +1193,13 @@ def load_languages(cfg):
         tokenizer = load_tokenizer(cfg.tokenizer or "bytes", SPECIALS)
         separator = tokenizer.eot_token
     cfg.vocab_size = vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
-    if cfg.write_tokens and (len(sources) > 1 or sources[cfg.data][1]):
-        raise ValueError("--write_tokens reads the text of one corpus")
     *_, last = token_phases(cfg)[-1]
     sizes = cfg.vocab_size, math.ceil(last.batch_size / len(sources)), last.seq_len
     corpora = {}
     for path, (files, shards) in sources.items():
-        documents = tokenize(read_documents(path, files), tokenizer, separator)
-        documents = add_bos(documents, tokenizer)
+        documents = add_bos(tokenize(read_documents(path, files), tokenizer, separator), tokenizer)
+        if cfg.write_tokens and (shards or len(sources) > 1):
+            raise ValueError("--write_tokens reads the text of one corpus")
         if cfg.write_tokens:
             return write_tokens(cfg.write_tokens, documents)
         with explain(path or "the standard library", ValueError):
@@ -1215,8 +1211,6 @@ def load_languages(cfg):
     weights = unimax(n_tokens, cfg.tokens + cfg.long_tokens, cfg.max_epochs)
     for path, weight in weights.items():
         print(f"{path}: {weight:.1%} of the sequences")
-        if weight < 2e-3:
-            raise ValueError(f"{path} would have less than 2 of 1,000 sequences")
     weights = list(weights.values())
     return tokenizer, LanguageMixture(train, weights), LanguageMixture(heldout, weights)
 
@@ -1237,26 +1231,29 @@ def main(argv=None):
     """Run the command line: read the data, build or resume the run, train, export and sample."""
     with report_user_errors():
         cfg, given = parse(argv)
+        check_directories(cfg.init or cfg.teacher, cfg.export, cfg.write_tokens)
+        if cfg.init:
+            theirs = read_gemma_config(cfg.init)
+            cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in SHAPE})
         if cfg.dry_run:
             return dry_run(cfg)
         device = init_distributed(cfg.timeout)
         ranks = dist.get_world_size()
         cfg.dp = cfg.dp or ranks // cfg.dp_replicate
-        plan_run(cfg, {}, given)
         check(cfg, ranks)
-        if cfg.init:
-            theirs = read_gemma_config(cfg.init)
-            cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in SHAPE})
-            check(cfg, ranks)  # again, with the shape of --init
+
+        checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, {})
+        plan_run(cfg, run, given)  # on which the shares of languages depend
         data = load_languages(cfg)
         if not data:
             return
         tokenizer, corpus, heldout = data
-
-        fixed = {name: getattr(cfg, name) for name in (*SHAPE, "seed", "seq_len", "long_seq_len")}
-        fixed["data_fingerprint"] = corpus.fingerprint()
-        checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
-        plan_run(cfg, run, given)
+        fixed = {name: getattr(cfg, name) for name in (*SHAPE, "seq_len", "long_seq_len")}
+        if not cfg.eval:
+            fixed |= {"seed": cfg.seed, "data_fingerprint": corpus.fingerprint()}
+        for name, value in fixed.items():
+            if run and run[name] != value:
+                raise ValueError(f"{checkpoint} has {name} {run[name]}, and this run {value}")
 
         sizes = cfg.dp_replicate, cfg.dp
         mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("dp_replicate", "dp"))

@@ -450,9 +450,9 @@ class Block(nn.Module):
         if cfg.kv_rank:
             heads = cfg.n_heads, cfg.q_rank, cfg.kv_rank, cfg.head_dim, cfg.rope_dim
             self.attn = MaxLogitLatentAttention(cfg.dim, *heads)
-            self.attn.scale *= (0.1 * math.log(cfg.rope_factor) + 1) ** 2  # YaRN, K2 §2.5
         else:
             self.attn = MultiHeadAttention(cfg.dim, cfg.n_heads, cfg.head_dim)
+        self.attn.scale *= (0.1 * math.log(cfg.rope_factor) + 1) ** 2  # YaRN, K2 §2.5
         self.mlp_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         if dense:
             self.mlp = GatedMLP(cfg.dim, cfg.hidden_dim)
@@ -595,10 +595,15 @@ def get_batch(corpus, first, n, cfg):
     counts = {"n_targets": targets.numel(), "n_bytes": int(corpus.token_bytes[targets].sum())}
     return {"tokens": tokens, "targets": targets, **counts}
 
+def scale_to_steps(cfg):
+    """cfg with its token counts scaled so that the run has --steps updates, if they are given."""
+    scale = cfg.steps * cfg.batch_size * cfg.seq_len / cfg.tokens if cfg.steps else 1.0
+    return dataclasses.replace(cfg, **{name: scale * getattr(cfg, name) for name in SPANS})
+
 def phases_left(sequences, cfg):
-    """The phases that remain after `sequences` sequences of the run: [(the sequence of the run that
-    reads window 0, updates left, Config)]. Batches are smaller at the start (M §3.3), sequences
-    longer at the end (K2 §2.5)."""
+    """The phases that remain after `sequences` sequences of the run, at its end the last one, with
+    0 updates: [(the sequence of the run that reads window 0, updates left, Config)]. Batches are
+    smaller at the start (M §3.3), sequences longer at the end (K2 §2.5)."""
     # Undisclosed: the data of the long sequences; here windows of the same text, in another order.
     long_batch = cfg.batch_size * cfg.seq_len // cfg.long_seq_len
     phases = []
@@ -613,12 +618,12 @@ def phases_left(sequences, cfg):
         n_updates = max(math.ceil((end - tokens) / max(n_tokens, 1) - 1e-6), 0)
         tokens += n_updates * n_tokens
         stop = start + n_updates * phase.batch_size
-        position = max(sequences, start)
-        if position < stop:
+        if stop > start:
             first = start if phase.seq_len != cfg.seq_len else 0  # one order of windows per length
-            phases.append((first, math.ceil((stop - position) / phase.batch_size), phase))
+            left = math.ceil((stop - max(sequences, start)) / phase.batch_size)
+            phases.append((first, max(left, 0), phase))
         start = stop
-    return phases
+    return [phase for phase in phases if phase[1]] or phases[-1:]
 
 # ---------------------------------------- Objective ----------------------------------------
 
@@ -794,8 +799,10 @@ PEAK_FLOPS = {"bf16": {  # dense, by precision and the device's exact name; othe
 def choose_layout(cfg, ranks):
     """cfg with ep and dp, where they are 0, chosen: experts on as many ranks as divide them and the
     ranks, 8 at most; copies on all ranks that are left."""
-    ep = cfg.ep or (ranks // cfg.dp if cfg.dp else math.gcd(ranks, cfg.n_experts, 8))
-    dp = cfg.dp or ranks // max(ep, 1)
+    ep = cfg.ep or math.gcd(ranks, cfg.n_experts, 8)
+    if cfg.dp and not cfg.ep:
+        ep = max(ranks // cfg.dp, 1)
+    dp = cfg.dp or ranks // ep
     return dataclasses.replace(cfg, ep=ep, dp=dp)
 
 def weight_dtype(name, cfg):
@@ -822,7 +829,7 @@ class AllToAll(torch.autograd.Function):
         return all_to_all(gradient, *ctx.back), None, None, None
 
 class DistributedExperts(Experts):
-    """Experts, of which each rank of a group has an equal part (K2 §2.4): rows and gates go to the
+    """Experts, of which each rank of a group has an equal part: rows and gates go to the
     ranks that have their experts, and come back."""
 
     def __init__(self, n_experts, dim, hidden_dim, group):
@@ -1001,10 +1008,11 @@ def memory_per_rank(cfg):
     # by a linear layer its input; by attention q, k, v, its output, and rotary parts in fp32; by a
     # SwiGLU both branches, silu(gate) and the product; by the router its input in fp32.
     size = 2 if cfg.precision == "bf16" else 4
-    query = cfg.n_heads * (cfg.head_dim + cfg.rope_dim)
+    rope_dim = cfg.rope_dim if cfg.kv_rank else 0  # in addition to head_dim
     branch = (4 + 2 * size) * cfg.dim  # norm and linear layer
-    attention = branch + (4 + 2 * size) * (cfg.q_rank + cfg.kv_rank) + 4 * size * query
-    attention += size * cfg.n_heads * cfg.head_dim + 4 * cfg.rope_dim * (cfg.n_heads + 1)
+    attention = branch + (4 + 2 * size) * (cfg.q_rank + cfg.kv_rank)
+    attention += size * cfg.n_heads * (5 * cfg.head_dim + 4 * rope_dim)
+    attention += 4 * rope_dim * (cfg.n_heads + 1)
     dense = branch + 4 * size * cfg.hidden_dim
     moe = branch + 4 * cfg.dim + 4 * size * cfg.n_shared * cfg.expert_dim
     moe += cfg.top_k * size * (cfg.dim + 5 * cfg.expert_dim)
@@ -1042,15 +1050,15 @@ HF_NAMES = {  # part of a parameter's name: Hugging Face's
     "kv_up": "kv_b_proj", "out": "o_proj", "router": "gate", "bias": "e_score_correction_bias",
     "shared": "shared_experts", "gate": "gate_proj", "up": "up_proj", "down": "down_proj",
 }  # fmt: skip
-YARN = ("rope_factor", "rope_original", "rope_beta_fast")
-SHAPE = (*HF_CONFIG, "rope_theta", *YARN)  # fields of Config that must agree with a checkpoint
+# Fields of Config that a checkpoint fixes.
+SHAPE = (*HF_CONFIG, "rope_theta", "rope_factor", "rope_original", "rope_beta_fast")
 
 def hf_views(model, cfg):
-    """(Hugging Face's name, view of our tensor, places of its rows in theirs) of all tensors of a
+    """(Hugging Face's name, view of our tensor, indices of its rows in theirs) of all tensors of a
     rank's model, each expert's apart. Their rotary pairs are (2i, 2i + 1), ours (i, i + R/2)."""
     pairs = torch.arange(cfg.rope_dim).view(-1, 2).T.flatten()
     head = torch.cat((torch.arange(cfg.head_dim), cfg.head_dim + pairs))
-    places = {
+    rows = {
         "kv_down": torch.cat((torch.arange(cfg.kv_rank), cfg.kv_rank + pairs)),
         "q_up": (torch.arange(cfg.n_heads)[:, None] * len(head) + head).flatten(),
     }
@@ -1069,7 +1077,7 @@ def hf_views(model, cfg):
                 theirs = ".".join(HF_NAMES.get(word, word) for word in part.split("."))
                 if not cfg.q_rank:
                     theirs = theirs.replace("q_b_proj", "q_proj")
-                yield theirs, half, places.get(name.split(".")[-2], slice(None))
+                yield theirs, half, rows.get(name.split(".")[-2], slice(None))
 
 def read_kimi_config(path):
     """Config from the config.json of a DeepseekV3ForCausalLM such as Moonlight's or K2's."""
@@ -1105,10 +1113,10 @@ def fill_kimi(model, cfg, path):
     """Fill a rank's model from a Hugging Face directory."""
     with explain(f"{path} holds no model of Kimi of this shape", Exception):
         tensors = read_hf_tensors(path)
-        for name, ours, places in hf_views(model, cfg):
+        for name, ours, rows in hf_views(model, cfg):
             if tensors[name].shape != ours.shape:
                 raise ValueError(f"{name} is {list(tensors[name].shape)}, not {list(ours.shape)}")
-            ours.copy_(tensors[name][places])
+            ours.copy_(tensors[name][rows])
 
 def from_hf(path):
     """(model, cfg) from the directory of a DeepseekV3ForCausalLM."""
@@ -1141,7 +1149,7 @@ def to_hf(model, cfg, path):
     tensors = {}
     index = {}
     with written_beside(path) if is_writer else contextlib.nullcontext() as folder:
-        for name, ours, places in itertools.chain(hf_views(model, cfg), [("", None, None)]):
+        for name, ours, rows in itertools.chain(hf_views(model, cfg), [("", None, None)]):
             is_end = not name
             n_bytes = sum(tensor.nbytes for tensor in tensors.values())
             if is_writer and (is_end or n_bytes > 5e9):
@@ -1160,7 +1168,7 @@ def to_hf(model, cfg, path):
                 if number:
                     name = f"{stem}{int(number) + i * cfg.n_experts // len(parts)}{kind}"
                 tensors[name] = torch.empty_like(part, device="cpu")
-                tensors[name][places] = part.cpu()
+                tensors[name][rows] = part.cpu()
         if is_writer:
             (folder / "config.json").write_text(json.dumps(kimi_hf_config(cfg), indent=2) + "\n")
             text = json.dumps({"metadata": {}, "weight_map": index}, indent=2)
@@ -1352,7 +1360,7 @@ def check(cfg, ranks):
         (cfg.ep * cfg.dp != ranks, f"ep {cfg.ep} x dp {cfg.dp} are not {ranks} ranks"),
         (cfg.n_experts % cfg.ep, f"--ep {cfg.ep} does not divide {cfg.n_experts} experts"),
         (cfg.dim % 8 or cfg.expert_dim % 8, "--dim or --expert_dim is not a multiple of 8"),
-        (not cfg.tokens, "--tokens 0 gives not a single update"),
+        (not phases_left(0, cfg), f"--tokens {cfg.tokens:g} gives not a single update"),
         (cfg.ramp_tokens and not cfg.first_batch, "--ramp_tokens needs --first_batch"),
         (cfg.long_tokens and cfg.batch_size * cfg.seq_len % cfg.long_seq_len,
          f"--long_seq_len {cfg.long_seq_len} does not divide the tokens of a batch"),
@@ -1368,7 +1376,6 @@ def check(cfg, ranks):
         if not 0 < phase.batch_size == ranks * n_micro * micro:
             batch = f"a batch of {phase.batch_size} sequences of {phase.seq_len}"
             raise ValueError(f"{batch} is not {ranks} ranks x n micro-batches of {micro}")
-    check_directories(cfg.init, cfg.export, cfg.write_tokens)
 
 def dry_run(cfg):
     """Print parameters, FLOPs per token and memory per rank, computed from shapes alone."""
@@ -1376,8 +1383,7 @@ def dry_run(cfg):
     if not cfg.vocab_size:
         cfg.vocab_size = load_tokenizer(cfg.tokenizer or "bytes", ["<|endoftext|>"]).n_vocab
     check(cfg, cfg.world_size)
-    scale = cfg.steps * cfg.batch_size * cfg.seq_len / cfg.tokens if cfg.steps else 1.0
-    cfg = dataclasses.replace(cfg, **{name: scale * getattr(cfg, name) for name in SPANS})
+    cfg = scale_to_steps(cfg)
     with torch.device("meta"):
         total, activated = count_parameters(Kimi(cfg))
     print(f"parameters {total:,} | activated {activated:,} | 6 N {6 * activated:.4g}")
@@ -1449,13 +1455,13 @@ def diagnostics(model, shards, largest, loads, tau):
 
 def train(model, shards, optimizers, content, corpus, heldout, state, cfg, device):
     """Update the model until the phases of the run are over; False if a signal ends it."""
-    place = device, dist.get_rank(), dist.get_world_size()
+    reader = device, dist.get_rank(), dist.get_world_size()
     signals = catch_signals()
     thread = ThreadPoolExecutor(1)  # reads the next batch during an update
 
     def read_ahead(sequences):
-        start, _, phase = (phases_left(sequences, cfg) or [(0, 0, cfg)])[0]
-        return thread.submit(read_batch, corpus, sequences - start, phase, *place)
+        start, _, phase = phases_left(sequences, cfg)[0]
+        return thread.submit(read_batch, corpus, sequences - start, phase, *reader)
 
     def evaluate(batches):
         with evaluation_mode(model, cfg.compile):
@@ -1469,18 +1475,18 @@ def train(model, shards, optimizers, content, corpus, heldout, state, cfg, devic
     while True:
         step = state["step"]
         phases = phases_left(state["sequences"], cfg)
-        steps_left = sum(n for _, n, _ in phases)
+        steps_left = 0 if cfg.eval else sum(n for _, n, _ in phases)
         error = ahead.exception()  # waits until that batch is read
         if step > first_step + 1:  # the first update may compile and is left out
             seconds = time.perf_counter() - clock
             pace = 0.9 * (pace or seconds) + 0.1 * seconds
-        if phases and phases[0][2] != phase:
+        if phases[0][2] != phase:
             phase = phases[0][2]
             first_step = step
             pace = None
         (stop,) = sum_over_ranks(len(signals) + (error is not None))
         end = steps_left <= 0 or stop
-        if cfg.out and step > saved and not n_skipped and (end or step % cfg.save_every == 0):
+        if cfg.out and step > saved and (end or (step % cfg.save_every == 0 and not n_skipped)):
             save_checkpoint(cfg.out, content, optimizers, state)
             saved = step
         if error:
@@ -1488,7 +1494,7 @@ def train(model, shards, optimizers, content, corpus, heldout, state, cfg, devic
         if stop:
             return False
         if end or step % cfg.val_every == 0:
-            validate(evaluate, heldout, step, phase or cfg, *place)
+            validate(evaluate, heldout, step, phase, *reader)
         if end:
             return True
 
@@ -1539,8 +1545,8 @@ def main(argv=None):
     """Run the command line: read the data, build or resume the run, train, export and sample."""
     with report_user_errors():
         cfg, given = parse(argv)
+        check_directories(cfg.init, cfg.export, cfg.write_tokens)
         if cfg.init:
-            check_directories(cfg.init, "", "")
             theirs = read_kimi_config(cfg.init)
             cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in SHAPE})
         if cfg.dry_run:
@@ -1549,10 +1555,12 @@ def main(argv=None):
         ranks = dist.get_world_size()
         cfg = choose_layout(cfg, ranks)
         check(cfg, ranks)
-        data = load_data(cfg)
+        *_, last = phases_left(0, cfg)[-1]
+        data = load_data(last)  # for whose batch the most text is held out
         if not data:
             return
         tokenizer, corpus, heldout = data
+        cfg.vocab_size = last.vocab_size
         if tokenizer and cfg.vocab_size < tokenizer.n_vocab:
             raise ValueError(f"--vocab_size {cfg.vocab_size} is less than {tokenizer.n_vocab} ids")
 
@@ -1565,11 +1573,9 @@ def main(argv=None):
             check(cfg, ranks)
         if run and run["ep"] != cfg.ep:
             raise ValueError(f"{checkpoint} has --ep {run['ep']}: --export DIR, then --init DIR")
-        scale = cfg.steps * cfg.batch_size * cfg.seq_len / cfg.tokens if cfg.steps else 1.0
-        planned = {name: scale * getattr(cfg, name) for name in SPANS}
+        cfg = scale_to_steps(cfg)
         if run and not given & {"steps", *SPANS}:  # as its first start planned
-            planned = {name: run[name] for name in SPANS}
-        cfg = dataclasses.replace(cfg, **planned)
+            cfg = dataclasses.replace(cfg, **{name: run[name] for name in SPANS})
 
         mesh = init_device_mesh(device.type, (cfg.dp, cfg.ep), mesh_dim_names=("dp", "ep"))
         with torch.device("meta"):
@@ -1589,7 +1595,6 @@ def main(argv=None):
         if cfg.eval:
             if not checkpoint and not cfg.init:
                 raise ValueError(f"--eval: {cfg.out} has no checkpoint")
-            cfg.tokens = 0.0
             cfg.out = ""  # nothing is written
         if cfg.out:
             lock = claim_directory(cfg.out, dataclasses.asdict(cfg) | fixed)  # while the run lives
@@ -1601,7 +1606,7 @@ def main(argv=None):
             print_updates(n_updates, phase)
         if not train(model, shards, optimizers, content, corpus, heldout, state, cfg, device):
             return print(f"stopped after step {state['step']}")
-        last = (phases_left(0, cfg) or [(0, 0, cfg)])[-1][2]
+        _, _, last = phases_left(state["sequences"], cfg)[0]  # the phase that the model is in
         if cfg.export:
             to_hf(model, last, cfg.export)
         if tokenizer:

@@ -2314,9 +2314,8 @@ def omni_step(model, optimizer, batches, lr, cfg):
     """One update from this rank's micro-batches; returns loss, gradient norm and metrics of the
     global batch. Skips the update if loss or norm is not finite, which is the same on all ranks."""
     totals = 0.0
-    for i, batch in enumerate(batches):
-        if isinstance(model, FSDPModule):  # one reduction of the gradients an update
-            model.set_requires_gradient_sync(i == len(batches) - 1)
+    # Each micro-batch reduces its gradients: unreduced, every rank would keep those of all weights.
+    for batch in batches:
         loss, metrics = objective(model, batch, cfg)
         loss.backward()
         totals = totals + torch.stack([loss.detach(), *metrics.values()])

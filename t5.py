@@ -72,7 +72,7 @@ import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -1037,20 +1037,19 @@ def dry_run(cfg):
         memory["gathered"] = 8 * (total - blocks) + 3 * size * block
     print_memory(memory | {"activations": split_batch(cfg, ranks)[1] * kept})
 
-def fsdp_step(model, optimizer, batches, lr, cfg):
+def update_shards(model, optimizer, batches, lr, cfg):
     """One update from this rank's micro-batches; returns loss and gradient norm of the global
-    batch. Skips the update if either is not finite, which is the same on all ranks."""
-    loss = torch.zeros((), device=batches[0]["source"].device)
-    for i, batch in enumerate(batches):
-        if isinstance(model, FSDPModule):  # one reduction of the gradients an update
-            model.set_requires_gradient_sync(i == len(batches) - 1)
+    batch. If either is not finite, all ranks skip the update."""
+    loss = torch.zeros((), device=batches[0]["targets"].device)
+    # Each micro-batch reduces its gradients: unreduced, every rank would keep those of all weights.
+    for batch in batches:
         part, _ = objective(model, batch, cfg)
         (part * dist.get_world_size()).backward()  # FSDP averages over the ranks
         loss += part.detach()
     dist.all_reduce(loss)
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
     if isinstance(norm, DTensor):
-        norm = norm.full_tensor()  # of the parts of all ranks
+        norm = norm.full_tensor()  # of the shards of all ranks
     loss, norm = torch.stack([loss, norm]).tolist()  # the only wait for the device in an update
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -1102,7 +1101,7 @@ def train(model, optimizer, corpus, heldout, state, cfg, device):
         sum_counts(batches, dist.get_world_size())
         torch.manual_seed(stable_hash(cfg.seed, step, dist.get_rank()))  # for dropout
         lr = learning_rate(first / cfg.batch_size, cfg)
-        loss, norm = fsdp_step(model, optimizer, batches, lr, cfg)
+        loss, norm = update_shards(model, optimizer, batches, lr, cfg)
         finite = math.isfinite(loss) and math.isfinite(norm)
         state["step"] += 1
         state["sequences"] += cfg.batch_size

@@ -9,14 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import SCRIPTS
-from ranks import make_model, run_main
-from torch.utils._python_dispatch import TorchDispatchMode
-
-ROW = SCRIPTS["kimi_muon"]
+from ranks import run_main
+from test_shapes import live_activations
 
 
 def config(**overrides):
-    return kimi.Config(**{**ROW.tiny, **overrides})
+    return kimi.Config(**SCRIPTS["kimi_muon"].tiny | overrides)
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -38,59 +36,13 @@ def alone():
     dist.destroy_process_group()
 
 
-def test_k2s_schedule_and_the_batches_of_both(monkeypatch):
-    cfg = kimi.Config(**kimi.PRESETS["kimi_k2"])
-    for step, rate in ((0, 0.0), (250, 1e-4), (500, 2e-4), (149_011, 2e-4)):
-        assert kimi.learning_rate(step * 2**26, cfg) == pytest.approx(rate)
-    for tokens, rate in ((12.75e12, 1.1e-4), (15.5e12, 2e-5), (15.96e12, 7e-6)):
-        assert kimi.learning_rate(tokens, cfg) == pytest.approx(rate)
-    (_, pre, now), (start, long, later) = kimi.phases_left(0, cfg)
-    assert [now.batch_size * now.seq_len, later.batch_size * later.seq_len, later.seq_len] == [2**26, 2**26, 32768]
-    assert pre == math.ceil(149_011.6 + 81_956.4 + 5_960.5) and long == pytest.approx(894.1, abs=1) and start == pre * 16384
-    (_, ramp, first), (start, _, now) = kimi.phases_left(0, kimi.Config(**kimi.PRESETS["moonlight_16b_a3b"]))
-    assert (ramp, first.batch_size, now.batch_size, start) == (math.ceil(200e9 / 2**24), 2048, 4096, 0), "the data goes on"
-    monkeypatch.setitem(kimi.SCHEDULES, "k2", ((5 / 80, "linear", 1.0), (50 / 80, "linear", 1.0), (1.0, "cosine", 0.1)))
-    toy = [kimi.learning_rate(step, config(lr=1.0, tokens=80.0)) for step in (0, 1, 4, 5, 50, 51, 65, 79, 80)]
-    assert toy == pytest.approx([0, 0.2, 0.8, 1, 1, 0.997535, 0.55, 0.102465, 0.1], abs=1e-6)
-    cfg = config(batch_size=4, seq_len=8, tokens=8.0 * 4 * 10, long_tokens=8.0 * 4 * 4, long_seq_len=16, ramp_tokens=32.0, first_batch=2)
-    plan = lambda sequences: [(start, n, p.batch_size, p.seq_len) for start, n, p in kimi.phases_left(sequences, cfg)]  # noqa: E731
-    assert plan(0) == [(0, 2, 2, 8), (0, 5, 4, 8), (24, 4, 2, 16)]
-    assert plan(2) == [(0, 1, 2, 8), *plan(4)] and plan(12) == [(0, 3, 4, 8), (24, 4, 2, 16)]
-    assert plan(30) == [(24, 1, 2, 16)] and plan(32) == []
-
-
-def test_yarn_is_k2s():
-    """Indices 0-19 of 32 stay, 20-31 are divided by 32; the scores are multiplied by 1.813260."""
-    plain = 50000.0 ** (-torch.arange(32) / 32)
-    factors = plain / kimi.yarn_beta_frequencies(64, 50000.0, 32.0, 4096, 1.0)
+def test_yarn_router_biases_and_entropy_are_the_specifications(alone):
+    """K2's YaRN keeps indices 0-19 of 32, divides 20-31 by 32 and multiplies the scores by 1.813260; balancing biases move by centred signs."""
+    factors = 50000.0 ** (-torch.arange(32) / 32) / kimi.yarn_beta_frequencies(64, 50000.0, 32.0, 4096, 1.0)
     assert factors.tolist() == pytest.approx([1.0] * 20 + [32.0] * 12)
-    factors = plain / kimi.yarn_beta_frequencies(64, 50000.0, 64.0, 4096, 32.0)  # K2.5: a ramp from 8 to 20
-    assert factors[[0, 8, 20, 31]].tolist() == pytest.approx([1.0, 1.0, 64.0, 64.0]) and 1 < factors[9] < factors[19] < 64
-    for factor, square in ((32.0, 1.813260), (64.0, 2.004740)):
-        block = kimi.Block(config(rope_factor=factor, head_dim=128, rope_dim=64), dense=True)
-        assert block.attn.scale * 192**0.5 == pytest.approx(square, rel=1e-6)
-
-
-def test_largest_logits_by_blocks_are_those_of_the_square():
-    B, H, T, E = 2, 3, 600, 4
-    q, k = normal(B, H, T, E), normal(B, H, T, E, seed=1)
-    k[:, 1, -1] = 100.0  # visible to the last query alone
-    scores = 0.3 * q.double() @ k.double().mT
-    expected = torch.stack([torch.stack([scores[b, h, i, : i + 1].max() for b in range(B) for i in range(T)]).max() for h in range(H)])
-    sizes = []
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            sizes.append((x := function(*args, **(kwargs or {}))).numel())
-            return x
-
-    with Sizes():
-        found = kimi.largest_logits(q, k, 0.3)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
-    assert max(sizes) <= B * H * 128 * T < B * H * T * T
-
-
-def test_router_and_its_factor_are_the_specifications():
+    for factor, square, kv_rank, width in ((32.0, 1.813260, 28, 192), (64.0, 2.004740, 28, 192), (32.0, 1.813260, 0, 128)):
+        block = kimi.Block(config(rope_factor=factor, head_dim=128, rope_dim=64, kv_rank=kv_rank), dense=True)
+        assert block.attn.scale * width**0.5 == pytest.approx(square, rel=1e-6)
     router = kimi.SigmoidRouter(4, 4, 2, 2.827)
     router.weight.data, router.bias = torch.eye(4), torch.tensor([0.0, 0.0, -0.5, 0.0])
     experts, gates, counts = router(torch.tensor([[0.0, 1.0, 2.0, -1.0]]))
@@ -100,37 +52,65 @@ def test_router_and_its_factor_are_the_specifications():
         router.weight.data = torch.eye(n)
         assert (1 / router(normal(20_000, n))[1].norm(dim=1)).mean().item() == pytest.approx(factor, abs=1e-2)
     assert kimi.PRESETS["moonlight_16b_a3b"]["route_scale"] == 2.446 and kimi.Config().route_scale == 2.827
+    router = kimi.SigmoidRouter(8, 4, 1, 1.0)
+    router.load += torch.tensor([4.0, 1.0, 1.0, 2.0])
+    assert kimi.update_centred_biases([router], 1e-3).tolist() == [[2.0, 0.5, 0.5, 1.0]] and not router.load.any()
+    assert router.bias.tolist() == pytest.approx([-1.25e-3, 7.5e-4, 7.5e-4, -2.5e-4], abs=1e-9)
+    for w, entropy in ((7 * torch.eye(5), 1.0), (torch.ones(4, 6), 0.0), (torch.diag(torch.tensor([4.0, 3.0, 1.0])), 0.720282)):  # of 16, 9, 1 in 26
+        assert kimi.svd_entropy(w).item() == pytest.approx(entropy, abs=1e-5)
 
 
-def test_newton_schulz_is_the_specifications():
+def test_largest_logits_by_blocks_and_the_example_of_their_clip():
+    """The largest logits are those of the square, which is never in memory."""
+    q, k = normal(2, 3, 600, 4), normal(2, 3, 600, 4, seed=1)
+    k[:, 1, -1] = 100.0  # visible to the last query alone
+    scores = 0.3 * q.double() @ k.double().mT
+    expected = torch.stack([torch.stack([scores[b, h, i, : i + 1].max() for b in range(2) for i in range(600)]).max() for h in range(3)])
+    torch.testing.assert_close(kimi.largest_logits(q, k, 0.3).double(), expected, rtol=1e-5, atol=0)
+    _, peak = live_activations(linear := torch.nn.Linear(1, 1), lambda: linear.weight.sum() + kimi.largest_logits(q, k, 0.3).sum())
+    assert 4 * 6 * 128 * 600 < peak < 2 * 4 * 6 * 128 * 600 < 4 * 6 * 600**2
+    logit = lambda q, kv: torch.tensor([10.0, 0, 4, 2]) * q @ (torch.tensor([12.0, 5, 20, 10]) * torch.cat((kv, torch.ones(2)))) / 2  # noqa: E731
+    assert logit(torch.ones(4), torch.ones(2)) == 110
+    q, kv = kimi.qk_clip(torch.tensor([110.0, 99.0]), 100.0, 2, 2)
+    assert q[:4].tolist() == pytest.approx([0.953463] * 2 + [0.909091] * 2, abs=1e-6) and kv[:2].tolist() == pytest.approx([0.953463] * 2, abs=1e-6)
+    assert logit(q[:4], kv[:2]).item() == pytest.approx(100, abs=1e-4) and kv[2:].tolist() == [1.0] * 6 == q[4:].tolist() + [1.0, 1.0]
+
+
+def test_k2s_schedule_and_the_batches_of_both():
+    cfg, B = kimi.Config(**kimi.PRESETS["kimi_k2"]), 2**26
+    for tokens, rate in ((0, 0), (250 * B, 1e-4), (500 * B, 2e-4), (149_011 * B, 2e-4), (12.75e12, 1.1e-4), (15.5e12, 2e-5), (15.96e12, 7e-6)):
+        assert kimi.learning_rate(tokens, cfg) == pytest.approx(rate)
+    (_, pre, now), (start, long, later) = kimi.phases_left(0, cfg)
+    assert [now.batch_size * now.seq_len, later.batch_size * later.seq_len, later.seq_len] == [B, B, 32768]
+    assert pre == math.ceil(149_011.6 + 81_956.4 + 5_960.5) and long == pytest.approx(894.1, abs=1) and start == pre * 16384
+    (_, ramp, first), (start, _, now) = kimi.phases_left(0, kimi.Config(**kimi.PRESETS["moonlight_16b_a3b"]))
+    assert (ramp, first.batch_size, now.batch_size, start) == (math.ceil(200e9 / 2**24), 2048, 4096, 0), "the data goes on"
+    cfg = config(batch_size=4, seq_len=8, tokens=8.0 * 4 * 10, long_tokens=8.0 * 4 * 4, long_seq_len=16, ramp_tokens=32.0, first_batch=2)
+    plan = lambda sequences: [(start, n, p.batch_size, p.seq_len) for start, n, p in kimi.phases_left(sequences, cfg)]  # noqa: E731
+    assert plan(0) == [(0, 2, 2, 8), (0, 5, 4, 8), (24, 4, 2, 16)] and plan(2) == [(0, 1, 2, 8), *plan(4)] and plan(12) == [(0, 3, 4, 8), *plan(24)]
+    assert plan(30) == [(24, 1, 2, 16)] and plan(32) == [(24, 0, 2, 16)], "at its end a run is in its last phase"
+
+
+def test_newton_schulz_and_muon_are_the_specifications_and_torchs(monkeypatch):
+    """torch's momentum is a mean, lerp(buffer, gradient, 0.05), which the norm makes up for; its Newton-Schulz is bf16."""
     g = torch.zeros(3, 5)
     g[range(3), range(3)] = torch.tensor([3.0, 1.0, 0.1])
     for x in (g, g.T, torch.stack((g, 7 * g))):
         sigma = torch.linalg.svdvals(kimi.newton_schulz(x, torch.float32)).flatten()
         assert sigma.tolist() == pytest.approx([1.134031, 1.133615, 0.752978] * (len(sigma) // 3), abs=2e-6)
-    low = kimi.newton_schulz(g, torch.bfloat16)
-    assert low.dtype == torch.bfloat16 and low.diag().tolist() == pytest.approx([0.765625, 1.140625, 1.140625], abs=0.02)
     s, w = torch.linspace(0.01, 1.0, 200, dtype=torch.float64), normal(40, 24, dtype=torch.float64)
-    u, sigma, v = torch.linalg.svd(w, full_matrices=False)
-    sigma = sigma / (sigma.norm() + 1e-7)
+    u, sigma, v = torch.linalg.svd(w / w.norm(), full_matrices=False)
     for _ in range(5):  # the same map on every singular value
         s, sigma = (3.4445 * x - 4.775 * x**3 + 2.0315 * x**5 for x in (s, sigma))
     assert 0.6818 <= s.min() and s.max() <= 1.1344
-    torch.testing.assert_close(kimi.newton_schulz(w, torch.float64), u * sigma @ v, atol=1e-9, rtol=0)
-
-
-def test_one_step_of_muon_and_the_size_of_its_updates():
+    torch.testing.assert_close(kimi.newton_schulz(w, torch.float64), u * sigma @ v, atol=1e-8, rtol=0)
     w = torch.nn.Parameter(torch.eye(2))
     w.grad = torch.diag(torch.tensor([3.0, 4.0]))
     kimi.Muon([w], lr=0.1, weight_decay=0.1, orthogonalize=lambda matrices: kimi.orthogonalize(matrices, torch.float32)).step()
     torch.testing.assert_close(w.data, torch.diag(torch.tensor([0.969554, 0.958344])), atol=1e-6, rtol=0)
     assert kimi.newton_schulz(normal(64, 256), torch.float32).square().mean().sqrt().item() == pytest.approx(0.0536, abs=2e-3)
-    for update in kimi.orthogonalize([normal(64, 256), normal(256, 64), normal(3, 48, 96)], torch.float32):
-        assert 0.16 < update.square().mean().sqrt() < 0.21
-
-
-def test_muon_is_torchs_where_the_definitions_coincide(monkeypatch):
-    """torch's momentum is a mean, lerp(buffer, gradient, 0.05), which the norm makes up for; its Newton-Schulz is bf16."""
+    updates = kimi.orthogonalize([normal(64, 256), normal(256, 64), normal(3, 48, 96)], torch.float32)
+    assert all(0.16 < update.square().mean().sqrt() < 0.21 for update in updates)
     ours = [torch.nn.Parameter(normal(*shape, seed=i)) for i, shape in enumerate([(24, 40), (40, 24), (24, 40)])]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     mine = kimi.Muon(ours, lr=0.02, weight_decay=0.1, orthogonalize=lambda matrices: kimi.orthogonalize(matrices, torch.bfloat16))
@@ -148,7 +128,7 @@ def test_muon_is_torchs_where_the_definitions_coincide(monkeypatch):
     assert calls == [(2, 24, 40), (1, 40, 24)] * 4, "equal shapes in one call"
 
 
-def test_fused_matrices_are_split_by_function():
+def test_every_parameter_has_one_optimizer_and_fused_matrices_are_split(alone):
     """Against rows picked one by one: per head E content and R rotary rows of q, E of k and E of v."""
     cfg, whole = config(), config(split_fused=False)
     H, E, R, C = cfg.n_heads, cfg.head_dim, cfg.rope_dim, cfg.kv_rank
@@ -163,28 +143,15 @@ def test_fused_matrices_are_split_by_function():
             assert [view.flatten(1, 2).tolist() for view in uncut] == [[g.tolist()]]
     for cut, shapes in ((cfg, [(5, 4, 12)] * 2), (whole, [(5, 8, 12)])):
         assert [tuple(v.flatten(1, 2).shape) for v in kimi.split_by_function("blocks.1.mlp.experts.gate_up", normal(5, 8, 12), cut)] == shapes
-
-
-def test_every_parameter_has_one_optimizer(alone):
-    cfg = config()
-    model = make_model(kimi, ROW, cfg)
+    model = build(cfg, alone)
     shards = kimi.shard_parameters(model, cfg, alone)
-    found = {name: shard.optimizer for shard in shards for name in shard.spans}
-    is_matrix = {name: p.ndim > 1 and name not in ("token_embedding.weight", "head.weight") for name, p in model.named_parameters()}
-    assert found == {name: "muon" if is_matrix[name] else "adamw" for name in is_matrix}
+    expected = {name: "adamw" if p.ndim == 1 or name in ("token_embedding.weight", "head.weight") else "muon" for name, p in model.named_parameters()}
+    assert {name: shard.optimizer for shard in shards for name in shard.spans} == expected
     groups = [group for optimizer in kimi.build_optimizer(shards, cfg) for group in optimizer.param_groups]
     assert [len(group["params"]) for group in groups] == [1, 2] and {group["weight_decay"] for group in groups} == {0.1}, "norms decay, too"
     model.extra = torch.nn.Linear(3, 3)
     with pytest.raises(ValueError, match="no optimizer updates extra.weight"):
         kimi.shard_parameters(model, cfg, alone)
-
-
-def test_qk_clip_is_the_specifications_example():
-    logit = lambda q, kv: torch.tensor([10.0, 0, 4, 2]) * q @ (torch.tensor([12.0, 5, 20, 10]) * torch.cat((kv, torch.ones(2)))) / 2  # noqa: E731
-    assert logit(torch.ones(4), torch.ones(2)) == 110
-    q, kv = kimi.qk_clip(torch.tensor([110.0, 99.0]), 100.0, 2, 2)
-    assert q[:4].tolist() == pytest.approx([0.953463] * 2 + [0.909091] * 2, abs=1e-6) and kv[:2].tolist() == pytest.approx([0.953463] * 2, abs=1e-6)
-    assert logit(q[:4], kv[:2]).item() == pytest.approx(100, abs=1e-4) and kv[2:].tolist() == [1.0] * 6 == q[4:].tolist() + [1.0, 1.0]
 
 
 @pytest.mark.parametrize("overrides", [dict(), dict(q_rank=0, rope_factor=4.0), dict(kv_rank=0, n_dense=4)])
@@ -201,36 +168,22 @@ def test_after_the_clip_no_head_is_above_tau(alone, overrides, precision, close)
     [model(batch["tokens"]) for batch in batches]
     largest = torch.stack([block.attn.largest.clone() for block in model.blocks])  # of both micro-batches
     inputs = []
-    for block in model.blocks:
-        block.attn.largest.zero_()
-        block.attn.register_forward_pre_hook(lambda module, args: inputs.append((module, args)))
+    [block.attn.register_forward_pre_hook(lambda module, args: inputs.append((module, args))) for block in model.blocks]
     cfg.tau = largest.median().item()
     _, _, found, _ = kimi.muon_clip_step(model, shards, kimi.build_optimizer(shards, cfg), batches, 0.0, 0.0, cfg)
     torch.testing.assert_close(found, largest)
-    for module, args in list(inputs):
-        module(*args)
+    [module(*args) for module, args in list(inputs)]
     for block, before in zip(model.blocks, found):
         torch.testing.assert_close(block.attn.largest, before.clamp(max=cfg.tau), rtol=close, atol=0)
     changed = {name.split(".")[3] for name, p in model.named_parameters() if not torch.equal(p, kept[name])}
     assert changed == ({"q", "k"} if "kv_rank" in overrides else {"q_up", "kv_up"})
-    if cfg.kv_rank:
-        values = (w.view(3, 20, 28)[:, 10:] for w in (model.blocks[0].attn.kv_up.weight, kept["blocks.0.attn.kv_up.weight"]))
-        assert torch.equal(*values), "values stay"
+    if cfg.kv_rank:  # values stay
+        assert torch.equal(model.blocks[0].attn.kv_up.weight.view(3, 20, 28)[:, 10:], kept["blocks.0.attn.kv_up.weight"].view(3, 20, 28)[:, 10:])
     assert all(torch.equal(shard.weights, shard.master.full_tensor().to(shard.weights.dtype)) for shard in shards), "copies of the masters"
 
 
-def test_biases_move_by_centred_signs_and_entropies_are_of_squares(alone):
-    router = kimi.SigmoidRouter(8, 4, 1, 1.0)
-    router.load += torch.tensor([4.0, 1.0, 1.0, 2.0])
-    assert kimi.update_centred_biases([router], 1e-3).tolist() == [[2.0, 0.5, 0.5, 1.0]] and not router.load.any()
-    assert router.bias.tolist() == pytest.approx([-1.25e-3, 7.5e-4, 7.5e-4, -2.5e-4], abs=1e-9)
-    p = torch.tensor([16.0, 9.0, 1.0]) / 26
-    for w, entropy in ((7 * torch.eye(5), 1.0), (torch.ones(4, 6), 0.0), (torch.diag(26 * p.sqrt()), -(p * p.log()).sum().item() / math.log(3))):
-        assert kimi.svd_entropy(w).item() == pytest.approx(entropy, abs=1e-5)
-
-
 def three_steps(layout, precision):
-    """Parameters after three updates with made-up gradients and logits, and the bytes of masters, momenta and moments of this rank."""
+    """Parameters after three updates with made-up gradients and logits, and the bytes of momenta and moments of this rank, and of its plan."""
     kimi.init_distributed(30)
     cfg = config(precision=precision, hidden_dim=16, **layout)  # so that parts of ranks begin inside the queries' matrices
     mesh = kimi.init_device_mesh("cpu", (cfg.dp, cfg.ep), mesh_dim_names=("dp", "ep"))
@@ -240,61 +193,68 @@ def three_steps(layout, precision):
     [group.update(lr=0.1) for optimizer in optimizers for group in optimizer.param_groups]
     for step in range(3):
         for i, (name, p) in enumerate(model.named_parameters()):
-            if kimi.is_expert(name):
-                p.grad += normal(12, *p.shape[1:], seed=100 * step + i)[model.first_expert :][: len(p)] / cfg.dp
-            else:
-                p.grad += normal(*p.shape, seed=100 * step + i) / dist.get_world_size()
+            n, first, ranks = (12, model.first_expert, cfg.dp) if kimi.is_expert(name) else (len(p), 0, dist.get_world_size())
+            p.grad += normal(n, *p.shape[1:], seed=100 * step + i)[first : first + len(p)] / ranks
         [shard.reduce() for shard in shards]
         [optimizer.step() for optimizer in optimizers]
         kimi.clip_heads(model, shards, torch.linspace(0.5, 2.0, 12).view(4, 3), 1.0)
         [(shard.gather(), shard.gradients.zero_()) for shard in shards]
     found = {name: (p.detach().float().numpy(), model.first_expert) for name, p in model.named_parameters()}
-    states = [t for o in optimizers for state in o.state.values() for t in state.values()] + [shard.master for shard in shards]
-    n_bytes = sum(getattr(t, "to_local", lambda: t)().numel() * 4 for t in states)
-    planned = kimi.memory_per_rank(cfg)
-    return found, n_bytes, planned["optimizer"] + (planned["masters"] or n_bytes - planned["optimizer"])
+    states = [t for optimizer in optimizers for state in optimizer.state.values() for t in state.values()]
+    return found, sum(getattr(t, "to_local", lambda: t)().numel() * 4 for t in states), kimi.memory_per_rank(cfg)["optimizer"]
 
 
 @pytest.mark.parametrize("precision, limit", [("fp32", 1e-6), ("bf16", 1e-2)])
 def test_distributed_muon_is_one_ranks(ranks, precision, limit):
     ((expected, most, _),) = ranks.run(1, three_steps, dict(), precision)
-    for n, layout in ((2, dict(dp=2)), (2, dict(ep=2)), (4, dict(dp=4)), (4, dict(ep=2, dp=2))):
+    for n, layout in ((2, dict(dp=2)), (2, dict(ep=2)), (4, dict(dp=4)), (4, dict(ep=2, dp=2)), (2, dict(dp=2, optimizer="adamw"))):
         for found, n_bytes, planned in ranks.run(n, three_steps, layout, precision):
-            assert n_bytes < 1.02 * most / n and n_bytes == pytest.approx(planned, rel=0.02)
-            for name, (p, first) in found.items():
+            assert n_bytes == pytest.approx(planned, rel=0.02)
+            for name, (p, first) in found.items() if "optimizer" not in layout else ():
                 part = expected[name][0][first : first + len(p)] if kimi.is_expert(name) else expected[name][0]
-                assert np.linalg.norm(p - part) <= limit * np.linalg.norm(part), name
+                assert np.linalg.norm(p - part) <= limit * np.linalg.norm(part) and n_bytes < 1.02 * most / n, name
 
 
-def rows(out, key="loss"):
-    return [row[key] for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if key in row]
+def test_planned_activations_are_those_of_the_peak(alone):
+    sizes = dict(vocab_size=300, dim=256, hidden_dim=512, expert_dim=128, n_heads=4, head_dim=64, rope_dim=64, seq_len=128, batch_size=8)
+    for overrides in (dict(kv_rank=128), dict(kv_rank=128, precision="bf16"), dict(kv_rank=128, q_rank=0), dict(kv_rank=0, q_rank=0, n_dense=4)):
+        cfg = config(**sizes | dict(q_rank=128) | overrides)
+        model, tokens = build(cfg, alone), torch.randint(300, (8, 128))
+        _, peak = live_activations(model, lambda: model(tokens, tokens))  # noqa: B023
+        assert kimi.memory_per_rank(cfg)["activations"] == pytest.approx(peak, rel=0.12)
 
 
 def test_runs_clip_log_and_go_on(ranks, tmp_path):
     """Two phases with a small tau: what the log has, the layouts' losses, and a resume bit for bit, then with other ranks."""
+    pytest.importorskip("safetensors")
+    rows = lambda out, key="loss": [row[key] for row in map(json.loads, (out / "metrics.jsonl").open()) if key in row]  # noqa: E731
+    one, two, four, hf, little = (tmp_path / name for name in ("one", "two", "four", "hf", "little.txt"))
     (tmp_path / "text.txt").write_text("".join(f"line {i} says {i * i}\n" for i in range(2000)))
+    little.write_text("so little that a batch is held out\n" * 20)
     sizes = "--dim=24 --hidden_dim=40 --n_layers=3 --expert_dim=16 --n_experts=8 --seq_len=16 --long_seq_len=32 --batch_size=8 --val_batches=1"
     more = "--tokens=768 --long_tokens=256 --tau=0.02 --log_every=1 --timeout=30 --save_every=2 --lr=0.01 --bias_tokens=1e9 --data"
     flags = [*f"{sizes} {more}".split(), tmp_path / "text.txt"]
-    status, out, err = run_main("kimi_muon", [*flags, "--out", tmp_path / "one"])
+    status, out, err = run_main("kimi_muon", [*flags, "--out", one, "--export", hf])
     assert status == 0 and "x 8 sequences of 16" in out and "x 4 sequences of 32" in out, err
-    one, clipped = rows(tmp_path / "one"), rows(tmp_path / "one", "clipped")
-    assert len(one) == 6 and max(clipped) > 0 and min(rows(tmp_path / "one", "max_logit")) > 0
-    rms, entropies = dict(rows(tmp_path / "one", "update_rms")[-1]), rows(tmp_path / "one", "router_entropy")[-1]
+    losses, clipped, val = rows(one), rows(one, "clipped"), f"loss {rows(one, 'val_loss')[-1]:.4f}"
+    assert len(losses) == 6 and max(clipped) > 0 and min(rows(one, "max_logit")) > 0
+    rms, entropies = dict(rows(one, "update_rms")[-1]), rows(one, "router_entropy")[-1]
     assert {"blocks.0.attn.q_up.weight", "blocks.1.mlp.experts.down", "blocks.2.mlp.router.weight"} <= rms.keys() and "head.weight" not in rms
     assert all(0.1 < value < 0.25 for value in rms.values()) and len(entropies) == 2 and all(0 < x <= 1 for x in entropies)
-    for n, layout in ((2, ["--ep=2"]), (2, ["--dp=2", "--micro_batch=1"]), (4, ["--ep=2"])):
-        folder = tmp_path / f"{n}{layout[0]}"
-        results = ranks.run(n, run_main, "kimi_muon", [*flags, *layout, "--out", folder], timeout=120)
-        assert results[0][0] == 0 and rows(folder) == pytest.approx(one, rel=1e-4) and rows(folder, "clipped") == clipped, results[0]
-    shutil.rmtree(tmp_path / "one" / "step_000000006")
-    shutil.copytree(tmp_path / "one", tmp_path / "two")
-    status, out, err = run_main("kimi_muon", [*flags, "--out", tmp_path / "one", "--resume"])
-    assert status == 0 and "step 4/6" not in out and rows(tmp_path / "one")[-2:] == one[-2:], err
+    results = ranks.run(4, run_main, "kimi_muon", [*flags, "--ep=2", "--micro_batch=1", "--out", four], timeout=120)
+    assert results[0][0] == 0 and rows(four) == pytest.approx(losses, rel=1e-4) and rows(four, "clipped") == clipped, results[0]
+    for start, phrase in (
+        (["--out", one, "--eval"], f"val 6 | {val}"), (["--out", one, "--resume"], f"val 6 | {val}"), (["--data", little], "val 6"),
+        (["--init", hf, "--eval", "--ramp_tokens=64", "--first_batch=4"], "val 0"), (["--dp=2"], "ep 1 x dp 2 are not 1 ranks"),
+        (["--dry_run", "--steps=12"], "\n8 updates of 128 tokens = 1 ranks x 1 x 8 sequences of 16"),
+    ):  # fmt: skip
+        status, out, err = run_main("kimi_muon", [*flags, *start])
+        assert phrase in out + err, out + err
+    shutil.rmtree(one / "step_000000006")
+    shutil.copytree(one, two)
+    status, out, err = run_main("kimi_muon", [*flags, "--out", one, "--resume"])
+    assert status == 0 and "step 4/6" not in out and rows(one)[-2:] == losses[-2:], err
     for ep, expected in ((1, 0), (2, 2)):
-        results = ranks.run(2, run_main, "kimi_muon", [*flags, f"--ep={ep}", "--out", tmp_path / "two", "--resume"], timeout=120)
-        assert results[0][0] == expected and rows(tmp_path / "two")[-2:] == pytest.approx(one[-2:], rel=1e-5), results[0]
+        results = ranks.run(2, run_main, "kimi_muon", [*flags, f"--ep={ep}", "--out", two, "--resume"], timeout=120)
+        assert results[0][0] == expected and rows(two)[-2:] == pytest.approx(losses[-2:], rel=1e-5), results[0]
     assert "has --ep 1: --export DIR, then --init DIR" in results[0][2]
-    for wrong, phrase in ((["--tau=0"], "--tau 0"), (["--tau=-1"], "--tau -1"), (["--top_k=9"], "--top_k 9"), (["--ep=3"], "ep 3")):
-        status, _, err = run_main("kimi_muon", [*flags, *wrong])
-        assert status == 2 and phrase in err

@@ -161,11 +161,6 @@ def test_adafactor_of_the_specification():
     assert rows[0] == 1 and rows[1] < 1
 
 
-def on_ranks(overrides):
-    t5.update_shards = t5.fsdp_step  # the name that gradients calls
-    return gradients("t5", ROW, overrides)
-
-
 @pytest.mark.parametrize("n, overrides", [(1, dict(micro_batch=2)), (2, dict(micro_batch=1, recompute="block")), (4, WAYS[1]), (4, WAYS[2])])
 def test_layout_gives_the_gradients_of_a_plain_loss(ranks, n, overrides):
     cfg = t5.Config(**ROW.tiny | overrides | dict(z_loss=0.01))
@@ -176,7 +171,7 @@ def test_layout_gives_the_gradients_of_a_plain_loss(ranks, n, overrides):
         assert t5.objective(model, batch, cfg)[0].item() == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-6)
     expected.backward()
     together = torch.cat([p.grad.flatten() for p in model.parameters()])
-    for loss, found, norm in ranks.run(n, on_ranks, overrides | dict(z_loss=0.01)):
+    for loss, found, norm in ranks.run(n, gradients, "t5", ROW, overrides | dict(z_loss=0.01)):
         assert (loss, norm) == pytest.approx((expected.item(), together.norm().item()), rel=1e-5)
         for name, p in model.named_parameters():
             assert (torch.from_numpy(found[name]) - p.grad).abs().max() <= 1e-5 * max(p.grad.abs().max(), 1e-3 * together.abs().max()), name
