@@ -29,8 +29,7 @@ def reference(name, overrides):
     loss.backward()
     found = {key: p.grad.numpy() for key, p in model.named_parameters() if p.grad is not None}
     if name == "omni":
-        trained = re.compile(module.STAGES[cfg.stage].trained)
-        return loss.item(), {key: g for key, g in found.items() if trained.match(key)}
+        return loss.item(), {key: g for key, g in found.items() if re.match(module.STAGES[cfg.stage].trained, key)}
     for key, router in [(key, part) for key, part in model.named_modules() if hasattr(part, "load")]:
         assert router.load.sum() == cfg.top_k * cfg.batch_size * (cfg.seq_len - key.startswith("mtp"))
         signs = torch.sign(router.load.mean() - router.load)
@@ -80,8 +79,7 @@ def test_each_start_has_a_store_of_its_own(ranks):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         server.set("rank 0", f"127.0.0.1 {free.getsockname()[1]}")  # of a start that has ended
-    environment = {"MASTER_PORT": server.port, "TORCHELASTIC_USE_AGENT_STORE": "True", "LOCAL_WORLD_SIZE": 2}
-    assert ranks.run(2, join, **environment) == [[2.0], [2.0]]
+    assert ranks.run(2, join, MASTER_PORT=server.port, TORCHELASTIC_USE_AGENT_STORE=True, LOCAL_WORLD_SIZE=2) == [[2.0], [2.0]]
     assert set(server.list_keys()) <= {"rank 0", "init/"}, "nothing of a start is in the agents' store"
 
 
