@@ -152,7 +152,9 @@ TABLE_A9 = (  # parameters in millions, D, E, H, layers; F = 4 D
     (12295, 4608, 128, 36, 44), (12569, 4608, 128, 32, 47), (13735, 4864, 128, 32, 47),
     (14940, 4992, 128, 32, 49), (16183, 5120, 128, 40, 47),
 )  # fmt: skip
-PUBLISHED = dict(vocab_size=32_000, micro_batch=1, compile=True, recompute="block")
+PUBLISHED = dict(
+    vocab_size=32_000, precision="bf16", micro_batch=1, compile=True, recompute="block"
+)
 PRESETS = {
     # For a CPU, minutes. Bytes, short sequences and many small updates, because attention forms
     # late; one layer in the sweep, because models this small are bound by the number of operations.

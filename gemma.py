@@ -149,10 +149,12 @@ class Config:
 # rates fall with the size, a batch has 1M tokens (below 3B), 2M or 4M (from 12B).
 GEMMA2 = dict(
     vocab_size=256128, local_layers=1, window=4096, qk_norm=False, attention_cap=50.0,
-    logit_cap=30.0, rope_theta=1e4, seq_len=8192, batch_size=128, samples=0, micro_batch=1,
-    compile=True, recompute="block",
+    logit_cap=30.0, rope_theta=1e4, seq_len=8192, batch_size=128, samples=0,
+    precision="bf16", micro_batch=1, compile=True, recompute="block",
 )  # fmt: skip
-GEMMA3 = dict(vocab_size=262144, micro_batch=1, compile=True, recompute="block")
+GEMMA3 = dict(
+    vocab_size=262144, precision="bf16", micro_batch=1, compile=True, recompute="block"
+)
 GEMMA3_LARGE = GEMMA3 | dict(window=1024)
 SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "query_scalar", "hidden_dim")
 PRESETS = {

@@ -156,7 +156,7 @@ class Config:
 
 DENSE = dict(  # M Table 2: Llama-like, without experts and latents
     vocab_size=163840, q_rank=0, kv_rank=0, norm_eps=1e-5, seq_len=8192, tau=1e9,
-    schedule="cosine", long_tokens=0.0, micro_batch=1, compile=True,
+    schedule="cosine", long_tokens=0.0, precision="bf16", micro_batch=1, compile=True,
 )  # fmt: skip
 LAWS = ("n_layers", "n_dense", "n_heads", "dim", "hidden_dim", "tokens", "lr", "batch_size")
 PRESETS = {
@@ -180,20 +180,22 @@ PRESETS = {
         vocab_size=163840, dim=2048, n_layers=27, hidden_dim=11264, n_heads=16, q_rank=0,
         norm_eps=1e-5, n_experts=64, n_shared=2, expert_dim=1408, top_k=6, route_scale=2.446,
         bias_tokens=5.2e12, seq_len=8192, batch_size=4096, schedule="moonlight", tokens=5.7e12,
-        ramp_tokens=200e9, first_batch=2048, long_tokens=0.0, lr=4.2e-4, tau=1e9, micro_batch=1,
-        compile=True,
+        ramp_tokens=200e9, first_batch=2048, long_tokens=0.0, lr=4.2e-4, tau=1e9, precision="bf16",
+        micro_batch=1, compile=True,
     ),
     # K2 §2.3 to §2.5. Table 2 prints 1.04T parameters, 32.6B active; the released configuration,
     # used here, has 1,026.4B and 32.9B (61 layers of experts would have 1,043.0B). Its YaRN to
     # 131,072 positions is left out: K2 describes no training with it.
     # Undisclosed: u for K2 and when it ends; here Moonlight's u, to the end of the constant rate.
-    "kimi_k2": dict(vocab_size=163840, micro_batch=1, compile=True, recompute="block"),
+    "kimi_k2": dict(
+        vocab_size=163840, precision="bf16", micro_batch=1, compile=True, recompute="block",
+    ),
     # The language model of K2.5; epsilon and YaRN as released. Undisclosed: rates and batches.
     # Departure: tokens and phases are K2's, with YaRN to 262,144 positions throughout. K2.5 trains
     # a late checkpoint of K2 on 15T tokens, then on 500B and 200B, up to 262,144 (Table 3).
     "kimi_k25": dict(
-        vocab_size=163840, norm_eps=1e-5, rope_factor=64.0, rope_beta_fast=32.0, micro_batch=1,
-        compile=True, recompute="block",
+        vocab_size=163840, norm_eps=1e-5, rope_factor=64.0, rope_beta_fast=32.0, precision="bf16",
+        micro_batch=1, compile=True, recompute="block",
     ),
     # M Table 2. Undisclosed: the vocabulary, here Moonlight's, and the schedule. F is 2.6 D (§3.1),
     # rounded to a multiple of 8, which gives the first row 334M parameters, not the printed 399M.
@@ -792,7 +794,7 @@ PEAK_FLOPS = {"bf16": {  # dense, by precision and the device's exact name; othe
 # ---------------------------------------- Parallelism ----------------------------------------
 
 # Departure: no pipeline, where K2 has 16 stages (§2.4, interleaved 1F1B); a rank has all layers.
-# --dry_run --preset kimi_k2 --world_size 2048 --ep 128 --precision bf16 plans 120 GiB per rank, of
+# --dry_run --preset kimi_k2 --world_size 2048 --ep 128 plans 120 GiB per rank, of
 # which 66 are weights and gradients of the 11.7B parameters that are not of experts, and 161 GiB
 # for the long sequences.
 

@@ -197,11 +197,13 @@ PRESETS = {
     # Undisclosed: the sizes of Qwen3.5-Omni. These are the backbones and the vision encoder of
     # Qwen3.5, and the AuT of Qwen3-Omni with a fourth convolution and with chunks of 160 frames,
     # which are exactly 10 tokens of 160 ms. Undisclosed, too: the batch, here 1,024 items.
-    "35b_a3b": dict(vocab_size=248320, batch_size=1024, micro_batch=1, recompute="block"),
+    "35b_a3b": dict(
+        vocab_size=248320, batch_size=1024, precision="bf16", micro_batch=1, recompute="block",
+    ),
     "397b_a17b": dict(
         vocab_size=248320, dim=4096, n_layers=60, n_heads=32, value_heads=64, n_experts=512,
-        top_k=10, expert_dim=1024, shared_dim=1024, batch_size=1024, micro_batch=1,
-        recompute="block",
+        top_k=10, expert_dim=1024, shared_dim=1024, batch_size=1024, precision="bf16",
+        micro_batch=1, recompute="block",
     ),
 }  # fmt: skip
 SPECIALS = [
