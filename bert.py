@@ -857,10 +857,8 @@ def parallelize(model, cfg, mesh):
         return model
     # static_graph is faster, but gives wrong gradients when gradients are accumulated.
     static_graph = all(split_batch(phase, mesh.size())[0] == 1 for phase in phases_of(cfg))
-    return nn.parallel.DistributedDataParallel(
-        model, process_group=mesh.get_group(), gradient_as_bucket_view=True,
-        static_graph=static_graph,
-    )  # fmt: skip
+    options = {"gradient_as_bucket_view": True, "static_graph": static_graph}
+    return nn.parallel.DistributedDataParallel(model, process_group=mesh.get_group(), **options)
 
 # ---------------------------------------- Checkpoint ----------------------------------------
 
@@ -970,10 +968,9 @@ def newest_checkpoint(out, resume, fixed):
     Raises ValueError if there is one, but neither --resume nor a restart by torchrun asks for it,
     or if its run had another value of a field in `fixed`.
     """
-    newest = [None, {}]
-    checkpoints = sorted(Path(out).glob("step_*[0-9]")) if out else []
-    if checkpoints:
-        newest = [checkpoints[-1], json.loads((Path(out) / "config.json").read_text())]
+    path = max(Path(out).glob("step_*[0-9]"), default=None) if out else None
+    run = json.loads((Path(out) / "config.json").read_text()) if path else {}
+    newest = [path, run]
     dist.broadcast_object_list(newest)  # on a network file system, ranks may see different files
     path, run = newest
     (restarts,) = sum_over_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
@@ -987,13 +984,11 @@ def newest_checkpoint(out, resume, fixed):
     return path, run
 
 def claim_directory(out, config):
-    """Write config.json to the directory out. Returns a lock, which the process holds while it
-    lives; ValueError if another process holds it."""
+    """Write config.json to the directory out; for rank 0 alone. Returns a lock, which the process
+    holds while it lives; ValueError if another process holds it."""
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / "lock", "w")
-    if dist.get_rank() > 0:
-        return lock
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -1023,11 +1018,10 @@ def save_checkpoint(out, model, optimizer, state):
 def load_checkpoint(path, model, optimizer, state):
     """Fill model, optimizer and state from a checkpoint, except the optimizer's hyperparameters."""
     weights, moments = get_state_dict(model, optimizer)
-    content = {"model": weights, "optimizer": moments["state"], "state": dict(state)}
+    content = {"model": weights, "optimizer": moments["state"], "state": state}
     with explain(f"{path} does not fit or is damaged", dcp.CheckpointException):
         dcp.load(content, checkpoint_id=path)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-    state.update(content["state"])
 
 # ---------------------------------------- Training ----------------------------------------
 
@@ -1228,7 +1222,6 @@ def train(model, optimizer, corpus, heldout, state, run, device):
 
     next_batches = read_ahead(state["sequences"])
     first_step = saved = state["step"]
-    clock = time.perf_counter()
     pace = None  # seconds per update
     n_skipped = 0
     while True:
@@ -1363,10 +1356,9 @@ def main(argv=None):
             if not newest and not cfg.init:
                 raise ValueError(f"--eval: {cfg.out} has no checkpoint")
             cfg.out = ""  # nothing is written
-        if cfg.out:
+        if cfg.out and dist.get_rank() == 0:
             lock = claim_directory(cfg.out, dataclasses.asdict(cfg) | fixed)  # until the run ends
-            if dist.get_rank() == 0:
-                save_wordpiece(corpus.tokenizer, cfg.uncased, cfg.out)
+            save_wordpiece(corpus.tokenizer, cfg.uncased, cfg.out)
         phase = phase_at(state["sequences"] / cfg.batch_size, cfg)
         n_micro, micro = split_batch(phase, ranks)
         n_tokens = cfg.batch_size * phase.seq_len
@@ -1443,11 +1435,9 @@ def parse(argv):
     preset = parser.parse_known_args(argv)[0].preset
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
     for field in dataclasses.fields(Config):
-        kind = {"type": field.type}
+        kind = {"type": type(field.default), "choices": get_args(field.type) or None}
         if field.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
-        elif get_args(field.type):
-            kind = {"choices": get_args(field.type)}
         value = PRESETS[preset].get(field.name, field.default)
         text = f"{comments[field.name]} ({preset}: {value!r})".replace("%", "%%")
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
@@ -1559,15 +1549,13 @@ def find_files(path):
     root = Path(path or sysconfig.get_paths()["stdlib"])
     endings = (".txt", ".md", ".py", ".jsonl") if path else (".py",)
     skipped = set() if path else {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-    files = [root]
-    seen = {root.resolve(), *root.resolve().parents}  # a link to one of these would loop forever
-    for folder, folders, names in os.walk(root, followlinks=True):
-        names_in_order = sorted(set(folders) - skipped, reverse=True)
-        targets = {Path(folder, name).resolve(): name for name in names_in_order}
-        folders[:] = sorted(targets[target] for target in targets.keys() - seen)
-        seen.update(targets)
-        files += [Path(folder, name) for name in names]
-    files = sorted(file for file in files if file.is_file())
+    seen = set(root.resolve().parents)  # a link to one of these would loop forever
+    entries = [root]
+    for entry in entries:  # the list grows by the contents of each directory
+        if entry.is_dir() and entry.resolve() not in seen:
+            seen.add(entry.resolve())
+            entries += sorted(path for path in entry.iterdir() if path.name not in skipped)
+    files = sorted(entry for entry in entries if entry.is_file())
     texts = [file for file in files if file.suffix.lower() in endings]
     shards = [file for file in files if path and file.suffix.lower() in (".npy", ".bin")]
     if bool(texts) == bool(shards):
@@ -1589,9 +1577,9 @@ def read_documents(path, files):
         for number, line in enumerate(open(file, "rb"), 1):
             if line.strip():
                 what = f'{file}, line {number}, is not a JSON object with a string "text"'
-                with explain(what, ValueError, KeyError, TypeError, AttributeError):
-                    utf16 = json.loads(line)["text"].encode("utf-16", "surrogatepass")
-                text = utf16.decode("utf-16", "replace")  # U+FFFD for half a surrogate pair
+                with explain(what, ValueError, KeyError, TypeError):
+                    # Half a surrogate pair becomes U+FFFD.
+                    text = re.sub(r"[\ud800-\udfff]", "\ufffd", json.loads(line)["text"])
                 yield text, text
 
 if __name__ == "__main__":

@@ -1650,10 +1650,9 @@ def newest_checkpoint(out, resume, fixed):
     Raises ValueError if there is one, but neither --resume nor a restart by torchrun asks for it,
     or if its run had another value of a field in `fixed`.
     """
-    newest = [None, {}]
-    checkpoints = sorted(Path(out).glob("step_*[0-9]")) if out else []
-    if checkpoints:
-        newest = [checkpoints[-1], json.loads((Path(out) / "config.json").read_text())]
+    path = max(Path(out).glob("step_*[0-9]"), default=None) if out else None
+    run = json.loads((Path(out) / "config.json").read_text()) if path else {}
+    newest = [path, run]
     dist.broadcast_object_list(newest)  # on a network file system, ranks may see different files
     path, run = newest
     (restarts,) = sum_over_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
@@ -1667,13 +1666,11 @@ def newest_checkpoint(out, resume, fixed):
     return path, run
 
 def claim_directory(out, config):
-    """Write config.json to the directory out. Returns a lock, which the process holds while it
-    lives; ValueError if another process holds it."""
+    """Write config.json to the directory out; for rank 0 alone. Returns a lock, which the process
+    holds while it lives; ValueError if another process holds it."""
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / "lock", "w")
-    if dist.get_rank() > 0:
-        return lock
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -1703,11 +1700,10 @@ def save_checkpoint(out, model, optimizer, state):
 def load_checkpoint(path, model, optimizer, state):
     """Fill model, optimizer and state from a checkpoint, except the optimizer's hyperparameters."""
     weights, moments = get_state_dict(model, optimizer)
-    content = {"model": weights, "optimizer": moments["state"], "state": dict(state)}
+    content = {"model": weights, "optimizer": moments["state"], "state": state}
     with explain(f"{path} does not fit or is damaged", dcp.CheckpointException):
         dcp.load(content, checkpoint_id=path)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-    state.update(content["state"])
 
 # ---------------------------------------- Training ----------------------------------------
 
@@ -1905,7 +1901,6 @@ def train(pipe, optimizer, corpus, heldout, state, end, cfg, device):
     reader = device, pipe.data.get_local_rank(), reading_ranks(cfg)
     thread = ThreadPoolExecutor(1)  # reads the next batch during an update
     saved = state["step"]
-    clock = time.perf_counter()
     n_skipped = 0
     shape = None  # of the batches of the phase
 
@@ -2061,7 +2056,7 @@ def main(argv=None):
         end = last_tokens(state["position"], state["budget"], cfg)
         if cfg.eval:
             cfg.out = ""  # nothing is written
-        if cfg.out:
+        if cfg.out and dist.get_rank() == 0:
             lock = claim_directory(cfg.out, dataclasses.asdict(cfg) | fixed)  # while the run lives
         with torch.device("meta"):
             total, activated = count_parameters(DeepSeekV3(cfg))
@@ -2075,9 +2070,8 @@ def main(argv=None):
         if cfg.export:
             to_hf(pipe, now, cfg.export)
         if tokenizer and cfg.pp == 1:  # else: --export, then --init and --eval
-            ids = get_batch(heldout, 0, 1, now)["tokens"][0, :32].tolist()
-            if cfg.prompt:
-                ids = tokenizer.encode_ordinary(cfg.prompt)
+            ids = tokenizer.encode_ordinary(cfg.prompt)
+            ids = ids or get_batch(heldout, 0, 1, now)["tokens"][0, :32].tolist()
             allowed_ids = torch.from_numpy(heldout.token_bytes > 0)
             print(tokenizer.decode(sample(pipe.model, ids, 256, allowed_ids, now)))
 
@@ -2140,11 +2134,9 @@ def parse(argv):
     preset = parser.parse_known_args(argv)[0].preset
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
     for field in dataclasses.fields(Config):
-        kind = {"type": field.type}
+        kind = {"type": type(field.default), "choices": get_args(field.type) or None}
         if field.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
-        elif get_args(field.type):
-            kind = {"choices": get_args(field.type)}
         value = PRESETS[preset].get(field.name, field.default)
         text = f"{comments[field.name]} ({preset}: {value!r})".replace("%", "%%")
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
@@ -2265,18 +2257,16 @@ class Corpus:
         """Ids first ... first + n - 1, int64 [n]; ValueError for an id outside the vocabulary."""
         pieces = []
         first += self.start
-        while n > 0:
-            i = np.searchsorted(self.ends, first, side="right")
-            name, part = self.parts[i]
-            begin = first - (self.ends[i] - len(part))
-            ids = part[begin : begin + n].astype(np.int64)
+        i, last = np.searchsorted(self.ends, [first, first + n - 1], side="right")
+        for (name, part), end in zip(self.parts[i : last + 1], self.ends[i:]):
+            start = end - len(part)  # of the part
+            begin = max(first - start, 0)
+            ids = part[begin : first + n - start].astype(np.int64)
             unknown = (ids >= len(self.token_bytes)) & (ids != self.separator)
             if unknown.any():
                 where = f"{name}, position {begin + unknown.argmax()}"
                 raise ValueError(f"{where}: token id {ids[unknown][0]} is not in the vocabulary")
             pieces.append(ids)
-            first += len(ids)
-            n -= len(ids)
         return np.concatenate(pieces)
 
     def n_windows(self, length):
@@ -2303,25 +2293,23 @@ def load_corpora(shards, documents, tokenizer, separator, vocab_size, batch_size
     Held out are shards with "val" in their names, or documents chosen by a hash of their names. If
     either part is less than a batch, the last 5 % of all ids, and at least a batch, are held out.
     """
-    train = [(path, open_shard(path)) for path in shards if "val" not in path.name]
-    heldout = [(path, open_shard(path)) for path in shards if "val" in path.name]
-    if not shards:
-        documents = sorted(documents, key=lambda document: stable_hash(document[0]))
-        train = [document for document in documents if not is_held_out(document[0])]
-        heldout = [document for document in documents if is_held_out(document[0])]
-    n_train = sum(len(ids) for name, ids in train)
-    total = sum(len(ids) for name, ids in train + heldout)
+    if shards:  # in both orders, what is held out comes last
+        shards = sorted(shards, key=lambda path: "val" in path.name)
+        parts = [(path, open_shard(path)) for path in shards]
+        n_train = sum(len(ids) for path, ids in parts if "val" not in path.name)
+    else:
+        parts = sorted(documents, key=lambda document: stable_hash(document[0]))
+        n_train = sum(len(ids) for name, ids in parts if not is_held_out(name))
+    total = sum(len(ids) for name, ids in parts)
     least = (batch_size + 1) * length + 1  # ids of a batch of windows, and an offset
     if min(n_train, total - n_train) < least:
         n_train = total - max(total // 20, least)
     if n_train < least:
-        batch = f"a batch of {batch_size} x {length}"
-        raise ValueError(f"{total:,} tokens are too few for {batch} and another to hold out")
+        raise ValueError(f"{total:,} tokens are too few for 2 batches of {batch_size} x {length}")
     token_bytes = np.zeros(vocab_size, np.int64)
     if tokenizer:
         for text in tokenizer.token_byte_values():
             token_bytes[tokenizer.encode_single_token(text)] = len(text)
-    parts = train + heldout
     corpus = Corpus(parts, 0, n_train, separator, token_bytes, in_order=False)
     return corpus, Corpus(parts, n_train, total, separator, token_bytes, in_order=True)
 
@@ -2349,15 +2337,13 @@ def find_files(path):
     root = Path(path or sysconfig.get_paths()["stdlib"])
     endings = (".txt", ".md", ".py", ".jsonl") if path else (".py",)
     skipped = set() if path else {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-    files = [root]
-    seen = {root.resolve(), *root.resolve().parents}  # a link to one of these would loop forever
-    for folder, folders, names in os.walk(root, followlinks=True):
-        names_in_order = sorted(set(folders) - skipped, reverse=True)
-        targets = {Path(folder, name).resolve(): name for name in names_in_order}
-        folders[:] = sorted(targets[target] for target in targets.keys() - seen)
-        seen.update(targets)
-        files += [Path(folder, name) for name in names]
-    files = sorted(file for file in files if file.is_file())
+    seen = set(root.resolve().parents)  # a link to one of these would loop forever
+    entries = [root]
+    for entry in entries:  # the list grows by the contents of each directory
+        if entry.is_dir() and entry.resolve() not in seen:
+            seen.add(entry.resolve())
+            entries += sorted(path for path in entry.iterdir() if path.name not in skipped)
+    files = sorted(entry for entry in entries if entry.is_file())
     texts = [file for file in files if file.suffix.lower() in endings]
     shards = [file for file in files if path and file.suffix.lower() in (".npy", ".bin")]
     if bool(texts) == bool(shards):
@@ -2379,9 +2365,9 @@ def read_documents(path, files):
         for number, line in enumerate(open(file, "rb"), 1):
             if line.strip():
                 what = f'{file}, line {number}, is not a JSON object with a string "text"'
-                with explain(what, ValueError, KeyError, TypeError, AttributeError):
-                    utf16 = json.loads(line)["text"].encode("utf-16", "surrogatepass")
-                text = utf16.decode("utf-16", "replace")  # U+FFFD for half a surrogate pair
+                with explain(what, ValueError, KeyError, TypeError):
+                    # Half a surrogate pair becomes U+FFFD.
+                    text = re.sub(r"[\ud800-\udfff]", "\ufffd", json.loads(line)["text"])
                 yield text, text
 
 def load_tokenizer(name, specials):
@@ -2405,8 +2391,8 @@ def load_tokenizer(name, specials):
     ids = settings["special_tokens"]
     for token in specials:
         ids.setdefault(token, 1 + max([*ranks.values(), *ids.values()]))
-    settings.pop("explicit_n_vocab", None)  # this check does not count the added tokens
-    return tiktoken.Encoding(**settings)
+    # explicit_n_vocab is a check that does not count the added tokens.
+    return tiktoken.Encoding(**settings | {"explicit_n_vocab": None})
 
 def tokenize(documents, tokenizer, separator):
     """(name, ids) of each document that is not empty; the last id is the separator."""

@@ -282,6 +282,7 @@ def test_stages_train_their_own_parameters(run, tmp_path):
 
 def test_init_fixes_the_shape_of_its_parts_alone(run, tmp_path):
     """The Talker's and AuT's stay those of the flags."""
+    pytest.importorskip("safetensors")
     (tmp_path / "config.json").write_text(json.dumps(omni.omni_configs(omni.Config(**ROW.tiny))[0]))
     with mock.patch.object(omni, "fill_from_hf"):
         assert run("--init", tmp_path, "--stage", "t1", "--steps", 1, "--out", tmp_path / "out")[0] == 0
