@@ -19,6 +19,7 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 POINTS = 8  # validations in a run
+COLORS = {"blue": "#1f77b4", "orange": "#ff7f0e", "green": "#2ca02c", "red": "#d62728", "purple": "#9467bd", "brown": "#8c564b", "black": "#000000"}
 # script: (name of its model, flags of one phase without another length, batch or stage)
 SCRIPTS = {
     "gpt1": ("GPT1", ""),
@@ -102,8 +103,11 @@ def gallery(flops):
                      f"| {held_out} | {n_lines:,} |")  # fmt: skip
         print(lines[-1], f"{seconds:.0f} s", flush=True)
     order = sorted(curves, key=lambda name: -curves[name][-1])
-    chart = ["```mermaid", "xychart-beta", f'    title "Held-out bits per byte; at the end from the top: {", ".join(order)}"',
-             '    x-axis "share of the FLOPs" 0 --> 1', '    y-axis "bits per byte" 2 --> 5']  # fmt: skip
+    legend = ", ".join(f"{name} ({color})" for name, color in zip(order, COLORS))
+    palette = ", ".join(COLORS.values())
+    chart = [f"The chart's lines, from the top at their ends: {legend}.", "", "```mermaid",
+             f'%%{{init: {{"themeVariables": {{"xyChart": {{"plotColorPalette": "{palette}"}}}}}}}}%%', "xychart-beta",
+             '    title "Held-out bits per byte"', f'    x-axis "share of the FLOPs" {1 / POINTS} --> 1', '    y-axis "bits per byte" 2 --> 4.5']  # fmt: skip
     for name in order:  # without the model as initialised
         chart.append(f"    line [{', '.join(f'{value:.3f}' for value in curves[name][1 : POINTS + 1])}]")
     return "\n".join([*lines, "", *chart, "```"])
