@@ -2162,7 +2162,7 @@ def find_files(path):
     for entry in entries:  # the list grows by the contents of each directory
         if entry.is_dir() and entry.resolve() not in seen:
             seen.add(entry.resolve())
-            entries += sorted(path for path in entry.iterdir() if path.name not in skipped)
+            entries += sorted(child for child in entry.iterdir() if child.name not in skipped)
     files = sorted(entry for entry in entries if entry.is_file())
     texts = [file for file in files if file.suffix.lower() in endings]
     shards = [file for file in files if path and file.suffix.lower() in (".npy", ".bin")]
