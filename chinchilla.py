@@ -28,7 +28,7 @@ Run: python chinchilla.py                         # a laptop: a sweep of minutes
      (ranks.tiktoken: a BPE rank file of at most 32,000 entries, such as gpt3.py learns)
      python chinchilla.py --budget 1e21            # the optimum by every law; no training
      python chinchilla.py --fit runs.csv           # the laws of any table with columns N, D, loss
-Expect: the demo trains 15 models in some minutes on two CPU cores, and then fits the laws. A sweep
+Expect: in six minutes on two CPU cores the demo trains 15 models and fits the laws. A sweep
 of this size shows the method and not the constants.
 """
 

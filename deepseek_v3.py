@@ -33,7 +33,7 @@ Run: python deepseek_v3.py                          # a laptop: the preset demo
      (26 GiB per rank. The run stops before the extension to 32K; the same command on 128 nodes
      continues it, with 67 GiB per rank. No layout fits the extension to 128K: 480 sequences are too
      few for 16 stages.)
-Expect: in about a minute on two CPU cores the demo's held-out bits per byte fall from 8.05 to 2.77;
+Expect: in about a minute on two CPU cores the demo's held-out bits per byte fall from 8.05 to 2.76;
 the loss of multi-token prediction stays close to the main loss, and the load of the busiest expert
 falls from 2.6 to about 1.3 times the mean.
 """
