@@ -21,8 +21,8 @@ Run: python gpt1.py                         # a laptop: the preset demo
      torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
          gpt1.py --preset gpt1 --data books/ --tokenizer ranks.tiktoken --out /shared/gpt1 --resume
      (ranks.tiktoken: a BPE rank file of at most 40,478 entries, such as gpt3.py learns)
-Expect: on two CPU cores the demo takes a minute; its held-out loss falls from 7.68 to 2.33 bits
-per byte, and it ends with a sample that looks like Python.
+Expect: the demo takes one to two minutes on two CPU cores; its held-out loss falls from 7.68 to
+2.33 bits per byte, and it ends with a sample that looks like Python.
 """
 
 import argparse
