@@ -631,6 +631,7 @@ def test_held_out_documents_are_chosen_by_name(main, tmp_path):
     for name in names:
         (tmp_path / "text" / name).write_text(name)
     assert main("gpt1", "--data", tmp_path / "text", "--write_tokens", tmp_path / "shards")[0] == 0
+    (tmp_path / "shards" / "val_00000.npy").rename(tmp_path / "shards" / "0_val.npy")  # before train_00000.npy
     tokenizer = gpt1.load_tokenizer("bytes", ["<|endoftext|>"])
     for folder in (tmp_path / "text", tmp_path / "shards"):
         files, shards = gpt1.find_files(str(folder))

@@ -175,7 +175,7 @@ def test_an_epoch_has_every_window_once(script):
     parts = [("a", ids[:300]), ("b", ids[300:305]), ("c", ids[305:])]
     corpus = module.Corpus(parts, 5, 990, -1, np.ones(1000, np.int64), in_order=False)
     n = corpus.n_windows(7)
-    assert n == (985 - 1) // 7 - 1
+    assert n == (985 - 1) // 7 - 1 and [corpus.read(294, k).tolist() for k in (2, 7)] == [[299, 300], [*range(299, 306)]]
     epochs = [[corpus.window(epoch * n + i, 7, seed=4).tolist() for i in range(n)] for epoch in range(4)]
     orders = [[window[0] for window in windows] for windows in epochs]
     offsets = [min(order) - 5 for order in orders]
