@@ -92,8 +92,8 @@ class Config:
     n_kv_heads: int = 1  # K, key-value heads
     head_dim: int = 256  # E, width of a head
     query_scalar: int = 256  # number whose square root divides the attention scores
-    hidden_dim: int = 6912  # F, width of the feed-forward layer, of one branch
-    window: int = 512  # W, positions that a local layer attends to, its own included
+    hidden_dim: int = 6912  # F, width of the feed-forward layer, that is, of its gate
+    window: int = 512  # W, positions that a query of a local layer sees, its own included
     local_layers: int = 5  # local layers before each global one
     qk_norm: bool = True  # a norm on queries and keys, as in Gemma 3
     attention_cap: float = 0.0  # soft-cap of attention scores, as in Gemma 2; 0: none
@@ -102,13 +102,13 @@ class Config:
     rope_factor: float = 1.0  # number that divides the positions of global layers
     # Data: Gemma 2 §3.1, Gemma 3 §2.2
     data: str = ""  # PATH,...: a corpus for each language; empty: Python's standard library
-    max_epochs: float = 4.0  # maximum number of passes over each corpus, if --data has several
+    max_epochs: float = 4.0  # passes over a corpus at most, where --data mixes several
     tokenizer: str = ""  # bytes, an encoding of tiktoken or a BPE rank file; empty: bytes
     # Phases: Gemma 3 §5.3
     seq_len: int = 32768  # T, tokens of a sequence
     batch_size: int = 32  # sequences per update, over all ranks
     tokens: float = 2e12  # tokens of the first phase
-    long_seq_len: int = 131072  # tokens per sequence in the second phase, with as many per batch
+    long_seq_len: int = 131072  # tokens per sequence in the second phase; a batch keeps its tokens
     long_tokens: float = 0.0  # tokens of the second phase, of long sequences; 0: no such phase
     long_rope_factor: float = 8.0  # value of --rope_factor in the second phase
     steps: int = 0  # total updates, split in proportion to each phase's tokens; 0: from the tokens
@@ -491,14 +491,18 @@ def unimax(sizes, budget, max_epochs):
     return {name: tokens[name] / sum(tokens.values()) for name in sizes}
 
 class LanguageMixture:
-    """Corpora in given proportions, to be read as one Corpus. Of each 1,000 sequences every corpus
+    """Corpora in given proportions, to be read as one Corpus. Of each BLOCK sequences every corpus
     has its share, to a whole number, in an order that the seed shuffles, so that the window of a
     corpus that a sequence reads follows from the sequence's index alone."""
+
+    BLOCK = 100_000
 
     def __init__(self, corpora, weights):
         self.corpora = corpora
         sums = itertools.accumulate(weights, initial=0.0)
-        self.bounds = [round(1000 * total) for total in sums]  # of the corpora's shares of 1,000
+        self.bounds = [round(self.BLOCK * total) for total in sums]  # of the corpora's shares
+        if 0 in np.diff(self.bounds):
+            raise ValueError(f"a corpus has less than one of {self.BLOCK:,} sequences")
         self.separator = corpora[0].separator
         self.token_bytes = corpora[0].token_bytes
 
@@ -508,11 +512,11 @@ class LanguageMixture:
 
     def window(self, index, length, seed):
         """The length + 1 ids of sequence `index`."""
-        thousand, position = divmod(index, 1000)
-        position = int(permutation(1000, seed, "mixture", thousand)[position])
+        block, position = divmod(index, self.BLOCK)
+        position = int(permutation(self.BLOCK, seed, "mixture", block)[position])
         i = bisect.bisect_right(self.bounds, position) - 1
         start, stop = self.bounds[i : i + 2]
-        return self.corpora[i].window(thousand * (stop - start) + position - start, length, seed)
+        return self.corpora[i].window(block * (stop - start) + position - start, length, seed)
 
     def fingerprint(self):
         """A hash of the proportions and of the fingerprints of the corpora."""
@@ -575,7 +579,7 @@ def count_updates(sequences, cfg):
 
 @torch.no_grad()
 def soft_targets(teacher, batch, cfg):
-    """A function that maps a slice of n of the B T positions to the teacher's distributions [n, V]
+    """A function that maps a slice of N of the B T positions to the teacher's distributions [N, V]
     there, whole (Gemma 2 §3.2) or sampled (Gemma 3 §2.2). Positions that are not scored get 0."""
     scored = batch["targets"].flatten()[:, None] >= 0  # [B T, 1]
     states = teacher.hidden_states(batch["tokens"])  # [B, T, D of the teacher]
@@ -657,7 +661,7 @@ PEAK_FLOPS = {"bf16": {  # dense, by precision and the device's exact name; othe
 
 def parallelize(model, cfg, mesh):
     """Gemma 2 §3.3, Gemma 3 Table 2: parameters, gradients and optimizer sharded over the ranks of
-    "dp" as in ZeRO-3, gradients summed over the copies of "dp_replicate". The embedding, the final
+    "dp" as in ZeRO-3, gradients averaged over all ranks and copies. The embedding, the final
     norm and the tied head are one group, the root's. Sets the precision; recomputes, compiles."""
     # Departure: the papers also split matrices ("model") or sequences; llama3.py shows how.
     model.dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32

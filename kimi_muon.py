@@ -105,11 +105,11 @@ class Config:
     # Experts: M appendix C, K2 §2.3
     n_experts: int = 384  # X, routed experts of a layer
     n_shared: int = 1  # shared experts of a layer, which process every token
-    expert_dim: int = 2048  # F of an expert
+    expert_dim: int = 2048  # hidden width of an expert
     top_k: int = 8  # K, routed experts per token
-    route_scale: float = 2.827  # factor of the weights of the routed experts
-    bias_rate: float = 1e-3  # u, step of the balancing biases in one update
-    bias_tokens: float = 10e12  # tokens of the run after which the biases stay as they are
+    route_scale: float = 2.827  # factor of the gates of the routed experts
+    bias_rate: float = 1e-3  # u, change of a balancing bias in one update
+    bias_tokens: float = 10e12  # tokens of the run after which the balancing biases stay fixed
     # Data
     data: str = ""  # file or directory of text or token shards; empty: Python's standard library
     tokenizer: str = ""  # bytes, an encoding of tiktoken or a BPE rank file; empty: bytes
@@ -119,7 +119,7 @@ class Config:
     tokens: float = 15.96e12  # tokens of the run
     steps: int = 0  # updates of the run at the full batch; scales all token counts; 0: no scaling
     ramp_tokens: float = 0.0  # tokens at the start with batches of --first_batch; 0: none
-    first_batch: int = 0  # sequences per update at the start
+    first_batch: int = 0  # sequences per update during --ramp_tokens
     long_tokens: float = 60e9  # tokens at the end in sequences of --long_seq_len; 0: none
     long_seq_len: int = 32768  # tokens of a sequence at the end; a batch keeps its tokens
     schedule: Literal["moonlight", "k2", "cosine"] = "k2"  # curve of the learning rate
@@ -128,7 +128,7 @@ class Config:
     optimizer: Literal["muon", "adamw"] = "muon"  # optimizer of matrices; the rest uses AdamW
     weight_decay: float = 0.1  # decoupled weight decay of all parameters
     split_fused: bool = True  # orthogonalize each functional part of a fused matrix separately
-    tau: float = 100.0  # largest attention logit of a head that QK-Clip allows
+    tau: float = 100.0  # largest attention logit of a head that QK-Clip allows; 1e9: no clipping
     seed: int = 0  # seed of the weights and the order of the data
     # Parallelism: K2 §2.4
     micro_batch: int = 0  # sequences per forward pass on one rank; 0: as many as the batch allows
@@ -197,8 +197,8 @@ PRESETS = {
         vocab_size=163840, norm_eps=1e-5, rope_factor=64.0, rope_beta_fast=32.0, precision="bf16",
         micro_batch=1, compile=True, recompute="block",
     ),
-    # M Table 2. Undisclosed: the vocabulary, here Moonlight's, and the schedule. F is 2.6 D (§3.1),
-    # rounded to a multiple of 8, which gives the first row 334M parameters, not the printed 399M.
+    # M Table 2. Undisclosed: the vocabulary and rotary base, here Moonlight's, and the schedule. F
+    # is 2.6 D (§3.1) rounded to a multiple of 8, which gives row 1 334M parameters, printed 399M.
     "399m": DENSE | dict(zip(LAWS, (12, 12, 12, 1536, 3992, 8.92e9, 9.503e-4, 96))),
     "545m": DENSE | dict(zip(LAWS, (14, 14, 14, 1792, 4656, 14.04e9, 9.143e-4, 128))),
     "822m": DENSE | dict(zip(LAWS, (16, 16, 16, 2048, 5328, 20.76e9, 8.825e-4, 160))),
@@ -220,7 +220,7 @@ SCHEDULES = {  # (share of the tokens at its end, curve, part of the peak rate a
     ),
     "cosine": ((0.02, "linear", 1.0), (1.0, "cosine", 0.1)),
 }  # fmt: skip
-SPANS = ("tokens", "ramp_tokens", "long_tokens", "bias_tokens")  # fields that --steps scales
+TOKEN_COUNTS = ("tokens", "ramp_tokens", "long_tokens", "bias_tokens")  # that --steps scales
 MATRICES = r"\.(q|k|v|out|router|gate_up|q_up|kv_up|down|q_down|kv_down)(\.weight)?$"  # of blocks
 PATTERN = (  # how GPT-4 and Llama 3 split text into words, for BPE rank files
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -273,9 +273,9 @@ def largest_logits(q, k, scale):
     of queries and keys [B, H, T, E], in blocks of 128 queries, so that no T x T scores exist."""
     largest = []
     for start in range(0, q.shape[2], 128):
-        rows = q[:, :, start : start + 128]  # [B, H, S, E]
+        rows = q[:, :, start : start + 128]  # [B, H, 128, E]; the last block may be smaller
         stop = start + rows.shape[2]
-        scores = rows @ k[:, :, :stop].mT  # [B, H, S, stop]
+        scores = rows @ k[:, :, :stop].mT  # [B, H, 128, stop]
         future = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(start + 1)
         largest.append(scores.masked_fill_(future, -math.inf).amax((0, 2, 3)))
     return torch.stack(largest).amax(0).float() * scale
@@ -388,7 +388,8 @@ class SigmoidRouter(nn.Module):
         return experts, gates, counts
 
 class Permute(torch.autograd.Function):
-    """Row order[i] // k of x [N, D] to place i; `inverse` undoes order. Two gathers, no sums."""
+    """Output row i is row order[i] // k of x [N, D]; order is a permutation of N k numbers, and
+    `inverse` its inverse, by which the backward pass gathers instead of scattering."""
 
     @staticmethod
     def forward(ctx, x, order, inverse, k):
@@ -443,8 +444,8 @@ class MixtureOfExperts(nn.Module):
         return y.sum(1).view_as(x) + self.shared(x)
 
 class Block(nn.Module):
-    """[B, T, D] -> [B, T, D]: attention, and a SwiGLU or experts, each behind a norm and added to
-    the residual stream. Without kv_rank, attention has no latents."""
+    """[B, T, D] -> [B, T, D]: attention, then a SwiGLU (dense) or experts, each after a norm and
+    added to the residual stream. Without kv_rank, attention has no latents."""
 
     def __init__(self, cfg, dense):
         super().__init__()
@@ -473,11 +474,11 @@ class Kimi(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.dtype = torch.float32
-        self.ep = None  # ranks that share out the experts
+        self.ep = None  # process group over whose ranks the experts are divided
         self.first_expert = 0  # of this rank
         rope_dim = cfg.rope_dim if cfg.kv_rank else cfg.head_dim
         yarn = cfg.rope_factor, cfg.rope_original, cfg.rope_beta_fast
-        self.rope = rope_dim, cfg.rope_theta, *yarn
+        self.rope_settings = rope_dim, cfg.rope_theta, *yarn
         self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.blocks = nn.ModuleList(Block(cfg, i < cfg.n_dense) for i in range(cfg.n_layers))
         self.final_norm = RMSNorm(cfg.dim, cfg.norm_eps)
@@ -486,11 +487,12 @@ class Kimi(nn.Module):
     def forward(self, tokens, targets=None):
         x = self.token_embedding(tokens).to(self.dtype)  # [B, T, D]
         positions = torch.arange(tokens.shape[1], device=tokens.device)
-        frequencies = yarn_beta_frequencies(*self.rope).to(tokens.device)
+        frequencies = yarn_beta_frequencies(*self.rope_settings).to(tokens.device)
         angles = positions[:, None] * frequencies  # [T, R/2]
-        rope = angles.cos(), angles.sin()
+        cos = angles.cos()
+        sin = angles.sin()
         for block in self.blocks:
-            x = block(x, *rope)
+            x = block(x, cos, sin)
         x = self.final_norm(x)
         if targets is None:
             return self.logits(x)
@@ -565,9 +567,9 @@ def count_parameters(model):
     return total, activated
 
 def flops_per_token(cfg):
-    """Training FLOPs per token: 2 per weight of a matrix product that the token meets forward,
-    twice that backward. Attention counts as causal, (T + 1) / 2 keys per query, half of what the
-    full square gives; the recording of the largest logits and the optimizer are not counted."""
+    """Training FLOPs per token: 2 per weight of a matrix product in the forward pass and 4 in the
+    backward pass. Attention is counted as causal: (T + 1) / 2 keys per query, half of the full
+    square. The recording of the largest logits and the optimizer are not counted."""
     query = cfg.head_dim + cfg.rope_dim
     attention = cfg.dim * (cfg.q_rank + cfg.kv_rank + cfg.rope_dim)
     attention += (cfg.q_rank or cfg.dim) * cfg.n_heads * query
@@ -589,8 +591,8 @@ def get_batch(corpus, first, n, cfg):
     A pure function of the seed and the index, so that any number of ranks, any accumulation and
     any resume see the same sequences.
     """
-    # Undisclosed: the packing. Documents, each with a separator behind it, follow each other and
-    # are cut into windows of T + 1 tokens; attention crosses from one to the next.
+    # Undisclosed: the packing. Documents, each followed by a separator, are concatenated and cut
+    # into windows of T + 1 tokens; attention crosses the borders of documents.
     windows = np.stack([corpus.window(first + i, cfg.seq_len, cfg.seed) for i in range(n)])
     tokens = torch.from_numpy(windows[:, :-1].copy())
     targets = torch.from_numpy(windows[:, 1:].copy())
@@ -600,7 +602,7 @@ def get_batch(corpus, first, n, cfg):
 def scale_to_steps(cfg):
     """cfg with its token counts scaled so that the run has --steps updates, if they are given."""
     scale = cfg.steps * cfg.batch_size * cfg.seq_len / cfg.tokens if cfg.steps else 1.0
-    return dataclasses.replace(cfg, **{name: scale * getattr(cfg, name) for name in SPANS})
+    return dataclasses.replace(cfg, **{name: scale * getattr(cfg, name) for name in TOKEN_COUNTS})
 
 def phases_left(sequences, cfg):
     """The phases that remain after `sequences` sequences of the run, at its end the last one, with
@@ -633,7 +635,7 @@ def objective(model, batch, cfg):
     """Sum of the cross-entropies of the next tokens, divided by batch["n_targets"], the count of
     the whole global batch; no further metrics. M appendix C drops multi-token prediction."""
     # Undisclosed: a balance loss. The released configurations have one, no paper says it was on.
-    return model(batch["tokens"], batch["targets"]) / max(batch["n_targets"], 1), {}
+    return model(batch["tokens"], batch["targets"]) / batch["n_targets"], {}
 
 # ---------------------------------------- Optimizer ----------------------------------------
 
@@ -799,9 +801,10 @@ PEAK_FLOPS = {"bf16": {  # dense, by precision and the device's exact name; othe
 # for the long sequences.
 
 def choose_layout(cfg, ranks):
-    """cfg with ep and dp, where they are 0, chosen: experts on as many ranks as divide them and the
-    ranks, 8 at most; copies on all ranks that are left."""
-    ep = cfg.ep or math.gcd(ranks, cfg.n_experts, 8)
+    """cfg with ep and dp chosen where they are 0: ep divides the ranks, the experts and 8, and is 1
+    for a model without experts; dp takes all ranks that are left."""
+    n_experts = cfg.n_experts if cfg.n_dense < cfg.n_layers else 1
+    ep = cfg.ep or math.gcd(ranks, n_experts, 8)
     if cfg.dp and not cfg.ep:
         ep = max(ranks // cfg.dp, 1)
     dp = cfg.dp or ranks // ep
@@ -888,7 +891,7 @@ class ShardedParameters:
     def __init__(self, named, mesh, optimizer):
         self.mesh = mesh
         self.optimizer = optimizer  # that updates them, muon or adamw
-        self.rms = {}  # name: root mean square of the last update, of what this rank knows
+        self.rms = {}  # name: root mean square of the last update, if this rank has a part of it
         self.spans = {}  # name: (start, stop, shape) in the flat tensor
         self.weights = torch.cat([p.data.flatten() for _, p in named])
         self.gradients = torch.zeros_like(self.weights, dtype=torch.float32)
@@ -1143,8 +1146,8 @@ def kimi_hf_config(cfg):
     )  # fmt: skip
 
 def to_hf(model, cfg, path):
-    """Write model to the directory path as a DeepseekV3ForCausalLM. All ranks call this: those that
-    share out the experts gather one after the other, and rank 0 writes files of about 5 GB."""
+    """Write model to the directory path as a DeepseekV3ForCausalLM. All ranks call this, and gather
+    the experts matrix by matrix; rank 0 writes files of about 5 GB."""
     from safetensors.torch import save_file
 
     is_writer = not dist.is_initialized() or dist.get_rank() == 0
@@ -1552,7 +1555,7 @@ def main(argv=None):
         cfg = choose_layout(cfg, ranks)
         check(cfg, ranks)
         *_, last = phases_left(0, cfg)[-1]
-        data = load_data(last)  # for whose batch the most text is held out
+        data = load_data(last)  # the held-out text must fill a batch of the last phase
         if not data:
             return
         tokenizer, corpus, heldout = data
@@ -1570,8 +1573,8 @@ def main(argv=None):
         if run and run["ep"] != cfg.ep:
             raise ValueError(f"{checkpoint} has --ep {run['ep']}: --export DIR, then --init DIR")
         cfg = scale_to_steps(cfg)
-        if run and not given & {"steps", *SPANS}:  # as its first start planned
-            cfg = dataclasses.replace(cfg, **{name: run[name] for name in SPANS})
+        if run and not given & {"steps", *TOKEN_COUNTS}:  # as its first start planned
+            cfg = dataclasses.replace(cfg, **{name: run[name] for name in TOKEN_COUNTS})
 
         mesh = init_device_mesh(device.type, (cfg.dp, cfg.ep), mesh_dim_names=("dp", "ep"))
         with torch.device("meta"):

@@ -10,6 +10,7 @@ rotary positions, no biases; and what Llama 3 changed:
   own, whose checkpoints are averaged (§3.4.3);
 - four dimensions of parallelism: tensor, context, pipeline, sharded data (§3.3.2).
 Qwen2.5 (arXiv 2412.15115) is the presets qwen2_5_*: the same model with a bias on q, k and v.
+Left out: the filters of the data (§3.1.1), the scaling laws (§3.2.1) and post-training.
 
 Map: §3.1.2 DataMix | §3.2 Llama3, Block, attention_mask, SPECIALS | §3.3.2 parallelize, Pipeline,
 split_matrices, split_sequence, keep_stage, stage_layers | §3.4 phases, learning_rate, train |
@@ -88,7 +89,7 @@ class Config:
     """Run configuration: each field is a command-line flag, and its comment is the flag's help."""
 
     # Model, §3.2, Table 3
-    vocab_size: int = 0  # V, entries of the vocabulary; 0: the tokenizer's, to a multiple of 8
+    vocab_size: int = 0  # V, vocabulary size; 0: the tokenizer's, rounded up to a multiple of 8
     dim: int = 4096  # D, width of the residual stream
     n_layers: int = 32  # number of blocks
     n_heads: int = 32  # H, query heads
@@ -104,9 +105,9 @@ class Config:
     rope_scaling: Literal["none", "pi", "ntk", "yarn", "llama3"] = "none"  # context extension
     rope_factor: float = 8.0  # factor by which the context is extended
     rope_original: int = 8192  # positions of the context before its extension
-    rope_from: Literal["initial", "long-context"] = "long-context"  # first stage with the extension
+    rope_from: Literal["initial", "long-context"] = "long-context"  # first stage with rope_scaling
     # Data, §3.1
-    data: str = ""  # [WEIGHT:]PATH,... of text or token shards; ";TOKENS;MIX": the next mix
+    data: str = ""  # mix [WEIGHT:]PATH,... of text or shards; ";TOKENS;MIX": another from TOKENS on
     anneal_data: str = ""  # mix of the annealing stage; empty: the last mix of --data
     tokenizer: str = ""  # bytes, an encoding of tiktoken or a BPE rank file; empty: bytes
     bos: bool = True  # a token before each document as well as after it; Qwen2.5 has none
@@ -135,7 +136,7 @@ class Config:
     cp: int = 1  # ranks among which each sequence is split
     pp: int = 1  # ranks among which the layers are split
     pp_chunks: int = 1  # pipeline stages on each rank
-    dp: int = 0  # ranks among which data and optimizer are sharded; 0: all that are left
+    dp: int = 0  # ranks among which data, model and optimizer are sharded; 0: all that are left
     # Machine
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     compile: bool = False  # compile each block with torch.compile
@@ -152,12 +153,12 @@ class Config:
     save_every: int = 1000  # updates between checkpoints; each phase begins with one, too
     resume: bool = False  # continue from the newest checkpoint in --out, if there is one
     eval: bool = False  # validate and sample what --init or --out holds, without training
-    init: str = ""  # Hugging Face checkpoint directory to start from; fixes shape and rope
+    init: str = ""  # Hugging Face checkpoint directory to start from; sets shape and positions
     export: str = ""  # directory to write a Hugging Face checkpoint to after training
     write_tokens: str = ""  # directory to write the data to as token shards, then exit
 
-# §3.4: 15.6T tokens, of which the long-context stage takes 0.8T; "8M sequences of 8,192" are read
-# as 8M tokens.
+# §3.4: 15.6T tokens, of which the long-context stage takes 0.8T, and annealing after them; "8M
+# sequences of 8,192" are read as 8M tokens.
 # Departure: annealing takes the 40B tokens of §3.1.3; the "final 40M" are less than three updates.
 # Undisclosed: the lengths between 8K and 128K, and the tokens of each; there are six.
 # Undisclosed: the rotary frequencies at these lengths; here the released ones.
@@ -175,7 +176,7 @@ QWEN = dict(
     document_mask=False, seq_len=4096, batch_size=4096, tokens=17.2e12, long_lengths="32768",
     long_tokens=8e11, precision="bf16", micro_batch=1, compile=True,
 )  # fmt: skip
-SMALL_LLAMA = LLAMA | dict(tied=True, rope_factor=32.0, tokens=8.16e12)
+SMALL_LLAMA = LLAMA | dict(tied=True, rope_factor=32.0, tokens=8.16e12, cosine_steps=770000)
 SMALL_QWEN = QWEN | dict(vocab_size=151936, norm_eps=1e-6)
 LARGE_QWEN = QWEN | dict(vocab_size=152064)
 SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim")
@@ -195,8 +196,8 @@ PRESETS = {
         rope_original=1024, lr=1e-3, min_lr=1e-5, warmup_steps=200, cosine_steps=2700,
         val_every=500, micro_batch=12, compile=True,
     ),
-    # Llama 3.2's published configurations and 9T tokens.
-    # Undisclosed: their rates and batches.
+    # Llama 3.2's published configurations and 9T tokens, annealing included.
+    # Undisclosed: their rates and batches. The cosine is as much longer than the run as the 405B's.
     # Departure: from scratch and from text, not pruned from 8b and distilled.
     "1b": SMALL_LLAMA | dict(zip(SIZES, (2048, 16, 32, 8, 8192))),
     "3b": SMALL_LLAMA | dict(zip(SIZES, (3072, 28, 24, 8, 8192))),
@@ -262,7 +263,8 @@ def parse_stages(cfg):
     later.append(("annealing", [cfg.seq_len, *lengths][-1], cfg.anneal_tokens))
     end = cfg.tokens
     for stage, length, tokens in later:
-        # Departure: as many tokens per update as before (Table 4), less what ranks cannot share.
+        # Departure: an update has as many tokens as before (Table 4), or fewer if the ranks cannot
+        # share that many equally.
         sequences = max(cfg.seq_len * cfg.batch_size // length, 1)
         unit = max(cfg.dp, 1) * max(cfg.micro_batch, 1)
         if sequences > unit * cfg.pp:
@@ -711,7 +713,7 @@ def objective(model, batch, cfg):
 def build_optimizer(model, cfg):
     """§3.4.1: AdamW."""
     # Undisclosed: betas, eps, decay, clipping. These, and --clip 1, are Llama 2's, but for eps: it
-    # printed 1e-5.
+    # printed 1e-5. A decay of 0.1 is also that of the scaling-law runs (§3.2.1).
     groups = [
         dict(params=[p for p in model.parameters() if p.ndim > 1], weight_decay=cfg.weight_decay),
         dict(params=[p for p in model.parameters() if p.ndim <= 1], weight_decay=0.0),
@@ -787,7 +789,7 @@ def make_mesh(cfg, device_type):
     return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 def fit_ranks(cfg, ranks):
-    """cfg with dp, where it is 0, as the ranks that are left, and chunks of a pipeline only."""
+    """cfg with the number of ranks left for --dp 0, and one chunk per rank without a pipeline."""
     others = cfg.tp * cfg.cp * cfg.pp
     if others < 1 or ranks % others or (cfg.dp and cfg.dp * others != ranks):
         sizes = f"tp {cfg.tp} x cp {cfg.cp} x pp {cfg.pp} x dp {cfg.dp or 'any'}"
@@ -997,6 +999,7 @@ def parallelize(model, cfg, mesh, shards, stage=0):
         if cfg.recompute == "block":
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         if cfg.compile:
+            torch.compiler.config.recompile_limit = 64  # a graph per length and mode
             torch.compiler.config.fail_on_recompile_limit_hit = True
             block.compile(dynamic=False)
         if shards.size() > 1:
@@ -1092,7 +1095,7 @@ class Pipeline:
         if self.cfg.cp == 1:
             return batch
         own = context_positions(self.cfg.seq_len, self.cfg.cp, self.mesh["cp"].get_local_rank())
-        part = {"documents": torch.zeros_like(batch["tokens"])}  # else one; the mask is causal
+        part = {"documents": torch.zeros_like(batch["tokens"])}  # one document, if there is no mask
         return part | batch | {name: batch[name][:, own] for name in ("tokens", "targets")}
 
     def run_micro_batch(self, batch, is_last):
@@ -1139,8 +1142,8 @@ class Pipeline:
         return loss
 
 def memory_per_rank(cfg):
-    """Bytes on the rank that needs most, by kind, at the peak of an eager update in the phase cfg:
-    blocks x layer + tables."""
+    """Bytes on the rank that needs most, by kind, at the peak of an update, not compiled, in the
+    phase whose Config is cfg."""
     n_micro, micro = split_batch(cfg, cfg.dp)
     size = 2 if cfg.precision == "bf16" else 4
     kv_dim = cfg.dim * cfg.n_kv_heads // cfg.n_heads

@@ -15,7 +15,7 @@ gemma.py and, for the experts, kimi_muon.py:
 Known are the structure, the stages, the token shares and the context of stage S2, and, from
 Qwen3-Omni and Qwen3.5, configurations of the parts. The sizes of Qwen3.5-Omni, its losses, its
 optimizer, its speech codec and its data are not disclosed: the choices of this script are marked,
-its codec quantizes band energies and is not learned, and its data are synthetic. Left out:
+its codec quantizes amplitudes of bands and is not learned, and its data are synthetic. Left out:
 Code2Wav, the extra mergers of Qwen3-Omni's vision encoder (DeepStack), prompts that name a task,
 the Talker's system prompt and its stage of long contexts, post-training.
 
@@ -31,8 +31,9 @@ Run: python omni.py                              # a laptop: stage S2 alone, fro
      python omni.py --preset demo_walk --out walk    # all stages, and walk/t1/speech.wav
      torchrun --nproc_per_node=8 omni.py --ep 8  # GPUs: the preset small
      torchrun --nnodes=16 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
-         omni.py --preset 35b_a3b --ep 8 --stage s1a --init Qwen3.5-35B-A3B --data manifest.jsonl \
-         --tokenizer ranks.tiktoken --out /shared/omni --resume
+         omni.py --preset 35b_a3b --ep 8 --stage a0 --decoder_layers 8 --init Qwen3.5-35B-A3B \
+         --data manifest.jsonl --tokenizer ranks.tiktoken --out /shared/omni --resume
+     then --stage s1a, s1b ... without --init: a stage begins with the one before it in --out.
      manifest.jsonl: {"text": "a dog barks", "audio": "a.wav", "video": "frames/", "fps": 25} ...
 Expect: in four minutes on two CPU cores the demo, of 340 updates, comes to name the colour in an
 image, the event in a sound and the pitch of a beep (100 % of held-out answers; 20, 6 and 55 % with
@@ -134,6 +135,7 @@ class Config:
     # Departure: the paper's shares are of tokens (O35 §3), these are of items.
     mix: str = "text:.214,audio:.464,image:.221,video:.033,av:.068"  # shares of synthetic items
     time: Literal["text", "abs"] = "text"  # time of video: in words, or as position ids
+    # Departure: the paper's rate is dynamic (O35 §2.3), here it is the same for all videos.
     fps: float = 1.25  # frames per second of video
     image_size: int = 64  # side in pixels of synthetic images and frames
     n_frames: int = 8  # frames of a synthetic video
@@ -142,10 +144,10 @@ class Config:
     # Optimization
     stage: Literal["a0", "lm", "s1a", "s1b", "s2", "s3", "t1", "all"] = "s2"  # stage of training
     batch_size: int = 32  # items per update, over all ranks
-    micro_batch: int = 0  # items per forward pass on one rank; 0: as many as the batch allows
+    micro_batch: int = 0  # mean items per forward pass on a rank; 0: as many as the batch allows
     steps: int = 1000  # updates of the stage
     lr: float = 2e-4  # peak learning rate
-    encoder_scale: float = 0.25  # learning rate of the encoders over that of the rest
+    encoder_scale: float = 0.25  # learning rate of the encoders over that of the rest; not in a0
     warmup: float = 0.03  # share of the updates that warm up the learning rate
     weight_decay: float = 0.1  # decoupled weight decay of matrices and of the gains 1 + w
     clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
@@ -166,7 +168,7 @@ class Config:
     save_every: int = 1000  # updates between checkpoints
     resume: bool = False  # continue from the newest checkpoint in --out, if there is one
     eval: bool = False  # validate the model of --init or --out, without training
-    init: str = ""  # Hugging Face checkpoint directory to start from; fixes the shape of its parts
+    init: str = ""  # Hugging Face directory to start from, not the stage before; fixes its shape
     export: str = ""  # directory to write a Hugging Face checkpoint to after training
 
 TINY = dict(  # for bytes, and images of 32 x 32 pixels
@@ -196,7 +198,8 @@ PRESETS = {
     ),
     # Undisclosed: the sizes of Qwen3.5-Omni. These are the backbones and the vision encoder of
     # Qwen3.5, and the AuT of Qwen3-Omni with a fourth convolution and with chunks of 160 frames,
-    # which are exactly 10 tokens of 160 ms. Undisclosed, too: the batch, here 1,024 items.
+    # which are exactly 10 tokens of 160 ms. Undisclosed, too: the batch, here 1,024 items. There is
+    # no AuT decoder and no Talker: stages a0 and t1 need --decoder_layers and --talker_layers.
     "35b_a3b": dict(
         vocab_size=248320, batch_size=1024, precision="bf16", micro_batch=1, recompute="block",
     ),
@@ -206,13 +209,13 @@ PRESETS = {
         micro_batch=1, recompute="block",
     ),
 }  # fmt: skip
-SPECIALS = [
-    "<|endoftext|>", "<|audio_start|>", "<|audio_pad|>", "<|audio_end|>", "<|vision_start|>",
-    "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
-]  # fmt: skip
-PATTERN = (  # how GPT-4 and Llama 3 split text into words, for BPE rank files
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPECIALS = {  # and their ids in Qwen3.5, counted from its last rank; of audio, in Qwen3-Omni
+    "<|endoftext|>": 0, "<|audio_start|>": 26, "<|audio_pad|>": 32, "<|audio_end|>": 27,
+    "<|vision_start|>": 9, "<|vision_end|>": 10, "<|image_pad|>": 12, "<|video_pad|>": 13,
+}  # fmt: skip
+PATTERN = (  # how Qwen3.5 splits text into words, as released, for BPE rank files
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 # ---------------------------------------- Audio ----------------------------------------
@@ -319,8 +322,9 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x.float(), *settings).type_as(x)
 
 class EncoderBlock(nn.Module):
-    """Bidirectional attention and a GELU layer, each behind a norm: [B, T, D] -> [B, T, D]. mask
-    [B, 1, 1, T] is true for keys that exist; rope: (cos, sin) of queries and keys, or None."""
+    """Attention and a GELU layer, each behind a norm: [B, T, D] -> [B, T, D]. mask, [B, 1, 1, T] or
+    [T, T], is true for keys that a query attends to; rope: (cos, sin) of queries and keys, or None.
+    """
 
     def __init__(self, dim, n_heads, hidden_dim, eps, gelu):
         super().__init__()
@@ -418,7 +422,8 @@ class AudioDecoder(nn.Module):
     """The text decoder of AuT's pre-training, dropped afterwards (O35 §2.2): tokens [B, T], and
     memory [B, T, D] with audio features where is_audio [B, T] -> its head's input [B, T, D]."""
 
-    # Undisclosed: depth, width and order of its layers. It has the encoder's width.
+    # Undisclosed: depth, width and order of its layers. It has the encoder's width. Departure: it
+    # reads the item as the Thinker does, with the placeholders and timestamps before the text.
 
     def __init__(self, vocab_size, dim, n_layers, n_heads, hidden_dim):
         super().__init__()
@@ -697,7 +702,8 @@ class GatedMLP(nn.Module):
         return self.down(F.silu(gate) * up)
 
 class Permute(torch.autograd.Function):
-    """Row order[i] // k of x [N, D] to place i; `inverse` undoes order. Two gathers, no sums."""
+    """Output row i is row order[i] // k of x [N, D]; order is a permutation of N k numbers, and
+    `inverse` its inverse, by which the backward pass gathers instead of scattering."""
 
     @staticmethod
     def forward(ctx, x, order, inverse, k):
@@ -817,7 +823,7 @@ class Thinker(nn.Module):
 
 # Departure: the codec of Qwen3.5-Omni, residual vector quantization and a convolutional decoder
 # (Code2Wav), is learned and undisclosed. This one needs no learning and decodes to sound: a frame
-# of 80 ms is G codes. Code 0 is the band with the most energy, code g the energy of band g.
+# of 80 ms is G codes. Code 0 is the loudest band, code g the amplitude of band g.
 FRAME = 1280  # samples of a codec frame at 16 kHz
 BANDS = np.array(  # Hz; the rows and the columns of the letters' two tones, and others between
     [250, 697, 770, 852, 941, 1045, 1209, 1336, 1477, 1633, 1805, 1990, 350, 480, 2500, 3000]
@@ -935,10 +941,7 @@ class Talker(nn.Module):
 def replace_rows(x, mask, rows):
     """x [B, T, D] with rows [N, D] where mask [B, T] is true. Where it is true nowhere, the rows
     have a gradient of zero, so that all ranks run all encoders, whatever their batches hold."""
-    x = x + 0.0 * rows.sum()
-    if mask.any():
-        x = x.index_put((mask,), rows)
-    return x
+    return (x + 0.0 * rows.sum()).index_put((mask,), rows)
 
 def slices(n, vocab_size):
     """Slices of n positions, each with at most 2**25 logits, which take 128 MiB in fp32."""
@@ -1255,7 +1258,7 @@ def draw_item(modality, rng, cfg):
     if modality == "av":  # the shape hits a wall; a beep comes then, or at another time
         wall = str(rng.choice(("right", "left")))
         pitch = str(rng.choice(("high", "low")))
-        match = str(rng.choice(("in time", "late")))
+        match = str(rng.choice(("in time", "out of time")))
         hit, other = rng.permutation(np.arange(1, cfg.n_frames))[:2]
         edge = size - radius if wall == "right" else radius
         away = np.abs(i - hit) * size * 0.12
@@ -1413,15 +1416,16 @@ class Source:
             modality = str(rng.choice(MODALITIES[1:]))
             return "".join(text for text, _ in draw_item(modality, rng, self.cfg)[0])
         document = self.documents[rng.integers(len(self.documents))]
-        start = rng.integers(max(len(document) - self.cfg.seq_len, 1))
+        start = rng.integers(max(len(document) - self.cfg.seq_len + 2, 1))
         return document[start : start + self.cfg.seq_len - 1]
 
     def items_of(self, modality, n):
         """The first items of a modality, at most n."""
         if not self.rows:
             return [self.item(i, modality) for i in range(n)] if modality in self.mix else []
-        items = (self.item(i) for i in range(len(self.rows)))
-        return list(itertools.islice((item for item in items if item.modality == modality), n))
+        order = permutation(len(self.rows), self.cfg.seed, 0)  # of the items of the first epoch
+        chosen = (i for i, j in enumerate(order) if modality_of(self.rows[j][1]) == modality)
+        return [self.item(i) for i in itertools.islice(chosen, n)]
 
     def fingerprint(self):
         """A hash of the data, by which a resumed run recognizes it."""
@@ -1607,7 +1611,8 @@ def read_image(path):
         content = np.memmap(path, np.uint8, "r")
         header = re.match(rb"P6\s+(?:#.*\n)*(\d+)\s+(\d+)\s+255\s", content)
         if not header:
-            raise ValueError(f"{path} is neither .npy nor a binary .ppm of 8 bits")
+            convert = f"ffmpeg -i {path} new.ppm"
+            raise ValueError(f"{path} is neither .npy nor .ppm of 8 bits; {convert} converts it")
         width, height = map(int, header.groups())
         image = content[header.end() :][: height * width * 3].reshape(height, width, 3)
     if image.dtype != np.uint8 or image.ndim not in (3, 4) or image.shape[-1] != 3:
@@ -1686,7 +1691,8 @@ STAGES = {
     "s1a": Stage(r"audio_adapter\.|vision\.merger", ("audio", "image")),
     "s1b": Stage(r"audio\.|vision\.(?!merger)", ("audio", "image")),
     "s2": Stage(r"(audio|audio_adapter|vision|thinker)\.", MODALITIES),
-    # Departure: contexts of S3 are 8 times those of S2, 262,144 tokens; synthetic items twice.
+    # Departure: contexts are 32,768 tokens in S2 and 262,144 in S3 (O35 §3). Here each item is a
+    # sequence of its own, neither cut nor packed with others, and synthetic items of S3 are longer.
     "s3": Stage(r"(audio|audio_adapter|vision|thinker)\.", MODALITIES, lr=0.1, length=2),
     "t1": Stage(r"talker\.", MODALITIES[1:]),
 }
@@ -1724,7 +1730,8 @@ def build_optimizer(model, cfg):
         if not p.requires_grad:
             continue
         decayed = p.ndim > 1 or re.search(UNIT_OFFSET, name) is not None
-        is_encoder = re.match(STAGES["s1b"].trained, name) is not None
+        # In a0, AuT is trained from scratch together with its decoder, at the same rate.
+        is_encoder = cfg.stage != "a0" and re.match(STAGES["s1b"].trained, name) is not None
         key = decayed, is_encoder, is_expert(name)  # experts are sharded over other ranks
         groups.setdefault(key, []).append(p)
     groups = [
@@ -2275,6 +2282,7 @@ def check(cfg, ranks):
         (cfg.audio_convs not in (3, 4), f"--audio_convs {cfg.audio_convs} is neither 3 nor 4"),
         (cfg.top_k > cfg.n_experts, f"--top_k {cfg.top_k} of {cfg.n_experts} experts"),
         (cfg.fps == 0, "--fps 0"),
+        (cfg.seq_len < 2, f"--seq_len {cfg.seq_len} is less than 2"),
         (cfg.n_frames < 3, f"--n_frames {cfg.n_frames} is less than 3"),
         (not 2 <= cfg.n_codebooks <= len(BANDS),
          f"--n_codebooks {cfg.n_codebooks} is not 2 ... {len(BANDS)}"),
@@ -2394,7 +2402,11 @@ def train(model, optimizer, source, heldout, state, cfg, device, signals):
 def load_sources(cfg):
     """(tokenizer, documents and rows to train on, documents and rows held out): the rows of --data,
     of which Source holds some out, or documents for synthetic items. Sets cfg.vocab_size."""
-    tokenizer = load_tokenizer(cfg.tokenizer or "bytes", SPECIALS)
+    specials = list(SPECIALS)
+    if os.path.isfile(cfg.tokenizer):  # a released model knows its special tokens by their ids
+        names = {place: token for token, place in SPECIALS.items()}
+        specials = [names.get(i, f"<|unused_{i}|>") for i in range(33)]
+    tokenizer = load_tokenizer(cfg.tokenizer or "bytes", specials)
     cfg.vocab_size = vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
     if cfg.data:
         rows = read_manifest(cfg.data, cfg.fps)
@@ -2481,7 +2493,8 @@ def sample_speech(model, item, ids, tokenizer, cfg, device):
     # Undisclosed: how the ratio of text and speech is known before the speech. Here speech is as
     # long as the letters of the toy codec, or ends earlier.
     segments = [*item.segments[:-1], Segment([*ids, tokenizer.eot_token])]
-    silence = {"speech": (lambda: np.zeros(LETTER * len(ids)), 0)}
+    n_letters = len(tokenizer.decode(ids))
+    silence = {"speech": (lambda: np.zeros(LETTER * n_letters), 0)}
     changes = dict(segments=segments, answers=0, media=item.media | silence, lead=0)
     batch = collate([dataclasses.replace(item, **changes)], tokenizer, cfg)
     batch = to_device(batch, device)

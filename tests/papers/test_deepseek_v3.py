@@ -39,6 +39,14 @@ def test_w8_phases():
         assert v3.learning_rate(share * 1.33e12, lite) == pytest.approx(factor * 4.2e-4)
 
 
+def test_sizes_are_the_papers():
+    """Parameters that a token activates, embedding included, and those of multi-token prediction."""
+    for preset, activated, mtp in (("671b", 37_552_282_624, 11_610_067_968), ("16b", 2_661_150_208, 593_242_624)):
+        with torch.device("meta"):
+            model = v3.DeepSeekV3(v3.Config(**v3.PRESETS[preset]))
+        assert v3.count_parameters(model)[1] == activated and sum(p.numel() for p in model.mtp.parameters()) == mtp
+
+
 def test_w8_yarn():
     plain, yarn = (v3.yarn_frequencies(64, 1e4, factor, 4096) for factor in (1.0, 40.0))
     for j, (before, after) in {10: (0.0562341, 0.0562341), 11: (0.0421697, 0.0390069), 16: (0.01, 0.0055),

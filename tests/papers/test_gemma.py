@@ -44,6 +44,13 @@ def test_pattern_windows_and_phases():
         with torch.device("meta"):
             windows = [block.attn.window for block in gemma.Gemma(gemma.Config(**gemma.PRESETS[preset])).blocks]
         assert [i for i, window in enumerate(windows) if not window] == list(range(period - 1, len(windows), period)) and windows.count(0) == n_global
+    for preset, values in {  # query scale, window, both caps, base and last factor of global layers
+        "2b": (256, 4096, 50, 30, 1e4, 0), "9b": (256, 4096, 50, 30, 1e4, 0), "27b": (144, 4096, 50, 30, 1e4, 0), "3_270m": (256, 512, 0, 0, 1e6, 0),
+        "3_1b": (256, 512, 0, 0, 1e6, 0), "3_4b": (256, 1024, 0, 0, 1e6, 8), "3_12b": (256, 1024, 0, 0, 1e6, 8), "3_27b": (168, 1024, 0, 0, 1e6, 8),
+    }.items():  # fmt: skip
+        c = gemma.Config(**gemma.PRESETS[preset])
+        factor = c.long_rope_factor if c.long_tokens else 0
+        assert (c.query_scalar, c.window, c.attention_cap, c.logit_cap, c.rope_theta, factor) == values and c.qk_norm == (c.logit_cap == 0), preset
     qkv = torch.zeros(1, 1, 6, 6), torch.zeros(1, 1, 6, 6), torch.eye(6)[None, None]
     for x in (gemma.local_attention(*qkv, 1.0, 3), gemma.soft_capped_attention(*qkv, 1.0, 3, 9.0)):
         assert [row.nonzero().flatten().tolist() for row in x[0, 0]] == [[0], [0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5]]
@@ -86,14 +93,17 @@ def test_memory_is_linear_in_the_length_and_planned(monkeypatch):
 
 
 def test_unimax_and_the_mixture_of_its_weights():
-    """The worked example; of each 1,000 sequences the corpora have their shares, each window once, in an order that is not theirs."""
+    """The worked example; of each block of sequences the corpora have their shares, each window once, in an order that is not theirs."""
     weights = gemma.unimax({"a": 100, "b": 10, "c": 40}, 100, 2)
     assert weights == pytest.approx({"a": 0.4, "b": 0.2, "c": 0.4})
     corpora = [mock.Mock(window=lambda i, length, seed, name=name: f"{name}{i!r:>12}", n_windows=lambda length: 24) for name in weights]
     mixture = gemma.LanguageMixture(corpora, list(weights.values()))
+    with pytest.raises(ValueError, match="a corpus has less than one of 100,000"):
+        gemma.LanguageMixture(corpora, [0.5, 0.5 - 1e-6, 1e-6])
+    assert gemma.LanguageMixture(corpora, [0.9996, 0.0002, 0.0002]).bounds == [0, 99_960, 99_980, 100_000], "no small language is lost"
     for n in range(2):
-        windows = [mixture.window(i, 8, 0) for i in range(1000 * n, 1000 * (n + 1))]
-        expected = [f"{name}{i:12}" for name, share in zip("abc", (400, 200, 400)) for i in range(n * share, (n + 1) * share)]
+        windows = [mixture.window(i, 8, 0) for i in range(100_000 * n, 100_000 * (n + 1))]
+        expected = [f"{name}{i:12}" for name, share in zip("abc", (40_000, 20_000, 40_000)) for i in range(n * share, (n + 1) * share)]
         assert windows != sorted(windows) == expected, "indices are Python's integers, of which draws are a function"
     assert gemma.LanguageMixture(corpora, [0.9, 0.05, 0.05]).n_windows(8) == 72, "the batch of which each corpus has a third"
 
@@ -152,6 +162,7 @@ def test_logits_and_gradients_are_hugging_faces(kind, more, tmp_path):
     theirs = model_class(model_class.config_class(**shape, **more, num_hidden_layers=7, sliding_window=8, attn_implementation="eager"))
     torch.manual_seed(0)
     [p.data.normal_(0, 0.3 if "norm" in name else 0.15) for name, p in theirs.named_parameters()]
+    assert kind == "Gemma2" or sum(p.numel() for p in theirs.parameters()) == 334_080
     theirs.save_pretrained(tmp_path / "theirs")
     ours, cfg = gemma.from_hf(tmp_path / "theirs")
     tokens = torch.randint(1, 256, (3, 24))

@@ -40,6 +40,8 @@ def test_yarn_router_biases_and_entropy_are_the_specifications(alone):
     """K2's YaRN keeps indices 0-19 of 32, divides 20-31 by 32 and multiplies the scores by 1.813260; balancing biases move by centred signs."""
     factors = 50000.0 ** (-torch.arange(32) / 32) / kimi.yarn_beta_frequencies(64, 50000.0, 32.0, 4096, 1.0)
     assert factors.tolist() == pytest.approx([1.0] * 20 + [32.0] * 12)
+    factors = 50000.0 ** (-torch.arange(32) / 32) / kimi.yarn_beta_frequencies(64, 50000.0, 64.0, 4096, 32.0)  # K2.5: a ramp from 8 to 20
+    assert factors[:9].tolist() == pytest.approx([1.0] * 9) and factors[20:].tolist() == pytest.approx([64.0] * 12) and 1 < factors[9] < factors[19] < 64
     for factor, square, kv_rank, width in ((32.0, 1.813260, 28, 192), (64.0, 2.004740, 28, 192), (32.0, 1.813260, 0, 128)):
         block = kimi.Block(config(rope_factor=factor, head_dim=128, rope_dim=64, kv_rank=kv_rank), dense=True)
         assert block.attn.scale * width**0.5 == pytest.approx(square, rel=1e-6)
@@ -58,6 +60,14 @@ def test_yarn_router_biases_and_entropy_are_the_specifications(alone):
     assert router.bias.tolist() == pytest.approx([-1.25e-3, 7.5e-4, 7.5e-4, -2.5e-4], abs=1e-9)
     for w, entropy in ((7 * torch.eye(5), 1.0), (torch.ones(4, 6), 0.0), (torch.diag(torch.tensor([4.0, 3.0, 1.0])), 0.720282)):  # of 16, 9, 1 in 26
         assert kimi.svd_entropy(w).item() == pytest.approx(entropy, abs=1e-5)
+
+
+def test_activated_parameters_are_the_papers():
+    for preset, activated in (("moonlight_16b_a3b", 2_914_774_528), ("kimi_k2", 32_861_477_888)):
+        with torch.device("meta"):
+            assert kimi.count_parameters(kimi.Kimi(kimi.Config(**kimi.PRESETS[preset])))[1] == activated
+    layouts = [kimi.choose_layout(kimi.Config(**kimi.PRESETS[preset]), 8) for preset in ("399m", "kimi_k2")]
+    assert [(cfg.ep, cfg.dp) for cfg in layouts] == [(1, 8), (8, 1)], "no parts of experts where there are none"
 
 
 def test_largest_logits_by_blocks_and_the_example_of_their_clip():
@@ -98,6 +108,8 @@ def test_newton_schulz_and_muon_are_the_specifications_and_torchs(monkeypatch):
     for x in (g, g.T, torch.stack((g, 7 * g))):
         sigma = torch.linalg.svdvals(kimi.newton_schulz(x, torch.float32)).flatten()
         assert sigma.tolist() == pytest.approx([1.134031, 1.133615, 0.752978] * (len(sigma) // 3), abs=2e-6)
+    sigma = torch.linalg.svdvals(kimi.newton_schulz(g, torch.bfloat16).float())
+    assert sigma.tolist() == pytest.approx([1.140625, 1.140625, 0.765625], abs=2**-6), "bf16, with other roundings"
     s, w = torch.linspace(0.01, 1.0, 200, dtype=torch.float64), normal(40, 24, dtype=torch.float64)
     u, sigma, v = torch.linalg.svd(w / w.norm(), full_matrices=False)
     for _ in range(5):  # the same map on every singular value

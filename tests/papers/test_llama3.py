@@ -42,6 +42,8 @@ def test_document_mask(monkeypatch):
     for j in range(6):
         moved = (model(tokens + (torch.arange(6) == j), documents=documents) != model(tokens, documents=documents)).any(-1)
         assert moved[0].tolist() == mask[:, j].tolist()
+    alone = torch.cat([model(tokens[:, part]) for part in (slice(0, 3), slice(3, 5), slice(5, 6))], 1)  # whose positions start at 0
+    torch.testing.assert_close(model(tokens, documents=documents), alone, atol=1e-6, rtol=0)
     monkeypatch.setattr(llama3, "compiled", lambda function: function)
     generator = torch.Generator().manual_seed(0)
     documents = torch.randint(3, (2, 256), generator=generator).cumsum(1) // 40
@@ -51,6 +53,19 @@ def test_document_mask(monkeypatch):
     blocks = llama3.attention_mask(documents.as_subclass(type("OnGPU", (torch.Tensor,), {"is_cuda": True})), rows, columns)
     assert not torch.is_tensor(blocks)
     torch.testing.assert_close(llama3.attend(q, k, v, blocks), dense, atol=1e-5, rtol=1e-5)
+
+
+def test_each_length_of_the_plan_has_a_compiled_graph(monkeypatch):
+    """The eight lengths of 405B, trained and validated in one process, are more graphs than dynamo's own limit of eight."""
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **more: compile(self, backend="eager", **more))
+    cfg = llama3.Config(**ROW.tiny | dict(compile=True))
+    model = llama3.parallelize(make_model(llama3, ROW, cfg), cfg, types.SimpleNamespace(device_type="cpu"), mock.Mock(size=lambda: 1))
+    for length in range(8, 16):
+        tokens = torch.zeros(2, length, dtype=torch.long)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                model(tokens, tokens, tokens)
 
 
 def test_initialisation_and_precision():
@@ -145,8 +160,18 @@ def test_plans_of_published_sizes(capsys):
     assert [p.cfg.rope_scaling for p in plan] == 3 * ["none"] + 7 * ["llama3"]
     assert [plan[8].end - plan[3].begin, plan[9].end - plan[9].begin] == pytest.approx([8e11, 4e10], rel=1e-3)
     assert llama3.tokens_of_updates(plan, 60) == plan[0].end and llama3.phase_index(plan, plan[0].end) == 1
+    assert llama3.learning_rate(1_053_244, cfg) == pytest.approx(3.7254e-6, rel=1e-4), "the cosine is cut before its floor"
+    for preset, values in {
+        "1b": (3e-4, 3e-6, 1e-5, 5e5, 32, True), "8b": (3e-4, 3e-6, 1e-5, 5e5, 8, False), "70b": (1.5e-4, 1.5e-6, 1e-5, 5e5, 8, False),
+        "405b": (8e-5, 8e-7, 1e-5, 5e5, 8, False), "qwen2_5_7b": (3e-4, 3e-6, 1e-6, 1e4, 8, False), "qwen2_5_14b": (3e-4, 3e-6, 1e-5, 1e4, 8, False),
+    }.items():  # fmt: skip
+        c = llama3.Config(**llama3.PRESETS[preset])
+        assert (c.lr, c.min_lr, c.norm_eps, c.rope_theta, c.rope_factor, c.tied) == values, preset
     qwen = llama3.phases(llama3.Config(**llama3.PRESETS["qwen2_5_7b"]))
     assert [(p.cfg.seq_len, p.cfg.rope_theta) for p in qwen] == [(4096, 1e4), (32768, 1e6)]
+    with mock.patch.object(llama3, "init_device_mesh") as mesh:  # the last dimension is the innermost
+        llama3.make_mesh(llama3.Config(dp=2, pp=3, cp=5, tp=7), "cpu")
+    mesh.assert_called_once_with("cpu", (2, 3, 5, 7), mesh_dim_names=("dp", "pp", "cp", "tp"))
     owned = [llama3.context_positions(16, 2, i).tolist() for i in range(2)]
     assert owned == [[0, 1, 2, 3, 12, 13, 14, 15], list(range(4, 12))] and [sum(p + 1 for p in ps) for ps in owned] == [68, 68]
     assert [{p // 2 for p in llama3.context_positions(16, 4, i).tolist()} for i in range(4)] == [{0, 7}, {1, 6}, {2, 5}, {3, 4}]

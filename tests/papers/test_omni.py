@@ -64,6 +64,16 @@ def test_positions_of_the_specification():
     assert ids[0].tolist() == [*range(5), *[5] * 4, *range(5, 18), *[18] * 4, *range(18, 32)]
     for section, expected in (((24, 20, 20), "thw" * 20 + "tttt"), (omni.rotary_section(32), "thw" * 10 + "th")):
         assert "".join("thw"[i] for i in omni.rotary_axes(*section)) == expected
+    cos, _ = omni.rotary_angles(torch.arange(9).expand(3, 1, 9), 64, 1e7)  # equal ids: one-dimensional positions
+    torch.testing.assert_close(cos[0, 0], torch.outer(torch.arange(9.0), 1e7 ** (-torch.arange(32) / 32)).cos())
+
+
+def test_windows_of_sound_do_not_see_each_other():
+    """Windows of 200 frames, 26 tokens each: other frames from 200 on change no token before the 26th, and that one."""
+    encoder, mel = omni.AudioTransformer(8, 3, 48, 2, 4, 96), torch.randn(128, 400)
+    other = torch.cat((mel[:, :200], mel[:, 200:] + 1), 1)
+    first, second = (encoder(*omni.cut_into_windows([x], 100, 2), torch.float32) for x in (mel, other))
+    assert len(first) == 52 and (first != second).any(1).nonzero()[0].item() == 26
 
 
 def test_delta_rule_in_chunks_is_the_recurrence():
@@ -215,6 +225,14 @@ def test_rows_of_a_manifest_and_stages(capsys):
             mock.patch.multiple(omni.dist, get_rank=lambda: 1, get_world_size=lambda: 2):  # fmt: skip
         omni.measure(make_model(omni, ROW, cfg), omni.Source(cfg, TOKENIZER, [], rows, 1), 7, cfg, torch.device("cpu"))
     assert re.search(r"val 7 \| loss (\d\.\d+) \| bpb .* \| text \1\n", capsys.readouterr().out)
+
+
+def test_activated_parameters():
+    """The specification's, of the language model, beside both encoders, of which all are active."""
+    for preset, active, encoders in (("35b_a3b", 3_454_988_928, 446_571_248 + 645_086_048), ("397b_a17b", 17_349_040_896, 456_010_480 + 647_709_536)):
+        with torch.device("meta"):
+            model = omni.Omni(omni.Config(**omni.PRESETS[preset]))
+        assert omni.count_parameters(model)[1] == active + encoders
 
 
 def test_dry_run(capsys):
