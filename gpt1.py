@@ -134,6 +134,8 @@ class CausalSelfAttention(nn.Module):
     """Multi-head causal self-attention, softmax(q kᵀ / sqrt(E)) v, [B, T, D] -> [B, T, D], with
     dropout on the probabilities and on the output (§4.1)."""
 
+    # Departure: later keys have the score -inf; the released code gives them -1e9.
+
     def __init__(self, dim, n_heads, dropout):
         super().__init__()
         self.n_heads = n_heads
@@ -170,7 +172,8 @@ class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.attn = CausalSelfAttention(cfg.dim, cfg.n_heads, cfg.dropout)
-        self.norm1 = nn.LayerNorm(cfg.dim, eps=1e-5)  # eps as released
+        # Undisclosed: the norms' eps. It is the released code's.
+        self.norm1 = nn.LayerNorm(cfg.dim, eps=1e-5)
         self.mlp = MLP(cfg.dim, cfg.hidden_dim, cfg.dropout)
         self.norm2 = nn.LayerNorm(cfg.dim, eps=1e-5)
 

@@ -73,8 +73,7 @@ def join():
 
 
 def test_each_start_has_a_store_of_its_own(ranks):
-    """Workers that torchrun restarts share the agents' store with the dead ones, whose addresses are there: another rank 0,
-    on a port of its own, is found behind the address of the first, which refuses."""
+    """The agents' store has the address of an earlier start, which refuses; the workers of this start find each other all the same."""
     server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

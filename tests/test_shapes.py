@@ -226,17 +226,18 @@ def test_gpt1_preset_is_the_papers_table(script):
     with torch.device("meta"):
         assert module.count_parameters(module.GPT1(module.Config(vocab_size=40481)))[0] == 116_537_088
     model = module.GPT1(module.Config(**{**row.tiny, "vocab_size": 40478}))
-    for p in model.parameters():
-        torch.nn.init.zeros_(p)
+    torch.nn.init.zeros_(model.token_embedding.weight)  # of which the logits are multiples
     ones = torch.ones(1, 4, dtype=torch.long)
     assert module.objective(model, {"tokens": ones, "targets": ones, "n_targets": 4}, cfg)[0].item() == pytest.approx(10.6085, abs=1e-4)
 
 
 @SHARED
 def test_gpt1_every_token_is_a_target_once_an_epoch(script):
-    """Documents of 160 tokens between ones of 2,000 at T = 512: all but the first token of a document and what lies outside
-    of the epoch's grid is predicted once, from its own document; separators are neither read nor predicted."""
+    """From its own document, be it of 160 tokens or of 2,000, at T = 512; separators are neither read nor predicted."""
     module, _ = script
+    corpus = module.Corpus([("", np.array([5, 9, 2, 7, 4, 3, 1], np.uint16))], 0, 7, 0, np.ones(10, np.int64), True)
+    batch = module.get_batch(corpus, 0, 1, module.Config(seq_len=3))
+    assert (batch["tokens"].tolist(), batch["targets"].tolist()) == ([[5, 9, 2]], [[9, 2, 7]])
     cfg, ids = module.Config(seq_len=512), []
     for i in range(16):
         ids += [*range(3000 * i + 1, 3000 * i + (161 if i % 2 else 2001)), 0]
