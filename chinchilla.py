@@ -4,16 +4,16 @@ What is new compared with gpt1.py: the subject is a sweep of runs and the laws f
 - For each budget C of FLOPs the sweep trains models of several sizes N, each on D = C / 6N tokens
   with a cosine of that length (§3.1, App. B), and three fits give the optimal
   N(C) and D(C) (§3, App. D).
-- Beside them stand the law of Kaplan et al. (2020), the correction of the third fit by Besiroglu et
-  al. (2024), the two-step law of Llama 3 (2024, §3.2.1) and, for models that will read and write
-  many tokens after training, the over-training of Sardana et al. (2024).
+- Two further fits are Kaplan et al.'s law (2020) and Llama 3's two-step law (2024, §3.2.1). The
+  published constants include the correction of the third fit by Besiroglu et al. (2024). Sardana
+  et al. (2024) give the best N and D of models that process many tokens after training.
 - The model is Gopher's (Rae et al. 2021): RMSNorm before each branch, and relative positions as
   in Transformer-XL (Dai et al. 2019, §3.3) in place of learned ones.
 - AdamW with a cosine that falls tenfold (§4.1, App. G); products in bf16 of fp32 weights, which
   are sharded over the ranks.
 
 Map: Tables 4, A9 PRESETS | App. F appendix_f | §3.1 fit_envelope | §3.2 fit_isoflop | §3.3
-fit_parametric | Eq. 4 frontier | Tables 3, A3 TABLE_3 | §4.1 Chinchilla, build_optimizer |
+fit_parametric | Eq. 4 frontier | Tables 3, A3 all_laws | §4.1 Chinchilla, build_optimizer |
 Table 4 (the batch doubles) at_sequence | Kaplan Eq. 1.5 kaplan_loss, Table 6 kaplan_optimum |
 Llama 3 §3.2.1 fit_llama, fit_accuracy | Sardana Eq. 3 overtrain.
 Legend: B batch, T positions, D width, H heads, E head width, F hidden width, V vocabulary; of runs
@@ -25,7 +25,7 @@ Run: python chinchilla.py                         # a laptop: a sweep of minutes
      torchrun --nproc_per_node=8 chinchilla.py    # GPUs: the preset small, one run per rank
      torchrun --nnodes=32 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
          chinchilla.py --preset 1018m --data massive/ --tokenizer ranks.tiktoken --out /shared/1b
-     (ranks.tiktoken: a BPE rank file of at most 32,000 entries, such as gpt3.py learns)
+     (ranks.tiktoken: a BPE rank file of at most 31,999 entries, such as gpt3.py learns)
      python chinchilla.py --budget 1e21            # the optimum by every law; no training
      python chinchilla.py --fit runs.csv           # the laws of any table with columns N, D, loss
 Expect: in six minutes on two CPU cores the demo trains 15 models and fits the laws. A sweep
@@ -95,10 +95,10 @@ class Config:
     second_batch: int = 0  # sequences per update in the second half of the tokens; 0: batch_size
     micro_batch: int = 0  # sequences per forward pass on one rank; 0: as many as the batch allows
     tokens: float = 0.0  # D, training tokens of a single run, if --steps is 0; 0: 20 per parameter
-    steps: int = 0  # updates of batch_size that a single run has; 0: as --tokens says, or a sweep
-    lr: float = 1e-4  # peak learning rate; in a sweep of WIDTHxLAYERS, for WIDTH = dim
+    steps: int = 0  # updates, of batch_size sequences, of a single run, not a sweep; 0: by --tokens
+    lr: float = 1e-4  # peak learning rate; a sweep's WIDTHxLAYERS models have lr x dim / WIDTH
     warmup_steps: int = 1500  # updates of linear warm-up; cut to a tenth of the run if longer
-    cosine: float = 1.0  # length of the learning-rate cosine, in lengths of the run
+    cosine: float = 1.0  # length of the learning-rate cosine, as a multiple of the run's
     weight_decay: float = 0.1  # decoupled weight decay of matrices and embeddings
     clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
     seed: int = 0  # seed of the weights and of the order of the data
@@ -122,7 +122,7 @@ class Config:
     bootstrap: int = 100  # resamples of 80 % of the runs, for the intervals of a fit; 0: none
     budget: float = 0.0  # FLOPs to find the best N and D for, by every law, without training
     inference_tokens: float = 0.0  # tokens that --budget's model reads and writes after training
-    plot: str = ""  # directory to write plots to as PNG; needs matplotlib
+    plot: str = ""  # image file to write plots of a fit to, .png or .pdf; needs matplotlib
     # Reports and files
     val_every: int = 1000  # updates between validations
     prompt: str = ""  # text that the sample continues; empty: the start of the held-out text
@@ -177,24 +177,13 @@ PRESETS = {
                  second_batch=3072, tokens=3e11, weight_decay=0.0, clip=0.25),
 }  # fmt: skip
 
-def published(dim, head_dim, n_heads, n_layers, **settings):
-    """Overrides of Config for a published shape: F = 4 D."""
-    shape = dict(dim=dim, head_dim=head_dim, n_heads=n_heads, n_layers=n_layers, hidden_dim=4 * dim)
-    return PUBLISHED | shape | settings
-
-for name, shape, lr, batch_size, clip in (  # Rae et al., Table 1
-    ("44m", (512, 32, 16, 8), 6e-4, 128, 1.0), ("117m", (768, 64, 12, 12), 6e-4, 128, 1.0),
-    ("417m", (1536, 128, 12, 12), 2e-4, 128, 1.0), ("1.4b", (2048, 128, 16, 24), 2e-4, 128, 1.0),
-    ("7.1b", (4096, 128, 32, 32), 1.2e-4, 1024, 0.25),
-):  # fmt: skip
-    PRESETS[f"gopher_{name}"] = published(
-        *shape, lr=lr, batch_size=batch_size, clip=clip, tokens=3e11, weight_decay=0.0
-    )
-for millions, *shape in TABLE_A9:
+for millions, dim, head_dim, n_heads, n_layers in TABLE_A9:
     # Undisclosed: the rate of each size between 2e-4 for the smallest and 1.25e-4 for the largest
     # (here linear in ln N), and the batches (here 0.5M tokens, as for the models of App. D.4).
-    lr = 2e-4 - 0.75e-4 * math.log(millions / 44) / math.log(16183 / 44)
-    PRESETS[f"{millions}m"] = published(*shape, lr=lr)
+    PRESETS[f"{millions}m"] = PUBLISHED | dict(
+        dim=dim, n_layers=n_layers, n_heads=n_heads, head_dim=head_dim, hidden_dim=4 * dim,
+        lr=2e-4 - 0.75e-4 * math.log(millions / 44) / math.log(16183 / 44),
+    )  # fmt: skip
 # Departure: bytes or a byte-level BPE instead of 32,000 pieces of SentencePiece; by default the
 # standard library of Python instead of MassiveText, which is not public. Its mix (Table A1: 45 %
 # MassiveWeb, 30 books, 10 C4, 10 news, 4 GitHub, 1 Wikipedia) has to be in the shards of --data.
@@ -214,17 +203,6 @@ HOFFMANN = dict(
 HOFFMANN_ROUNDED = dict(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
 BESIROGLU = dict(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)
 LLAMA3 = {"text": (0.29, 0.53), "Fig. 3": (0.299, 0.537)}  # optimal tokens = A C^alpha
-TABLE_3 = (  # N; C and D by approach 1 (Table 3), 2 and 3 (Table A3, whose 1.26e24 is a misprint)
-    (4e8, 1.92e19, 8.0e9, 1.84e19, 7.7e9, 2.21e19, 9.2e9),
-    (1e9, 1.21e20, 20.2e9, 1.20e20, 20.0e9, 1.62e20, 27.1e9),
-    (1e10, 1.23e22, 205.1e9, 1.32e22, 219.5e9, 2.46e22, 410.1e9),
-    (6.7e10, 5.76e23, 1.5e12, 6.88e23, 1.7e12, 1.71e24, 4.1e12),
-    (1.75e11, 3.85e24, 3.7e12, 4.54e24, 4.3e12, 1.26e25, 12.0e12),
-    (2.8e11, 9.90e24, 5.9e12, 1.18e25, 7.1e12, 3.52e25, 20.1e12),
-    (5.2e11, 3.43e25, 11.0e12, 4.19e25, 13.4e12, 1.36e26, 43.5e12),
-    (1e12, 1.27e26, 21.2e12, 1.59e26, 26.5e12, 5.65e26, 94.1e12),
-    (1e13, 1.30e28, 216.2e12, 1.75e28, 292.0e12, 8.55e28, 1425.5e12),
-)  # fmt: skip
 
 # ---------------------------------------- Model ----------------------------------------
 
@@ -240,11 +218,9 @@ class RMSNorm(nn.Module):
         y = F.rms_norm(x.float(), self.weight.shape, None, self.eps).type_as(x)
         return y * self.weight.type_as(x)
 
-@functools.lru_cache(maxsize=4)
-@torch.inference_mode(False)  # so that a later call that trains can use what is cached
 def distances(length, dim, device):
     """(Sinusoids of the distances T - 1 ... 0, half sines and half cosines, [T, D], R of
-    Transformer-XL; the causal mask, 0 or -inf, [T, T]), fp32, for all layers and updates."""
+    Transformer-XL; the causal mask, 0 or -inf, [T, T]), fp32, for all layers."""
     frequencies = 10000 ** (-torch.arange(0, dim, 2, device=device) / dim)  # [D/2]
     angles = torch.arange(length - 1.0, -1, -1, device=device)[:, None] * frequencies  # [T, D/2]
     mask = torch.full((length, length), -math.inf, device=device).triu(1)
@@ -287,20 +263,19 @@ class RelativeAttention(nn.Module):
         p = (mask + content + position).softmax(-1).type_as(v)  # sums and softmax: fp32
         return self.out((p @ v).transpose(1, 2).reshape(B, T, -1))  # [B, T, D]
 
-class MLP(nn.Module):
-    """GELU(x W_up + b_up) W_down + b_down, with dropout, [B, T, D] -> [B, T, D] (§4.1)."""
+class PlainMLP(nn.Module):
+    """GELU(x W_up + b_up) W_down + b_down, [B, T, D] -> [B, T, D] (Gopher §3.1)."""
 
     # Undisclosed: the form of GELU. The released code of GPT and GPT-2 has the tanh form.
 
-    def __init__(self, dim, hidden_dim, dropout):
+    def __init__(self, dim, hidden_dim):
         super().__init__()
-        self.dropout = dropout
         self.up = nn.Linear(dim, hidden_dim)
         self.down = nn.Linear(hidden_dim, dim)
 
     def forward(self, x):
         x = F.gelu(self.up(x), approximate="tanh")  # [B, T, F]
-        return F.dropout(self.down(x), self.dropout, self.training)  # [B, T, D]
+        return self.down(x)  # [B, T, D]
 
 class Block(nn.Module):
     """GPT-2's block with RMSNorm before each branch, [B, T, D] -> [B, T, D] (Gopher §3.1)."""
@@ -313,7 +288,7 @@ class Block(nn.Module):
         self.norm1 = RMSNorm(cfg.dim, cfg.norm_eps)
         self.attn = RelativeAttention(cfg.dim, cfg.n_heads, cfg.head_dim)
         self.norm2 = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.mlp = MLP(cfg.dim, cfg.hidden_dim, 0.0)
+        self.mlp = PlainMLP(cfg.dim, cfg.hidden_dim)
 
     def forward(self, x, r, mask):
         x = x + self.attn(self.norm1(x), r, mask)
@@ -433,7 +408,7 @@ def overtrain(law, N, D, inference):
     inference of training and inference, from a grid of smaller models."""
     N = N * np.geomspace(1e-6, 1, 100_001)
     N_term = law["A"] / N ** law["alpha"]
-    D_term = law["B"] / D ** law["beta"] - (N_term - N_term[-1])  # what N adds, D has to save
+    D_term = law["B"] / D ** law["beta"] - (N_term - N_term[-1])  # of that same loss
     N = N[D_term > 0]
     D = (law["B"] / D_term[D_term > 0]) ** (1 / law["beta"])
     best = np.argmin(6 * N * D + 2 * N * inference)
@@ -441,6 +416,8 @@ def overtrain(law, N, D, inference):
 
 def kaplan_loss(N, D, N_c, D_c, alpha_N, alpha_D):
     """Kaplan Eq. 1.5, with N without embeddings."""
+    # Departure: of Kaplan's laws, only this one, the critical batch and the optimum are here. Left
+    # out: the laws of N, of D and of updates (Eq. 1.1, 1.2, 1.6), overfitting (4.4), rates (D.1).
     return ((N_c / N) ** (alpha_N / alpha_D) + D_c / D) ** alpha_D
 
 def critical_batch(loss):
@@ -478,12 +455,12 @@ def minimize(function, start):
     optimizer.step(closure)
     return function(x).item(), x.detach().numpy()
 
-def best_minimum(residuals, delta, axes, near):
-    """The argument of the least Huber sum of residuals(x [..., P]) [..., R], by L-BFGS from near
+def best_minimum(residuals, delta, axes, start):
+    """The argument of the least Huber sum of residuals(x [..., P]) [..., R], by L-BFGS from start
     or, if it is None, from the best five points of the grid of axes."""
     objective = functools.partial(huber_sum, residuals, delta)
-    starts = [near]
-    if near is None:
+    starts = [start]
+    if start is None:
         grid = torch.cartesian_prod(*(torch.tensor(list(axis)).double() for axis in axes))
         starts = grid[objective(grid).argsort()[:5]].tolist()
     minima = [minimize(objective, start) for start in starts]
@@ -513,9 +490,13 @@ def training_curves(rows):
     """(N, FLOPs per token, tokens, losses) of each run that has a curve."""
     return [(r["N"], r["C"] / r["D"], *np.array(r["curve"]).T) for r in rows if r.get("curve")]
 
-def envelope(curves, low, high):
-    """§3.1, App. D.1: (C, N, D, loss) of the run of least loss at 1500 FLOPs from low to high."""
-    C = np.geomspace(low, high, 1500)
+def envelope(curves):
+    """§3.1, App. D.1: (C, N, D, loss) of the run of least loss at 1500 FLOPs, from the end of the
+    first run to that of the first run of the highest budget."""
+    ends = [cost * tokens[-1] for _, cost, tokens, _ in curves]
+    if not curves or max(ends) < 1.5 * min(ends):
+        raise TooFewRuns("needs training curves of two budgets")
+    C = np.geomspace(min(ends), min(end for end in ends if end > 0.9 * max(ends)), 1500)
     losses = np.array([
         np.interp(np.log(C), np.log(cost * tokens), loss, math.inf, math.inf)
         for _, cost, tokens, loss in curves
@@ -526,18 +507,14 @@ def envelope(curves, low, high):
     N, cost = np.array([curve[:2] for curve in curves])[losses.argmin(0)].T
     return C, N, C / cost, losses.min(0)
 
-def fit_envelope(rows, near=None):
+def fit_envelope(rows, start=None):
     """Approach 1 (§3.1): power laws through the sizes and tokens that lie on the envelope."""
     # Departure: each size has one cosine per budget, where the paper has four over a factor of 16.
-    curves = training_curves(rows)
-    ends = [cost * tokens[-1] for _, cost, tokens, _ in curves]
-    if not curves or max(ends) < 1.5 * min(ends):
-        raise TooFewRuns("needs training curves of two budgets")
-    C, N, D, _ = envelope(curves, min(ends), max(ends))
+    C, N, D, _ = envelope(training_curves(rows))
     if len(set(N)) < 3:
         raise TooFewRuns("fewer than three sizes have the least loss at some budget")
     (k, a), (_, b) = power_law(C, N), power_law(C, D)
-    return {"a": a, "b": b, "k": k, "sizes": len(set(N))}
+    return {"a": a, "b": b, "k": k, "sizes": len(set(N))}, None
 
 def budgets_of(rows):
     """The runs of each budget that has three sizes or more, in the order of budgets: runs of the
@@ -557,8 +534,6 @@ def parabola(rows, name):
     ((column, loss, C) at its lowest point, or None if that is outside the runs; coefficients)."""
     # Undisclosed: the parabola's argument and weights, here ln N and equal weights.
     x, loss, C = columns(sorted(rows, key=lambda row: row[name]), name, "loss", "C")
-    if len(set(x)) < 3:
-        return None, None
     x = np.log(x)
     c = np.polyfit(x, loss, 2)
     lowest = -c[1] / (2 * c[0]) if c[0] > 0 else math.nan
@@ -580,11 +555,11 @@ def lowest_points(rows, name):
     C, x, nearest = zip(*points)
     return np.array(C), np.array(x), nearest
 
-def fit_isoflop(rows, near=None):
+def fit_isoflop(rows, start=None):
     """Approach 2 (§3.2): power laws through the lowest points of the IsoFLOP parabolas."""
     C, N, _ = lowest_points(rows, "N")
     (k, a), (_, b) = power_law(C, N), power_law(*lowest_points(rows, "D")[:2])
-    return {"a": a, "b": b, "k": k, "budgets": len(C)}
+    return {"a": a, "b": b, "k": k, "budgets": len(C)}, None
 
 def huber_sum(residuals, delta, x):
     """Eq. 3: the sum over runs of the Huber losses of residuals(x [..., P]) [..., R]: [...]."""
@@ -597,58 +572,57 @@ def parametric_residuals(x, ln_N, ln_D, ln_L):
     terms = torch.broadcast_tensors(a - alpha * ln_N, b - beta * ln_D, e)
     return torch.stack(terms).logsumexp(0) - ln_L  # [..., R]
 
-def fit_law(rows, residuals, near, delta, axes):
-    """The argument of least Huber sum for a law of N, D and L; near, axes: see best_minimum."""
+def fit_law(rows, residuals, delta, axes, start):
+    """The argument of least Huber sum for a law of N, D and L; axes, start: see best_minimum."""
     N, D, L = (torch.from_numpy(np.log(column)) for column in columns(rows, "N", "D", "loss"))
     if len(set(N.tolist())) < 3 or len(set(D.tolist())) < 3 or len(rows) < 6:
         raise TooFewRuns("needs six runs, of three sizes and three D")
     residuals = functools.partial(residuals, ln_N=N, ln_D=D, ln_L=L)
-    x = best_minimum(residuals, delta, axes, near)
+    x = best_minimum(residuals, delta, axes, start)
     if min(x[-2:]) <= 0 or not -700 < min(x) <= max(x) < 700:
         raise TooFewRuns("the loss does not fall with N and D")
     return x
 
-def fit_parametric(rows, near=None, delta=1e-3):
+def fit_parametric(rows, start=None, delta=1e-3):
     """Approach 3 (§3.3, App. D.2): Eq. 2 by Huber loss and L-BFGS from a grid of 4500 starts."""
     # Departure: all starts are scored, but only the best five are followed, to save time.
     axes = [np.arange(0, 26, 5)] * 2 + [np.arange(-1, 1.1, 0.5)] + [np.arange(0, 2.1, 0.5)] * 2
-    if near:
-        near = [math.log(near[key]) for key in "ABE"] + [near["alpha"], near["beta"]]
-    *x, alpha, beta = fit_law(rows, parametric_residuals, near, delta, axes)
-    law = dict(zip("ABE", np.exp(x).tolist())) | {"alpha": alpha, "beta": beta}
+    x = fit_law(rows, parametric_residuals, delta, axes, start)
+    law = dict(zip("ABE", np.exp(x[:3]).tolist())) | {"alpha": x[3], "beta": x[4]}
     k, a = frontier_power_law(law)
-    return {"a": a, "b": 1 - a, "k": k} | law
+    return {"a": a, "b": 1 - a, "k": k} | law, x
 
 def kaplan_residuals(x, ln_N, ln_D, ln_L):
     """ln of Kaplan's Eq. 1.5 minus ln L, x = (ln N_c, ln D_c, alpha_N, alpha_D) [..., 4]."""
     N_c, D_c, alpha_N, alpha_D = x[..., None].unbind(-2)
     return alpha_D * torch.logaddexp(alpha_N / alpha_D * (N_c - ln_N), D_c - ln_D) - ln_L
 
-def fit_kaplan(rows, near=None):
+def fit_kaplan(rows, start=None):
     """Kaplan Eq. 1.5, with N without embeddings where runs have it, and the optimum it implies."""
     # Undisclosed: how Kaplan fits it, here least squares in ln L.
     # Departure: Kaplan leaves out models of one layer (D.7), but the demo has no others.
     rows = [row | {"N": row.get("N_non_embedding") or row["N"]} for row in rows]
     axes = [np.arange(5, 41, 5)] * 2 + [(0.03, 0.07, 0.15, 0.3, 0.6)] * 2
-    if near:
-        near = [*np.log([near["N_c"], near["D_c"]]), near["alpha_N"], near["alpha_D"]]
-    N_c, D_c, alpha_N, alpha_D = fit_law(rows, kaplan_residuals, near, SQUARES, axes)
+    x = fit_law(rows, kaplan_residuals, SQUARES, axes, start)
+    N_c, D_c, alpha_N, alpha_D = x  # logarithms of N_c and D_c
     p = alpha_N / alpha_D  # least loss with 6 N D = C: p (N_c / N)^p = 6 D_c N / C
     k = math.exp((math.log(p / 6) + p * N_c - D_c) / (1 + p))
     law = {"N_c": math.exp(N_c), "D_c": math.exp(D_c), "alpha_N": alpha_N, "alpha_D": alpha_D}
-    return {"a": 1 / (1 + p), "b": p / (1 + p), "k": k} | law
+    return {"a": 1 / (1 + p), "b": p / (1 + p), "k": k} | law, x
 
-def fit_llama(rows, near=None):
+def fit_llama(rows, start=None):
     """Llama 3 §3.2.1: the optimal tokens D = A C^b, through the lowest points of parabolas over
     ln D; and fit_accuracy, if the runs allow."""
     C, D, _ = lowest_points(rows, "D")
     A, b = power_law(C, D)
     law = {"a": 1 - b, "b": b, "k": 1 / (6 * A), "A": A}
+    x = None
     with contextlib.suppress(TooFewRuns):
-        law |= fit_accuracy(rows, near)
-    return law
+        accuracy, x = fit_accuracy(rows, start)
+        law |= accuracy
+    return law, x
 
-def fit_accuracy(rows, near):
+def fit_accuracy(rows, start):
     """Llama 3 §3.2.1, of runs with the columns nll, in nats per character of a benchmark's correct
     answers, and accuracy: nll of the optimal models = intercept + slope ln C, and accuracy =
     1/4 + 3/4 / (1 + exp(k (nll - m))), with chance among four answers as its floor."""
@@ -660,90 +634,64 @@ def fit_accuracy(rows, near):
     nll, accuracy = (torch.from_numpy(column) for column in columns(rows, "nll", "accuracy"))
 
     def residuals(x):
-        m, ln_k = x[..., None].unbind(-2)
-        return 0.25 + 0.75 * torch.sigmoid(-ln_k.exp() * (nll - m)) - accuracy
+        m, k = x[..., None].unbind(-2)
+        return 0.25 + 0.75 * torch.sigmoid(-k * (nll - m)) - accuracy
 
-    axes = [np.linspace(nll.min().item() - 1, nll.max().item() + 1, 20), np.linspace(-2, 4, 20)]
-    start = None
-    if near and "sigmoid_m" in near:
-        start = [near["sigmoid_m"], math.log(near["sigmoid_k"])]
-    m, ln_k = best_minimum(residuals, SQUARES, axes, start)
-    if abs(ln_k) > 200:
-        raise TooFewRuns("accuracy is no sigmoid of nll")
+    axes = [np.linspace(nll.min().item() - 1, nll.max().item() + 1, 20), np.geomspace(0.1, 50, 20)]
+    m, k = best_minimum(residuals, SQUARES, axes, start)
     line = {"nll_intercept": intercept, "nll_slope": slope}
-    return line | {"sigmoid_m": m, "sigmoid_k": math.exp(ln_k)}
+    return line | {"sigmoid_m": m, "sigmoid_k": k}, [m, k]
 
-FITS = {
+FITS = {  # each returns its constants and, if it searches for them, where those of resamples start
     "approach 1": fit_envelope, "approach 2": fit_isoflop, "approach 3": fit_parametric,
     "Kaplan": fit_kaplan, "Llama 3": fit_llama,
 }  # fmt: skip
 
-def fit_all(rows, cfg):
-    """{law: constants as of fit_resamples, or a message if the law cannot be fitted}."""
-    ahead = 10 * max(row["C"] for row in rows)
-    n_kept = max(len(rows) - cfg.drop_highest, 0)
-    kept = sorted(rows, key=lambda row: row["loss"])[:n_kept]
-    fits = {}
-    for law, fit in FITS.items():
-        used = kept if fit is fit_parametric else rows
-        generator = np.random.default_rng(stable_hash(cfg.seed, law))
-        try:
-            fits[law] = fit_resamples(fit, used, ahead, cfg.bootstrap, generator)
-        except TooFewRuns as error:
-            fits[law] = str(error)
-    return fits
-
 def fit_resamples(fit, rows, ahead, n_resamples, generator):
     """{constant of the fit, or N_ahead, the optimal N for `ahead` FLOPs: (value, its 10 % and 90 %
-    over resamples of 80 % of the rows, NaN if fewer than half of them have it, how many do)}."""
-    best = fit(rows)
+    over the resamples of 80 % of the rows that have it, how many do)}."""
+    best, x = fit(rows)
     resamples = [best]
     for _ in range(n_resamples):
         chosen = generator.choice(len(rows), round(0.8 * len(rows)), replace=False)
         with contextlib.suppress(TooFewRuns):
-            resamples.append(fit([rows[i] for i in chosen], best))
+            resamples.append(fit([rows[i] for i in chosen], x)[0])
     for constants in resamples:
         constants["N_ahead"] = power(constants["k"], constants["a"], ahead)
     intervals = {}
     for key, value in best.items():
         values = [constants[key] for constants in resamples[1:] if key in constants]
-        interval = (math.nan, math.nan)
-        if values and 2 * len(values) >= n_resamples:
-            interval = np.percentile(values, (10, 90)).tolist()
+        interval = np.percentile(values or [math.nan], (10, 90)).tolist()
         intervals[key] = (value, *interval, len(values))
     return intervals
+
+def read_table(path):
+    """The rows of a .jsonl, without lines that a kill cut short, or of a .csv, as dicts."""
+    with explain(f"{path} is not a table", ValueError, csv.Error):
+        lines = Path(path).read_text("utf-8-sig").splitlines(True)
+        if Path(path).suffix == ".jsonl":
+            return [json.loads(line) for line in lines if line.strip().endswith("}")]
+        return list(csv.DictReader(lines))
 
 def read_runs(path, flops):
     """The runs of a .csv or .jsonl that did not diverge: rows with N, D, loss, C (C_appF if flops
     is "appF" and there is one; 6 N D without a column C), and further columns if there are."""
-    with explain(f"{path} is not UTF-8 text", UnicodeDecodeError):
-        lines = Path(path).read_text("utf-8-sig").splitlines(True)
-    if Path(path).suffix == ".jsonl":
-        lines = [line for line in lines if line.strip().endswith("}")]  # a kill may cut the last
-        with explain(f"{path} has a line that is not a JSON object", ValueError):
-            rows = [json.loads(line) for line in lines]
-    else:
-        with explain(f"{path} is not a table", csv.Error):
-            rows = list(csv.DictReader(lines))
     runs = []
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(read_table(path), 1):
         if row.get("loss") is None and "key" in row:  # as a sweep writes it
             print(f"run {row.get('name')} diverged: it is left out")
             continue
         with explain(f"{path}, run {number}, is not numbers above 0", Exception):
-            numbers = {name: float(row[name]) for name in ("N", "D", "loss")}
-            numbers["C"] = 6 * numbers["N"] * numbers["D"]
+            run = {name: float(row[name]) for name in ("N", "D", "loss")}
+            run["C"] = 6 * run["N"] * run["D"]
             for name in ("C", "C_appF", "nll", "accuracy", "N_non_embedding", "budget"):
                 if row.get(name) not in (None, ""):
-                    numbers[name] = float(row[name])
-            if flops == "appF" and "C_appF" in numbers:
-                numbers["C"] = numbers["C_appF"]
-            curve = np.array(row.get("curve") or [[1, 1]], np.float64)
-            values = [*numbers.values(), *curve.flatten()]
-            positive = min(numbers[name] for name in ("N", "D", "loss", "C")) > 0
-            if curve.shape[1] != 2 or not positive or not all(0 <= x < math.inf for x in values):
-                raise ValueError(f"it has {numbers}")
-        runs.append(numbers | {"curve": row.get("curve"), "key": row.get("key")})
+                    run[name] = float(row[name])
+            if flops == "appF":
+                run["C"] = run.get("C_appF", run["C"])
+            if not all(0 < x < math.inf for x in run.values()):
+                raise ValueError(f"it has {run}")
+        runs.append(run | {"curve": row.get("curve"), "key": row.get("key")})
     if not runs:
         raise ValueError(f"{path} has no runs")
     return runs
@@ -755,40 +703,15 @@ def human(x):
             return f"{x / size:#.3g}".rstrip(".") + unit
     return f"{x:.3g}"
 
-def draw(rows):
-    """Print the IsoFLOP parabolas: the digits are runs of the first, second ... budget, dots are
-    the parabolas, stars their lowest points."""
-    groups = budgets_of(rows)
-    marks = []  # (ln N, loss, character)
-    for number, same in enumerate(groups, 1):
-        point, c = parabola(same, "N")
-        x = np.log(columns(same, "N")[0])
-        marks += [(ln_N, np.polyval(c, ln_N), ".") for ln_N in np.linspace(x.min(), x.max(), 66)]
-        marks += [(math.log(row["N"]), row["loss"], str(number % 10)) for row in same]
-        if point:
-            marks.append((math.log(point[0]), point[1], "*"))
-    N, loss = columns([row for same in groups for row in same], "N", "loss")
-    left, right, low, high = *np.log([N.min(), N.max()]), loss.min(), loss.max()
-    grid = np.full((18, 66), " ")
-    for ln_N, loss, mark in marks:
-        row = round((high - loss) / (high - low or 1) * 17)
-        if 0 <= row < 18:
-            grid[row, round((ln_N - left) / (right - left) * 65)] = mark
-    print(f"loss {high:.3f} ... {low:.3f} over ln N, N {human(N.min())} ... {human(N.max())}:")
-    for row in grid:
-        print("  |" + "".join(row).rstrip())
-    print("  +" + "-" * 66)
-
-def plot(rows, fits, folder):
-    """Write isoflop.png (§3.2), envelope.png (§3.1) and frontier.png to folder."""
+def plot(rows, fits, path):
+    """Write three panels to an image file: IsoFLOP parabolas (§3.2), training curves with their
+    envelope (§3.1), and the optimal N by every fit and by the published approach 3."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    pictures = {name: plt.subplots() for name in ("isoflop", "envelope", "frontier")}
-    isoflop, training, optimum = (axes for _, axes in pictures.values())
+    figure, (isoflop, training, optimum) = plt.subplots(1, 3, figsize=(20, 6))
     for same in budgets_of(rows):
         N, loss, C = columns(sorted(same, key=lambda row: row["N"]), "N", "loss", "C")
         (line,) = isoflop.plot(N, loss, "o", label=f"{C[0]:.2g} FLOPs")
@@ -804,28 +727,24 @@ def plot(rows, fits, folder):
         training.plot(cost * tokens, loss, color=f"C{sizes.index(N)}", linewidth=0.8)
     for i, N in enumerate(sizes):
         training.plot([], [], color=f"C{i}", label=f"N {human(N)}")
-    if curves:
-        ends = [cost * tokens[-1] for _, cost, tokens, _ in curves]
-        C, N, _, loss = envelope(curves, min(ends) / 2, max(ends))
+    with contextlib.suppress(TooFewRuns):
+        C, N, _, loss = envelope(curves)
         training.plot(C, loss, "k:", label="envelope")
         optimum.plot(C, N, "k.", markersize=2, label="envelope")
-    every = [row["C"] for row in rows]
-    C = np.geomspace(min(every), 10 * max(every), 50)
+    (C,) = columns(rows, "C")
+    C = np.geomspace(C.min(), 10 * C.max(), 50)
     optimum.plot(C, frontier(HOFFMANN, C)[0], "k--", label="approach 3 as published")
     for name, law in fits.items():
-        if not isinstance(law, str):
-            a = law["a"][0]
-            (line,) = optimum.plot(C, law["k"][0] * C**a, label=f"{name}, a {a:.3f}")
-            optimum.plot([C[-1]] * 2, law["N_ahead"][1:3], "_-", color=line.get_color())
+        a = law["a"][0]
+        (line,) = optimum.plot(C, law["k"][0] * C**a, label=f"{name}, a {a:.3f}")
+        optimum.plot([C[-1]] * 2, law["N_ahead"][1:3], "_-", color=line.get_color())
     isoflop.set(xscale="log", xlabel="N", ylabel="loss, nats per token")
     training.set(xscale="log", xlabel="FLOPs", ylabel="training loss, smoothed")
     optimum.set(xscale="log", yscale="log", xlabel="C, FLOPs", ylabel="optimal N (lowest point: *)")
-    for name, (figure, axes) in pictures.items():
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="x-small")
-        figure.savefig(Path(folder) / f"{name}.png", dpi=120)
-        plt.close(figure)
-    print(f"{', '.join(pictures)} as PNG in {folder}")
+    for panel in figure.axes:
+        panel.legend(fontsize="x-small")
+    figure.savefig(path, dpi=120)
+    print(f"plots are written to {path}")
 
 def shown(key, value, low, high, count, of):
     """A constant with its interval and, unless all have it, how many of the resamples do."""
@@ -834,10 +753,10 @@ def shown(key, value, low, high, count, of):
 
 def fit_and_report(rows, cfg):
     """Fit all laws to rows; print the lowest points of the budgets and the constants with their
-    intervals, and plot. Returns the fits."""
+    intervals, and plot. Returns {law: constants as of fit_resamples} of the laws that fit."""
     print(f"fits to {len(rows)} runs; in brackets 10 to 90 % of {cfg.bootstrap} resamples of 80 %")
-    groups = budgets_of(rows)
-    for same in groups:
+    print("optimal N = k C^a, optimal D ~ C^b; N_ahead is the optimal N for 10 times the largest C")
+    for same in budgets_of(rows):
         N, C = columns(same, "N", "C")
         point, _ = parabola(same, "N")
         optimum = "none inside the swept sizes"
@@ -845,13 +764,20 @@ def fit_and_report(rows, cfg):
             ratio = point[2] / 6 / point[0] ** 2
             optimum = f"{human(point[0])}, loss {point[1]:.4f}, D/N {ratio:.3g}"
         sizes = f"{human(N.min())} ... {human(N.max())}"
-        middle = math.exp(np.log(C).mean())
-        print(f"C {middle:.3g} | {len(same)} runs | N {sizes} | lowest point {optimum}")
-    fits = fit_all(rows, cfg)
-    for name, law in fits.items():
-        if isinstance(law, str):
-            print(f"{name:10} | n/a: {law}")
+        print(f"C {C.mean():.3g} | {len(same)} runs | N {sizes} | lowest point {optimum}")
+    ahead = 10 * max(row["C"] for row in rows)
+    n_kept = max(len(rows) - cfg.drop_highest, 0)
+    kept = sorted(rows, key=lambda row: row["loss"])[:n_kept]
+    fits = {}
+    for name, fit in FITS.items():
+        used = kept if fit is fit_parametric else rows
+        generator = np.random.default_rng(stable_hash(cfg.seed, name))
+        try:
+            law = fit_resamples(fit, used, ahead, cfg.bootstrap, generator)
+        except TooFewRuns as error:
+            print(f"{name:10} | n/a: {error}")
             continue
+        fits[name] = law
         print(f"{name:10} | {' | '.join(shown(k, *v, cfg.bootstrap) for k, v in law.items())}")
         if name == "approach 1" and law["sizes"][0] < 10:
             print(f"{'':10} | with so few sizes, the exponent depends on the grid of sizes")
@@ -860,8 +786,6 @@ def fit_and_report(rows, cfg):
             plot(rows, fits, cfg.plot)
         except Exception as error:  # must not end a run whose fits are complete
             print(f"no plots: {type(error).__name__}: {error}")
-    elif groups:
-        draw(rows)
     return fits
 
 def power(k, a, C):
@@ -871,13 +795,12 @@ def power(k, a, C):
 def all_laws(fits):
     """[(name, k, a of N = k C^a, a with its interval as text, parametric law or None)] of every
     published law and of our own fits."""
-    N, C_1, _, C_2, *_ = np.array(TABLE_3).T
     # a: as in Table 2, with 10 to 90 %; Besiroglu's with the standard error. For approaches 1 and 2
-    # no k is published: these power laws are fitted to the rows of the tables.
+    # no k is published: these power laws are the least squares through Tables 3 and A3.
     laws = [
         ("Kaplan, Table 6 *", kaplan_optimum(PF_DAY)[0] / PF_DAY**0.73, 0.73, "0.73", None),
-        ("Hoffmann, approach 1", *power_law(C_1, N), "0.50 (0.488, 0.502)", None),
-        ("Hoffmann, approach 2", *power_law(C_2, N), "0.49 (0.462, 0.534)", None),
+        ("Hoffmann, approach 1", 0.09916, 0.49810, "0.50 (0.488, 0.502)", None),
+        ("Hoffmann, approach 2", 0.14488, 0.48994, "0.49 (0.462, 0.534)", None),
         ("Hoffmann, approach 3", *frontier_power_law(HOFFMANN), "0.46 (0.454, 0.455)", HOFFMANN),
         ("same, as printed", *frontier_power_law(HOFFMANN_ROUNDED), "0.452", HOFFMANN_ROUNDED),
         ("Besiroglu", *frontier_power_law(BESIROGLU), "0.513 +- 0.02", BESIROGLU),
@@ -885,17 +808,15 @@ def all_laws(fits):
     for name, (A, alpha) in LLAMA3.items():
         laws.append((f"Llama 3, {name}", 1 / (6 * A), 1 - alpha, f"{1 - alpha:.3f}", None))
     for name, law in fits.items():
-        if not isinstance(law, str):
-            values = {key: value for key, (value, *_) in law.items()}
-            interval = shown("", *law["a"], law["a"][-1]).strip()
-            parametric = values if "E" in values else None
-            name = f"own fit, {name}" + " *" * (name == "Kaplan")
-            laws.append((name, values["k"], values["a"], interval, parametric))
+        values = {key: value for key, (value, *_) in law.items()}
+        interval = shown("", *law["a"], law["a"][-1]).strip()
+        parametric = values if "E" in values else None
+        name = f"own fit, {name}" + " *" * (name == "Kaplan")
+        laws.append((name, values["k"], values["a"], interval, parametric))
     return laws
 
 def answer(cfg, fits):
-    """Print the optimal N and D for a budget by every law, and the paper's Tables 3 and A3 beside
-    what the laws give."""
+    """Print the optimal N and D for a budget by every law."""
     C = cfg.budget
     used = cfg.inference_tokens
     laws = all_laws(fits)
@@ -915,13 +836,6 @@ def answer(cfg, fits):
         print(line.rstrip())
     print("* N without embeddings; Table 6 has a fit of D, too, and its C is C_min, of batches far")
     print(f"below the critical {human(critical_batch(loss))} tokens (Eq. 1.4 at loss {loss:.3f})")
-    print("Tables 3 and A3: FLOPs and tokens for N to be optimal, printed -> by the law above")
-    for N, *row in TABLE_3:
-        line = f"N {human(N):>5}"
-        for C, D, (_, k, a, *_) in zip(row[::2], row[1::2], laws[1:4]):
-            found = (N / k) ** (1 / a)
-            line += f" | {C:.2e} {human(D):>6} -> {found:.2e} {human(found / (6 * N)):>6}"
-        print(line)
 
 # ---------------------------------------- Sweep ----------------------------------------
 
@@ -937,7 +851,7 @@ def plan_sweep(cfg, fingerprint):
     plan = []
     for C, size in itertools.product(cfg.sweep.split(","), cfg.sizes.split(",")):
         with explain(f"--sweep {C} --sizes {size} is not FLOPS,... and presets or WIDTHxLAYERS",
-                     ValueError):  # fmt: skip
+                     ValueError, OverflowError):  # fmt: skip
             C = float(C)
             # Undisclosed: batches and warm-up of the sweep's models ("well-tested heuristics").
             # Here all have the same batch, and warm-up is at most a tenth of a run.
@@ -949,7 +863,7 @@ def plan_sweep(cfg, fingerprint):
                 dim, n_layers = map(int, size.split("x"))
                 changes = dict(dim=dim, n_layers=n_layers, hidden_dim=4 * dim)
                 changes |= dict(n_heads=dim // cfg.head_dim, lr=cfg.lr * cfg.dim / dim)
-                if dim % cfg.head_dim or dim % 2 or dim < 1 or n_layers < 1:
+                if dim % cfg.head_dim or dim % 2:
                     raise ValueError(f"heads of {cfg.head_dim} do not divide the width {dim}")
             run = dataclasses.replace(cfg, **changes, sweep="", sizes="")
             with torch.device("meta"):
@@ -957,11 +871,9 @@ def plan_sweep(cfg, fingerprint):
             cost = 6 * N
             if cfg.flops == "appF":
                 cost = 3 * appendix_f(run)["total"] / run.seq_len
-            if not 0.5 <= C / cost / (run.batch_size * run.seq_len) < math.inf:
+            run.steps = round(C / cost / (run.batch_size * run.seq_len))  # D = C / FLOPs per token
+            if run.steps < 1:
                 raise ValueError(f"{C:g} FLOPs are not one update of {size}")
-        run.steps = round(C / cost / (run.batch_size * run.seq_len))  # D = C / FLOPs per token
-        run.tokens = planned_tokens(run, N)
-        run.warmup_steps = min(cfg.warmup_steps, run.steps // 10)
         key = stable_hash(fingerprint, [getattr(run, name) for name in names]) % 16**12
         plan.append((f"{key:012x}", C, N, run))
     # An update of a very small model takes as long as some 5e7 FLOPs, whatever it computes.
@@ -979,52 +891,40 @@ class OnceAMinute(io.TextIOBase):
         if time.monotonic() > self.last + 60 and text.strip():
             self.last = time.monotonic()
             self.stdout.write(f"{self.head} | {text.strip()}\n")
-        return len(text)
 
 def train_run(key, C, N, run, corpus, heldout, device, signals):
     """Train one run of a sweep in its directory run.out, from its checkpoint if it has one. Returns
     its row for runs.jsonl, without a loss if it diverged; None if a signal stopped it."""
-    clock = time.perf_counter()
     if run.compile:
         torch.compiler.reset()  # each size recompiles the block, and the number of times is limited
     run.val_every = run.steps + 1  # validate at the start and at the end
+    run.resume = True
     name = Path(run.out).name
     with contextlib.redirect_stdout(OnceAMinute(name)), contextlib.suppress(Diverged):
-        fixed = fixed_fields(run, corpus)
-        newest, _ = newest_checkpoint(run.out, True, fixed)
-        # The lock is held until this function returns.
-        model, optimizer, state, lock = build_run(run, fixed, None, newest, device)
-        if not train(model, optimizer, corpus, heldout, state, run, device, signals):
+        if not single_run(run, set(), corpus, heldout, None, device, signals):
             return None
-    D = state["tokens"]
-    row = {
-        "key": key, "name": name, "N": N, "D": D, "steps": run.steps,
-        "N_non_embedding": N - run.vocab_size * run.dim, "budget": C, "C": 6 * N * D,
-        "C_appF": 3 * appendix_f(run)["total"] / run.seq_len * D, "lr": run.lr, "seed": run.seed,
-        "train_loss": None, "loss": None, "seconds": time.perf_counter() - clock, "curve": [],
-    }  # fmt: skip
     # Departure: all approaches but the first are fitted to the held-out loss, where the paper takes
     # the smoothed training loss; small sweeps repeat their text, and have few updates to smooth.
     logged = [json.loads(line) for line in (Path(run.out) / "metrics.jsonl").open()]
     loss = logged[-1].get("val_loss")  # on the same windows for all runs; None if one diverged
-    if loss is not None:
-        updates = {r["step"]: r for r in logged if r.get("loss")}  # a resume logs some again
-        tokens, losses = columns([updates[step] for step in sorted(updates)], "tokens", "loss")
-        losses = smoothed(losses)
-        kept = np.unique(np.geomspace(1, len(losses), 100).round().astype(int)) - 1
-        curve = np.stack((tokens, losses), 1)[kept].round(5).tolist()
-        row |= {"train_loss": losses[-1], "loss": loss, "curve": curve}
-    return row
+    row = {"key": key, "name": name, "N": N, "budget": C, "loss": loss}
+    if loss is None:
+        return row
+    updates = {r["step"]: r for r in logged if r.get("loss")}  # a resume logs some again
+    tokens, losses = columns([updates[step] for step in sorted(updates)], "tokens", "loss")
+    losses = smoothed(losses)
+    kept = np.unique(np.geomspace(1, len(losses), 100).round().astype(int)) - 1
+    D = tokens[-1]
+    return row | {
+        "D": D, "C": 6 * N * D, "C_appF": 3 * appendix_f(run)["total"] / run.seq_len * D,
+        "N_non_embedding": N - run.vocab_size * run.dim, "steps": run.steps, "lr": run.lr,
+        "seed": run.seed, "train_loss": losses[-1],
+        "curve": np.stack((tokens, losses), 1)[kept].round(5).tolist(),
+    }  # fmt: skip
 
 def finished(file):
-    """{key: row} of the runs in runs.jsonl, without lines that a killed process left incomplete."""
-    rows = {}
-    if file.exists():
-        for line in file.read_text().splitlines():
-            with contextlib.suppress(ValueError):
-                row = json.loads(line)
-                rows[row["key"]] = row
-    return rows
+    """{key: row} of the runs in runs.jsonl."""
+    return {row["key"]: row for row in read_table(file)} if file.exists() else {}
 
 def sweep(cfg, plan, corpus, heldout, device, queue, signals):
     """Train the planned runs that the queue gives this rank, except those in runs.jsonl; rank 0
@@ -1069,21 +969,17 @@ def sweep_and_fit(cfg, corpus, heldout, device, queue, signals):
         print(f"sweep of {len(plan)} runs over {ranks} ranks,", end=" ")
         print(f"{sum(C for _, C, *_ in plan):.3g} FLOPs |", end=" ")
         print(f"{len(finished(file).keys() & keys)} are done")
-        print_epochs(plan, corpus)
+        for _, C, N, run in plan:
+            epochs = run.steps * run.batch_size / corpus.n_windows(run.seq_len)
+            warning = ", a warning: more than four" if epochs > 4 else ""
+            print(f"  {run.dim}x{run.n_layers} at {C:g}: N {human(N)},", end=" ")
+            print(f"D {human(planned_tokens(run, N))}, {epochs:.2f} epochs{warning}")
         complete = sweep(cfg, plan, corpus, heldout, device, queue, signals)
         if not complete:
             return print("stopped by a signal" if signals else "another rank failed")
         if rank == 0:
             rows = [row for row in read_runs(file, cfg.flops) if row["key"] in keys]
             fit_and_report(rows, cfg)
-
-def print_epochs(plan, corpus):
-    """Print the passes over the training data of each planned run, with a warning above four."""
-    for _, C, N, run in plan:
-        epochs = run.steps * run.batch_size / corpus.n_windows(run.seq_len)
-        line = f"  {run.dim}x{run.n_layers} at {C:g}: N {human(N)}, D {human(run.tokens)}"
-        warning = ", a warning: more than four" if epochs > 4 else ""
-        print(f"{line}, {epochs:.2f} epochs{warning}")
 
 # ---------------------------------------- Optimizer ----------------------------------------
 
@@ -1365,10 +1261,9 @@ def sample(model, ids, n, allowed_ids, cfg):
 
 def check(cfg, ranks):
     """Raise ValueError for a configuration that cannot run on that many ranks."""
+    optional = ("warmup_steps", "bootstrap")  # may be 0, although their default is not
     for field in dataclasses.fields(cfg):
-        least = int(field.type is int and field.default > 0)
-        if field.name in ("warmup_steps", "bootstrap"):
-            least = 0
+        least = int(field.type is int and field.default > 0 and field.name not in optional)
         if field.type in (int, float) and not least <= getattr(cfg, field.name) < math.inf:
             raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
     sweep = is_sweep(cfg)
@@ -1382,28 +1277,17 @@ def check(cfg, ranks):
         if n_sharing * n_micro * micro != n:
             raise ValueError(f"--{name} {n} is not {n_sharing} ranks x n micro-batches of {micro}")
     local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     for wrong, message in (
         (cfg.dim % 2, f"--dim {cfg.dim} is odd: sinusoids of distances come in pairs"),
         (cfg.cosine < 1, f"--cosine {cfg.cosine} ends before the run"),
         (cfg.resume and not cfg.out, "--resume needs --out"),
         (cfg.eval and not cfg.out and not cfg.init, "--eval needs --out or --init"),
         (cfg.write_tokens and ranks > 1, "--write_tokens runs in one process, without torchrun"),
-        (sweep and not cfg.sizes, "--sweep needs --sizes"),
-        (sweep and (restarts or local < ranks) and not cfg.out,
-         "a sweep over several machines or with --max-restarts needs --out to keep finished runs"),
-        (cfg.budget and not 1e6 <= cfg.budget <= 1e40, f"--budget {cfg.budget}: 1e6 ... 1e40"),
-        (cfg.inference_tokens > 1e30, f"--inference_tokens {cfg.inference_tokens:g} is over 1e30"),
-        (cfg.inference_tokens and not cfg.budget, "--inference_tokens needs --budget"),
-        (cfg.plot and not (cfg.fit or (cfg.budget and cfg.out) or (sweep and not cfg.budget)),
-         "--plot needs runs: a sweep, --fit, or --budget with --out"),
+        (sweep and local < ranks and not cfg.out, "a sweep over several machines needs --out"),
     ):  # fmt: skip
         if wrong:
             raise ValueError(message)
     check_directories(cfg.init, cfg.export, cfg.write_tokens)
-    if cfg.plot:
-        with explain("--plot needs: pip install matplotlib", ImportError):
-            import matplotlib  # noqa: F401
 
 def planned_tokens(cfg, n):
     """D of a run of a model of n parameters."""
@@ -1414,12 +1298,11 @@ def planned_tokens(cfg, n):
 def updates_left(sequences, cfg):
     """Number of updates from that many sequences to the end of the run."""
     total = cfg.tokens / cfg.seq_len
-    n_updates = 0
-    if cfg.second_batch and sequences < total / 2:
-        n_updates = math.ceil((total / 2 - sequences) / cfg.batch_size)
-        sequences += n_updates * cfg.batch_size
-    batch_size = cfg.second_batch or cfg.batch_size
-    return n_updates + max(math.ceil((total - sequences) / batch_size), 0)
+    half = total / 2 if cfg.second_batch else total
+    n_first = max(math.ceil((half - sequences) / cfg.batch_size), 0)
+    sequences += n_first * cfg.batch_size
+    second_batch = cfg.second_batch or cfg.batch_size
+    return n_first + max(math.ceil((total - sequences) / second_batch), 0)
 
 def at_sequence(sequences, cfg):
     """cfg with the batch of the update that follows that many sequences: from half of the tokens
@@ -1428,59 +1311,25 @@ def at_sequence(sequences, cfg):
         return dataclasses.replace(cfg, batch_size=cfg.second_batch)
     return cfg
 
-def fixed_fields(cfg, corpus):
-    """{name: value} of what a resumed run must have in common with its first start."""
-    fixed = {name: getattr(cfg, name) for name in SHAPE}
-    if not cfg.eval:
-        fixed |= {"seq_len": cfg.seq_len, "seed": cfg.seed}
-        fixed |= {"data_fingerprint": corpus.fingerprint()}
-    return fixed
-
-def build_run(cfg, fixed, source, newest, device):
-    """(model, optimizer, state, lock on cfg.out) of a run, which begins with the weights of the
-    model `source` and continues from the checkpoint `newest`, if these are not None."""
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp",))
-    with torch.device("meta"):
-        model = Chinchilla(cfg)
-    model = parallelize(model, cfg, mesh).to_empty(device=device)
-    if source:
-        values = dict(source.named_parameters())
-        for name, p in model.named_parameters():
-            fill_parameter(p, values[name].detach())
-    else:
-        init_weights(model, cfg)
-    optimizer = build_optimizer(model, cfg)
-    state = {"step": 0, "sequences": 0, "tokens": 0}
-    if newest:
-        load_checkpoint(newest, model, optimizer, state)
-    lock = None
-    if cfg.out and dist.get_rank() == 0:
-        lock = claim_directory(cfg.out, dataclasses.asdict(cfg) | fixed)
-    return model, optimizer, state, lock
-
 def dry_run(cfg):
-    """Print parameters, FLOPs per token and memory per rank, computed from shapes alone; of a sweep
-    those of its runs and the memory of its largest model."""
+    """Print parameters, FLOPs per token and memory per rank, computed from shapes alone, of a run
+    or of each run of a sweep, which one rank trains."""
     if not cfg.vocab_size:
         cfg.vocab_size = load_tokenizer(cfg.tokenizer or "bytes", ["<|endoftext|>"]).n_vocab
     check(cfg, cfg.world_size)
+    runs = [cfg]
     if is_sweep(cfg):
-        plan = plan_sweep(cfg, 0)
-        for _, C, N, run in plan:
-            size = f"{run.dim}x{run.n_layers}"
-            print(f"run {size} | N {N:,} | {run.steps:,} updates | {C:.3g} FLOPs")
-        _, _, N, run = max(plan, key=lambda planned: planned[2])
-        print(f"memory for N {N:,}, which one rank trains alone:")
-        return print_memory(memory_per_rank(dataclasses.replace(run, world_size=1)))
-    with torch.device("meta"):
-        total, activated = count_parameters(Chinchilla(cfg))
-    print(f"parameters {total:,} | activated {activated:,}")
-    print(f"FLOPs per token {flops_per_token(cfg):.4g} | 6 N gives {6 * activated:.4g}", end=" ")
-    print(f"| App. F {3 * appendix_f(cfg)['total'] / cfg.seq_len:.4g}")
-    cfg.tokens = planned_tokens(cfg, total)
-    print(f"D {human(cfg.tokens)} in {updates_left(0, cfg):,} updates", end=" ")
-    print(f"| 6 N D {6 * total * cfg.tokens:.3g}")
-    print_memory(memory_per_rank(cfg))
+        runs = [dataclasses.replace(run, world_size=1) for *_, run in plan_sweep(cfg, 0)]
+    for run in runs:
+        with torch.device("meta"):
+            total, activated = count_parameters(Chinchilla(run))
+        run.tokens = planned_tokens(run, total)
+        print(f"parameters {total:,} | activated {activated:,}")
+        print(f"FLOPs per token {flops_per_token(run):.4g} | 6 N gives {6 * total:.4g}", end=" ")
+        print(f"| App. F {3 * appendix_f(run)['total'] / run.seq_len:.4g}")
+        print(f"D {human(run.tokens)} in {updates_left(0, run):,} updates", end=" ")
+        print(f"| 6 N D {6 * total * run.tokens:.3g}")
+        print_memory(memory_per_rank(run))
 
 def update_shards(model, optimizer, batches, lr, cfg):
     """One update from this rank's micro-batches; returns loss and gradient norm of the global
@@ -1584,13 +1433,19 @@ def load_data(cfg):
     sizes = cfg.vocab_size, cfg.batch_size, cfg.seq_len
     return tokenizer, *load_corpora(shards, documents, tokenizer, separator, *sizes)
 
-def single_run(cfg, given, corpus, heldout, tokenizer, source, device, signals):
-    """Build or resume one run on all ranks, train, export and sample; source: see build_run."""
+def single_run(cfg, given, corpus, heldout, source, device, signals):
+    """Build or resume one run on all ranks, and train it. It begins with the weights of the model
+    `source`, if that is not None. Returns the model, or None if a signal stopped the run."""
     ranks = dist.get_world_size()
+    mesh = init_device_mesh(device.type, (ranks,), mesh_dim_names=("dp",))
     with torch.device("meta"):
-        total, activated = count_parameters(Chinchilla(cfg))
+        model = Chinchilla(cfg)
+    total, activated = count_parameters(model)
     cfg.tokens = planned_tokens(cfg, total)
-    fixed = fixed_fields(cfg, corpus)
+    fixed = {name: getattr(cfg, name) for name in SHAPE}
+    if not cfg.eval:
+        fixed |= {"seq_len": cfg.seq_len, "seed": cfg.seed}
+        fixed |= {"data_fingerprint": corpus.fingerprint()}
     newest, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
     if run and not given & {"steps", "tokens"}:  # keep the planned number of tokens
         cfg.tokens = run["tokens"]
@@ -1598,30 +1453,35 @@ def single_run(cfg, given, corpus, heldout, tokenizer, source, device, signals):
     if cfg.warmup_steps > n_updates // 10:
         cfg.warmup_steps = n_updates // 10
         print(f"the warm-up is cut to {cfg.warmup_steps} updates, a tenth of the run")
+
+    model = parallelize(model, cfg, mesh).to_empty(device=device)
+    if source:
+        values = dict(source.named_parameters())
+        for name, p in model.named_parameters():
+            fill_parameter(p, values[name].detach())
+    else:
+        init_weights(model, cfg)
+    optimizer = build_optimizer(model, cfg)
+    state = {"step": 0, "sequences": 0, "tokens": 0}
+    if newest:
+        load_checkpoint(newest, model, optimizer, state)
     if cfg.eval:
         if not newest and not cfg.init:
             raise ValueError(f"--eval: {cfg.out} has no checkpoint")
         cfg.tokens = 0
         cfg.out = ""  # nothing is written
-    # The process holds the lock until the run ends.
-    model, optimizer, state, lock = build_run(cfg, fixed, source, newest, device)
+    if cfg.out and dist.get_rank() == 0:
+        lock = claim_directory(cfg.out, dataclasses.asdict(cfg) | fixed)  # until the run ends
     n_micro, micro = split_batch(cfg, ranks)
     n_tokens = cfg.batch_size * cfg.seq_len
     print(f"parameters {total:,} | activated {activated:,}", end=" | ")
     print(f"FLOPs per token {flops_per_token(cfg):.3g} | tokens per step", end=" ")
     print(f"{n_tokens:,} = {ranks} ranks x {n_micro} x {micro} sequences of {cfg.seq_len}", end="")
     print(f" | D {human(cfg.tokens)}, {cfg.tokens / total:.3g} per parameter")
-    if cfg.second_batch:
-        print(f"{cfg.second_batch} sequences per step from half of the tokens on")
-    if not train(model, optimizer, corpus, heldout, state, cfg, device, signals):
-        return print(f"stopped after step {state['step']}")
-    if cfg.export:
-        to_hf(model, cfg, cfg.export)
-    if tokenizer:  # all ranks compute the sample, since each has a shard of the weights
-        ids = tokenizer.encode_ordinary(cfg.prompt)
-        ids = ids or get_batch(heldout, 0, 1, cfg)["tokens"][0, :32].tolist()
-        allowed_ids = torch.from_numpy(heldout.token_bytes > 0)
-        print(tokenizer.decode(sample(model, ids, 256, allowed_ids, cfg)))
+    if train(model, optimizer, corpus, heldout, state, cfg, device, signals):
+        return model
+    print(f"stopped after step {state['step']}")
+    return None
 
 @record
 def main(argv=None):
@@ -1632,8 +1492,9 @@ def main(argv=None):
             return dry_run(cfg)
         ranks = int(os.environ.get("WORLD_SIZE", 1))
         check(cfg, ranks)
-        runs = cfg.fit or (cfg.budget and cfg.out and str(Path(cfg.out) / "runs.jsonl"))
-        fits = fit_and_report(read_runs(runs, cfg.flops), cfg) if runs else {}
+        fits = {}
+        if cfg.fit:
+            fits = fit_and_report(read_runs(cfg.fit, cfg.flops), cfg)
         if cfg.budget:
             answer(cfg, fits)
         if cfg.budget or cfg.fit:
@@ -1654,9 +1515,17 @@ def main(argv=None):
         print(f"torch {torch.__version__} | {device.type} {cfg.precision} | {n_windows:,} windows")
         signals = catch_signals()
         if queue:
-            sweep_and_fit(cfg, corpus, heldout, device, queue, signals)
-        else:
-            single_run(cfg, given, corpus, heldout, tokenizer, source, device, signals)
+            return sweep_and_fit(cfg, corpus, heldout, device, queue, signals)
+        model = single_run(cfg, given, corpus, heldout, source, device, signals)
+        if not model:
+            return
+        if cfg.export:
+            to_hf(model, cfg, cfg.export)
+        if tokenizer:  # all ranks compute the sample, since each has a shard of the weights
+            ids = tokenizer.encode_ordinary(cfg.prompt)
+            ids = ids or get_batch(heldout, 0, 1, cfg)["tokens"][0, :32].tolist()
+            allowed_ids = torch.from_numpy(heldout.token_bytes > 0)
+            print(tokenizer.decode(sample(model, ids, 256, allowed_ids, cfg)))
 
 # ---------------------------------------- Plumbing ----------------------------------------
 

@@ -328,9 +328,9 @@ MISTAKES = {  # flags -> what the line on stderr must say; without an arrow, the
     ],
     "chinchilla": [
         "--sweep 1e3 --sizes 12x2 --head_dim 12 -> 1000 FLOPs are not one update of 12x2", "--sweep 1e9 --sizes 20x2 -> do not divide the width 20",
-        "--batch_size 6 --second_batch 9 --micro_batch 2 -> --second_batch 9", "--sweep 1e9,x --sizes 12x2 -> is not FLOPS,... and", "--plot DIR/p -> --plot",
+        "--batch_size 6 --second_batch 9 --micro_batch 2 -> --second_batch 9", "--sweep 1e9,x --sizes 12x2 -> is not FLOPS,... and",
         "--sweep=-1e9 --sizes 12x2 -> is not FLOPS,... and", "--sweep 1e9 --sizes 9m -> is not FLOPS,... and", "--sweep 1e9 --second_batch 8 -> single run",
-        "--sweep 1e9 --sizes= -> --sweep needs --sizes", "--sweep 1e9 --export DIR/hf -> single run", "--inference_tokens 1e9 -> needs --budget",
+        "--sweep 1e9 --sizes= -> is not FLOPS,... and", "--sweep 1e9 --export DIR/hf -> single run",
         "--dry_run --world_size 3 -> 3 ranks", "--fit DIR/none.csv -> none.csv", "--dim 47 -> --dim 47 is odd", "--vocab_size 256", "--cosine 0.5",
         "--budget inf",
     ],

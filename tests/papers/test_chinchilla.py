@@ -50,18 +50,15 @@ def test_tables_a9_and_4():
     counts = {row[0]: SCRIPTS["chinchilla"].counts[f"{row[0]}m"] / 1e6 for row in c.TABLE_A9}  # test_shapes.py sees to these
     assert len(counts) == 50 and all(count == approx(printed, abs=0.61) for printed, count in counts.items())
     assert [printed for printed, count in counts.items() if round(count) != printed] == [489, 1731, 2980, 6796]
-    assert all(row[2] == (64 if row[0] < 400 else 128) and 1.25e-4 <= c.PRESETS[f"{row[0]}m"]["lr"] <= 2e-4 for row in c.TABLE_A9)
     shapes = {512: (64, 8, 8, approx(2e-4)), 1280: (128, 10, 18, c.PRESETS["425m"]["lr"]), 8192: (128, 64, 80, 1e-4)}
     for flops in ("6nd", "appF"):
         for _, C, N, run in c.plan_sweep(c.Config(**c.PRESETS["demo"] | dict(vocab_size=257, sweep="1e18", sizes="44m,425m,70b", flops=flops)), 0):
             assert (run.head_dim, run.n_heads, run.n_layers, run.lr) == shapes[run.dim]
             assert C == approx(run.steps * 768 * {"6nd": 6 * N, "appF": 3 * c.appendix_f(run)["total"] / 32}[flops], rel=1e-3)
     for preset, shape, tokens, sizes in (("70b", (64, 8192, 1e-4), 1.4e12, (768, 1536)), ("280b", (128, 16384, 4e-5), 3e11, (1536, 3072))):
-        cfg, half = c.Config(**c.PRESETS[preset], world_size=64), math.ceil(tokens / 2 / 2048)
+        cfg = c.Config(**c.PRESETS[preset], world_size=64)
         assert (cfg.n_heads, cfg.dim, cfg.lr) == shape and (cfg.n_layers, cfg.head_dim) == (80, 128) and c.planned_tokens(cfg, 7e10) == tokens
-        assert [c.at_sequence(first, cfg).batch_size for first in (0, half - 1, half)] == [sizes[0], *sizes]
-        assert [c.updates_left(first, cfg) for first in (0, half)] == approx([half / sizes[0] + half / sizes[1], half / sizes[1]], abs=2)
-        assert [c.learning_rate(first, cfg) / cfg.lr for first in (1500 * sizes[0], half, 2 * half)] == approx([1, 0.55, 0.1], rel=1e-3)
+        assert c.updates_left(0, cfg) == approx(tokens / 4096 / sizes[0] + tokens / 4096 / sizes[1], abs=2)
         assert preset == "280b" or sum(c.memory_per_rank(cfg).values()) < 60 * 2**30
 
 
@@ -81,10 +78,12 @@ def test_laws_at_the_specifications_points():
         ([c.parametric_loss(laws[1], *point) for point in points], [1.936645, 1.993258, 2.580048, 3.485874], 4e-7),
         ([c.frontier(laws[0], C) for C in (1e18, 1e21, 3.8e25)], [(8.053e7, 2.070e9), (2.778e9, 5.999e10), (6.187e11, 1.024e13)], 3e-4),
         ([np.divide(*c.frontier(law, 5.76e23)) for law in laws], [1 / 18.4, 1 / 92.7, 1 / 58.9], 3e-3),
-        ([c.frontier(law, 5.76e23)[0] for law in laws[1:]], [32e9, 40e9], 0.02),
+        ([c.parametric_loss(laws[0], *c.frontier(laws[0], C)) for C in (1e18, 1e21)], [3.4905, 2.3055], 2e-5),
+        (c.columns(synthetic()[:6], "loss"), [[3.183351, 3.099219, 3.049437, 3.032932, 3.049529, 3.099959]], 4e-7),
+        ([synthetic()[-1][key] for key in ("N", "D", "loss")], [1.95183e10, 2.56170e10, 2.269174], 3e-6),
+        ([law[1:3] for law in c.all_laws({})[1:3]], [(0.0992, 0.4981), (0.1449, 0.4899)], 1e-3),  # Tables 3 and A3
         ([A * 3.8e25**alpha for A, alpha in c.LLAMA3.values()], [10.5e12, 16.3e12], 0.01),
         ([c.overtrain(laws[1], 7e9, 4.677e11, used) for used in (1e11, 1e12, 1e13)], [(6.34e9, 5.18e11), (4.26e9, 8.42e11), (2.32e9, 2.51e12)], 2e-3),
-        (c.overtrain(TRUTH | dict(A=1e20, B=1e-3), 1e9, 1e9, 0), [1e9, 1e9], 1e-9),  # the data's term is nothing beside the model's
     ):  # fmt: skip
         assert np.array(found) == approx(np.array(expected), rel=rel)
 
@@ -98,9 +97,9 @@ def test_fits_of_approach_3_and_kaplan():
         (dict(outliers=0.2), 1.0, dict(A=576.87, B=12456, E=1.8803, alpha=0.3613, beta=0.4433, a=0.5510)),  # squared errors
         *((dict(noise=0.002, outliers=0.2), delta, dict(a=a)) for delta, a in ((1e-3, 0.5160), (1e-2, 0.5189), (1e-4, 0.5162))),
     ):
-        found = c.fit_parametric(synthetic(**runs), delta=delta)
+        found, x = c.fit_parametric(synthetic(**runs), delta=delta)
         assert {key: found[key] for key in expected} == approx(expected, rel=1e-4 if not runs or "law" in runs else 1e-3)
-        assert c.fit_parametric(synthetic(**runs), found, delta) == approx(found, rel=1e-3)
+        assert c.fit_parametric(synthetic(**runs), x, delta)[0] == approx(found, rel=1e-3)
     # what made the paper's fit miss its minimum: a mean's gradient is to a library's 1e-7 as one 1e8 x 63 times less than ours to our 1e-9
     logs = [torch.tensor([run[key] for run in synthetic()]).double().log() for key in ("N", "D", "loss")]
     for scale, right in ((1e-3, True), (1e-8 / 63, False)):
@@ -108,8 +107,8 @@ def test_fits_of_approach_3_and_kaplan():
         assert (x[4] / (x[3] + x[4]) == approx(0.5126, abs=1e-4), math.exp(x[2]) == approx(1.8172, abs=1e-3)) == (right, right)
     grid = [dict(N_non_embedding=N, D=D) for N in (1e7, 1e8, 1e9, 1e10) for D in (1e9, 1e10, 1e11)]
     rows = [run | dict(N=2 * run["N_non_embedding"], loss=c.kaplan_loss(*run.values(), **c.KAPLAN_ND)) for run in grid]
-    found, N = c.fit_kaplan(rows), np.geomspace(1e7, 1e13, 200_001)
-    assert {key: found[key] for key in c.KAPLAN_ND} == approx(c.KAPLAN_ND, rel=1e-3) and c.fit_kaplan(rows, found) == approx(found, rel=1e-3)
+    (found, x), N = c.fit_kaplan(rows), np.geomspace(1e7, 1e13, 200_001)
+    assert {key: found[key] for key in c.KAPLAN_ND} == approx(c.KAPLAN_ND, rel=1e-3) and c.fit_kaplan(rows, x)[0] == approx(found, rel=1e-3)
     assert all(found["k"] * C ** found["a"] == approx(N[c.kaplan_loss(N, C / (6 * N), **c.KAPLAN_ND).argmin()], rel=2e-3) for C in (1e19, 1e22))
 
 
@@ -117,45 +116,40 @@ def test_approaches_1_and_2():
     """Training curves that follow the law, of Table A9's sizes from 70M to 10B; the parabola's bias, which is common to all budgets."""
     rows = []
     for N, end in ((1e6 * row[0], end) for row in c.TABLE_A9 if 70 <= row[0] <= 10_000 for end in (6e18, 3e21)):
-        D = np.geomspace(1e17, end, 1000) / (6 * N)
-        rows.append(dict(N=N, D=D[-1], C=end, curve=np.stack((D, c.parametric_loss(TRUTH, N, D)), 1).tolist()))
-    found = c.fit_envelope(rows)
+        D = np.geomspace(1e17, end * (1.02 if N == 74e6 else 1), 1000) / (6 * N)  # the last run to end is not the best
+        rows.append(dict(N=N, D=D[-1], C=6 * N * D[-1], curve=np.c_[D, c.parametric_loss(TRUTH, N, D)].tolist()))
+    found, _ = c.fit_envelope(rows)
     assert (found["a"], found["b"], found["sizes"]) == approx((0.5122, 0.4878, 33), abs=0.002)
-    assert [len(column) for column in c.envelope(c.training_curves(rows), 5e16, 3e21)] == [1500 - 95] * 4, "none before the curves begin"
     smooth, kernel = c.smoothed([2.0] * 20 + [3.0] + [2.0] * 10), np.exp(-0.5 * (np.arange(-5, 6) / 2.5) ** 2)
     assert smooth == approx(2 + np.r_[np.zeros(15), kernel / kernel.sum(), np.zeros(5)])
     for span, bias in ((2, 0.999), (4, 0.996), (8, 0.990)):
-        found = c.fit_isoflop(synthetic(span=span))
+        found, _ = c.fit_isoflop(synthetic(span=span))
         assert (found["a"], found["b"], found["budgets"]) == approx((0.5126, 0.4874, 9), abs=0.001)
         assert [found["k"] * C ** found["a"] / c.frontier(TRUTH, C)[0] for C in BUDGETS] == approx([bias] * 9, abs=0.001)
-    assert c.fit_isoflop(synthetic(noise=0.002))["a"] == approx(0.5144, abs=0.001)
+    assert c.fit_isoflop(synthetic(noise=0.002))[0]["a"] == approx(0.5144, abs=0.001)
     chain = [dict(N=N, C=C) for C in (*1e18 * 1.08 ** np.arange(4), 1.45e18, 1.55e18) for N in (1e7, 2e7, 3e7)]
-    named = [run | {"budget": round(run["C"], -14)} for run in chain]
-    assert [[len(group) for group in c.budgets_of(runs)] for runs in (chain, named, chain[:2])] == [[12, 6], [3] * 6, []]
+    assert [[len(group) for group in c.budgets_of(runs)] for runs in (chain, chain[:2])] == [[12, 6], []]
 
 
 def test_intervals_are_those_of_resamples(monkeypatch):
     """80 % of the runs, in approach 3 without those of highest loss; 10 to 90 % of 2 ... 102."""
-    assert all(isinstance(fit, str) for fit in c.fit_all(synthetic()[:3], c.Config()).values()), "three runs are too few for every law"
     rows, seen = synthetic() + [run | {"loss": 9.0} for run in synthetic()[:2]], []
-    fit = lambda rows, near=None: seen.append([run["loss"] for run in rows]) or {"a": len(seen), "k": 1.0}  # noqa: E731
+    fit = lambda rows, start=None: (seen.append([run["loss"] for run in rows]) or {"a": len(seen), "k": 1.0}, None)  # noqa: E731
     monkeypatch.setattr(c, "fit_parametric", fit)
     monkeypatch.setattr(c, "FITS", {"approach 3": fit})
-    assert c.fit_all(rows, c.Config(bootstrap=101, drop_highest=2))["approach 3"]["a"] == (1, 12, 92, 101)
+    assert c.fit_and_report(rows, c.Config(bootstrap=101, drop_highest=2))["approach 3"]["a"] == (1, 12, 92, 101)
     assert [len(losses) for losses in seen] == [63] + [50] * 101 and max(seen[0]) < 9
-    c.fit_all(rows, c.Config(bootstrap=0, drop_highest=70))
-    assert seen[-1] == [], "more than there are"
 
 
-def test_fit_and_budget(tmp_path):
-    """nll and accuracy lie on known lines, for Llama 3's two steps; the budget is that of Sardana's 7B; below it Tables 3 and A3, where C = 6 N D."""
+def test_fits_of_tables(tmp_path):
+    """nll and accuracy lie on known lines, for Llama 3's two steps; the budget is that of Sardana's 7B; tables that are none."""
     rows = synthetic()
     for i, run in enumerate(rows):
         run["nll"] = 3.0 - 0.05 * math.log(run["C"]) + 0.1 * (run["loss"] - rows[i // 7 * 7 + 3]["loss"])
         run["accuracy"] = 0.25 + 0.75 / (1 + math.exp(6 * (run["nll"] - 0.7)))
     np.savetxt(tmp_path / "a.csv", [[*run.values()] for run in rows], delimiter=",", header=",".join(rows[0]), comments="")
     status, out, _ = main(["--fit", tmp_path / "a.csv", "--bootstrap", 3, "--budget", "1.9643e22", "--inference_tokens", "1e12"])
-    assert status == 0 and len(re.findall(r"^C \S+ \| 7 runs .* lowest point \S+, loss", out, re.M)) == 9 and out.count("\n  |") == 18
+    assert status == 0 and len(re.findall(r"^C \S+ \| 7 runs .* lowest point \S+, loss", out, re.M)) == 9
     for pattern in (
         r"approach 1 +\| n/a: needs training curves", r"approach 2 +\| a 0\.5126 \[", r"approach 3 +\| a 0\.5126 \[0\.5126, 0\.5126\]",
         r"Llama 3 .* b 0\.4874 .* nll_intercept 3 .* nll_slope -0\.05 .* sigmoid_m 0\.7 .* sigmoid_k 6 ", r"own fit, approach 3 +\| N +12\.8B",
@@ -164,17 +158,9 @@ def test_fit_and_budget(tmp_path):
         r"below the critical \S+ tokens \(Eq\. 1\.4 at loss 2\.026\)",
     ):  # fmt: skip
         assert re.search(rf"^{pattern}", out, re.M), (pattern, out)
-    found, table = np.array([re.findall(r"-> (\S+)", line) for line in out.splitlines() if line.startswith("N ")], float), np.array(c.TABLE_3)
-    assert table[:, 1].tolist() == [1.92e19, 1.21e20, 1.23e22, 5.76e23, 3.85e24, 9.90e24, 3.43e25, 1.27e26, 1.30e28]
-    assert table[:, 1::2] == approx(6 * table[:, :1] * table[:, 2::2], rel=0.05) and (abs(found / table[:, 1::2] - 1) < [0.03, 0.07, 0.2]).all()
-    assert [law[1:3] for law in c.all_laws({})[1:3]] == [approx((0.0992, 0.4981), rel=1e-3), approx((0.1449, 0.4899), rel=1e-3)]
-
-
-def test_tables_that_are_none(tmp_path):
     for name, text, phrase in (
         *(("a.csv", f"N,D,loss,C\n1e6,2e7,3,9\n{row}\n", "run 2, is not num") for row in ("1e6,x,3,9", "1e6,9,-3,9", "1e6,2e7,3,0", "1e6,9,nan,9")),
-        ("a.csv", "N,D\n1,2\n", "KeyError: 'loss'"), ("a.csv", "N,D,loss\n", "no runs"), ("a.csv", "N,D,loss\nI\xffI", "not UTF-8"),
-        ("a.jsonl", '{"N": 1}\n{"N": 1, }\n', "not a JSON object"), ("a.jsonl", '{"N": 1, "D": 2, "loss": 3, "curve": [[1, 2, 3]]}\n', "run 1"),
+        ("a.csv", "N,D\n1,2\n", "KeyError: 'loss'"), ("a.csv", "N,D,loss\n", "no runs"), ("a.csv", "N,D,loss\nI\xffI", "a.csv is not a table"),
     ):
         (tmp_path / name).write_text(text, "latin-1")
         status, out, err = main(["--fit", tmp_path / name])
@@ -185,7 +171,6 @@ def test_tables_that_are_none(tmp_path):
 
 def test_sweep(ranks, tmp_path, monkeypatch):
     """Stopped and finished by two ranks it is the sweep that nobody stopped; of other data one run diverges; no run is trained twice."""
-    rows_of = lambda folder: {key: row | {"seconds": 0} for key, row in c.finished(folder / "runs.jsonl").items()}  # noqa: E731
     changes = dict(seed=0, out="x", data="x", timeout=9, batch_size=48, warmup_steps=3, precision="bf16", log_every=5)  # four change no number
     keys = [c.plan_sweep(c.Config(**c.PRESETS["demo"] | {"vocab_size": 257, name: value}), 1)[0][0] for name, value in changes.items()]
     assert len(set(keys[:4])) == 1 and len(set(keys)) == 5
@@ -193,20 +178,18 @@ def test_sweep(ranks, tmp_path, monkeypatch):
     monkeypatch.setattr(c, "catch_signals", lambda: stop)
     status, out, err = main([*SWEEP, "--out", tmp_path])
     assert status == 0 and re.findall(r"\nrun ./6: \S+_(\S+)_", out) == ["3e+09"] * 3 + ["1e+09"] * 3 and "fits to 6 runs" in out, err
-    for r in (rows := rows_of(tmp_path)).values():
+    for r in (rows := c.finished(tmp_path / "runs.jsonl")).values():
         d, N, D = int(r["name"].split("x")[0]), r["N"], r["D"]
         assert r["N_non_embedding"] == N - 257 * d == 13 * d * d + 10 * d and r["lr"] == approx(0.36 / d) and D == r["steps"] * 768
         assert abs(D - r["budget"] / 6 / N) <= 384 and r["C"] == 6 * N * D and r["curve"][-1] == approx([D, r["train_loss"]], abs=1e-4)
-        log = [json.loads(line) for line in (tmp_path / r["name"] / "metrics.jsonl").open()]
-        assert max(row["lr"] for row in log if "lr" in row) == approx(r["lr"], rel=0.1), "warm-up is a tenth at most"
-        assert r["loss"] == log[-1]["val_loss"] and r["train_loss"] == approx(c.smoothed([row["loss"] for row in log if "loss" in row])[-1])
+        assert f'"val_loss": {r["loss"]}, ' in (tmp_path / r["name"] / "metrics.jsonl").read_text().splitlines()[-1]
     monkeypatch.setattr(c, "update_shards", lambda *args: stop.extend([signal.SIGTERM] * (args[4].dim == 48)) or inner(*args))
-    assert "stopped by a signal" in main([*SWEEP, "--out", broken])[1] and len(rows_of(broken)) == 2
+    assert "stopped by a signal" in main([*SWEEP, "--out", broken])[1] and len(c.finished(broken / "runs.jsonl")) == 2
     next(broken.glob("48x1*/metrics.jsonl")).open("a").write('{"step": 2, "loss": 9.0, "tokens": 1536}\n')  # of updates that a kill undid
     (broken / "runs.jsonl").write_text((broken / "runs.jsonl").read_text() + '{"name": "what a full disk left')
     (status, out, err), (other, silent, more) = ranks.run(2, run_main, "chinchilla", [*SWEEP, "--out", broken], timeout=120)
     assert status == other == 0 and not silent and all(part in out for part in ("over 2 ranks", "2 are done", "fits to 6 runs")), (err, more)
-    assert rows_of(broken) == rows
+    assert c.finished(broken / "runs.jsonl") == rows
     assert all(path.read_text().count('{"step": 1, "loss"') == 1 for path in broken.glob("*/metrics.jsonl")), "none began anew"
     stop.clear()
     monkeypatch.setattr(c, "update_shards", lambda *args: (inner(*args)[0], math.nan) if args[4].dim == 32 else inner(*args))
@@ -216,35 +199,22 @@ def test_sweep(ranks, tmp_path, monkeypatch):
     monkeypatch.setattr(c, "update_shards", None)
     same = [*SWEEP, "--data", c.Path(c.__file__).parent / "tests/../chinchilla.py", "--out", tmp_path]
     assert "6 are done" in main(same)[1] and "3 are done" in main(other)[1]
-    assert len(list(tmp_path.glob("*x1_*/config.json"))) == 6 and len(rows_of(tmp_path)) == 9
+    assert len(list(tmp_path.glob("*x1_*/config.json"))) == 6 and len(c.finished(tmp_path / "runs.jsonl")) == 9
     gone = MagicMock(**{"add.side_effect": torch.distributed.DistNetworkError("the store of rank 0 is gone")})
     assert c.sweep(c.Config(out=tmp_path), [], None, None, None, (gone, 1, 2), [signal.SIGTERM]), "a stopped rank ends all the same"
     out = main(["--preset", "demo", "--vocab_size", 32000, "--dry_run", "--sweep", "1e18", "--sizes", "1018m,44m"])[1]
-    assert re.search(r"optimizer +(\S+)", out)[1] == f"{8 * SCRIPTS['chinchilla'].counts['1018m'] / 2**30:.3f}", "of the largest model"
+    assert re.findall(r"parameters ([\d,]+)", out) == ["43,684,352", "1,017,884,672"], "of each size"
 
 
-def spied_update(overrides):
-    """(Types of a block's input and output, whether shards have gradients before each micro-batch, loss) of an update of this rank."""
-    types, reduced, inner = set(), [], c.objective
-
-    def spy(model, batch, cfg):
-        model.blocks[0].register_forward_hook(lambda block, args, x: types.update((args[0].dtype, x.dtype)))
-        reduced.append(model.blocks[0].mlp.up.weight.grad is not None)
-        return inner(model, batch, cfg)
-
-    with patch.object(c, "objective", spy):
-        loss, _, _ = gradients("chinchilla", SCRIPTS["chinchilla"], overrides | dict(precision="bf16"))
-    return types, reduced, loss
-
-
-def test_shards_in_bf16(ranks):
-    """The residual stream is fp32, as on one rank; each micro-batch reduces its gradients, so that no rank keeps those of the whole model."""
-    ((_, _, loss),) = ranks.run(1, spied_update, {})
-    assert ranks.run(2, spied_update, dict(micro_batch=2)) == [({torch.float32}, [False, True], approx(loss, rel=1e-3))] * 2
+def residual_types():
+    """Types of the blocks' inputs in an update of this rank under bf16."""
+    with patch.object(c.Block, "forward", autospec=True, side_effect=c.Block.forward) as forward:
+        gradients("chinchilla", SCRIPTS["chinchilla"], dict(precision="bf16"))
+    return {call.args[1].dtype for call in forward.call_args_list}
 
 
 def test_single_run_doubles_its_batch_and_exports(ranks, tmp_path, monkeypatch):
-    """As a whole; stopped and resumed, to the tokens of its first start; on two ranks, whose weights are exported whole; evaluated on other text."""
+    """As a whole; stopped and resumed, to the tokens of its first start; evaluated on other text; on two ranks, with an fp32 residual stream."""
     flags = ["--preset", "demo", "--sweep=", "--batch_size", 4, "--second_batch", 8, "--val_batches", 1, "--log_every", 1, "--data", c.__file__]
     logged = lambda name, key: [r[key] for r in map(json.loads, (tmp_path / name / "metrics.jsonl").open()) if key in r]  # noqa: E731
     inner, stop = c.learning_rate, []
@@ -258,8 +228,8 @@ def test_single_run_doubles_its_batch_and_exports(ranks, tmp_path, monkeypatch):
     (tmp_path / "other.txt").write_text("another text, " * 100)
     status, out, err = main([*flags, "--eval", "--out", tmp_path / "whole", "--data", tmp_path / "other.txt", "--seq_len", 16])
     assert status == 0 and out.count("val 12 | ") == 1 and len(logged("whole", "val_loss")) == 2, err
+    assert ranks.run(2, residual_types) == [{torch.float32}] * 2
     pytest.importorskip("safetensors")
     ranks.run(2, run_main, "chinchilla", [*flags, "--tokens", 2048, "--out", tmp_path / "two", "--export", tmp_path / "hf"])
-    assert all(logged("two", key) == approx(logged("whole", key), rel=1e-3) for key in ("loss", "grad"))
     _, out, _ = main([*flags, "--steps", 1, "--init", tmp_path / "hf"])
     assert float(re.search(r"val 0 \| loss (\S+)", out)[1]) == approx(logged("two", "val_loss")[-1], abs=2e-4)
