@@ -39,7 +39,6 @@ teacher and without one, and to 2.74 with its whole distributions (`--samples 0`
 
 import argparse
 import base64
-import bisect
 import contextlib
 import dataclasses
 import fcntl
@@ -69,12 +68,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed import fsdp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import (
-    MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method,
-)  # fmt: skip
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -147,16 +144,17 @@ class Config:
 
 # Undisclosed: the learning rates, the batches, the warm-up and the share of the last phase. The
 # rates fall with the size, a batch has 1M tokens (below 3B), 2M or 4M (from 12B).
-GEMMA2 = dict(
+PUBLISHED = dict(precision="bf16", micro_batch=1, compile=True, recompute="block")
+GEMMA2 = PUBLISHED | dict(
     vocab_size=256128, local_layers=1, window=4096, qk_norm=False, attention_cap=50.0,
     logit_cap=30.0, rope_theta=1e4, seq_len=8192, batch_size=128, samples=0,
-    precision="bf16", micro_batch=1, compile=True, recompute="block",
 )  # fmt: skip
-GEMMA3 = dict(
-    vocab_size=262144, precision="bf16", micro_batch=1, compile=True, recompute="block"
-)
-GEMMA3_LARGE = GEMMA3 | dict(window=1024)
-SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "query_scalar", "hidden_dim")
+GEMMA3 = PUBLISHED | dict(vocab_size=262144)
+GEMMA3_LARGE = GEMMA3 | dict(window=1024, batch_size=128)
+TABLE = (  # columns of the papers' tables: sizes, and tokens of the two phases
+    "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "query_scalar", "hidden_dim",
+    "tokens", "long_tokens",
+)  # fmt: skip
 PRESETS = {
     # A CPU, a minute: Gemma 3 with 2 local layers to a global one, the last layer local, 2 phases.
     "demo": dict(
@@ -173,25 +171,22 @@ PRESETS = {
     ),
     # Gemma 2, Table 1 (which prints the two feed-forward branches together), Table 2 and §3.1. The
     # 2B and the 9B learned from a teacher, the 27B next tokens (§3.2).
-    "2b": GEMMA2 | dict(zip(SIZES, (2304, 26, 8, 4, 256, 256, 9216)), tokens=2e12, lr=4e-4),
+    "2b": GEMMA2 | dict(zip(TABLE, (2304, 26, 8, 4, 256, 256, 9216, 2e12)), lr=4e-4),
     "9b": GEMMA2
-    | dict(zip(SIZES, (3584, 42, 16, 8, 256, 256, 14336)), tokens=8e12, lr=3e-4, batch_size=256),
+    | dict(zip(TABLE, (3584, 42, 16, 8, 256, 256, 14336, 8e12)), lr=3e-4, batch_size=256),
     "27b": GEMMA2
-    | dict(zip(SIZES, (4608, 46, 32, 16, 128, 144, 36864)), tokens=13e12, lr=2e-4, batch_size=512),
+    | dict(zip(TABLE, (4608, 46, 32, 16, 128, 144, 36864, 13e12)), lr=2e-4, batch_size=512),
     # Released after the report of Gemma 3; its 6T tokens are from the announcement.
-    "3_270m": GEMMA3 | dict(zip(SIZES, (640, 18, 4, 1, 256, 256, 2048)), tokens=6e12, lr=1e-3),
+    "3_270m": GEMMA3 | dict(zip(TABLE, (640, 18, 4, 1, 256, 256, 2048, 6e12)), lr=1e-3),
     # Gemma 3, Table 1 and §2.2; all learned from a teacher, and all but the 1B end with sequences
     # of 128K tokens (§5.3).
-    "3_1b": GEMMA3 | dict(zip(SIZES, (1152, 26, 4, 1, 256, 256, 6912)), tokens=2e12, lr=6e-4),
+    "3_1b": GEMMA3 | dict(zip(TABLE, (1152, 26, 4, 1, 256, 256, 6912, 2e12)), lr=6e-4),
     "3_4b": GEMMA3_LARGE
-    | dict(zip(SIZES, (2560, 34, 8, 4, 256, 256, 10240)), tokens=3.94e12, long_tokens=6e10,
-           lr=4e-4, batch_size=64),
+    | dict(zip(TABLE, (2560, 34, 8, 4, 256, 256, 10240, 3.94e12, 6e10)), lr=4e-4, batch_size=64),
     "3_12b": GEMMA3_LARGE
-    | dict(zip(SIZES, (3840, 48, 16, 8, 256, 256, 15360)), tokens=11.82e12, long_tokens=1.8e11,
-           lr=3e-4, batch_size=128),
+    | dict(zip(TABLE, (3840, 48, 16, 8, 256, 256, 15360, 11.82e12, 1.8e11)), lr=3e-4),
     "3_27b": GEMMA3_LARGE
-    | dict(zip(SIZES, (5376, 62, 32, 16, 128, 168, 21504)), tokens=13.79e12, long_tokens=2.1e11,
-           lr=2e-4, batch_size=128),
+    | dict(zip(TABLE, (5376, 62, 32, 16, 128, 168, 21504, 13.79e12, 2.1e11)), lr=2e-4),
 }  # fmt: skip
 # Departure: bytes or a byte-level BPE in place of Gemini's SentencePiece model, whose file has
 # another format.
@@ -260,7 +255,8 @@ def causal_attention(q, k, v, scale):
 
 def local_attention(q, k, v, scale, window):
     """causal_attention over the last `window` positions, the query's own included. The positions
-    form blocks of one window; a block's queries see their own block and the one before."""
+    form blocks of one window; a block's queries see their own block and the one before. With a
+    window of T, attention is global."""
     B, H, T, _ = q.shape
     K = k.shape[1]
     # The first block sees only itself. It is copied: of a view, autograd would keep all of q, k, v.
@@ -291,22 +287,18 @@ def soft_cap(x, cap):
 def capped_block(q, k, v, scale, window, cap):
     """Attention with soft-capped scores of the last S of P positions. q [B, H, S, E], k and v
     [B, K, P, E] -> [B, H, S, E]."""
-    S = q.shape[2]
-    P = k.shape[2]
-    q = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B, K, G S, E]
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))  # [B, H, P, E]
     # Scale, cap and mask, in this order; cap divides q, which is smaller than the scores.
-    scores = cap * torch.tanh((q * (scale / cap) @ k.mT).float())  # [B, K, G S, P]
-    distance = torch.arange(P - S, P, device=q.device)[:, None] - torch.arange(P, device=q.device)
-    visible = (distance >= 0) & (distance < window)  # [S, P]
-    scores = scores.unflatten(2, (-1, S)).masked_fill(~visible, -math.inf)  # [B, K, G, S, P]
-    p = scores.softmax(-1).type_as(v)
-    x = p.flatten(2, 3) @ v  # [B, K, G S, E]
-    return x.unflatten(2, (-1, S)).flatten(1, 2)
+    scores = cap * torch.tanh((q * (scale / cap) @ k.mT).float())  # [B, H, S, P]
+    j = torch.arange(k.shape[2], device=q.device)  # keys
+    i = j[-q.shape[2] :, None]  # queries
+    visible = (j <= i) & (j > i - window)  # [S, P]
+    return scores.masked_fill(~visible, -math.inf).softmax(-1).type_as(v) @ v
 
 def soft_capped_attention(q, k, v, scale, window, cap):
     """local_attention with soft-capped scores (Gemma 2 §2), which scaled_dot_product_attention does
     not support. Blocks of at most 512 queries are each recomputed in the backward pass, so that
-    memory is linear in T. With a window of T, attention is global."""
+    memory is linear in T."""
     T = q.shape[2]
     size = min(window, 512)
     outputs = []
@@ -341,13 +333,11 @@ class LocalGlobalAttention(nn.Module):
         v = self.v(x).unflatten(-1, heads).transpose(1, 2)  # [B, K, T, E]
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
+        window = self.window or x.shape[1]
         if self.cap:
-            window = self.window or x.shape[1]
             x = soft_capped_attention(q, k, v, self.scale, window, self.cap)
-        elif self.window:
-            x = local_attention(q, k, v, self.scale, self.window)
         else:
-            x = causal_attention(q, k, v, self.scale)
+            x = local_attention(q, k, v, self.scale, window)
         return self.out(x.transpose(1, 2).flatten(2))  # [B, T, D]
 
 class GeGLU(nn.Module):
@@ -388,10 +378,7 @@ class Gemma(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.head_dim = cfg.head_dim
-        self.rope_theta = cfg.rope_theta
-        self.rope_factor = cfg.rope_factor
-        self.logit_cap = cfg.logit_cap
+        self.cfg = cfg
         self.dtype = torch.float32
         self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layers))
@@ -402,16 +389,16 @@ class Gemma(nn.Module):
         x = self.hidden_states(tokens)
         if targets is None:
             return self.logits(x)
-        vocab_size = self.token_embedding.num_embeddings
-        return chunked_loss(self.logits, x.flatten(0, 1), targets, vocab_size)
+        return chunked_loss(self.logits, x.flatten(0, 1), targets, self.cfg.vocab_size)
 
     def hidden_states(self, tokens):
         """The states that the head reads, [B, T] -> [B, T, D]."""
         x = self.token_embedding(tokens).to(self.dtype)
         x = x * torch.tensor(x.shape[-1] ** 0.5, dtype=x.dtype)  # sqrt(D), rounded to this dtype
-        shape = x.shape[1], self.head_dim
+        cfg = self.cfg
+        shape = x.shape[1], cfg.head_dim
         local_rope = rotary_table(*shape, 1e4, 1.0, x.device)
-        global_rope = rotary_table(*shape, self.rope_theta, self.rope_factor, x.device)
+        global_rope = rotary_table(*shape, cfg.rope_theta, cfg.rope_factor, x.device)
         for block in self.blocks:
             rope = local_rope if block.is_local else global_rope
             x = block(x, *rope)
@@ -420,7 +407,7 @@ class Gemma(nn.Module):
     def logits(self, x):
         """The tied head, soft-capped in Gemma 2: [..., D] -> [..., V], fp32."""
         logits = F.linear(x, self.token_embedding.weight.type_as(x)).float()
-        return soft_cap(logits, self.logit_cap)
+        return soft_cap(logits, self.cfg.logit_cap)
 
 def slices(n, vocab_size):
     """Slices of n positions, each with at most 2**25 logits, which take 128 MiB in fp32."""
@@ -492,14 +479,14 @@ def unimax(sizes, budget, max_epochs):
 
 class LanguageMixture:
     """Corpora in given proportions, to be read as one Corpus. Of each BLOCK sequences every corpus
-    has its share, to a whole number, in an order that the seed shuffles, so that the window of a
-    corpus that a sequence reads follows from the sequence's index alone."""
+    has its share, to a whole number, at places that the seed shuffles; its windows come in order.
+    The window that a sequence reads follows from the sequence's index alone."""
 
     BLOCK = 100_000
 
     def __init__(self, corpora, weights):
         self.corpora = corpora
-        sums = itertools.accumulate(weights, initial=0.0)
+        sums = itertools.accumulate(weights.values(), initial=0.0)
         self.bounds = [round(self.BLOCK * total) for total in sums]  # of the corpora's shares
         if 0 in np.diff(self.bounds):
             raise ValueError(f"a corpus has less than one of {self.BLOCK:,} sequences")
@@ -513,10 +500,13 @@ class LanguageMixture:
     def window(self, index, length, seed):
         """The length + 1 ids of sequence `index`."""
         block, position = divmod(index, self.BLOCK)
-        position = int(permutation(self.BLOCK, seed, "mixture", block)[position])
-        i = bisect.bisect_right(self.bounds, position) - 1
+        # A draw of bounds[i] ... bounds[i + 1] - 1 is corpus i.
+        draws = permutation(self.BLOCK, seed, "mixture", block)
+        i = np.searchsorted(self.bounds, draws[position], side="right") - 1
         start, stop = self.bounds[i : i + 2]
-        return self.corpora[i].window(block * (stop - start) + position - start, length, seed)
+        earlier = draws[:position]
+        n_read = int(((start <= earlier) & (earlier < stop)).sum())  # of corpus i, in this block
+        return self.corpora[i].window(block * (stop - start) + n_read, length, seed)
 
     def fingerprint(self):
         """A hash of the proportions and of the fingerprints of the corpora."""
@@ -586,14 +576,12 @@ def soft_targets(teacher, batch, cfg):
     if not cfg.samples:
         # Undisclosed: a temperature, or a term for the next token itself. There is none here.
         states = states.flatten(0, 1)
+        return lambda rows: teacher.logits(states[rows]).softmax(-1) * scored[rows]
 
-        def whole_distributions(rows):
-            return teacher.logits(states[rows]).softmax(-1) * scored[rows]
-
-        return whole_distributions
-
-    seeds = [stable_hash(cfg.seed, cfg.seq_len, i) for i in batch["indices"].tolist()]
-    samples = [sample_logits(teacher, x, cfg.samples, seed) for x, seed in zip(states, seeds)]
+    samples = []
+    for x, index in zip(states, batch["indices"].tolist()):
+        seed = stable_hash(cfg.seed, cfg.seq_len, index)
+        samples += sample_logits(teacher, x, cfg.samples, seed)
     ids, p = (torch.cat(parts) for parts in zip(*samples))  # [B T, n] each
 
     def sampled_distributions(rows):
@@ -603,19 +591,18 @@ def soft_targets(teacher, batch, cfg):
     return sampled_distributions
 
 def sample_logits(teacher, x, n, seed):
-    """n tokens sampled from the teacher's distribution at each position of a sequence x [T, D], and
-    their probabilities, renormalised to sum to 1: ids and p, [T, n] each."""
+    """Yield, for one slice of N positions of a sequence x [T, D] after another, n tokens sampled
+    from the teacher's distribution at each position, and their probabilities, renormalised to sum
+    to 1: ids and p, [N, n] each."""
     # Undisclosed: whether tokens are drawn with replacement, and whether the student's softmax is
     # restricted to them. Here Gumbel top-k draws n distinct tokens, which favours likely ones on
     # average, and the student's softmax is over the whole vocabulary.
     generator = torch.Generator(x.device).manual_seed(seed)
-    samples = []
     for rows in slices(len(x), teacher.token_embedding.num_embeddings):
         logits = teacher.logits(x[rows])  # [N, V]
         gumbel = -torch.empty_like(logits).exponential_(generator=generator).log()
         ids = (logits + gumbel).topk(n).indices  # [N, n]
-        samples.append((ids, logits.gather(1, ids).softmax(-1)))
-    return [torch.cat(parts) for parts in zip(*samples)]
+        yield ids, logits.gather(1, ids).softmax(-1)
 
 def objective(model, batch, cfg):
     """Sum of the cross-entropies to batch["targets"], the next tokens or what soft_targets returns
@@ -631,10 +618,9 @@ def build_optimizer(model, cfg):
     embedding = model.token_embedding.weight
     matrices = [p for p in model.parameters() if p.ndim > 1 and p is not embedding]
     others = [p for p in model.parameters() if p.ndim == 1 or p is embedding]
-    groups = [
-        dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=others, weight_decay=0.0),
-    ]  # fmt: skip
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    groups = [dict(params=matrices), dict(params=others, weight_decay=0.0)]
+    settings = dict(lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=cfg.weight_decay)
+    return torch.optim.AdamW(groups, **settings, fused=True)
 
 def learning_rate(tokens, cfg):
     """Linear warm-up from 0, then a cosine to a tenth; tokens are those seen before the update."""
@@ -668,17 +654,15 @@ def parallelize(model, cfg, mesh):
     if cfg.compile:  # one graph for each kind of layer, each length, and the teacher
         torch.compiler.config.recompile_limit = 32
         torch.compiler.config.fail_on_recompile_limit_hit = True
-    policy = MixedPrecisionPolicy(model.dtype, torch.float32, cast_forward_inputs=False)
-    shards = mesh if cfg.dp_replicate > 1 else mesh["dp"]
     for block in model.blocks:
         if cfg.recompute == "block":
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         if cfg.compile:
             block.compile(dynamic=False)
-        if mesh.size() > 1:
-            fully_shard(block, mesh=shards, mp_policy=policy)
     if mesh.size() > 1:
-        fully_shard(model, mesh=shards, mp_policy=policy, reshard_after_forward=False)
+        policy = fsdp.MixedPrecisionPolicy(model.dtype, torch.float32, cast_forward_inputs=False)
+        for module in (*model.blocks, model):  # the root comes last, and stays gathered
+            fsdp.fully_shard(module, mesh=mesh, mp_policy=policy)
     return model
 
 def fill_parameter(p, value):
@@ -705,21 +689,17 @@ def load_teacher(cfg, mesh):
     """The model of --teacher, sharded as the student is, without gradients."""
     # Undisclosed: the teacher, and whether its distributions are stored. Here it runs beside the
     # student, on the same packed sequences, and keeps its own rope_factor in both phases.
-    if cfg.samples > cfg.vocab_size:
-        raise ValueError(f"--samples {cfg.samples} is more than the {cfg.vocab_size} tokens")
-    shape = read_gemma_config(cfg.teacher)
-    if shape.vocab_size != cfg.vocab_size:
-        sizes = f"{shape.vocab_size:,} entries, and the student {cfg.vocab_size:,}"
+    theirs = dataclasses.replace(cfg, **read_gemma_shape(cfg.teacher), recompute="none")
+    if theirs.vocab_size != cfg.vocab_size:
+        sizes = f"{theirs.vocab_size:,} entries, and the student {cfg.vocab_size:,}"
         raise ValueError(f"the vocabulary of --teacher {cfg.teacher} has {sizes}")
-    run = dict(precision=cfg.precision, compile=cfg.compile, dp_replicate=cfg.dp_replicate)
-    teacher = build_sharded(dataclasses.replace(shape, **run), mesh, cfg.teacher)
-    register_fsdp_forward_method(teacher, "hidden_states")  # gathers what soft_targets needs
+    teacher = build_sharded(theirs, mesh, cfg.teacher)
+    fsdp.register_fsdp_forward_method(teacher, "hidden_states")  # gathers what soft_targets needs
     return teacher.requires_grad_(False)
 
-def memory_per_rank(cfg):
-    """Bytes on each of cfg.dp x cfg.dp_replicate ranks, by kind, without those of a teacher."""
-    with torch.device("meta"):
-        model = Gemma(cfg)
+def memory_per_rank(model, cfg):
+    """Bytes on each of cfg.dp x cfg.dp_replicate ranks, by kind, without those of a teacher; of
+    model, only the shapes count."""
     n, _ = count_parameters(model)
     n_blocks = sum(p.numel() for p in model.blocks.parameters())
     size = 2 if cfg.precision == "bf16" else 4
@@ -738,30 +718,24 @@ def memory_per_rank(cfg):
         kept = positions * (cfg.n_layers * size * cfg.dim + block)
     # The fp32 logits of a chunk, their softmax and its gradient.
     head = 12 * min(positions * cfg.vocab_size, 2**25)
-    return {
-        "parameters": 4 * n / cfg.dp, "gradients": 4 * n / cfg.dp, "optimizer": 8 * n / cfg.dp,
-        "gathered": size * gathered, "activations": kept + head,
-    }  # fmt: skip
+    share = 4 * n / cfg.dp  # bytes of a rank's shards of the parameters
+    memory = {"parameters": share, "gradients": share, "optimizer": 2 * share}
+    return memory | {"gathered": size * gathered, "activations": kept + head}
 
 # ---------------------------------------- Checkpoint ----------------------------------------
 
-MODELS = "Gemma2ForCausalLM or Gemma3ForCausalLM"
-HF_CONFIG = {  # field of Config: (key in config.json, default of both classes)
-    "dim": ("hidden_size", 2304), "n_layers": ("num_hidden_layers", 26),
-    "n_heads": ("num_attention_heads", 8), "n_kv_heads": ("num_key_value_heads", 4),
-    "head_dim": ("head_dim", 256), "query_scalar": ("query_pre_attn_scalar", 256),
-    "hidden_dim": ("intermediate_size", 9216), "window": ("sliding_window", 4096),
+HF_CLASSES = {"gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
+MODELS = " or ".join(HF_CLASSES.values())
+HF_CONFIG = {  # field of Config: (key in config.json, default of Gemma 2's class)
+    "vocab_size": ("vocab_size", 256000), "dim": ("hidden_size", 2304),
+    "n_layers": ("num_hidden_layers", 26), "n_heads": ("num_attention_heads", 8),
+    "n_kv_heads": ("num_key_value_heads", 4), "head_dim": ("head_dim", 256),
+    "query_scalar": ("query_pre_attn_scalar", 256), "hidden_dim": ("intermediate_size", 9216),
+    "window": ("sliding_window", 4096), "attention_cap": ("attn_logit_softcapping", 50.0),
+    "logit_cap": ("final_logit_softcapping", 30.0),
 }  # fmt: skip
-HF_DEFAULTS = {  # what the classes of Gemma 2 and Gemma 3 have different defaults for
-    "gemma2": {
-        "vocab_size": ("vocab_size", 256000), "seq_len": ("max_position_embeddings", 8192),
-        "logit_cap": ("final_logit_softcapping", 30.0),
-        "attention_cap": ("attn_logit_softcapping", 50.0),
-    },
-    "gemma3_text": {
-        "vocab_size": ("vocab_size", 262208), "seq_len": ("max_position_embeddings", 131072),
-        "logit_cap": ("final_logit_softcapping", None),
-    },
+HF_GEMMA3 = {  # fields for which Gemma 3's class has another default
+    "vocab_size": ("vocab_size", 262208), "logit_cap": ("final_logit_softcapping", None),
 }  # fmt: skip
 HF_FIXED = {
     "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6, "attention_bias": False,
@@ -774,50 +748,46 @@ HF_NAMES = {  # part of a parameter's name: Hugging Face's
     "attn": "self_attn", "q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "o_proj",
     "gate": "gate_proj", "up": "up_proj", "down": "down_proj",
 }  # fmt: skip
-SHAPE = (  # fields of Config that a checkpoint fixes
-    *HF_CONFIG, "vocab_size", "local_layers", "qk_norm", "attention_cap", "logit_cap",
-    "rope_theta", "rope_factor",
-)  # fmt: skip
+# Fields of Config that a checkpoint fixes.
+SHAPE = (*HF_CONFIG, "local_layers", "qk_norm", "rope_theta", "rope_factor")
 
 def gemma_name(name):
     """Hugging Face's name of a parameter."""
     return ".".join(HF_NAMES.get(part, part) for part in name.split("."))
 
-def read_gemma_config(path):
-    """Config from the config.json of a Gemma2ForCausalLM or a Gemma3ForCausalLM."""
+def read_gemma_shape(path):
+    """{field in SHAPE: value} of the Gemma2ForCausalLM or Gemma3ForCausalLM in a directory."""
     with explain(f"{path} holds no {MODELS}", Exception):
         theirs = json.loads((Path(path) / "config.json").read_text())
         kind = theirs.get("model_type")
-        if kind not in HF_DEFAULTS:
-            raise ValueError(f"config.json has model_type {kind!r}, not {' or '.join(HF_DEFAULTS)}")
-        cfg = Config(**read_hf_config(path, HF_CONFIG | HF_DEFAULTS[kind], HF_FIXED))
-        cfg.attention_cap = cfg.attention_cap or 0.0  # null
-        cfg.logit_cap = cfg.logit_cap or 0.0
-        cfg.qk_norm = kind == "gemma3_text"
+        if kind not in HF_CLASSES:
+            raise ValueError(f"config.json has model_type {kind!r}, not {' or '.join(HF_CLASSES)}")
+        is_gemma3 = kind == "gemma3_text"
+        fields = HF_CONFIG | HF_GEMMA3 if is_gemma3 else HF_CONFIG
+        shape = read_hf_config(path, fields, HF_FIXED)
+        shape["attention_cap"] = 0.0 if is_gemma3 else shape["attention_cap"] or 0.0  # null
+        shape["logit_cap"] = shape["logit_cap"] or 0.0
 
-        cfg.local_layers = theirs.get("sliding_window_pattern", 6) - 1 if cfg.qk_norm else 1
-        types = theirs.get("layer_types") or layer_types(cfg.local_layers, cfg.n_layers)
-        cfg.local_layers = [*types, "full_attention"].index("full_attention")
-        if types != layer_types(cfg.local_layers, cfg.n_layers):
+        n_local = theirs.get("sliding_window_pattern", 6) - 1 if is_gemma3 else 1
+        types = theirs.get("layer_types") or layer_types(n_local, shape["n_layers"])
+        n_local = [*types, "full_attention"].index("full_attention")
+        if types != layer_types(n_local, shape["n_layers"]):
             raise ValueError("config.json has layer_types without a period")
 
         # The directories first published have rope_theta, rope_scaling and rope_local_base_freq.
-        rope = {"rope_theta": theirs.get("rope_theta", 1e6 if cfg.qk_norm else 1e4)}
+        ropes = theirs.get("rope_parameters") or {}  # by kind of layer; Gemma 2 has one for all
+        rope = {"rope_theta": theirs.get("rope_theta", 1e6 if is_gemma3 else 1e4)}
         rope |= theirs.get("rope_scaling") or {}
+        rope |= ropes.get("full_attention", {}) if is_gemma3 else ropes
         local = {"rope_theta": theirs.get("rope_local_base_freq", 1e4)}
-        ropes = theirs.get("rope_parameters") or {}
-        rope |= ropes.get("full_attention", {}) if cfg.qk_norm else ropes
-        local |= ropes.get("sliding_attention", {})
-        if not cfg.qk_norm:  # Gemma 2 has one for all layers
-            local = rope
-        kinds = [r.get("rope_type", r.get("type", "default")) for r in (local, rope)]
-        if kinds not in (["default", "default"], ["default", "linear"]):
-            raise ValueError(f"config.json has the rope_type {' and '.join(kinds)}")
-        if local["rope_theta"] != 1e4:
-            raise ValueError(f"config.json has rope_theta {local['rope_theta']} of local layers")
-        cfg.rope_theta = rope["rope_theta"]
-        cfg.rope_factor = rope["factor"] if kinds[1] == "linear" else 1.0
-    return cfg
+        local |= ropes.get("sliding_attention", {}) if is_gemma3 else rope
+        rope_types = [r.get("rope_type", r.get("type", "default")) for r in (local, rope)]
+        is_plain = rope_types[0] == "default" and local["rope_theta"] == 1e4
+        if not is_plain or rope_types[1] not in ("default", "linear"):
+            raise ValueError(f"config.json has RoPE {local} in local layers, {rope} in global ones")
+        factor = rope["factor"] if rope_types[1] == "linear" else 1.0
+    shape |= {"local_layers": n_local, "qk_norm": is_gemma3}
+    return shape | {"rope_theta": rope["rope_theta"], "rope_factor": factor}
 
 def fill_weights(model, path):
     """Fill the parameters of model, which may be sharded, from a Hugging Face directory."""
@@ -828,7 +798,7 @@ def fill_weights(model, path):
 
 def from_hf(path):
     """(model, cfg) from the directory of a Gemma2ForCausalLM or a Gemma3ForCausalLM."""
-    cfg = read_gemma_config(path)
+    cfg = Config(**read_gemma_shape(path))
     model = Gemma(cfg)
     fill_weights(model, path)
     return model, cfg
@@ -841,17 +811,14 @@ def layer_types(local_layers, n_layers):
 def hf_config(cfg):
     """config.json of the model."""
     kind = "gemma3_text" if cfg.qk_norm else "gemma2"
-    names = HF_CONFIG | HF_DEFAULTS[kind]
-    config = {key: getattr(cfg, field) or None for field, (key, _) in names.items()} | HF_FIXED
-    config |= {"model_type": kind, "layer_types": layer_types(cfg.local_layers, cfg.n_layers)}
-    config["architectures"] = ["Gemma3ForCausalLM" if cfg.qk_norm else "Gemma2ForCausalLM"]
-    rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
-    local = {"rope_type": "default", "rope_theta": 1e4}
-    if cfg.rope_factor != 1:
-        rope |= {"rope_type": "linear", "factor": cfg.rope_factor}
-    config["rope_parameters"] = rope
+    config = {key: getattr(cfg, field) or None for field, (key, _) in HF_CONFIG.items()} | HF_FIXED
+    rope = {"rope_type": "default", "rope_theta": 1e4}
     if cfg.qk_norm:
-        config["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
+        linear = {"rope_type": "linear", "rope_theta": cfg.rope_theta, "factor": cfg.rope_factor}
+        rope = {"full_attention": linear, "sliding_attention": rope}
+    config |= {"architectures": [HF_CLASSES[kind]], "model_type": kind, "rope_parameters": rope}
+    config["layer_types"] = layer_types(cfg.local_layers, cfg.n_layers)
+    config["max_position_embeddings"] = cfg.seq_len
     # These ids belong to the tokenizer, which is not written.
     return config | dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
 
@@ -1043,16 +1010,14 @@ def check(cfg, ranks):
         least = int(field.type is int and field.default > 0 and field.name not in zero)
         if field.type in (int, float) and not least <= getattr(cfg, field.name) < math.inf:
             raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
-    factor = cfg.rope_factor * cfg.long_rope_factor
     # Gemma 3's class has no soft-cap of scores; Gemma 2's has one RoPE for all of its layers.
     *_, last = token_phases(cfg)[-1]
     mixed = cfg.attention_cap if cfg.qk_norm else (cfg.rope_theta != 1e4 or last.rope_factor != 1)
     for wrong, message in (
         (cfg.n_heads % cfg.n_kv_heads, f"{cfg.n_kv_heads} key-value heads, {cfg.n_heads} heads"),
-        (cfg.head_dim % 2, f"--head_dim {cfg.head_dim} is odd"),
         (cfg.window >= cfg.seq_len and not cfg.init,
          f"--window {cfg.window} is not less than {cfg.seq_len} tokens"),
-        (factor * cfg.tokens <= 0, "--rope_factor, --long_rope_factor or --tokens is 0"),
+        (cfg.tokens == 0, "--tokens is 0"),
         (cfg.warmup > 0.1, f"--warmup {cfg.warmup} is more than a tenth of the run"),
         (cfg.dp * cfg.dp_replicate != ranks,
          f"dp {cfg.dp} x dp_replicate {cfg.dp_replicate} are not {ranks} ranks"),
@@ -1076,12 +1041,13 @@ def dry_run(cfg):
     cfg.dp = cfg.dp or cfg.world_size // cfg.dp_replicate
     check(cfg, cfg.world_size)
     with torch.device("meta"):
-        n, activated = count_parameters(Gemma(cfg))
+        model = Gemma(cfg)
+    n, activated = count_parameters(model)
     print(f"parameters {n:,} | activated {activated:,}")
     for *_, phase in token_phases(cfg):
         print(f"sequences of {phase.seq_len:,} tokens: FLOPs per token", end=" ")
         print(f"{flops_per_token(phase):.4g} | 6 N gives {6 * activated:.4g}")
-        print_memory(memory_per_rank(phase))
+        print_memory(memory_per_rank(model, phase))
 
 def sharded_step(model, teacher, optimizer, batches, lr, cfg):
     """One update from this rank's micro-batches; returns loss and gradient norm of the global
@@ -1108,7 +1074,7 @@ def sharded_step(model, teacher, optimizer, batches, lr, cfg):
 
 def begin_phase(model, phase, n_updates):
     """Set the model to a phase of the run, and print what is about to happen."""
-    model.rope_factor = phase.rope_factor
+    model.cfg = phase
     ranks = dist.get_world_size()
     n_micro, micro = split_batch(phase, ranks)
     print(f"{n_updates:,} updates of {phase.batch_size * phase.seq_len:,} tokens", end=" = ")
@@ -1189,10 +1155,9 @@ def load_languages(cfg):
     result is None."""
     sources = {path: find_files(path) for path in cfg.data.split(",")}
     tokenizer = None
-    separator = -1  # unknown
     if cfg.tokenizer or any(files for files, _ in sources.values()):
         tokenizer = load_tokenizer(cfg.tokenizer or "bytes", SPECIALS)
-        separator = tokenizer.eot_token
+    separator = tokenizer.eot_token if tokenizer else -1  # unknown
     cfg.vocab_size = vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
     *_, last = token_phases(cfg)[-1]
     sizes = cfg.vocab_size, math.ceil(last.batch_size / len(sources)), last.seq_len
@@ -1212,7 +1177,6 @@ def load_languages(cfg):
     weights = unimax(n_tokens, cfg.tokens + cfg.long_tokens, cfg.max_epochs)
     for path, weight in weights.items():
         print(f"{path}: {weight:.1%} of the sequences")
-    weights = list(weights.values())
     return tokenizer, LanguageMixture(train, weights), LanguageMixture(heldout, weights)
 
 def plan_run(cfg, run, given):
@@ -1234,8 +1198,7 @@ def main(argv=None):
         cfg, given = parse(argv)
         check_directories(cfg.init or cfg.teacher, cfg.export, cfg.write_tokens)
         if cfg.init:
-            theirs = read_gemma_config(cfg.init)
-            cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in SHAPE})
+            cfg = dataclasses.replace(cfg, **read_gemma_shape(cfg.init))
         if cfg.dry_run:
             return dry_run(cfg)
         device = init_distributed(cfg.timeout)
@@ -1243,7 +1206,7 @@ def main(argv=None):
         cfg.dp = cfg.dp or ranks // cfg.dp_replicate
         check(cfg, ranks)
 
-        checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, {})
+        newest, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, {})
         plan_run(cfg, run, given)  # on which the shares of languages depend
         data = load_languages(cfg)
         if not data:
@@ -1254,7 +1217,7 @@ def main(argv=None):
             fixed |= {"seed": cfg.seed, "data_fingerprint": corpus.fingerprint()}
         for name, value in fixed.items():
             if run and run[name] != value:
-                raise ValueError(f"{checkpoint} has {name} {run[name]}, and this run {value}")
+                raise ValueError(f"{newest} has {name} {run[name]}, and this run {value}")
 
         sizes = cfg.dp_replicate, cfg.dp
         mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("dp_replicate", "dp"))
@@ -1262,10 +1225,10 @@ def main(argv=None):
         teacher = load_teacher(cfg, mesh) if cfg.teacher else None
         optimizer = build_optimizer(model, cfg)
         state = {"step": 0, "sequences": 0, "tokens": 0}
-        if checkpoint:
-            load_checkpoint(checkpoint, model, optimizer, state)
+        if newest:
+            load_checkpoint(newest, model, optimizer, state)
         if cfg.eval:
-            if not checkpoint and not cfg.init:
+            if not newest and not cfg.init:
                 raise ValueError(f"--eval: {cfg.out} has no checkpoint")
             cfg.out = ""  # nothing is written
         if cfg.out and dist.get_rank() == 0:
@@ -1276,14 +1239,13 @@ def main(argv=None):
         print(f"{activated:,} | FLOPs per token {flops_per_token(cfg):.3g}")
         if not train(model, teacher, optimizer, corpus, heldout, state, cfg, device):
             return print(f"stopped after step {state['step']}")
-        _, last = find_phase(state["sequences"], cfg)  # the phase that the model is in
         if cfg.export:
-            to_hf(model, last, cfg.export)
+            to_hf(model, model.cfg, cfg.export)
         if tokenizer:
             ids = tokenizer.encode_ordinary(cfg.prompt)
-            ids = ids or get_batch(heldout, 0, 1, last)["tokens"][0, :32].tolist()
+            ids = ids or get_batch(heldout, 0, 1, model.cfg)["tokens"][0, :32].tolist()
             allowed_ids = torch.from_numpy(heldout.token_bytes > 0)
-            print(tokenizer.decode(sample(model, ids, 256, allowed_ids, last)))
+            print(tokenizer.decode(sample(model, ids, 256, allowed_ids, model.cfg)))
 
 # ---------------------------------------- Plumbing ----------------------------------------
 

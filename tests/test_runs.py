@@ -310,8 +310,8 @@ MISTAKES = {  # flags -> what the line on stderr must say; without an arrow, the
         "--teacher DIR/no_weights -> no_weights holds no Gemma2ForCausalLM or Gemma3ForCausalLM", "--data TEXT,DIR/many --write_tokens DIR/w -> one corpus",
         "--long_tokens 1000 --long_seq_len 100 -> --batch_size 0 of length 100", "--data DIR/short.txt -> short.txt: ValueError: 11 tokens are too few",
         "--window 16 -> --window 16 is not less than 16 tokens", "--attention_cap 5 --export DIR/hf -> --export needs", "--dry_run --world_size 3 -> 3 ranks",
-        "--dp 2 -> dp 2 x dp_replicate 1 are not 1 ranks", "--samples 300 --teacher DIR/hf -> --samples 300", "--data TEXT,TEXT,DIR/none.txt -> DIR/none.txt",
-        "--no-qk_norm --export DIR/hf -> --export needs", "--n_kv_heads 3 -> 3 key-value heads, 4 heads", "--tokens 0 -> --tokens is 0", "--head_dim 15",
+        "--dp 2 -> dp 2 x dp_replicate 1 are not 1 ranks", "--data TEXT,TEXT,DIR/none.txt -> DIR/none.txt",
+        "--no-qk_norm --export DIR/hf -> --export needs", "--n_kv_heads 3 -> 3 key-value heads, 4 heads", "--tokens 0 -> --tokens is 0",
         "--export TEXT -> is a file", "--warmup 0.2",
     ],
     "gpt3": [

@@ -40,23 +40,23 @@ def test_pieces_are_the_specifications():
 
 def test_pattern_windows_and_phases():
     """Gemma 2: every other layer is global; Gemma 3: every sixth. A window of three sees three, as in the specification."""
-    for preset, period, n_global in (("2b", 2, 13), ("3_270m", 6, 3), ("3_1b", 6, 4), ("3_4b", 6, 5), ("3_12b", 6, 8), ("3_27b", 6, 10)):
-        with torch.device("meta"):
-            windows = [block.attn.window for block in gemma.Gemma(gemma.Config(**gemma.PRESETS[preset])).blocks]
-        assert [i for i, window in enumerate(windows) if not window] == list(range(period - 1, len(windows), period)) and windows.count(0) == n_global
-    for preset, values in {  # query scale, window, both caps, base and last factor of global layers
-        "2b": (256, 4096, 50, 30, 1e4, 0), "9b": (256, 4096, 50, 30, 1e4, 0), "27b": (144, 4096, 50, 30, 1e4, 0), "3_270m": (256, 512, 0, 0, 1e6, 0),
-        "3_1b": (256, 512, 0, 0, 1e6, 0), "3_4b": (256, 1024, 0, 0, 1e6, 8), "3_12b": (256, 1024, 0, 0, 1e6, 8), "3_27b": (168, 1024, 0, 0, 1e6, 8),
-    }.items():  # fmt: skip
+    for preset, n_global, query_scalar, window, last_factor in (
+        ("2b", 13, 256, 4096, 1), ("9b", 21, 256, 4096, 1), ("27b", 23, 144, 4096, 1), ("3_270m", 3, 256, 512, 1),
+        ("3_1b", 4, 256, 512, 1), ("3_4b", 5, 256, 1024, 8), ("3_12b", 8, 256, 1024, 8), ("3_27b", 10, 168, 1024, 8),
+    ):  # fmt: skip
         c = gemma.Config(**gemma.PRESETS[preset])
-        factor = c.long_rope_factor if c.long_tokens else 0
-        assert (c.query_scalar, c.window, c.attention_cap, c.logit_cap, c.rope_theta, factor) == values and c.qk_norm == (c.logit_cap == 0), preset
+        with torch.device("meta"):
+            windows = [block.attn.window for block in gemma.Gemma(c).blocks]
+        period, *rest = (6, True, 0, 0, 1e6) if preset[:2] == "3_" else (2, False, 50, 30, 1e4)
+        assert windows == [window * (i % period > 0) for i in range(1, c.n_layers + 1)] and windows.count(0) == n_global
+        assert [c.qk_norm, c.attention_cap, c.logit_cap, c.rope_theta] == rest and c.query_scalar == query_scalar
+        assert gemma.token_phases(c)[-1][2].rope_factor == last_factor
     qkv = torch.zeros(1, 1, 6, 6), torch.zeros(1, 1, 6, 6), torch.eye(6)[None, None]
     for x in (gemma.local_attention(*qkv, 1.0, 3), gemma.soft_capped_attention(*qkv, 1.0, 3, 9.0)):
         assert [row.nonzero().flatten().tolist() for row in x[0, 0]] == [[0], [0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5]]
-    for preset, sizes in (("small", [(1024, 96, 12), (4096, 24, 3)]), ("3_4b", [(32768, 64, 1), (131072, 16, 1)])):
-        plan = gemma.token_phases(gemma.Config(**gemma.PRESETS[preset]))
-        assert [(phase.seq_len, phase.batch_size, phase.micro_batch) for *_, phase in plan] == sizes, "a long phase has as many tokens at once"
+    first, last = gemma.token_phases(c := gemma.Config(**gemma.PRESETS["small"]))
+    assert [(p.seq_len, p.batch_size, p.micro_batch) for *_, p in (first, last)] == [(1024, 96, 12), (4096, 24, 3)]
+    assert gemma.find_phase(first[1] - 1, c) == first[::2] and gemma.find_phase(first[1], c) == last[::2]
 
 
 def test_attention_in_blocks_is_attention_with_one_mask():
@@ -69,47 +69,41 @@ def test_attention_in_blocks_is_attention_with_one_mask():
         distance = torch.arange(T)[:, None] - torch.arange(T)
         expected = scores.masked_fill((distance < 0) | (distance >= window), -math.inf).softmax(-1) @ v.repeat_interleave(2, 1)
         torch.testing.assert_close(x, expected, atol=2e-7 if cap else 1e-12, rtol=0)  # scores are capped in fp32
-        weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        for a, b in zip(*(torch.autograd.grad((y * weights).sum(), (q, k, v)) for y in (x, expected))):
+        for a, b in zip(*(torch.autograd.grad(y.square().sum(), (q, k, v)) for y in (x, expected))):
             torch.testing.assert_close(a, b, atol=2e-6 if cap else 1e-12, rtol=0)
 
 
-def test_memory_is_linear_in_the_length_and_planned(monkeypatch):
-    """Bytes of attention at most double with T. In the smallest batch, one rank's bf16 copies of the parameters are most of the plan."""
+def test_memory_is_linear_in_the_length_and_planned():
+    """Bytes of attention at most double with T; a block of 512 queries of 2b has scores of 128 MiB at 8,192 tokens."""
     for function, *more in ((gemma.local_attention, 64), (gemma.soft_capped_attention, 64, 50.0), (gemma.soft_capped_attention, 2048, 50.0)):
         sizes = [live_activations(torch.nn.Linear(1, 1), lambda: function(*heads(T), 0.4, *more).sum()) for T in (512, 1024, 2048)]  # noqa: B023
         assert all(0 < long < 2.1 * short for a, b in zip(sizes, sizes[1:]) for short, long in zip(a, b)), "kept, and at the peak"
-    for precision, n in (("fp32", 64), ("bf16", 64), ("bf16", 4)):
-        sizes = dict(vocab_size=300, dim=96, n_layers=6, head_dim=32, hidden_dim=320, window=32, seq_len=64, batch_size=n, precision=precision)
-        cfg = gemma.Config(**SCRIPTS["gemma"].tiny | sizes)
-        model = gemma.parallelize(make_model(gemma, SCRIPTS["gemma"], cfg), cfg, mock.MagicMock(size=lambda: 1))
-        tokens, planned = torch.randint(300, (n, 64)), gemma.memory_per_rank(cfg)
-        _, peak = live_activations(model, lambda: model(tokens, tokens))  # noqa: B023
-        assert planned["activations"] + planned["gathered"] == pytest.approx(peak, rel=0.1)
-    shapes = []
-    monkeypatch.setattr(gemma, "capped_block", lambda q, k, *more: shapes.append((q.shape[2], k.shape[2])) or q)
-    gemma.soft_capped_attention(*heads(1300), 0.4, 1300, 50.0)
-    assert shapes == [(512, 512), (512, 1024), (276, 1300)] and 4 * 8 * 512 * 8192 == 128 * 2**20 and 4 * 8 * 8192**2 == 2 * 2**30
+    assert 4 * 8 * 512 * 8192 == 128 * 2**20 and sizes[-1][1] < 13 * (4 * 4 * 512 * 2048) < 4 * (4 * 4 * 2048**2)
+    sizes = dict(vocab_size=300, dim=96, n_layers=6, head_dim=32, hidden_dim=320, seq_len=64, precision="bf16")
+    cfg = gemma.Config(**SCRIPTS["gemma"].tiny | sizes)
+    model = gemma.parallelize(make_model(gemma, SCRIPTS["gemma"], cfg), cfg, mock.MagicMock(size=lambda: 1))
+    tokens, planned = torch.randint(300, (8, 64)), gemma.memory_per_rank(model, cfg)
+    _, peak = live_activations(model, lambda: model(tokens, tokens))
+    assert planned["activations"] + planned["gathered"] == pytest.approx(peak, rel=0.1)
 
 
-def test_unimax_and_the_mixture_of_its_weights():
-    """The worked example; of each block of sequences the corpora have their shares, each window once, in an order that is not theirs."""
+def test_unimax_and_the_mixture_of_its_weights(monkeypatch):
+    """The worked example; in each block of sequences every corpus has its share, and its windows come in order."""
     weights = gemma.unimax({"a": 100, "b": 10, "c": 40}, 100, 2)
     assert weights == pytest.approx({"a": 0.4, "b": 0.2, "c": 0.4})
     corpora = [mock.Mock(window=lambda i, length, seed, name=name: f"{name}{i!r:>12}", n_windows=lambda length: 24) for name in weights]
-    mixture = gemma.LanguageMixture(corpora, list(weights.values()))
     with pytest.raises(ValueError, match="a corpus has less than one of 100,000"):
-        gemma.LanguageMixture(corpora, [0.5, 0.5 - 1e-6, 1e-6])
-    assert gemma.LanguageMixture(corpora, [0.9996, 0.0002, 0.0002]).bounds == [0, 99_960, 99_980, 100_000], "no small language is lost"
-    for n in range(2):
-        windows = [mixture.window(i, 8, 0) for i in range(100_000 * n, 100_000 * (n + 1))]
-        expected = [f"{name}{i:12}" for name, share in zip("abc", (40_000, 20_000, 40_000)) for i in range(n * share, (n + 1) * share)]
-        assert windows != sorted(windows) == expected, "indices are Python's integers, of which draws are a function"
-    assert gemma.LanguageMixture(corpora, [0.9, 0.05, 0.05]).n_windows(8) == 72, "the batch of which each corpus has a third"
+        gemma.LanguageMixture(corpora, dict(a=0.5, b=0.5 - 1e-6, c=1e-6))
+    monkeypatch.setattr(gemma.LanguageMixture, "BLOCK", 1000)
+    mixture = gemma.LanguageMixture(corpora, weights)
+    for end, shares in ((1000, (400, 200, 400)), (2000, (800, 400, 800))):
+        windows = [mixture.window(i, 8, 0) for i in range(end)]
+        expected = [f"{name}{i:12}" for name, share in zip("abc", shares) for i in range(share)]
+        assert windows != sorted(windows, key=lambda window: window[0]) == expected, "indices are Python's integers"
 
 
 def test_distilled_targets_are_the_specifications():
-    """Loss and gradient of two targets; of three draws without replacement the mean, and noise that is of seed and sequence alone."""
+    """Loss and gradient of two targets; the mean of three draws without replacement."""
     P_T, z = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03]), torch.tensor([[1.0, 0.5, 0.2, -0.5, -1.0]], requires_grad=True)
     for t, loss, gradient in (
         (P_T, 1.291420, [-0.085806, 0.001222, 0.036110, 0.022419, 0.026055]),
@@ -117,37 +111,29 @@ def test_distilled_targets_are_the_specifications():
     ):
         (g,) = torch.autograd.grad(found := gemma.chunked_loss(lambda x: x, z, lambda rows: t[None][rows], 5), z)  # noqa: B023
         assert found.item() == pytest.approx(loss, abs=2e-6) and g[0].tolist() == pytest.approx(gradient, abs=2e-6)
-    cfg, whole = (gemma.Config(vocab_size=5, samples=samples, seq_len=100) for samples in (3, 0))
     teacher = mock.Mock(hidden_states=lambda tokens: torch.zeros(*tokens.shape, 1), logits=lambda x: P_T.log().expand(*x.shape[:-1], -1),
                         **{"token_embedding.num_embeddings": 5})  # fmt: skip
     batch = {"tokens": torch.zeros(200, 100), "targets": torch.zeros(200, 100), "indices": torch.arange(200)}
-    t = gemma.soft_targets(teacher, batch, cfg)(slice(0, 20_000))
+    batch["targets"][0, 1] = -100  # where nothing is scored, there is nothing to learn
+    sampled, whole = (gemma.soft_targets(teacher, batch, gemma.Config(vocab_size=5, samples=n)) for n in (3, 0))
+    torch.testing.assert_close(whole(slice(0, 3)), torch.stack([P_T, 0 * P_T, P_T]))
+    t = sampled(slice(2, 20_000))
     torch.testing.assert_close(t, P_T * (t > 0) / (P_T * (t > 0)).sum(1, keepdim=True))
-    assert (t > 0).sum(1).eq(3).all() and t.mean(0).tolist() == pytest.approx([0.574413, 0.255219, 0.127421, 0.035466, 0.007481], abs=0.005)
-    part = {key: value[7:9] for key, value in batch.items()}
-    part["targets"][0, 1] = -100  # where nothing is scored, there is nothing to learn
-    t[701] = 0
-    assert torch.equal(gemma.soft_targets(teacher, part, cfg)(slice(0, 200)), t[700:900])
-    torch.testing.assert_close(gemma.soft_targets(teacher, part, whole)(slice(0, 3)), torch.stack([P_T, 0 * P_T, P_T]))
+    assert (t > 0).sum(1).eq(3).all() and sampled(slice(0, 3)).sum(1).tolist() == pytest.approx([1, 0, 1])
+    assert t.mean(0).tolist() == pytest.approx([0.574413, 0.255219, 0.127421, 0.035466, 0.007481], abs=0.005)
 
 
-def test_loss_in_chunks_is_the_loss_and_bounds_the_memory(monkeypatch):
+def test_loss_in_chunks_bounds_the_memory(monkeypatch):
     """128 positions of V = 262,144 are 128 MiB of fp32 logits; at the peak there are fewer than nine such tensors, here of 2**22 logits."""
     assert gemma.slices(8192, 262_144)[:2] == [slice(0, 128), slice(128, 256)]
-    V, size, generator = 65_536, 2**22, torch.Generator().manual_seed(0)
-    weight = torch.nn.Parameter(torch.randn(V, 4, generator=generator))
-    x, ids = torch.randn(1000, 4, generator=generator), torch.randint(V, (1000,), generator=generator)
-    ids[5] = -100
-    head = lambda x: gemma.soft_cap(x @ weight.T, 5.0)  # noqa: E731
-    expected = F.cross_entropy(head(x).double(), ids, reduction="sum")
-    (gradient,) = torch.autograd.grad(expected, weight)
-    monkeypatch.setattr(gemma, "slices", lambda n, V: [slice(i, min(i + size // V, n)) for i in range(0, n, size // V)])
-    losses = []
-    for targets in (ids, lambda rows: F.one_hot(ids[rows].clamp(0), V).float() * (ids[rows, None] >= 0)):
-        weight.grad = None
-        _, peak = live_activations(torch.nn.Linear(1, 1), lambda: losses.append(gemma.chunked_loss(head, x, targets, V)) or losses[-1])  # noqa: B023
-        assert losses[-1].item() == pytest.approx(expected.item(), rel=1e-6) and 4 * size < peak < 9 * 4 * size < 4 * 1000 * V
-        torch.testing.assert_close(weight.grad, gradient, atol=1e-4, rtol=1e-5)
+    V, n = 65_536, 64
+    head, x, ids = torch.nn.Linear(4, V).forward, torch.randn(1000, 4), torch.randint(V, (1000,))
+    monkeypatch.setattr(gemma, "slices", lambda N, V: [slice(i, min(i + n, N)) for i in range(0, N, n)])
+    for targets in (ids, lambda rows: F.one_hot(ids[rows], V).float()):
+        _, peak = live_activations(torch.nn.Linear(1, 1), lambda: gemma.chunked_loss(head, x, targets, V))  # noqa: B023
+        assert 4 * n * V < peak < 9 * 4 * n * V < 4 * 1000 * V
+        expected = F.cross_entropy(head(x), ids, reduction="sum").item()
+        assert gemma.chunked_loss(head, x, targets, V).item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind, more", [
@@ -155,14 +141,14 @@ def test_loss_in_chunks_is_the_loss_and_bounds_the_memory(monkeypatch):
     ("Gemma3", dict(num_key_value_heads=1, rope_parameters=dict(full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1e6),
                                                                 sliding_attention=dict(rope_type="default", rope_theta=1e4)))),
 ])  # fmt: skip
-def test_logits_and_gradients_are_hugging_faces(kind, more, tmp_path):
-    """Seven layers, window 8 and small caps; 23 tokens are no multiple of the window."""
+def test_logits_and_gradients_are_hugging_faces(kind, more, tmp_path, monkeypatch):
+    """Seven layers, window 8 and small caps; 23 tokens are no multiple of the window, nor 69 of a chunk of the loss."""
+    monkeypatch.setattr(gemma, "slices", lambda n, V: [slice(i, min(i + 10, n)) for i in range(0, n, 10)])
     model_class = getattr(pytest.importorskip("transformers"), f"{kind}ForCausalLM")
     shape = dict(vocab_size=256, hidden_size=64, intermediate_size=128, num_attention_heads=4, head_dim=32, query_pre_attn_scalar=16)
     theirs = model_class(model_class.config_class(**shape, **more, num_hidden_layers=7, sliding_window=8, attn_implementation="eager"))
     torch.manual_seed(0)
     [p.data.normal_(0, 0.3 if "norm" in name else 0.15) for name, p in theirs.named_parameters()]
-    assert kind == "Gemma2" or sum(p.numel() for p in theirs.parameters()) == 334_080
     theirs.save_pretrained(tmp_path / "theirs")
     ours, cfg = gemma.from_hf(tmp_path / "theirs")
     tokens = torch.randint(1, 256, (3, 24))
@@ -177,22 +163,21 @@ def test_logits_and_gradients_are_hugging_faces(kind, more, tmp_path):
 
 
 def test_directories_are_read_with_their_classs_defaults_or_refused(tmp_path):
-    read = lambda **config: (tmp_path / "config.json").write_text(json.dumps(config)) and gemma.read_gemma_config(tmp_path)  # noqa: E731
+    read = lambda **config: (tmp_path / "config.json").write_text(json.dumps(config)) and gemma.read_gemma_shape(tmp_path)  # noqa: E731
     names = "vocab_size", "attention_cap", "logit_cap", "local_layers", "rope_theta", "rope_factor", "qk_norm"
-    assert [getattr(read(model_type="gemma2"), name) for name in names] == [256000, 50.0, 30.0, 1, 1e4, 1.0, False]
-    old = dict(rope_scaling=dict(factor=8.0, type="linear"), rope_local_base_freq=1e4, rope_theta=2e6, sliding_window_pattern=3)
-    assert [getattr(read(model_type="gemma3_text", **old), name) for name in names] == [262208, 0.0, 0.0, 2, 2e6, 8.0, True]
+    assert [read(model_type="gemma2")[name] for name in names] == [256000, 50.0, 30.0, 1, 1e4, 1.0, False]
+    old = dict(rope_scaling=dict(factor=8.0, type="linear"), rope_theta=2e6, sliding_window_pattern=3, attn_logit_softcapping=9.0)
+    assert [read(model_type="gemma3_text", **old)[name] for name in names] == [262208, 0.0, 0.0, 2, 2e6, 8.0, True]
     for key, value, phrase in (
-        ("model_type", "gemma3", "model_type"), ("hidden_activation", "silu", "hidden_activation"), ("rms_norm_eps", 1e-5, "rms_norm_eps"),
-        ("use_bidirectional_attention", True, "use_bidirectional"), ("layer_types", ["sliding_attention"] * 25 + ["full_attention"] * 2, "layer_types"),
-        ("rope_scaling", dict(rope_type="yarn", factor=2.0), "default and yarn"), ("rope_local_base_freq", 1e5, "rope_theta 100000.0"),
+        ("model_type", "gemma3", "model_type"), ("rope_scaling", dict(rope_type="yarn", factor=2.0), "yarn"),
+        ("rope_local_base_freq", 1e5, "100000.0"), ("layer_types", ["full_attention", "sliding_attention"], "period"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"holds no .*{phrase}"):
             read(**{"model_type": "gemma3_text", key: value})
 
 
 def test_a_student_learns_from_an_exported_teacher(ranks, tmp_path):
-    """Two phases, each from its first sequence; losses of layouts; a resume from before the last update, bit for bit; other starts."""
+    """Two phases; losses of layouts; a resume from before the last update, bit for bit; other starts."""
     pytest.importorskip("safetensors")
     one, mix, hf, text, less = (tmp_path / name for name in ("one", "mix", "hf", "text.txt", "less.txt"))
     losses = lambda out, key="loss": list({row["step"]: row[key] for row in map(json.loads, (out / "metrics.jsonl").open()) if key in row}.values())  # noqa: E731
@@ -202,25 +187,19 @@ def test_a_student_learns_from_an_exported_teacher(ranks, tmp_path):
     shape = [*sizes.split(), "--log_every=1", "--timeout=30", "--save_every=2", "--data", text]
     assert run_main("gemma", [*shape, "--steps=4", "--n_layers=4", "--export", hf])[0] == 0
     flags = [*shape, "--steps=5", "--long_tokens=1.2e6", "--teacher", hf, "--long_rope_factor=64", "--samples=7"]
-    with mock.patch.object(gemma, "get_batch", wraps=gemma.get_batch) as get_batch:
-        status, out, err = run_main("gemma", [*flags, "--out", one, "--export", tmp_path / "student"])
-    read = [(cfg.seq_len, first, n) for (corpus, first, n, cfg), _ in get_batch.call_args_list if not corpus.in_order]
-    assert read[:5] == [(16, 0, 8), (16, 8, 8), (32, 0, 4), (32, 4, 4), (32, 8, 4)], err  # another is read ahead
+    status, out, err = run_main("gemma", [*flags, "--out", one, "--export", tmp_path / "student"])
     assert "x 8 sequences of 16 | positions of global layers / 1" in out and "x 4 sequences of 32 | positions of global layers / 64" in out, err
     expected, val = losses(one), losses(one, "val_loss")[-1]
-    for n, more in ((2, []), (4, ["--dp_replicate=2"])):
-        results = ranks.run(n, run_main, "gemma", [*flags, "--micro_batch=1", *more, "--out", tmp_path / f"{n}"], timeout=120)
-        assert results[0][0] == 0 and losses(tmp_path / f"{n}") == pytest.approx(expected, rel=1e-5), results[0]
+    results = ranks.run(4, run_main, "gemma", [*flags, "--dp_replicate=2", "--out", tmp_path / "four"], timeout=120)
+    assert results[0][0] == 0 and losses(tmp_path / "four") == pytest.approx(expected, rel=1e-5), results[0]
     (one / "step_000000005").rename(tmp_path / "gone")
     status, out, err = run_main("gemma", [*flags, "--out", one, "--resume"])
     assert status == 0 and "step 4/5" not in out and losses(one) == expected and len(losses(one, "val_loss")) == 2 and "| bpb n/a |" in out
     for start, phrase in (
         ([*flags, "--init", tmp_path / "student", "--eval", "--seq_len=32", "--batch_size=4", "--long_tokens=0"], f"val 0 | loss {val:.4f}"),
-        ([*flags, "--init", hf, "--eval", "--export", tmp_path / "same"], "val 0"), ([*flags, "--data", less, "--out", one, "--eval"], "val 5"),
-        ([*shape, "--data", f"{text},{less}", "--steps=5", "--out", mix], "val 5"), ([*shape, "--dry_run", "--init", hf], "parameters 25,096"),
-        ([*shape, "--data", f"{text},{less}", "--out", mix, "--resume"], "val 5"), ([*flags, "--tokens=0", "--long_tokens=0"], "--tokens is 0"),
+        ([*shape, "--data", f"{text},{less}", "--steps=5", "--out", mix], "val 5"),
+        ([*shape, "--data", f"{text},{less}", "--out", mix, "--resume"], "val 5"),
         ([*flags, "--tokenizer=bytes", "--vocab_size=300"], "has 258 entries, and the student 300"),
     ):  # fmt: skip
         status, out, err = run_main("gemma", start)
         assert phrase in out + err, out + err
-    assert gemma.read_gemma_config(tmp_path / "same").rope_factor == 1, "--eval exports the positions that it validated, of the first phase"
