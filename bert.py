@@ -41,7 +41,6 @@ import fcntl
 import functools
 import hashlib
 import inspect
-import itertools
 import json
 import math
 import os
@@ -84,30 +83,30 @@ class Config:
     n_layers: int = 12  # number of blocks
     n_heads: int = 12  # H, number of attention heads
     hidden_dim: int = 3072  # F, width of the feed-forward layer
-    init_std: float = 0.02  # σ of the normal distribution of initial weights, cut at 2 σ
+    init_std: float = 0.02  # standard deviation σ of the initial weights before they are cut at 2 σ
     dropout: float = 0.1  # dropout of embeddings, residual branches and attention probabilities
     # Data, §3.1 and A.1
     data: str = ""  # text, or a directory of --write_instances; empty: Python's standard library
     sentences: Literal["prose", "lines"] = "prose"  # lines: one a line, blank lines end documents
-    tokenizer: str = "wordpiece:8192"  # vocab.txt, or wordpiece:N to learn N entries from text
+    tokenizer: str = "wordpiece:8192"  # vocab.txt, or learn wordpiece:N; one in --data, --init wins
     uncased: bool = True  # convert text to lower case and strip accents
     seq_len: int = 128  # T, sequence length in tokens in the first phase
-    long_seq_len: int = 512  # T in the second phase
-    long_share: float = 0.1  # share of the updates that the second phase has
-    short_seq_prob: float = 0.1  # probability that a document gets a random shorter length
+    long_seq_len: int = 512  # sequence length in tokens in the second phase
+    long_share: float = 0.1  # fraction of the updates that are in the second phase
+    short_seq_prob: float = 0.1  # probability that a document's pairs have a shorter, random length
     # Undisclosed: dupe_factor, and both P. They are the released code's; at 512, 0.15 T.
     dupe_factor: int = 10  # passes over the documents, each of which makes other pairs
-    masked_lm_prob: float = 0.15  # share of the tokens to predict
+    masked_lm_prob: float = 0.15  # fraction of the tokens to predict
     max_predictions: int = 20  # P, maximum number of predictions per sequence
-    long_max_predictions: int = 77  # P in the second phase
-    static_masks: bool = False  # mask an instance in the same way each time that it is read
+    long_max_predictions: int = 77  # maximum number of predictions per sequence in the second phase
+    static_masks: bool = False  # mask a sequence in the same way in each epoch
     # Objective
     nsp: bool = True  # next sentence prediction; without it, sequences of consecutive sentences
     objective: Literal["mlm", "rtd"] = "mlm"  # mlm: BERT; rtd: ELECTRA's replaced token detection
     # Optimization, A.2
     batch_size: int = 256  # sequences per update, over all ranks
     micro_batch: int = 0  # sequences per forward pass on one rank; 0: as many as the batch allows
-    long_micro_batch: int = 0  # micro_batch in the second phase; 0: the same
+    long_micro_batch: int = 0  # --micro_batch of the second phase; 0: the same as in the first
     steps: int = 1_000_000  # updates of the run
     lr: float = 1e-4  # peak learning rate
     warmup_steps: int = 10_000  # updates of linear warm-up; cut to a tenth of the run if longer
@@ -130,9 +129,9 @@ class Config:
     save_every: int = 1000  # updates between checkpoints
     resume: bool = False  # continue from the newest checkpoint in --out, if there is one
     eval: bool = False  # validate and sample the model of --init or --out, without training
-    init: str = ""  # Hugging Face checkpoint directory to start from; it sets sizes, case and nsp
+    init: str = ""  # Hugging Face checkpoint to start from; sets sizes, case, vocabulary and nsp
     export: str = ""  # directory to write a Hugging Face checkpoint to after training
-    write_instances: str = ""  # directory to write the instances of text to, then exit
+    write_instances: str = ""  # directory to write the sequences made from --data to, then exit
 
 LARGE = dict(dim=1024, n_layers=24, n_heads=16, hidden_dim=4096)
 RELEASED = dict(vocab_size=30522, compile=True, micro_batch=64, long_micro_batch=16)
@@ -268,10 +267,6 @@ class MaskedLMHead(nn.Module):
         x = self.norm(F.gelu(self.dense(x)))  # [..., W]
         return F.linear(x, token_embedding, self.bias)
 
-def gather_states(x, positions):
-    """The states at positions [B, P]: [B, T, D] -> [B, P, D]."""
-    return x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[2]))
-
 class BERT(nn.Module):
     """§3: tokens, segments, attention_mask [B, T] -> logits of the masked LM, [B, T, V] or, at
     positions [B, P], [B, P, V], and of the next sentence, [B, 2] or, without --nsp, None."""
@@ -292,7 +287,7 @@ class BERT(nn.Module):
             pooled = torch.tanh(self.pooler(x[:, 0]))  # the state of [CLS]: [B, D]
             next_logits = self.nsp(pooled)  # [B, 2]
         if positions is not None:
-            x = gather_states(x, positions)  # [B, P, D]
+            x = x.take_along_dim(positions[:, :, None], 1)  # [B, P, D]
         return self.mlm(x, self.embeddings.token.weight), next_logits
 
 class ELECTRA(nn.Module):
@@ -322,7 +317,8 @@ class ELECTRA(nn.Module):
         x = self.generator(x, attention_mask)
         if positions is None:
             return self.mlm(x, self.embeddings.token.weight), None, None
-        logits = self.mlm(gather_states(x, positions), self.embeddings.token.weight)  # [B, P, V]
+        x = x.take_along_dim(positions[:, :, None], 1)  # [B, P, D / 4]
+        logits = self.mlm(x, self.embeddings.token.weight)  # [B, P, V]
         # Samples at temperature 1, through which no gradient flows: the first entry whose
         # cumulative probability is at least a uniform number.
         cumulative = logits.detach().float().softmax(-1).cumsum(-1)
@@ -340,8 +336,9 @@ def build_model(cfg):
     return ELECTRA(cfg) if cfg.objective == "rtd" else BERT(cfg)
 
 def init_weights(model, cfg):
-    """Draw matrices and embeddings from a normal distribution of mean 0 and σ 0.02 that is cut at
-    2 σ; set biases to 0 and gains to 1 (code).
+    """Draw matrices and embeddings from a normal distribution of mean 0 and standard deviation
+    init_std that is cut at 2 init_std; ELECTRA's projections and last layer from Glorot's uniform
+    distribution; set biases to 0 and gains to 1 (code).
 
     Each parameter is drawn from a generator seeded by (seed, name), so that every layout
     starts from the same numbers. Raises ValueError for a parameter without a rule.
@@ -352,7 +349,7 @@ def init_weights(model, cfg):
         drawn = torch.empty(p.shape)
         if re.search(r"(token|segment|position|qkv|out|up|down|dense|pooler|nsp)\.weight$", name):
             p.data.copy_(nn.init.trunc_normal_(drawn, 0.0, std, -2 * std, 2 * std, generator))
-        elif re.search(r"(project|score)\.weight$", name):  # ELECTRA's code: TensorFlow's default
+        elif re.search(r"(project|score)\.weight$", name):  # TensorFlow's default
             p.data.copy_(nn.init.xavier_uniform_(drawn, generator=generator))
         elif name.endswith("bias"):
             nn.init.zeros_(p)
@@ -369,17 +366,15 @@ def count_parameters(model):
 def flops_per_token(cfg):
     """Training FLOPs per token: 2 per weight of a matrix product forward, twice that backward.
     Attention counts all T keys per query; a head counts for the share of positions it reads."""
-
-    def encoder(dim, hidden_dim):
-        weights = 4 * dim**2 + 2 * dim * hidden_dim
-        return cfg.n_layers * (weights + 2 * dim * cfg.seq_len)  # and q kᵀ, softmax(...) v
-
     D = cfg.dim
+    weights = 4 * D**2 + 2 * D * cfg.hidden_dim  # of a block
+    attention = 2 * D * cfg.seq_len  # q kᵀ and softmax(...) v
     predicted = cfg.max_predictions / cfg.seq_len
-    products = encoder(D, cfg.hidden_dim)
+    products = cfg.n_layers * (weights + attention)
     if cfg.objective == "rtd":
         W = D // 2
-        products += encoder(D // 4, cfg.hidden_dim // 4) + W * D // 4 + W * D + D * D + D
+        products += cfg.n_layers * (weights / 16 + attention / 4)  # generator: widths of a quarter
+        products += W * D // 4 + W * D + D * D + D
         products += predicted * (D // 4 + cfg.vocab_size) * W
     else:
         products += predicted * (D + cfg.vocab_size) * D
@@ -406,23 +401,21 @@ def prose_of(code):
 
 def clean_text(text, uncased):
     """Text without control characters and, uncased, in lower case and without accents (code)."""
-    text = text.lower() if uncased else text
     if text.isascii() and text.isprintable():
-        return text
-    categories = {c: unicodedata.category(c) for c in set(text)}
-    text = "".join(c for c in text if c in "\t\n\r" or categories[c] not in ("Cc", "Cf"))
+        return text.lower() if uncased else text
+    controls = [c for c in set(text) - set("\t\n\r") if unicodedata.category(c) in ("Cc", "Cf")]
+    text = text.translate(dict.fromkeys(map(ord, controls)))
     if uncased:
-        text = unicodedata.normalize("NFD", text)
-        text = "".join(c for c in text if unicodedata.category(c) != "Mn")
+        text = unicodedata.normalize("NFD", text.lower())
+        accents = [c for c in set(text) if unicodedata.category(c) == "Mn"]
+        text = text.translate(dict.fromkeys(map(ord, accents)))
     return text.replace("\ufffd", "")
 
 @functools.lru_cache(None)
 def set_apart(c):
     """The character c, with spaces around it if it is a word of its own (code): punctuation, other
-    ASCII that is neither letter nor digit, Chinese. A space for any white space."""
+    ASCII that is neither letter nor digit, Chinese."""
     chinese = r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002ceaf\U0002f800-\U0002fa1f]"
-    if c.isspace():
-        return " "
     symbol = c.isascii() and not c.isalnum()
     alone = symbol or unicodedata.category(c)[0] == "P" or re.match(chinese, c)
     return f" {c} " if alone else c
@@ -452,16 +445,13 @@ def split_sentences(documents, cfg):
 
 class WordPiece:
     """§3: words are cut greedily into the longest entries of the vocabulary; entries that continue
-    a word begin with ##. `name` names the vocabulary in an error."""
+    a word begin with ##. The first entry is [PAD]."""
 
-    def __init__(self, entries, name):
+    def __init__(self, entries):
         self.entries = entries
         self.ids = {entry: i for i, entry in enumerate(entries)}
         self.dtype = np.uint16 if len(entries) <= 2**16 else np.uint32
         self.cut = functools.lru_cache(2**16)(self.cut)
-        for token in SPECIALS:
-            if token not in self.ids or entries[0] != "[PAD]":
-                raise ValueError(f"{name}: [PAD] is not the first entry, or {token} is none")
 
     def cut(self, word):
         """Ids of a word; [UNK] if a part has no entry, or if it has more than 200 characters."""
@@ -488,9 +478,9 @@ class WordPiece:
         return " ".join(self.entries[i] for i in ids).replace(" ##", "")
 
 def learn_wordpiece(documents, size):
-    """A WordPiece of `size` entries from a list of (name, sentences): the special tokens, the most
-    frequent characters, which begin or continue a word, and the most frequent words. Of several
-    documents, those that is_held_out chooses are not read."""
+    """A WordPiece of at most `size` entries from a list of (name, sentences): the special tokens,
+    the most frequent characters, which begin or continue a word, and the most frequent words. Of
+    several documents, those that is_held_out chooses are not read."""
     # Undisclosed: how the paper's vocabulary was learned. Here words other than the frequent ones
     # are spelled in characters.
     words = collections.Counter()
@@ -503,15 +493,14 @@ def learn_wordpiece(documents, size):
     letters = [c for c, _ in letters.most_common(96)]
     entries = [*SPECIALS, *letters, *(f"##{c}" for c in letters if set_apart(c) == c)]
     entries = list(dict.fromkeys([*entries, *(word for word, _ in words.most_common())]))
-    if len(entries) < size:
-        raise ValueError(f"wordpiece:{size}: the text to train on has {len(entries)} entries")
-    return WordPiece(entries[:size], f"wordpiece:{size}")
+    return WordPiece(entries[:size])
 
 def load_wordpiece(path):
-    """The WordPiece of a vocab.txt."""
-    with explain(f"{path} is not UTF-8 text", UnicodeDecodeError):
-        lines = Path(path).read_text("utf-8").removesuffix("\n").split("\n")
-    return WordPiece(lines, path)
+    """The WordPiece of a vocab.txt, which has one entry a line."""
+    entries = Path(path).read_text("utf-8").removesuffix("\n").split("\n")
+    if entries[0] != "[PAD]" or not set(SPECIALS).issubset(entries):
+        raise ValueError(f"{path} must begin with [PAD] and have {', '.join(SPECIALS[1:])}")
+    return WordPiece(entries)
 
 def save_wordpiece(tokenizer, uncased, folder):
     """Write vocab.txt, and tokenizer_config.json as Hugging Face's BertTokenizer reads it."""
@@ -530,9 +519,9 @@ def split_documents(documents, nsp):
     """(training, held-out) documents, lists of sentences, of (name, sentences)."""
     # Undisclosed: the held-out split. Here about 5 % of the documents are held out, by a hash of
     # their names; of a single document, the last 5 % of the sentences.
-    names_and_sentences = sorted(documents, key=lambda document: stable_hash(document[0]))
-    documents = [sentences for _, sentences in names_and_sentences]
-    n_heldout = sum(is_held_out(name) for name, _ in names_and_sentences)  # they are the last ones
+    by_hash = sorted(documents, key=lambda document: stable_hash(document[0]))
+    n_heldout = sum(is_held_out(name) for name, _ in by_hash)  # they are the last ones
+    documents = [sentences for _, sentences in by_hash]
     if len(documents) == 1 and not nsp:
         n_train = len(documents[0]) * 19 // 20
         documents = [documents[0][:n_train], documents[0][n_train:]]
@@ -540,10 +529,8 @@ def split_documents(documents, nsp):
     n_heldout = max(n_heldout, least)
     train = documents[:-n_heldout]
     if len(train) < least or max(map(len, train)) < least:
-        raise ValueError(
-            f"{len(names_and_sentences)} documents are too few: to train on {least} and hold out "
-            f"{least}, one of them of {least} sentences"
-        )
+        needed = f"{least} to train on, one of them of {least} sentences, and {least} to hold out"
+        raise ValueError(f"{len(by_hash)} documents of text are too few: needed are {needed}")
     return train, documents[-n_heldout:]
 
 def create_pairs(documents, index, length, short_seq_prob, rng):
@@ -560,38 +547,29 @@ def create_pairs(documents, index, length, short_seq_prob, rng):
         size += len(document[i])
         if i == len(document) - 1 or size >= target:
             a_end = rng.randint(1, len(chunk) - 1) if len(chunk) >= 2 else 1
-            a = list(itertools.chain.from_iterable(chunk[:a_end]))
-            b = list(itertools.chain.from_iterable(chunk[a_end:]))
+            a = collections.deque(sum(chunk[:a_end], []))
+            b = collections.deque(sum(chunk[a_end:], []))
             is_random = len(chunk) == 1 or rng.random() < 0.5
             if is_random:
-                for _ in range(10):
-                    other = rng.randint(0, len(documents) - 1)
-                    if other != index:
-                        break
+                draws = (rng.randint(0, len(documents) - 1) for _ in range(10))
+                other = next((draw for draw in draws if draw != index), index)
                 start = rng.randint(0, len(documents[other]) - 1)
-                b = []
+                b.clear()
                 for sentence in documents[other][start:]:
                     b += sentence
                     if len(b) >= target - len(a):
                         break
                 i -= len(chunk) - a_end  # put the unused sentences back
-            yield *truncate_pair(a, b, max_tokens, rng), is_random
+            while len(a) + len(b) > max_tokens:
+                longer = a if len(a) > len(b) else b
+                if rng.random() < 0.5:
+                    longer.popleft()
+                else:
+                    longer.pop()
+            yield a, b, is_random
             chunk = []
             size = 0
         i += 1
-
-def truncate_pair(a, b, max_tokens, rng):
-    """A and B with at most max_tokens together: the longer one loses its first or last token, at
-    random, until they fit."""
-    a = collections.deque(a)
-    b = collections.deque(b)
-    while len(a) + len(b) > max_tokens:
-        longer = a if len(a) > len(b) else b
-        if rng.random() < 0.5:
-            longer.popleft()
-        else:
-            longer.pop()
-    return a, b
 
 def full_sentences(documents, length, separator):
     """Sequences (A, no B, False) of as many consecutive sentences as fit, with a separator after
@@ -617,23 +595,23 @@ def write_instances(folder, documents, tokenizer, cfg):
     """Write the instances of documents to a new or empty folder, with the vocabulary. Each is a row
     of T + 1 numbers: the lengths of A and B, whether B is random, the ids of A and B, zeros."""
     train, heldout = split_documents(documents, cfg.nsp)
-    splits = [("train", train, cfg.dupe_factor), ("val", heldout, 1)]
     with written_beside(folder) as partial:
         save_wordpiece(tokenizer, cfg.uncased, partial)
-        for (split, part, passes), phase in itertools.product(splits, phases_of(cfg)):
-            rng = random.Random(stable_hash(cfg.seed, split, phase.seq_len))
-            if cfg.nsp:
-                instances = (
-                    pair for _ in range(passes) for index in range(len(part))
-                    for pair in create_pairs(part, index, phase.seq_len, cfg.short_seq_prob, rng)
-                )  # fmt: skip
-            else:
-                instances = full_sentences(part, phase.seq_len, tokenizer.ids["[SEP]"])
-            with open(instances_path(partial, split, phase), "wb") as file:
-                for a, b, is_random in instances:
-                    row = np.zeros(phase.seq_len + 1, tokenizer.dtype)
-                    row[: 3 + len(a) + len(b)] = [len(a), len(b), is_random, *a, *b]
-                    file.write(row)
+        for split, part, passes in (("train", train, cfg.dupe_factor), ("val", heldout, 1)):
+            for phase in phases_of(cfg):
+                T = phase.seq_len
+                rng = random.Random(stable_hash(cfg.seed, split, T))
+                instances = full_sentences(part, T, tokenizer.ids["[SEP]"])
+                if cfg.nsp:
+                    instances = (
+                        pair for _ in range(passes) for index in range(len(part))
+                        for pair in create_pairs(part, index, T, cfg.short_seq_prob, rng)
+                    )  # fmt: skip
+                with open(instances_path(partial, split, phase), "wb") as file:
+                    for a, b, is_random in instances:
+                        row = np.zeros(T + 1, tokenizer.dtype)
+                        row[: 3 + len(a) + len(b)] = [len(a), len(b), is_random, *a, *b]
+                        file.write(row)
 
 class Instances:
     """The instances of a split: rows[T] are those of length T, memory-mapped, [n, T + 1]."""
@@ -733,38 +711,37 @@ def masked_lm(logits, batch):
     hits = (logits.argmax(-1) == labels).sum()
     return nats / (batch["n_targets"] + 1e-5), hits / max(batch["n_targets"], 1)
 
-def objective(model, batch, cfg):
-    """A.2: the mean masked LM loss plus the mean next sentence loss, and metrics. Each mean is a
-    sum over this batch divided by the count of the global batch."""
-    if cfg.objective == "rtd":
-        return replaced_token_detection(model, batch, cfg)
-    names = "tokens", "segments", "attention_mask", "positions"
-    with torch.autocast(batch["tokens"].device.type, torch.bfloat16, cfg.precision == "bf16"):
-        logits, next_logits = model(*(batch[name] for name in names))  # [B, P, V], [B, 2]
-    loss, hits = masked_lm(logits, batch)
-    metrics = {"mlm": loss, "mlm_acc": hits}
-    if cfg.nsp:
-        n = batch["n_sequences"]
-        is_random = batch["is_random"]  # label 0: IsNext, 1: NotNext (code)
-        metrics["nsp"] = F.cross_entropy(next_logits.float(), is_random, reduction="sum") / n
-        metrics["nsp_acc"] = (next_logits.argmax(-1) == is_random).sum() / n
-        loss = loss + metrics["nsp"]
-    return loss, metrics
-
-def replaced_token_detection(model, batch, cfg):
-    """ELECTRA §2: the generator's masked LM loss plus 50 times the discriminator's mean sigmoid
-    cross-entropy over all tokens other than padding, and metrics."""
-    names = "tokens", "segments", "attention_mask", "positions", "labels", "uniform"
-    with torch.autocast(batch["tokens"].device.type, torch.bfloat16, cfg.precision == "bf16"):
-        logits, scores, replaced = model(*(batch[name] for name in names))
-    mlm, mlm_acc = masked_lm(logits, batch)
+def replaced_token_detection(scores, replaced, batch):
+    """ELECTRA §2: the discriminator's mean sigmoid cross-entropy over all tokens other than
+    padding, scores and replaced [B, T], and the share of them that it classifies correctly."""
     scores = scores[batch["attention_mask"]].float()  # [n_tokens]
     replaced = replaced[batch["attention_mask"]]
     nats = F.binary_cross_entropy_with_logits(scores, replaced.float(), reduction="sum")
-    rtd = nats / batch["n_tokens"]
-    rtd_acc = ((scores > 0) == replaced).sum() / batch["n_tokens"]
-    metrics = {"mlm": mlm, "mlm_acc": mlm_acc, "rtd": rtd, "rtd_acc": rtd_acc}
-    return mlm + 50 * rtd, metrics
+    hits = ((scores > 0) == replaced).sum()
+    return nats / batch["n_tokens"], hits / batch["n_tokens"]
+
+def objective(model, batch, cfg):
+    """A.2: the mean masked LM loss plus the mean next sentence loss, and metrics; for ELECTRA, the
+    generator's masked LM loss plus 50 times the discriminator's loss (ELECTRA §2). Each mean is a
+    sum over this batch divided by the count of the global batch."""
+    names = ["tokens", "segments", "attention_mask", "positions"]
+    if cfg.objective == "rtd":
+        names += ["labels", "uniform"]
+    with torch.autocast(batch["tokens"].device.type, torch.bfloat16, cfg.precision == "bf16"):
+        logits, *others = model(*(batch[name] for name in names))  # [B, P, V]
+    loss, hits = masked_lm(logits, batch)
+    metrics = {"mlm": loss, "mlm_acc": hits}
+    if cfg.objective == "rtd":
+        metrics["rtd"], metrics["rtd_acc"] = replaced_token_detection(*others, batch)
+        loss = loss + 50 * metrics["rtd"]
+    elif cfg.nsp:
+        n = batch["n_sequences"]
+        next_logits = others[0].float()  # [B, 2]
+        is_random = batch["is_random"]  # label 0: IsNext, 1: NotNext (code)
+        metrics["nsp"] = F.cross_entropy(next_logits, is_random, reduction="sum") / n
+        metrics["nsp_acc"] = (next_logits.argmax(-1) == is_random).sum() / n
+        loss = loss + metrics["nsp"]
+    return loss, metrics
 
 # ---------------------------------------- Optimizer ----------------------------------------
 
@@ -826,9 +803,8 @@ def phases_of(cfg):
 def phase_at(step, cfg):
     """A.2: cfg in the phase of that step; the last updates, a share of long_share, are long."""
     n_long = round(cfg.long_share * cfg.steps)
-    if n_long and step >= cfg.steps - n_long:
-        return phases_of(cfg)[-1]
-    return cfg
+    is_long = n_long > 0 and step >= cfg.steps - n_long
+    return phases_of(cfg)[-1] if is_long else cfg
 
 # ---------------------------------------- Precision ----------------------------------------
 
@@ -855,10 +831,7 @@ def parallelize(model, cfg, mesh):
             block.compile(dynamic=False)
     if mesh.size() == 1:
         return model
-    # static_graph is faster, but gives wrong gradients when gradients are accumulated.
-    static_graph = all(split_batch(phase, mesh.size())[0] == 1 for phase in phases_of(cfg))
-    options = {"gradient_as_bucket_view": True, "static_graph": static_graph}
-    return nn.parallel.DistributedDataParallel(model, process_group=mesh.get_group(), **options)
+    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 # ---------------------------------------- Checkpoint ----------------------------------------
 
@@ -913,8 +886,6 @@ def from_hf(path):
         cfg.nsp = "cls.seq_relationship.weight" in tensors
         model = BERT(cfg)
         for name, tensor in bert_tensors(model):
-            if tensors[name].shape != tensor.shape:
-                raise ValueError(f"{name} is {list(tensors[name].shape)}, not {list(tensor.shape)}")
             tensor.copy_(tensors[name])
     return model, cfg
 
@@ -923,7 +894,6 @@ def to_hf(model, cfg, path):
     from safetensors.torch import save_file
 
     config = {key: getattr(cfg, field) for field, (key, _) in HF_CONFIG.items()} | HF_FIXED
-    config |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), cfg.dropout)
     config["architectures"] = ["BertForPreTraining" if cfg.nsp else "BertForMaskedLM"]
     tensors = {k: v.cpu().clone() for k, v in bert_tensors(model)}
     with written_beside(path) as folder:
@@ -1113,35 +1083,25 @@ def validate_objective(model, heldout, step, cfg, device, rank, ranks):
         row["val_majority"] = max(share, 1 - share)
     log(cfg.out, step, f"val {step}", row, [f"length {cfg.seq_len}"])
 
-def sample(model, ids, segments, mask, allowed_ids, cfg):
-    """ids, with the model's most likely id in place of each id `mask`; allowed_ids, boolean, marks
-    which of the first ids of the vocabulary it may be."""
-    device = model.embeddings.token.weight.device
-    tokens = torch.tensor([ids], device=device)  # [1, T]
-    segments = torch.tensor([segments], device=device)
-    autocast = torch.autocast(device.type, torch.bfloat16, cfg.precision == "bf16")
-    with evaluation_mode(model, cfg.compile), autocast:
-        logits = model(tokens, segments, tokens >= 0)[0][0].float().cpu()  # [T, V]
-    best = logits[:, : len(allowed_ids)].masked_fill(~allowed_ids, -math.inf).argmax(-1)  # [T]
-    return [best_id if i == mask else i for i, best_id in zip(ids, best.tolist())]
-
-def fill_masks(model, heldout, cfg):
+def sample(model, heldout, cfg):
     """Print the prompt, or a held-out sequence, with [MASK] and with the model's predictions."""
     tokenizer = heldout.tokenizer
     mask = tokenizer.ids["[MASK]"]
     batch = get_batch(heldout, 0, 1, cfg)
-    ids = batch["tokens"][0, : batch["n_tokens"]].tolist()
-    segments = batch["segments"][0, : batch["n_tokens"]].tolist()
+    tokens = batch["tokens"][:, : batch["n_tokens"]]  # [1, T]
+    segments = batch["segments"][:, : batch["n_tokens"]]
     if cfg.prompt:
         ids = [tokenizer.ids["[CLS]"]]
         for part in cfg.prompt.split("[MASK]"):
             ids += [*tokenizer.encode(clean_text(part, cfg.uncased)), mask]
-        ids = [*ids[:-1][: cfg.context - 1], tokenizer.ids["[SEP]"]]
-        segments = [0] * len(ids)
-    special = re.compile(r"\[[A-Z]+\]|\[unused\d+\]")
-    allowed_ids = torch.tensor([not special.fullmatch(entry) for entry in tokenizer.entries])
-    filled = sample(model, ids, segments, mask, allowed_ids, cfg)
-    print(f"masked: {tokenizer.decode(ids)}\nfilled: {tokenizer.decode(filled)}")
+        tokens = torch.tensor([[*ids[:-1][: cfg.context - 1], tokenizer.ids["[SEP]"]]])
+        segments = torch.zeros_like(tokens)
+    device = model.embeddings.token.weight.device
+    with evaluation_mode(model, cfg.compile):
+        logits, *_ = model(*(x.to(device) for x in (tokens, segments, tokens >= 0)))  # [1, T, V]
+    best = logits[..., : len(tokenizer.entries)].argmax(-1).cpu()  # [1, T]
+    filled = torch.where(tokens == mask, best, tokens)
+    print(f"masked: {tokenizer.decode(tokens[0])}\nfilled: {tokenizer.decode(filled[0])}")
 
 def check(cfg, ranks):
     """Raise ValueError for a configuration that cannot run on that many ranks."""
@@ -1151,20 +1111,16 @@ def check(cfg, ranks):
             raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
     for phase in phases_of(cfg):
         n_micro, micro = split_batch(phase, ranks)
-        rtd = cfg.objective == "rtd"
         for wrong, message in (
             (cfg.dim % cfg.n_heads, f"{cfg.n_heads} heads do not divide the width {cfg.dim}"),
-            (rtd and cfg.dim % (4 * max(cfg.n_heads // 4, 1)),
-             f"{cfg.n_heads} heads do not divide the generator's width, a quarter of {cfg.dim}"),
             (phase.seq_len > cfg.context,
              f"sequences of {phase.seq_len} tokens exceed --context {cfg.context}"),
-            (phase.seq_len < 5,
-             f"sequences of {phase.seq_len} tokens do not hold [CLS] a [SEP] b [SEP]"),
             (ranks * n_micro * micro != cfg.batch_size,
              f"--batch_size {cfg.batch_size} is not {ranks} ranks x n micro-batches of {micro}"),
             (cfg.resume and not cfg.out, "--resume needs --out"),
             (cfg.eval and not cfg.out and not cfg.init, "--eval needs --out or --init"),
-            (rtd and (cfg.init or cfg.export), "--init and --export are for --objective mlm"),
+            (cfg.objective == "rtd" and (cfg.init or cfg.export),
+             "--init and --export are for --objective mlm"),
             (cfg.write_instances and ranks > 1, "--write_instances runs in one process"),
             (cfg.prompt and "[MASK]" not in cfg.prompt, "--prompt has no [MASK] to fill in"),
         ):  # fmt: skip
@@ -1175,10 +1131,9 @@ def check(cfg, ranks):
 def dry_run(cfg):
     """Print parameters, and FLOPs per token and memory per rank in each phase, computed from shapes
     alone."""
-    if not cfg.vocab_size and cfg.tokenizer.startswith("wordpiece:"):
-        cfg.vocab_size = int(cfg.tokenizer.removeprefix("wordpiece:"))
     if not cfg.vocab_size:
-        cfg.vocab_size = len(load_wordpiece(cfg.tokenizer).entries)
+        size = cfg.tokenizer.removeprefix("wordpiece:")
+        cfg.vocab_size = int(size) if size.isdigit() else len(load_wordpiece(size).entries)
     check(cfg, cfg.world_size)
     with torch.device("meta"):
         total, activated = count_parameters(build_model(cfg))
@@ -1188,25 +1143,23 @@ def dry_run(cfg):
     # entry of a GPU's two dropout masks. The loss holds three fp32 tensors of V per slot; with
     # recomputation, which keeps each block's fp32 input, the peak is there or in the recomputed
     # block. Autocast keeps bf16 copies of the weights.
-    widths = [(cfg.dim, cfg.hidden_dim)]
-    if cfg.objective == "rtd":
-        widths.append((cfg.dim // 4, cfg.hidden_dim // 4))
     size = 2 if cfg.precision == "bf16" else 4
-    block = sum(8 * D + size * (6 * D + 2 * F) + 2 * D * (cfg.dropout > 0) for D, F in widths)
-    block_input = sum(4 * D for D, _ in widths)
-    slot = 3 * size * cfg.dim + 4 * cfg.dim + 12 * cfg.vocab_size
+    encoders = 1.25 if cfg.objective == "rtd" else 1  # a generator has a quarter of the widths
+    D = encoders * cfg.dim
+    block = (8 + 6 * size + 2 * (cfg.dropout > 0)) * D + 2 * size * encoders * cfg.hidden_dim
+    slot = (3 * size + 4) * cfg.dim + 12 * cfg.vocab_size
     for phase in phases_of(cfg):
         print(f"FLOPs per token {flops_per_token(phase):.4g} at length {phase.seq_len}", end=" ")
         print(f"| 6 N gives {6 * activated:.4g}")
         head = slot * phase.max_predictions / phase.seq_len
-        per_position = cfg.n_layers * block + head
+        kept = cfg.n_layers * block + head  # bytes per position
         if cfg.recompute == "block":
-            per_position = cfg.n_layers * block_input + max(block, head)
-        per_position += 2 * block_input  # inputs of the embeddings' norm and of the heads
-        activations = split_batch(phase, cfg.world_size)[1] * phase.seq_len * per_position
-        activations += 2 * total * (cfg.precision == "bf16")
+            kept = cfg.n_layers * 4 * D + max(block, head)
+        kept += 2 * 4 * D  # inputs of the embeddings' norm and of the heads
+        n_positions = split_batch(phase, cfg.world_size)[1] * phase.seq_len
         memory = {"parameters": 4 * total, "gradients": 4 * total, "optimizer": 8 * total}
-        print_memory(memory | {"activations": activations})
+        memory["activations"] = n_positions * kept + 2 * total * (cfg.precision == "bf16")
+        print_memory(memory)
 
 def train(model, optimizer, corpus, heldout, state, run, device):
     """Update the model until the end of the run; returns False if a signal ends it earlier."""
@@ -1271,48 +1224,40 @@ def train(model, optimizer, corpus, heldout, state, run, device):
             raise ValueError(f"no finite gradient in the last {n_skipped} steps to {step + 1}")
 
 def choose_tokenizer(cfg, documents):
-    """The WordPiece of vocab.txt in --data, --init or, if the run continues, --out; else that of
-    --tokenizer, which is a vocab.txt or learned from documents."""
+    """The WordPiece of the vocab.txt in --data, --init or, if the run continues, --out; else that
+    of --tokenizer, which is a vocab.txt or learned from documents."""
     out = cfg.out if cfg.resume or cfg.eval else ""
-    for folder in (cfg.data, cfg.init, out):
-        if folder and os.path.exists(f"{folder}/vocab.txt"):
-            return load_wordpiece(f"{folder}/vocab.txt")
-    if not cfg.tokenizer.startswith("wordpiece:"):
-        return load_wordpiece(cfg.tokenizer)
+    paths = [f"{folder}/vocab.txt" for folder in (cfg.data, cfg.init, out) if folder]
+    path = next(filter(os.path.exists, paths), cfg.tokenizer)
+    if not path.startswith("wordpiece:"):
+        return load_wordpiece(path)
     if cfg.init:
         raise ValueError(f"--init {cfg.init} has no vocab.txt: --tokenizer is needed")
-    return learn_wordpiece(documents, int(cfg.tokenizer.removeprefix("wordpiece:")))
+    return learn_wordpiece(documents, int(path.removeprefix("wordpiece:")))
 
 def load_instances(cfg):
-    """(training, held-out) Instances of --data, which are made here if it is text; sets
-    cfg.vocab_size, and cfg.uncased if they are made. With --write_instances they are written
-    instead, and the result is None."""
-    made = cfg.data and os.path.exists(f"{cfg.data}/tokenizer_config.json")
-    documents = []
-    if made:
+    """The training and the held-out Instances of --data, a directory of --write_instances or text
+    from which they are made. Sets cfg.vocab_size and, from such a directory, cfg.uncased. With
+    --write_instances they are written instead, and the result is None."""
+    prepared = cfg.data and os.path.exists(f"{cfg.data}/tokenizer_config.json")
+    if prepared:
         cfg.uncased = read_uncased(cfg.data)
-    else:
-        files, shards = find_files(cfg.data)
-        if shards:
-            raise ValueError(f"{cfg.data} must be text or a directory of --write_instances")
-        documents = split_sentences(read_documents(cfg.data, files), cfg)
-    if made and cfg.write_instances:
-        raise ValueError(f"--write_instances reads text, and {cfg.data} has instances")
-    if cfg.tokenizer.startswith("wordpiece:"):
-        documents = list(documents)  # read twice
+    files = [] if prepared else find_files(cfg.data)[0]
+    documents = list(split_sentences(read_documents(cfg.data, files), cfg))
     tokenizer = choose_tokenizer(cfg, documents)
     n = len(tokenizer.entries)
     cfg.vocab_size = cfg.vocab_size or n
+    sizes = f"{n:,} entries in the tokenizer, {cfg.vocab_size:,} in the model"
     if cfg.vocab_size < n:
-        raise ValueError(f"--vocab_size {cfg.vocab_size} is less than the tokenizer's {n} entries")
+        raise ValueError(f"{sizes}, as --vocab_size, --preset or --init has it")
     if cfg.vocab_size > n:
-        print(f"warning: a vocabulary of {cfg.vocab_size:,} entries, and {n:,} in the tokenizer")
+        print(f"warning: {sizes}")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = cfg.data if made else cfg.write_instances or f"{temporary}/instances"
-        if not made:
+        folder = cfg.data if prepared else cfg.write_instances or f"{temporary}/instances"
+        if not prepared:
             write_instances(folder, tokenize_sentences(documents, tokenizer), tokenizer, cfg)
         if cfg.write_instances:
-            return print(f"{cfg.write_instances}: the instances are written")
+            return print(f"{folder}: the instances are written")
         return [Instances(folder, split, tokenizer, cfg) for split in ("train", "val")]
 
 @record
@@ -1362,9 +1307,8 @@ def main(argv=None):
         phase = phase_at(state["sequences"] / cfg.batch_size, cfg)
         n_micro, micro = split_batch(phase, ranks)
         n_tokens = cfg.batch_size * phase.seq_len
-        n_instances = len(corpus.rows[phase.seq_len])
-        print(f"torch {torch.__version__} | {device.type} {cfg.precision}", end=" | ")
-        print(f"{n_instances:,} instances")
+        n_rows = len(corpus.rows[phase.seq_len])
+        print(f"torch {torch.__version__} | {device.type} {cfg.precision} | {n_rows:,} instances")
         print("parameters {:,} | activated {:,}".format(*count_parameters(model)), end=" | ")
         print(f"FLOPs per token {flops_per_token(phase):.3g} | tokens per step", end=" ")
         print(f"{n_tokens:,} = {ranks} ranks x {n_micro} x {micro} sequences of {phase.seq_len}")
@@ -1374,7 +1318,7 @@ def main(argv=None):
             to_hf(model, cfg, cfg.export)
             save_wordpiece(corpus.tokenizer, cfg.uncased, cfg.export)
         if dist.get_rank() == 0:
-            fill_masks(model, heldout, phase_at(state["sequences"] / cfg.batch_size, cfg))
+            sample(model, heldout, phase_at(state["sequences"] / cfg.batch_size, cfg))
 
 # ---------------------------------------- Plumbing ----------------------------------------
 

@@ -76,7 +76,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.utils.checkpoint import (
-    CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn,
+    CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts,
 )  # fmt: skip
 
 # ---------------------------------------- Config ----------------------------------------
@@ -219,19 +219,16 @@ def plan(cfg):
     parts = []  # (updates, Config)
     tokens = 0
     first_batch = cfg.first_batch or cfg.batch_size
-    for size in [*range(first_batch, cfg.batch_size, cfg.batch_multiple), cfg.batch_size]:
-        end = cfg.tokens
-        if size < cfg.batch_size:
-            share = (size + cfg.batch_multiple - first_batch) / (cfg.batch_size - first_batch)
-            end = min(cfg.ramp_tokens * min(share, 1.0), cfg.tokens)
-        n_updates = max(math.ceil((end - tokens) / (size * cfg.seq_len)), 0)
+    sizes = [*range(first_batch, cfg.batch_size, cfg.batch_multiple), cfg.batch_size]
+    ends = [*np.linspace(0.0, cfg.ramp_tokens, len(sizes))[1:], cfg.tokens]
+    for size, end in zip(sizes, ends):
+        n_updates = math.ceil((min(end, cfg.tokens) - tokens) / (size * cfg.seq_len))
+        n_updates = max(n_updates, 0)
         parts.append((n_updates, dataclasses.replace(cfg, batch_size=size)))
         tokens += n_updates * size * cfg.seq_len
     for part in filter(None, cfg.long.split(",")):
-        numbers = re.fullmatch(r"([1-9]\d*)x([1-9]\d*):([1-9]\d*)", part)
-        if not numbers:
-            raise ValueError(f"--long: {part} is not LENGTHxSEQUENCES:STEPS")
-        length, size, n_updates = map(int, numbers.groups())
+        with explain(f"--long: {part} is not LENGTHxSEQUENCES:STEPS", ValueError):
+            length, size, n_updates = map(int, re.split("[x:]", part))
         changes = dict(seq_len=length, batch_size=size, rope_factor=cfg.long_rope_factor)
         parts.append((n_updates, dataclasses.replace(cfg, **changes)))
     phases = []
@@ -653,8 +650,11 @@ def is_expert(name):
     return ".experts." in name
 
 def routers(model):
-    """The routers of a model or a part of it, in order."""
-    return [module for module in model.modules() if isinstance(module, Router)]
+    """{layer: Router} of a model or a part of it; layer -1 is that of multi-token prediction."""
+    blocks = {int(number): block for number, block in model.blocks.items()}
+    if model.mtp:
+        blocks[-1] = model.mtp.block
+    return {i: block.mlp.router for i, block in blocks.items() if isinstance(block.mlp, MoE)}
 
 def count_parameters(model):
     """(total, activated by a token) parameters of the main model, without multi-token prediction
@@ -662,7 +662,7 @@ def count_parameters(model):
     sizes = {name: p.numel() for name, p in model.named_parameters() if name[:4] != "mtp."}
     total = sum(sizes.values())
     routed = sum(n for name, n in sizes.items() if is_expert(name))
-    router = routers(model)[-1]
+    *_, router = routers(model).values()
     return total, total - routed * (len(router.bias) - router.top_k) // len(router.bias)
 
 def layer_sizes(cfg):
@@ -683,11 +683,9 @@ def flops_per_token(cfg):
     head_widths = cfg.n_heads * (2 * cfg.head_dim + cfg.rope_dim)
     attention += head_widths * (cfg.seq_len + 1) / 2  # q kᵀ, A v
     moe = shared + cfg.top_k * expert
-    head = cfg.dim * cfg.vocab_size
-    weights = cfg.n_layers * attention + cfg.n_dense * dense
-    weights += (cfg.n_layers - cfg.n_dense) * moe + head
-    if cfg.mtp:
-        weights += 2 * cfg.dim**2 + attention + moe + head
+    n_moe = cfg.n_layers - cfg.n_dense + cfg.mtp
+    weights = (cfg.n_dense + n_moe) * attention + cfg.n_dense * dense + n_moe * moe
+    weights += (1 + cfg.mtp) * cfg.dim * cfg.vocab_size + cfg.mtp * 2 * cfg.dim**2
     return 6 * weights
 
 # ---------------------------------------- Data ----------------------------------------
@@ -801,10 +799,6 @@ class AdamWithBF16Moments(torch.optim.AdamW):
         super().step()
         self.cast_moments(torch.bfloat16)
 
-    def load_state_dict(self, state_dict):
-        super().load_state_dict(state_dict)
-        self.cast_moments(torch.bfloat16)
-
 def build_optimizer(flats, cfg):
     """§4.2: AdamW over the masters of {name: FlatParameters}; with bf16 moments under fp8."""
     # Undisclosed: eps, and what is decayed. Here matrices and embeddings, but no gains of norms.
@@ -832,15 +826,17 @@ def learning_rate(tokens, cfg):
     done = min(max((share * 14.8 - 10) / 4.3, 0.0), 1.0)
     return cfg.min_lr + (cfg.lr - cfg.min_lr) / 2 * (1 + math.cos(math.pi * done))
 
-def update_biases(balanced, gamma, group):
-    """§2.1.2: b += γ sign(mean load - load) for each router, with loads summed over the
-    data-parallel ranks and micro-batches of an update. Returns load / mean load, [layers, X]."""
-    loads = torch.stack([router.load for router in balanced])
-    dist.all_reduce(loads, group=group)
-    mean = loads.mean(1, keepdim=True)
-    for router, change in zip(balanced, torch.sign(mean - loads)):
-        router.bias += gamma * change
+def update_biases(own, gamma, loads):
+    """§2.1.2: b += γ sign(mean load - load) for the routers of this rank, own = {layer: Router},
+    with loads summed over the ranks and micro-batches of an update. Returns load / mean load of all
+    layers; `loads` is a tensor of zeros of that shape, [layers + 1, X]."""
+    for layer, router in own.items():
+        loads[layer] = router.load
         router.load.zero_()
+    dist.all_reduce(loads)
+    mean = loads.mean(1, keepdim=True)
+    for layer, router in own.items():
+        router.bias += gamma * torch.sign(mean - loads)[layer]
     return loads / mean.clamp(min=1e-9)
 
 # ---------------------------------------- Precision ----------------------------------------
@@ -894,17 +890,15 @@ def scaled_product(a, b, dtype):
     """a bᵀ of codes and scales of a [M, K] and b [N, K] in tiles along K, summed in fp32."""
     if not has_fp8_kernels(a[0].device) or not a[0].numel():
         return (dequantize(*a) @ dequantize(*b).T).to(dtype)
-    kinds = []
-    scales = []
-    for codes, scale in (a, b):  # the layouts that the kernels ask for
-        if len(scale) == len(codes):
-            kinds.append(F.ScalingType.BlockWise1x128)
-            scales.append(scale.T.contiguous().T)  # column-major
+    scaling = []  # scales and their kind, of a and of b, in the layouts that the kernels ask for
+    for codes, scales in (a, b):
+        if len(scales) == len(codes):
+            column_major = scales.T.contiguous().T
+            scaling += column_major, F.ScalingType.BlockWise1x128
         else:
-            kinds.append(F.ScalingType.BlockWise128x128)
-            scales.append(F.pad(scale, (0, -scale.shape[1] % 4)).T)
-    settings = scales[0], kinds[0], scales[1], kinds[1]
-    return F.scaled_mm(a[0], b[0].T, *settings, output_dtype=dtype)
+            padded = F.pad(scales, (0, -scales.shape[1] % 4))
+            scaling += padded.T, F.ScalingType.BlockWise128x128
+    return F.scaled_mm(a[0], b[0].T, *scaling, output_dtype=dtype)
 
 def fprop(tiles, blocks, dtype):
     """Y = X Wᵀ: X in tiles of 1 x 128, W in blocks of 128 x 128."""
@@ -1012,12 +1006,6 @@ def forget_codes(model):
 
 # ---------------------------------------- Parallelism ----------------------------------------
 
-def expert_mesh(cfg, device_type):
-    """§3.2: ranks by pipeline stage, copy of the experts, and part of the experts, the last
-    innermost: where a node has X / n_groups experts, a token reaches groups_kept nodes at most."""
-    sizes = dict(pp=cfg.pp, dp=cfg.dp, ep=cfg.ep)
-    return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-
 def fit_layout(cfg, ranks):
     """cfg with ep and dp chosen where they are 0: ep divides the experts, the ranks of a stage and
     8; dp takes all ranks that are left."""
@@ -1096,14 +1084,14 @@ def set_dtypes(model, cfg):
         if keeps_bf16(name, cfg):
             p.data = p.data.bfloat16()
 
+def recomputed(function, **settings):
+    """The function with activation checkpointing: inputs are saved, the rest is computed again."""
+    return functools.partial(checkpoint, function, use_reentrant=False, **settings)
+
 def keep_attention(context, operator, *args, **kwargs):
     """Policy of selective checkpointing: save the outputs of attention, recompute the rest."""
     is_attention = "scaled_dot_product" in operator.name()
     return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
-
-def recomputed(function, context_fn=noop_context_fn):
-    """The function with activation checkpointing: inputs are saved, the rest is computed again."""
-    return functools.partial(checkpoint, function, use_reentrant=False, context_fn=context_fn)
 
 def recompute_activations(model, how):
     """Recompute blocks, or as the paper (§3.2.3) norms and up-projections of attention, the output
@@ -1115,7 +1103,7 @@ def recompute_activations(model, how):
         if how == "block" and isinstance(module, Block):
             module.forward = recomputed(module.forward)
         if how == "paper" and isinstance(module, Block):
-            module.attend = recomputed(module.attend, contexts)
+            module.attend = recomputed(module.attend, context_fn=contexts)
         if how == "paper" and isinstance(module, Router):
             module.affinities = recomputed(module.affinities)
         if how == "paper" and isinstance(module, Experts):
@@ -1133,32 +1121,29 @@ def parallelize(model, cfg, mesh):
         model.final_norm = model.head = model.mtp = None
     if stage > 0 and not (is_last and cfg.mtp):  # multi-token prediction has a copy
         model.token_embedding = None
-    for module in model.modules():
-        if isinstance(module, Experts):
-            n = cfg.n_experts // cfg.ep
-            module.gate_up = nn.Parameter(module.gate_up[:n])
-            module.down = nn.Parameter(module.down[:n])
+    dispatch = all_to_all
     if cfg.precision != "fp32":
         model.dtype = torch.bfloat16
     if cfg.precision == "fp8":
         use_fp8(model)
-    set_dtypes(model, cfg)
-    model.to_empty(device=mesh.device_type)
-    for p in model.parameters():
-        p.grad_dtype = torch.float32
-
+        dispatch = all_to_all_fp8
     recompute_activations(model, cfg.recompute)
-    dispatch = all_to_all_fp8 if cfg.precision == "fp8" else all_to_all
+    group = mesh["ep"].get_group()
     for module in model.modules():
         if isinstance(module, MoE) and cfg.ep > 1:
-            group = mesh["ep"].get_group()
             experts = module.experts
+            experts.gate_up = nn.Parameter(experts.gate_up[: cfg.n_experts // cfg.ep])
+            experts.down = nn.Parameter(experts.down[: cfg.n_experts // cfg.ep])
             experts.forward = functools.partial(exchanged, experts.forward, group, dispatch)
         if isinstance(module, (MultiHeadLatentAttention, GatedMLP)) and cfg.compile:
             module.compile(dynamic=False)
     if cfg.compile:
         torch.compiler.config.fail_on_recompile_limit_hit = True
         torch.compiler.config.recompile_limit = 64  # a graph for each length and width
+    set_dtypes(model, cfg)
+    model.to_empty(device=mesh.device_type)
+    for p in model.parameters():
+        p.grad_dtype = torch.float32
     return model
 
 class FlatParameters:
@@ -1171,12 +1156,11 @@ class FlatParameters:
         self.weights = torch.cat([p.data.flatten() for p in parameters])
         self.gradients = torch.zeros_like(self.weights, dtype=torch.float32)
         self.n = len(self.weights)
-        start = 0
-        for p in parameters:
-            stop = start + p.numel()
-            p.data = self.weights[start:stop].view_as(p)
-            p.grad = self.gradients[start:stop].view_as(p)
-            start = stop
+        sizes = [p.numel() for p in parameters]
+        views = zip(parameters, self.weights.split(sizes), self.gradients.split(sizes))
+        for p, weights, gradients in views:
+            p.data = weights.view_as(p)
+            p.grad = gradients.view_as(p)
         size = math.ceil(self.n / mesh.size())  # of a part; the last ranks' may be smaller
         first = min(mesh.get_local_rank() * size, self.n)
         self.master = nn.Parameter(self.shard(self.weights[first : first + size].float()))
@@ -1200,15 +1184,11 @@ class FlatParameters:
 def flatten_parameters(model, mesh, data):
     """{name: FlatParameters} of each block, in the kinds experts, other matrices, routers, norms;
     `data` is the mesh of all ranks of a stage."""
+    kinds = {"experts": f"ep{mesh['ep'].get_local_rank()}/experts", "router": "routers"}
+    kinds |= {"norm": "norms", "": "matrices"}
     groups = {}
     for name, p in model.named_parameters():
-        kind = "matrices"
-        if is_expert(name):
-            kind = f"ep{mesh['ep'].get_local_rank()}/experts"
-        elif name.endswith("router.weight"):
-            kind = "routers"
-        elif name.endswith("norm.weight"):
-            kind = "norms"
+        kind = next(kind for part, kind in kinds.items() if part in name)
         block = re.match(r"blocks\.\d+|\w+", name)[0].replace(".", "/")
         groups.setdefault(f"{block}/{kind}", []).append(p)
     return {
@@ -1234,8 +1214,8 @@ class PipelinePart(nn.Module):
         return self.model.losses(x, balance, tokens, targets)
 
 class Pipeline1F1B:
-    """§3.2.1, this rank's part of the model, run over micro-batches, with several pipeline stages
-    in the schedule 1F1B."""
+    """§3.2.1, this rank's part of the model, run over micro-batches in the schedule 1F1B, which for
+    one pipeline stage is a forward and a backward pass of each."""
 
     # Departure: 1F1B instead of DualPipe, which hides the all-to-all of the experts behind the
     # computation of another micro-batch. PyTorch's DualPipeV does not overlap the two, and needs 2
@@ -1243,78 +1223,66 @@ class Pipeline1F1B:
     # has the first and the last stage and one embedding for both (§3.2.3); here each of the two
     # stages has a copy, and the gradients of the copies are summed.
 
-    def __init__(self, cfg, mesh):
-        self.mesh = mesh
+    def __init__(self, cfg, device):
+        # Ranks by pipeline stage, copy of the experts, and part of the experts, the last innermost:
+        # where a node has X / n_groups experts, a token reaches groups_kept nodes at most (§3.2).
+        names = "pp", "dp", "ep"
+        self.mesh = init_device_mesh(device.type, (cfg.pp, cfg.dp, cfg.ep), mesh_dim_names=names)
         sizes = cfg.pp, reading_ranks(cfg)
-        self.data = init_device_mesh(mesh.device_type, sizes, mesh_dim_names=("pp", "data"))["data"]
-        self.stage = mesh["pp"].get_local_rank()
+        self.data = init_device_mesh(device.type, sizes, mesh_dim_names=("pp", "data"))["data"]
+        self.device = device
+        self.stage = self.mesh["pp"].get_local_rank()
         self.is_last = self.stage == cfg.pp - 1
-        self.first_expert = mesh["ep"].get_local_rank() * cfg.n_experts // cfg.ep
+        self.first_expert = self.mesh["ep"].get_local_rank() * cfg.n_experts // cfg.ep
         with torch.device("meta"):
             model = DeepSeekV3(cfg)
-        self.model = parallelize(model, cfg, mesh)
-        self.routers = {name: module for name, module in self.model.named_modules()
-                        if isinstance(module, Router)}  # fmt: skip
-        self.device = next(self.model.parameters()).device
-        self.schedule = None
+        self.model = parallelize(model, cfg, self.mesh)
         self.ends = None  # the first and the last stage, which share the embedding
         if cfg.pp > 1 and cfg.mtp:
-            pairs = mesh.mesh[[0, -1]].flatten(1).T.tolist()
+            pairs = self.mesh.mesh[[0, -1]].flatten(1).T.tolist()
             self.ends, _ = dist.new_subgroups_by_enumeration(pairs)
 
     def share(self):
         """Shard the parameters over ranks, once they are initialised. `saved` is what a checkpoint
         holds: masters and balancing biases."""
         self.flats = flatten_parameters(self.model, self.mesh, self.data)
-        self.saved = nn.Module()
-        for name, flat in self.flats.items():
-            self.saved.register_parameter(name, flat.master)
-        for name, router in self.routers.items():
-            self.saved.register_buffer(f"{name}.bias".replace(".", "/"), router.bias)
+        self.saved = nn.ParameterDict({name: flat.master for name, flat in self.flats.items()})
+        for name, buffer in self.model.named_buffers():
+            if name.endswith("router.bias"):
+                self.saved.register_buffer(name.replace(".", "/"), buffer)
 
     def start_phase(self, cfg):
         """Prepare for a phase of the run: rotary frequencies, and a schedule for its shapes."""
         self.cfg = cfg
         self.model.extend(cfg)
-        if cfg.pp > 1:
-            n_micro, micro = split_batch(cfg, reading_ranks(cfg))
-            empty = functools.partial(torch.empty, device="meta", requires_grad=True)
-            between = empty(micro, cfg.seq_len, cfg.dim, dtype=self.model.dtype), empty(())
-            stage = PipelineStage(
-                PipelinePart(self.model), self.stage, cfg.pp, self.device,
-                input_args=between if self.stage else (),
-                output_args=empty(3) if self.is_last else between,
-                group=self.mesh["pp"].get_group(),
-            )  # fmt: skip
-            self.schedule = Schedule1F1B(stage, n_micro, self.last_stage_loss, scale_grads=False)
+        n_micro, micro = split_batch(cfg, reading_ranks(cfg))
+        empty = functools.partial(torch.empty, device="meta", requires_grad=True)
+        between = empty(micro, cfg.seq_len, cfg.dim, dtype=self.model.dtype), empty(())
+        stage = PipelineStage(
+            PipelinePart(self.model), self.stage, cfg.pp, self.device,
+            input_args=between if self.stage else (),
+            output_args=empty(3) if self.is_last else between,
+            group=self.mesh["pp"].get_group(),
+        )  # fmt: skip
+        self.schedule = Schedule1F1B(stage, n_micro, self.loss, scale_grads=False)
 
-    def loss(self, model, batch):
-        """The objective of a micro-batch; adds its metrics to self.metrics."""
-        loss, metrics = objective(model, batch, self.cfg)
+    def loss(self, sums, targets):
+        """The objective of a micro-batch, of which the last stage has returned the sums; adds its
+        metrics to self.metrics."""
+        loss, metrics = objective(lambda tokens, targets: sums, self.batch, self.cfg)
         self.metrics += torch.stack((metrics["main"], metrics["mtp"]))
         return loss
-
-    def last_stage_loss(self, sums, targets):
-        """The objective of a micro-batch, for which the last stage has returned the sums."""
-        return self.loss(lambda tokens, targets: sums, self.batch)
 
     def run(self, batches):
         """[main loss, loss of multi-token prediction] of this rank's part of the global batch, to
         be summed over ranks. Where autograd is on, gradients of the objective are added up."""
         self.batch = batches[0]  # each has the counts of the global batch
         self.metrics = torch.zeros(2, device=self.device)
-        training = torch.is_grad_enabled()
-        if self.schedule:
-            tokens = torch.cat([batch["tokens"] for batch in batches])
-            targets = torch.cat([batch["targets"] for batch in batches])
-            losses = dict(target=targets, losses=[]) if self.is_last else {}
-            step = self.schedule.step if training else self.schedule.eval
-            step(tokens=tokens, targets=targets, **losses, return_outputs=False)
-            return self.metrics
-        for batch in batches:
-            loss = self.loss(self.model, batch)
-            if training:
-                loss.backward()
+        tokens = torch.cat([batch["tokens"] for batch in batches])
+        targets = torch.cat([batch["targets"] for batch in batches])
+        losses = dict(target=targets, losses=[]) if self.is_last else {}
+        step = self.schedule.step if torch.is_grad_enabled() else self.schedule.eval
+        step(tokens=tokens, targets=targets, **losses, return_outputs=False)
         return self.metrics
 
     def reduce(self, losses, limit):
@@ -1382,12 +1350,10 @@ def stage_memory(cfg, stage):
     n = coded + experts + others
     n_masters = (coded + others) / reading_ranks(cfg) + experts / cfg.dp
     size = 4 if cfg.precision == "fp32" else 2
-    memory = {"weights": size * n, "gradients": 4 * n, "masters": 0, "moments": 8 * n_masters}
-    if cfg.precision != "fp32":
-        memory["masters"] = 4 * n_masters
+    optimizer = {"fp32": 8, "bf16": 4 + 8, "fp8": 4 + 4}[cfg.precision]  # masters and moments
+    memory = {"weights": size * n, "gradients": 4 * n, "optimizer": optimizer * n_masters}
     if cfg.precision == "fp8":
         memory["weights"] += coded + experts
-        memory["moments"] = 4 * n_masters
 
     dense, moe = kept_bytes(cfg)
     kept = n_dense * dense + n_moe * moe
@@ -1427,9 +1393,9 @@ HF_FIXED = {  # the only values that are supported
     "norm_topk_prob": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
     "tie_word_embeddings": False, "moe_layer_freq": 1, "rope_interleave": True,
 }  # fmt: skip
-HF_YARN = {  # the only values that are supported in rope_parameters; keys may be absent
-    "rope_type": "yarn", "beta_fast": 32, "beta_slow": 1, "attention_factor": None,
-    "truncate": True, "partial_rotary_factor": 1.0,
+HF_ROPE = {  # the only values that are supported in rope_parameters
+    "beta_fast": 32, "beta_slow": 1, "attention_factor": None, "truncate": True,
+    "partial_rotary_factor": 1.0,
 }  # fmt: skip
 SHAPE = (  # fields of Config that --init sets, and that a checkpoint fixes
     *HF_CONFIG, "mtp", "rope_theta", "rope_factor", "rope_original", "rope_mscale",
@@ -1441,9 +1407,8 @@ HF_NAMES = {  # part of a name: Hugging Face's
     "attn": "self_attn", "q_down": "q_a_proj", "q_norm": "q_a_layernorm", "q_up": "q_b_proj",
     "kv_down": "kv_a_proj_with_mqa", "kv_norm": "kv_a_layernorm", "kv_up": "kv_b_proj",
     "out": "o_proj", "router": "gate", "bias": "e_score_correction_bias",
-    "shared": "shared_experts", "gate": "gate_proj", "up": "up_proj", "down": "down_proj",
-    "merge": "eh_proj", "embedding_norm": "enorm", "state_norm": "hnorm",
-    "shared_norm": "shared_head.norm",
+    "shared": "shared_experts", "down": "down_proj", "merge": "eh_proj",
+    "embedding_norm": "enorm", "state_norm": "hnorm", "shared_norm": "shared_head.norm",
 }  # fmt: skip
 
 def named_matrices(model, first_expert=0):
@@ -1462,15 +1427,14 @@ def named_matrices(model, first_expert=0):
 def deepseek_tensors(name, tensor, cfg):
     """{Hugging Face's name: tensor} of one of named_matrices; gate_up becomes two tensors."""
     name = name.replace("mtp.block", "mtp").replace("mtp.final_norm", "mtp.shared_norm")
-    halves = {name: tensor}
-    if "gate_up" in name:
-        halves = {name.replace("gate_up", kind): half
-                  for kind, half in zip(("gate", "up"), tensor.chunk(2))}  # fmt: skip
     names = HF_NAMES | {"mtp": f"model.layers.{cfg.n_layers}"}
     if not cfg.q_rank:
         names["q_up"] = "q_proj"
-    return {".".join(names.get(part, part) for part in name.split(".")): half
-            for name, half in halves.items()}  # fmt: skip
+    key = ".".join(names.get(part, part) for part in name.split("."))
+    if "gate_up" not in name:
+        return {key: tensor}
+    gate, up = tensor.chunk(2)
+    return {key.replace("gate_up", "gate_proj"): gate, key.replace("gate_up", "up_proj"): up}
 
 def rotary_rows(name, cfg):
     """Rows of Hugging Face's matrix in our order, whose rotary pairs are (i, i + R/2) instead of
@@ -1484,35 +1448,33 @@ def rotary_rows(name, cfg):
     return slice(None)
 
 def read_config(path):
-    """Config of the DeepseekV3ForCausalLM in a directory."""
+    """Config of the DeepseekV3ForCausalLM in a directory. Raises ValueError, with the key's name,
+    for a value that would change the result and is not supported."""
     with explain(f"{path} holds no DeepSeek-V3 model", Exception):
-        theirs = json.loads((Path(path) / "config.json").read_text())
-        cfg = Config(**read_hf_config(path, HF_CONFIG, HF_FIXED))
+        theirs = {"model_type": None, "v_head_dim": 128, "num_key_value_heads": 128}
+        theirs |= json.loads((Path(path) / "config.json").read_text())
+        theirs |= theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+        fields = {field: theirs.get(key, default) for field, (key, default) in HF_CONFIG.items()}
+        cfg = Config(**fields)
         cfg.q_rank = cfg.q_rank or 0  # null
         cfg.seq_len = theirs.get("max_position_embeddings", 4096)
+        cfg.rope_theta = theirs.get("rope_theta", 1e4)
+        rope_type = theirs.get("rope_type") or theirs.get("type") or "default"
+        if rope_type == "yarn":
+            cfg.rope_original = theirs.get("original_max_position_embeddings", cfg.seq_len)
+            cfg.rope_factor = theirs.get("factor") or cfg.seq_len / cfg.rope_original
+            cfg.rope_mscale = theirs.get("mscale") or 0.0
+            cfg.rope_mscale_all_dim = theirs.get("mscale_all_dim") or 0.0
+        elif rope_type != "default":
+            raise ValueError(f"config.json has rope_type {rope_type}, not yarn or default")
         n_mtp = theirs.get("num_nextn_predict_layers", theirs.get("num_mtp_layers")) or 0
         cfg.mtp = n_mtp > 0
-        rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-        rope = {"rope_type": "default", "rope_theta": theirs.get("rope_theta", 1e4)} | rope
-        rope["rope_type"] = rope.pop("type", rope["rope_type"])
-        cfg.rope_theta = rope.pop("rope_theta")
-        supported = {"rope_type": "default", "partial_rotary_factor": 1.0}
-        if rope["rope_type"] == "yarn":
-            supported = HF_YARN
-            cfg.rope_original = rope.pop("original_max_position_embeddings", cfg.seq_len)
-            cfg.rope_factor = rope.pop("factor") or cfg.seq_len / cfg.rope_original
-            cfg.rope_mscale = rope.pop("mscale", 0.0) or 0.0
-            cfg.rope_mscale_all_dim = rope.pop("mscale_all_dim", 0.0) or 0.0
-        wanted = {
-            "model_type": (theirs.get("model_type"), "deepseek_v3"),
-            "v_head_dim": (theirs.get("v_head_dim", 128), cfg.head_dim),
-            "num_key_value_heads": (theirs.get("num_key_value_heads", 128), cfg.n_heads),
-            "num_nextn_predict_layers": (n_mtp, int(cfg.mtp)),
-        }
-        wanted |= {f"rope_parameters {key}": (rope[key], supported.get(key)) for key in rope}
-        for key, (value, supported_value) in wanted.items():
-            if value != supported_value:
-                raise ValueError(f"config.json has {key} {value}, not {supported_value}")
+        theirs["num_nextn_predict_layers"] = n_mtp
+        supported = HF_FIXED | HF_ROPE | {"v_head_dim": cfg.head_dim}
+        supported |= {"num_key_value_heads": cfg.n_heads, "num_nextn_predict_layers": int(cfg.mtp)}
+        for key, value in supported.items():
+            if theirs.get(key, value) != value:
+                raise ValueError(f"config.json has {key} {theirs[key]!r}, not {value!r}")
     return cfg
 
 def read_weights(model, cfg, path, first_expert=0):
@@ -1529,8 +1491,6 @@ def read_weights(model, cfg, path, first_expert=0):
                 continue
             for key, part in deepseek_tensors(name, tensor, cfg).items():
                 value = tensors[key]
-                if value.shape != part.shape:
-                    raise ValueError(f"{key} is {list(value.shape)}, not {list(part.shape)}")
                 if f"{key}_scale_inv" in tensors:  # it is the factor, not its inverse
                     scale = tensors[f"{key}_scale_inv"]
                     scale = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
@@ -1569,64 +1529,43 @@ def to_hf(model, cfg, path):
     # Departure: released files repeat embedding and head in the layer of multi-token prediction.
     from safetensors.torch import save_file
 
-    is_writer = not dist.is_initialized() or dist.get_rank() == 0
     source = named_matrices(model)
     if isinstance(model, Pipeline1F1B):
         source = collect_matrices(model, cfg)
-    tensors = {}
+        if dist.get_rank() > 0:
+            for _ in source:
+                pass  # this rank's part in collecting
+            return
+    tensors = {}  # of the file that is being filled
     index = {}
-    with written_beside(path) if is_writer else contextlib.nullcontext() as folder:
-        for name, tensor in itertools.chain(source, [("", None)]):
-            is_end = not name
-            n_bytes = sum(tensor.nbytes for tensor in tensors.values())
-            if is_writer and (is_end or n_bytes > 4e9):
+    with written_beside(path) as folder:
+        for name, tensor in itertools.chain(source, [("", None)]):  # and the end
+            if not name or sum(tensor.nbytes for tensor in tensors.values()) > 4e9:
                 file = f"model-{len(set(index.values())) + 1:05d}.safetensors"
                 save_file(tensors, folder / file, metadata={"format": "pt"})
                 index |= dict.fromkeys(tensors, file)
                 tensors = {}
-            if is_writer and not is_end:
+            if name:
                 for key, part in deepseek_tensors(name, tensor, cfg).items():
                     tensors[key] = torch.empty_like(part, device="cpu")
                     tensors[key][rotary_rows(name, cfg)] = part.cpu()
-        if is_writer:
-            (folder / "config.json").write_text(json.dumps(deepseek_config(cfg), indent=2) + "\n")
-            text = json.dumps({"metadata": {}, "weight_map": index}, indent=2)
-            (folder / "model.safetensors.index.json").write_text(text + "\n")
+        (folder / "config.json").write_text(json.dumps(deepseek_config(cfg), indent=2) + "\n")
+        text = json.dumps({"metadata": {}, "weight_map": index}, indent=2)
+        (folder / "model.safetensors.index.json").write_text(text + "\n")
 
 def collect_matrices(pipe, cfg):
-    """named_matrices of the complete model, on all ranks, which must all call this. A rank that has
-    a tensor broadcasts it, one after the other."""
+    """named_matrices of the complete model, on all ranks, which must all call this. The last rank
+    that has a tensor broadcasts it, one after the other."""
     with torch.device("meta"):
         model = DeepSeekV3(cfg)
     set_dtypes(model, cfg)
     own = dict(named_matrices(pipe.model, pipe.first_expert))
     for name, tensor in named_matrices(model):
-        stage = cfg.pp - 1
-        if name.startswith("token_embedding"):
-            stage = 0
-        elif name.startswith("blocks."):
-            layer = int(name.split(".")[1])
-            stage = next(i for i in range(cfg.pp) if layer in layers_of_stage(cfg, i))
-        expert = re.search(r"experts\.(\d+)", name)
-        part = int(expert[1]) * cfg.ep // cfg.n_experts if expert else 0
-        owner = int(pipe.mesh.mesh[stage, 0, part])  # of [PP, DP, EP]
-        tensor = torch.empty_like(tensor, device=pipe.device)
-        if dist.get_rank() == owner:
-            tensor.copy_(own[name])
-        dist.broadcast(tensor, owner)
+        owner = torch.tensor(dist.get_rank() if name in own else -1)
+        dist.all_reduce(owner, dist.ReduceOp.MAX)
+        tensor = own.get(name, torch.empty_like(tensor, device=pipe.device))
+        dist.broadcast(tensor, int(owner))
         yield name, tensor
-
-def read_hf_config(path, fields, fixed):
-    """Fields of Config from the config.json of a Hugging Face checkpoint directory.
-
-    fields: {field: (key, default of Hugging Face's class)}; fixed: {key: the only value that is
-    supported}. Raises ValueError, with the key's name, for another value.
-    """
-    theirs = json.loads((Path(path) / "config.json").read_text())
-    for key, value in fixed.items():
-        if theirs.get(key) not in (None, value):
-            raise ValueError(f"{path}: config.json has {key} {theirs[key]!r}, not {value!r}")
-    return {field: theirs.get(key, default) for field, (key, default) in fields.items()}
 
 def read_hf_tensors(path):
     """{name: tensor} of model.safetensors or, without it, of the files that the index names."""
@@ -1790,24 +1729,13 @@ def check(cfg, ranks):
             raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
     group = cfg.n_experts // cfg.n_groups
     for wrong, message in (
-        (cfg.rope_dim % 2, f"--rope_dim {cfg.rope_dim} is odd"),
-        (cfg.rope_theta <= 1, f"--rope_theta {cfg.rope_theta} is not above 1"),
-        (min(cfg.rope_factor, cfg.long_rope_factor) < 1,
-         f"--rope_factor {cfg.rope_factor} or --long_rope_factor is not 1 or more"),
-        (cfg.n_dense >= cfg.n_layers,
-         f"--n_dense {cfg.n_dense} leaves none of {cfg.n_layers} layers with experts"),
         (cfg.n_experts % cfg.n_groups,
          f"{cfg.n_groups} groups do not divide {cfg.n_experts} experts"),
-        (cfg.groups_kept > cfg.n_groups,
-         f"--groups_kept {cfg.groups_kept} is more than {cfg.n_groups} groups"),
         (cfg.top_k > group * cfg.groups_kept,
          f"--top_k {cfg.top_k} is more than {cfg.groups_kept} groups of {group} experts"),
         (cfg.n_experts % cfg.ep, f"--ep {cfg.ep} does not divide {cfg.n_experts} experts"),
         (cfg.dim % 8 or cfg.expert_dim % 8, "--dim and --expert_dim are not multiples of 8"),
-        (cfg.fim > 1, f"--fim {cfg.fim} is above 1"),
-        (cfg.fim_ids and not re.fullmatch(r"\d+,\d+,\d+", cfg.fim_ids),
-         f"--fim_ids {cfg.fim_ids} is not BEGIN,HOLE,END"),
-        (not cfg.tokens and not cfg.long, "--tokens and --long give not a single update"),
+        (not plan(cfg), "--tokens and --long give not a single update"),
         (cfg.first_batch > cfg.batch_size,
          f"--first_batch {cfg.first_batch} is above --batch_size {cfg.batch_size}"),
         (cfg.pp > cfg.n_layers, f"--pp {cfg.pp} is more than {cfg.n_layers} layers"),
@@ -1818,18 +1746,15 @@ def check(cfg, ranks):
     ):  # fmt: skip
         if wrong:
             raise ValueError(message)
-    plan(cfg)  # raises ValueError for a wrong --long
 
 def batch_problem(cfg):
     """Why the layout cannot hold the batch of the phase cfg; empty if it can."""
-    n_micro, micro = split_batch(cfg, reading_ranks(cfg))
-    batch = f"{cfg.batch_size:,} sequences of {cfg.seq_len:,}"
-    if reading_ranks(cfg) * n_micro * micro != cfg.batch_size:
-        ranks = f"{reading_ranks(cfg)} data-parallel ranks"
-        return f"{batch} are not {ranks} x micro-batches of {micro}"
-    if n_micro < cfg.pp:
-        return f"{batch}: {n_micro} micro-batches are fewer than the {cfg.pp} stages"
-    return ""
+    ranks = reading_ranks(cfg)
+    n_micro, micro = split_batch(cfg, ranks)
+    if n_micro >= cfg.pp and ranks * n_micro * micro == cfg.batch_size:
+        return ""
+    layout = f"{ranks} data-parallel ranks x {cfg.pp} or more micro-batches of {micro}"
+    return f"{cfg.batch_size:,} sequences of {cfg.seq_len:,} are not {layout}"
 
 def last_tokens(tokens, end, cfg):
     """Tokens of the run at which it must stop: `end`, or the end of the last phase that the layout
@@ -1847,8 +1772,8 @@ def last_tokens(tokens, end, cfg):
 
 def dry_run(cfg):
     """Print parameters, FLOPs per token, and for the first and the last batch of pre-training and
-    each extension the bytes on the rank that needs most, or why the layout cannot run it; from
-    shapes alone."""
+    each extension the bytes on the rank that needs most, and whether they fit, or why the layout
+    cannot run it; from shapes alone."""
     cfg = fit_layout(cfg, cfg.world_size)
     if not cfg.vocab_size:
         cfg.vocab_size = load_tokenizer(cfg.tokenizer or "bytes", SPECIALS).n_vocab
@@ -1863,16 +1788,14 @@ def dry_run(cfg):
     print(f"FLOPs per token {flops:.4g} | 6 N of the activated gives {6 * activated:.4g}")
     n_long = cfg.long.count(":")  # extensions
     for phase in [phases[0], *phases[1:][-1 - n_long :]]:
-        if batch_problem(phase):
-            print(f"{batch_problem(phase)}: another layout is needed")
-            continue
         n_micro, _ = split_batch(phase, reading_ranks(phase))
         memory = memory_per_rank(phase)
         need = sum(memory.values())
         sizes = " | ".join(f"{kind} {size / 2**30:.2f}" for kind, size in memory.items())
         fits = "fits 80 GB" if need < 80e9 else "does not fit 80 GB"
         print(f"{phase.batch_size:,} sequences of {phase.seq_len:,}", end=" | ")
-        print(f"{n_micro} micro-batches | {sizes} | sum {need / 2**30:.2f} GiB a rank: {fits}")
+        print(f"{n_micro} micro-batches | {sizes} | sum {need / 2**30:.2f} GiB a rank", end=": ")
+        print(batch_problem(phase) or fits)
 
 def advance(pipe, optimizer, batches, lr, cfg):
     """Update parameters and balancing biases once, from this rank's micro-batches and the cfg of
@@ -1890,14 +1813,7 @@ def advance(pipe, optimizer, batches, lr, cfg):
         flat.gather()
         flat.gradients.zero_()
     loads = torch.zeros(cfg.n_layers + 1, cfg.n_experts, device=pipe.device)
-    if pipe.routers:
-        balanced = list(pipe.routers.values())
-        own = update_biases(balanced, cfg.gamma * finite, pipe.data.get_group())
-        for name, load in zip(pipe.routers, own):
-            layer = -1 if name.startswith("mtp") else int(name.split(".")[1])
-            loads[layer] = load
-    dist.all_reduce(loads, group=pipe.mesh["pp"].get_group())
-    return loss, mtp, norm, loads
+    return loss, mtp, norm, update_biases(routers(pipe.model), cfg.gamma * finite, loads)
 
 def train(pipe, optimizer, corpus, heldout, state, end, cfg, device):
     """Update the model until `end` tokens of the plan are read; False if a signal ends it."""
@@ -1916,6 +1832,7 @@ def train(pipe, optimizer, corpus, heldout, state, end, cfg, device):
     while True:
         step = state["step"]
         now = next_cfg
+        n_tokens = now.batch_size * now.seq_len
         pipe.cfg = now
         if shape != (now.rope_factor, now.batch_size, now.seq_len):
             shape = now.rope_factor, now.batch_size, now.seq_len
@@ -1923,9 +1840,8 @@ def train(pipe, optimizer, corpus, heldout, state, end, cfg, device):
             first_step = step
             pace = None  # seconds per update
             n_micro, micro = split_batch(now, reading_ranks(cfg))
-            print(f"YaRN factor {now.rope_factor:g} | tokens per step", end=" ")
-            print(f"{now.batch_size * now.seq_len:,} = {reading_ranks(cfg)} ranks x", end=" ")
-            print(f"{n_micro} x {micro} sequences of {now.seq_len:,}")
+            print(f"YaRN factor {now.rope_factor:g} | tokens per step {n_tokens:,}", end=" = ")
+            print(f"{reading_ranks(cfg)} ranks x {n_micro} x {micro} sequences of {now.seq_len:,}")
         steps_left = 0 if cfg.eval else planned_updates(state["position"], end, cfg)
         error = next_batches.exception()  # waits until the batch to come is read
         if step > first_step + 1:  # the first update of a phase may compile and is left out
@@ -1948,7 +1864,6 @@ def train(pipe, optimizer, corpus, heldout, state, end, cfg, device):
         clock = time.perf_counter()
         batches = next_batches.result()
         lr = learning_rate(state["position"], cfg)
-        n_tokens = now.batch_size * now.seq_len
         state["sequences"] += now.batch_size
         state["position"] += n_tokens
         next_cfg, next_batches = read_ahead()
@@ -1983,10 +1898,6 @@ def load_documents(cfg):
         cfg.eos_id = tokenizer.eot_token
         cfg.fim_ids = ",".join(str(tokenizer.encode_single_token(token)) for token in SPECIALS[1:])
     cfg.vocab_size = vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
-    special_ids = [cfg.eos_id, *map(int, filter(None, cfg.fim_ids.split(",")))]
-    if cfg.vocab_size <= max(special_ids):
-        n_ids = f"{max(special_ids) + 1} ids of text and special tokens"
-        raise ValueError(f"--vocab_size {cfg.vocab_size} is less than the {n_ids}")
     if not cfg.eos_id:
         print("documents have no borders: their packing needs --tokenizer or --eos_id")
     if cfg.fim and not (cfg.eos_id and cfg.fim_ids):
@@ -2038,7 +1949,7 @@ def main(argv=None):
         for name in run.keys() & {"tokens", "long"} - given:  # the phases of the run's first start
             setattr(cfg, name, run[name])
 
-        pipe = Pipeline1F1B(cfg, expert_mesh(cfg, device.type))
+        pipe = Pipeline1F1B(cfg, device)
         init_weights(pipe.model, cfg, pipe.first_expert)
         if cfg.init:
             read_weights(pipe.model, cfg, cfg.init, pipe.first_expert)

@@ -88,8 +88,8 @@ class Config:
     dropout: float = 0.0  # dropout of embeddings, residual branches and attention probabilities
     # Data
     data: str = ""  # [WEIGHT:]PATH,... of text or shards; empty: Python's standard library
-    tokenizer: str = ""  # bytes, bpe:N (N entries, learned), an encoding of tiktoken or a rank file
-    train_tokenizer: int = 0  # entries of a BPE to learn for out/ranks.tiktoken, then exit
+    tokenizer: str = ""  # bytes, bpe:N (learned), a tiktoken encoding or a rank file; empty: bytes
+    train_tokenizer: int = 0  # BPE entries to learn and write to ranks.tiktoken in --out, then exit
     # Optimization, Table 2.1 and appendix B
     batch_size: int = 256  # sequences per update after the ramp, over all ranks
     first_batch: int = 16  # sequences of the first update; 0: batch_size
@@ -109,7 +109,7 @@ class Config:
     noise_scale: bool = False  # measure and log the gradient noise scale, in sequences
     seed: int = 0  # seed of the weights, the order of the data and dropout
     # Parallelism, §2.1
-    micro_batch: int = 0  # sequences per forward pass on one rank; 0: chosen by the layout
+    micro_batch: int = 0  # sequences per forward pass of a rank; 0: all or, with --pp, all / (2 pp)
     tp: int = 1  # tensor-parallel ranks, which share each layer's matrices
     pp: int = 1  # pipeline-parallel ranks, which share the layers
     dp: int = 0  # data-parallel ranks, each with a copy; 0: all that are left
@@ -136,6 +136,7 @@ class Config:
 # Batches in sequences: 32k, 0.5M, 1M, 2M and 3.2M tokens are 16, 256, 512, 1024 and 1536 of 2,048.
 # Undisclosed: how long each size's ramp is ("the first 4-12 billion tokens"), and how batches are
 # rounded: here down to multiples of 16, which takes up to 2 % more updates than whole sequences.
+# Undisclosed: GPT-3's dropout. Here there is none.
 GPT3 = dict(
     vocab_size=50257, tokenizer="gpt2", batch_multiple=16, precision="bf16", micro_batch=1,
     compile=True,
@@ -373,6 +374,9 @@ def init_weights(model, cfg, tp=None):
     starts from the same numbers. Raises ValueError for a parameter without a rule.
     """
     # Departure: the released code does not scale the weights of residual layers; the paper does.
+    # Undisclosed: what N counts. Here both branches of each of the L blocks, as in Megatron §4.2.
+    with torch.device("meta"):
+        complete = dict(GPT3(cfg).named_parameters())
     for name, p in model.named_parameters():
         if re.search(r"(^|\.)(\w+_embedding|head|qkv|out|up|down)\.weight$", name):
             std = 0.02
@@ -381,13 +385,9 @@ def init_weights(model, cfg, tp=None):
             elif re.search(r"\.(out|down)\.weight$", name):
                 std /= math.sqrt(2 * cfg.n_layers)
             name = name.replace("head.weight", "token_embedding.weight")  # of which it is a copy
-            shape = list(p.shape)  # of the complete tensor
-            if name == "token_embedding.weight":
-                shape[0] = cfg.vocab_size
-            elif split_dimension(name) is not None:
-                shape[split_dimension(name)] *= group_size(tp)
             generator = torch.Generator().manual_seed(stable_hash(cfg.seed, name))
-            fill_part(name, p, torch.empty(shape).normal_(0.0, std, generator=generator), tp)
+            drawn = torch.empty(complete[name].shape).normal_(0.0, std, generator=generator)
+            fill_part(name, p, drawn, tp)
         elif re.search(r"(^|\.)(qkv|out|up|down|norm[12]|final_norm)\.bias$", name):
             nn.init.zeros_(p)
         elif re.search(r"(^|\.)(norm[12]|final_norm)\.weight$", name):
@@ -429,16 +429,14 @@ def train_bpe(texts, n_entries):
     counts = collections.Counter()  # of each pair (a, b), whose key is a 2^32 + b
 
     def count(starts, sign):  # add sign times the pairs that begin at these positions
+        starts = starts[(ids[starts] >= 0) & (ids[starts + 1] >= 0)]
         pairs = ids[starts].astype(np.int64) << 32 | ids[starts + 1]
-        inside = (ids[starts] >= 0) & (ids[starts + 1] >= 0)
-        pairs, index = np.unique(pairs[inside], return_inverse=True)
-        sums = np.bincount(index, weights[starts[inside]])
-        for pair, n in zip(pairs.tolist(), sums.tolist()):
+        pairs, index = np.unique(pairs, return_inverse=True)
+        for pair, n in zip(pairs.tolist(), np.bincount(index, weights[starts]).tolist()):
             counts[pair] += sign * n
 
     count(np.arange(len(ids) - 1), 1)
-    tokens = [bytes([i]) for i in range(256)]
-    ranks = {token: i for i, token in enumerate(tokens)}
+    ranks = {bytes([i]): i for i in range(256)}
     while len(ranks) < n_entries:
         pair = max(counts, key=counts.get, default=None)
         if not counts[pair]:
@@ -449,10 +447,8 @@ def train_bpe(texts, n_entries):
         run = np.cumsum(np.diff(at, prepend=-2) > 1)
         at = at[(np.arange(len(at)) - np.searchsorted(run, run)) % 2 == 0]
         count(np.unique([at - 1, at, at + 1]), -1)
-        new = ranks.setdefault(tokens[a] + tokens[b], len(ranks))
-        if new == len(tokens):
-            tokens.append(tokens[a] + tokens[b])
-        ids[at] = new
+        tokens = list(ranks)  # by id
+        ids[at] = ranks.setdefault(tokens[a] + tokens[b], len(ranks))
         ids = np.delete(ids, at + 1)
         weights = np.delete(weights, at + 1)
         at -= np.arange(len(at))
@@ -463,8 +459,6 @@ def learn_ranks(documents, n_entries, n_characters, folder):
     """train_bpe on the documents that are not held out, in the order of their hashes, up to
     n_characters. Rank 0 writes the result to folder/ranks.tiktoken if folder is not empty."""
     documents = sorted(documents, key=lambda document: stable_hash(document[0]))
-    if not documents:
-        raise ValueError("a BPE is learned from text, and --data has token shards")
     texts = [text for name, text in documents if not is_held_out(name)]
     texts = texts or [text for _, text in documents]
     sizes = itertools.accumulate(map(len, texts), initial=0)
@@ -503,30 +497,29 @@ class TrainingMix:
     """Corpora that are drawn by weight (Table 2.2), one sequence at a time.
 
     In each block of 1,000 sequences every corpus has its exact share, in an order that depends on
-    the seed and the block, so that a corpus' own window follows from the index of the sequence.
+    the seed and the block. Each corpus is read in its own order, and which of its windows comes
+    next follows from the index of the sequence alone.
     """
 
     def __init__(self, mix, corpora):
-        self.names = list(mix)
-        self.weights = list(mix.values())
         self.corpora = corpora
-        self.block = 1000 if len(mix) > 1 else 1
-        sums = itertools.accumulate(self.weights, initial=0.0)
-        self.bounds = [round(self.block * part) for part in sums]
-        self.shares = [b - a for a, b in itertools.pairwise(self.bounds)]
         self.token_bytes = corpora[0].token_bytes
+        sums = itertools.accumulate(mix.values(), initial=0.0)
+        self.shares = np.diff([round(1000 * part) for part in sums]).tolist()
 
     def draw(self, index, seed):
         """(index of the corpus, index of its window) of sequence `index` of the run."""
-        block, i = divmod(index, self.block)
-        i = permutation(self.block, seed, "mix", block)[i]
-        corpus = bisect.bisect_right(self.bounds, i) - 1
-        return corpus, block * self.shares[corpus] + i - self.bounds[corpus]
+        block, i = divmod(index, 1000)
+        order = permutation(1000, seed, "mix", block)
+        drawn = np.repeat(range(len(self.shares)), self.shares)[order]  # corpus of each sequence
+        corpus = drawn[i]
+        n_earlier = int((drawn[:i] == corpus).sum())  # sequences of this corpus in the block
+        return corpus, block * self.shares[corpus] + n_earlier
 
     def n_windows(self, length):
         """Sequences of length + 1 ids until one of the corpora begins another epoch."""
-        pairs = zip(self.corpora, self.weights)
-        return round(min(corpus.n_windows(length) / weight for corpus, weight in pairs))
+        pairs = zip(self.corpora, self.shares)
+        return min(1000 * corpus.n_windows(length) // share for corpus, share in pairs)
 
     def window(self, index, length, seed):
         """Window `index` of the run, length + 1 ids."""
@@ -544,14 +537,12 @@ def parse_weights(text):
     for part in text.split(","):
         weight, path = re.fullmatch(r"(?:([^:/\\]*):)?(.*)", part, re.S).groups()
         with explain(f"{part} is not WEIGHT:PATH", ValueError):
-            number = float(weight or 1)
-        if not 0 < number < math.inf:
-            raise ValueError(f"the weight of {path or 'the library'} is {weight}, not positive")
-        mix[path] = mix.get(path, 0.0) + number
-    mix = {path: weight / sum(mix.values()) for path, weight in mix.items()}
-    if min(mix.values()) < 2e-3:  # two sequences of a block of TrainingMix
-        raise ValueError(f"the weight of {min(mix, key=mix.get)} is too small")
-    return mix
+            mix[path] = mix.get(path, 0.0) + float(weight or 1)
+    total = sum(mix.values())
+    least = min(mix, key=mix.get)
+    if not mix[least] > 0.002 * total:  # two sequences of a block of TrainingMix
+        raise ValueError(f"the weight of {least or 'the library'} is {mix[least]:g} of {total:g}")
+    return {path: weight / total for path, weight in mix.items()}
 
 def load_mix(cfg):
     """(tokenizer or None, TrainingMix, TrainingMix of the held-out text) of --data; sets
@@ -580,8 +571,8 @@ def load_mix(cfg):
     corpora = []
     for path, (files, shards) in sources.items():
         documents = tokenize(read_documents(path, files), tokenizer, separator)
-        if cfg.write_tokens and shards:
-            raise ValueError("--write_tokens reads text, and --data has token shards")
+        if cfg.write_tokens and (shards or len(mix) > 1):
+            raise ValueError("--write_tokens takes text of one corpus, not a mix or token shards")
         if cfg.write_tokens:
             return write_tokens(cfg.write_tokens, documents)
         sizes = cfg.vocab_size, math.ceil(cfg.batch_size * mix[path]), cfg.seq_len
@@ -609,11 +600,11 @@ def get_batch(corpus, first, n, cfg):
 # ---------------------------------------- Objective ----------------------------------------
 
 def vocab_parallel_loss(logits, targets, tp):
-    """Sum of the cross-entropies, in nats, of logits [N, V] and targets [N]. Each rank of tp has V
-    of the columns; maxima, sums and target logits are reduced, never the logits (Megatron §3)."""
+    """Sum of the cross-entropies, in nats, of logits [B T, V] and targets [B T]. Each rank of tp
+    has V columns; maxima, sums and target logits are reduced, never the logits (Megatron §3)."""
     if not tp:
         return F.cross_entropy(logits, targets, reduction="sum")
-    top = logits.detach().amax(1)  # [N]
+    top = logits.detach().amax(1)  # [B T]
     dist.all_reduce(top, dist.ReduceOp.MAX, group=tp)
     total = SumOutput.apply((logits - top[:, None]).exp().sum(1), tp)
     local = targets - tp.rank() * logits.shape[1]
@@ -654,13 +645,13 @@ def learning_rate(tokens, cfg):
 
 def batch_at(tokens, cfg):
     """Appendix B: sequences of the update that follows `tokens`. The number grows linearly in
-    tokens over the ramp, rounded down to a multiple that the ranks can share."""
+    tokens over the ramp, rounded down to a multiple that fills the pipelines of all ranks."""
     if not cfg.first_batch or tokens >= cfg.ramp * cfg.tokens:
         return cfg.batch_size
-    multiple = math.lcm(cfg.batch_multiple, cfg.dp * max(cfg.micro_batch, 1))
-    least = math.ceil(cfg.dp * cfg.pp * max(cfg.micro_batch, 1) / multiple) * multiple
+    multiple = math.lcm(cfg.batch_multiple, cfg.dp * cfg.pp * max(cfg.micro_batch, 1))
     grown = (cfg.batch_size - cfg.first_batch) * tokens / (cfg.ramp * cfg.tokens)
-    return min(max(int(cfg.first_batch + grown) // multiple * multiple, least), cfg.batch_size)
+    grown = int(cfg.first_batch + grown) // multiple * multiple
+    return min(max(grown, multiple), cfg.batch_size)
 
 def count_steps(cfg, tokens=0):
     """(updates of the ramp, all updates) from `tokens` to the end of the run."""
@@ -710,11 +701,13 @@ def lay_out(cfg, ranks):
         cfg.micro_batch = max(first // (2 * cfg.pp * cfg.dp), 1)
     return cfg
 
-def stage_blocks(cfg, stage):
-    """The layers of a pipeline stage, one less on the first and on the last, which have the
-    embedding and the softmax."""
+def build_stage(cfg, stage, tp=None):
+    """A stage of the pipeline on the meta device, with a layer less on the first stage and on the
+    last, which have the embedding and the softmax."""
     edges = [round((cfg.n_layers + 2) * i / cfg.pp) for i in (stage, stage + 1)]
-    return range(max(edges[0] - 1, 0), min(edges[1] - 1, cfg.n_layers))
+    layers = range(max(edges[0] - 1, 0), min(edges[1] - 1, cfg.n_layers))
+    with torch.device("meta"):
+        return GPT3(cfg, layers, stage == 0, stage == cfg.pp - 1, tp)
 
 def split_dimension(name):
     """The dimension along which tensor parallelism cuts a parameter; None: each rank has it all."""
@@ -724,13 +717,12 @@ def split_dimension(name):
 
 def fill_part(name, p, replicated, tp):
     """Write this rank's part of the complete tensor to the parameter; padding rows are 0."""
-    dim = split_dimension(name) or 0
-    first = 0
-    if tp and split_dimension(name) is not None:
+    dim = split_dimension(name)
+    if tp and dim is not None:
         first = tp.rank() * p.shape[dim]
-    part = replicated.movedim(dim, 0)[first : first + p.shape[dim]]
+        replicated = replicated.tensor_split((first, first + p.shape[dim]), dim)[1]
     p.data.zero_()
-    p.data.movedim(dim, 0)[: len(part)] = part
+    p.data[: len(replicated)] = replicated
 
 def parallelize(model, cfg, mesh):
     """Apply recomputation and compilation to the blocks, and autocast to the model."""
@@ -760,16 +752,15 @@ class ModelParallel:
         self.cfg = cfg
         self.device = device
         self.tp = self.mesh["tp"].get_group() if cfg.tp > 1 else None
-        self.data_rank = self.mesh["dp"].get_local_rank()
-        self.stage = self.mesh["pp"].get_local_rank()
+        self.data_rank, self.stage, tp_rank = self.mesh.get_coordinate()
         self.n_micro = 0  # micro-batches of self.schedule
-        ends = self.stage == 0, self.stage == cfg.pp - 1
-        with torch.device("meta"):
-            model = GPT3(cfg, stage_blocks(cfg, self.stage), *ends, self.tp)
-        self.model = parallelize(model.to_empty(device=device), cfg, self.mesh)
-        self.saved = nn.Module()  # for checkpoints: the model, with names unique among tp's ranks
-        self.saved.add_module(f"tp{self.mesh['tp'].get_local_rank()}", self.model)
-        self.gradient = None
+        model = build_stage(cfg, self.stage, self.tp).to_empty(device=device)
+        self.model = parallelize(model, cfg, self.mesh)
+        # For checkpoints: the model, with names that are unique among the ranks of tp.
+        self.saved = nn.ModuleDict({f"tp{tp_rank}": self.model})
+        if cfg.pp > 1:  # the first and the last stage of each pipeline, which share the embedding
+            ends = self.mesh.mesh[:, [0, -1]].movedim(1, 2).flatten(0, 1)  # [DP TP, 2]
+            self.ends, _ = dist.new_subgroups_by_enumeration(ends.tolist())
 
     def run(self, batches, scale=1.0):
         """This rank's part of the mean loss over the global batch, from these micro-batches of it.
@@ -798,36 +789,22 @@ class ModelParallel:
         inputs = [tokens] if self.stage == 0 else []
         losses = []  # of micro-batches; the schedule fills it on the last stage
         step(*inputs, target=targets, losses=losses, return_outputs=False)
-        if torch.is_grad_enabled() and self.stage in (0, self.cfg.pp - 1):
-            self.sum_embedding_gradients()
-        total = torch.zeros((), device=self.device)
-        for loss in losses:
-            total += loss.detach() / scale
-        return total / self.cfg.tp
+        if torch.is_grad_enabled() and self.ends:
+            table = self.model.token_embedding or self.model.head
+            dist.all_reduce(table.weight.grad, group=self.ends)  # of the embedding and its copy
+        total = sum(losses, torch.zeros((), device=self.device)).detach()
+        return total / scale / self.cfg.tp
 
     def scaled_loss(self, logits, targets):
         """scale times the objective of a micro-batch, for the schedule."""
         return vocab_parallel_loss(logits.flatten(0, 1), targets.flatten(), self.tp) * self.factor
 
-    def sum_embedding_gradients(self):
-        """Add the gradients of the last stage's copy of the embedding and of the first stage's."""
-        group = self.mesh["pp"].get_group()
-        table = self.model.token_embedding or self.model.head
-        other = torch.empty_like(table.weight)
-        peer = dist.get_global_rank(group, self.cfg.pp - 1 - self.stage)
-        operations = [dist.P2POp(dist.isend, table.weight.grad, peer, group)]
-        operations.append(dist.P2POp(dist.irecv, other, peer, group))
-        for request in dist.batch_isend_irecv(operations):
-            request.wait()
-        table.weight.grad += other
-
     def squared_norm(self):
         """This rank's part of |gradient|²; replicated parameters count once over the ranks of tp,
         and the embedding counts on the first stage only."""
-        gradients = {name: p.grad for name, p in self.model.named_parameters()}
-        gradients.pop("head.weight", None)
-        sharded = [g for name, g in gradients.items() if split_dimension(name) is not None]
-        replicated = [g for name, g in gradients.items() if split_dimension(name) is None]
+        counted = [(name, p) for name, p in self.model.named_parameters() if name != "head.weight"]
+        sharded = [p.grad for name, p in counted if split_dimension(name) is not None]
+        replicated = [p.grad for name, p in counted if split_dimension(name) is None]
         square = nn.utils.get_total_norm(sharded).double() ** 2
         return square + nn.utils.get_total_norm(replicated).double() ** 2 / self.cfg.tp
 
@@ -839,13 +816,7 @@ class ModelParallel:
         share or, with one such rank, its first micro-batches. NaN without --noise_scale.
         """
         cfg = self.cfg
-        if self.gradient is None:  # one tensor, of which the gradients of parameters are views
-            parameters = list(self.model.parameters())
-            sizes = [p.numel() for p in parameters]
-            self.gradient = torch.zeros(sum(sizes), device=self.device)
-            for p, part in zip(parameters, self.gradient.split(sizes)):
-                p.grad = part.view_as(p)
-        self.gradient.zero_()
+        self.model.zero_grad()
         n_first = len(batches)
         if cfg.noise_scale and cfg.dp == 1 and len(batches) >= 2 * cfg.pp:
             n_first = cfg.pp  # the fewest micro-batches that a pipeline can run
@@ -858,7 +829,12 @@ class ModelParallel:
             if self.model.head is not None:  # its gradient is in that of the first stage already
                 self.model.head.weight.grad.zero_()
             loss += self.run(batches[n_first:], scale)
-        dist.all_reduce(self.gradient, group=self.mesh["dp"].get_group())
+        if cfg.dp > 1:
+            parameters = list(self.model.parameters())
+            flat = torch.cat([p.grad.flatten() for p in parameters])
+            dist.all_reduce(flat, group=self.mesh["dp"].get_group())
+            for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+                p.grad = part.view_as(p)
         sums = torch.stack([loss, self.squared_norm() / cfg.dp, small])
         dist.all_reduce(sums)
         loss, square, small = sums.tolist()  # the only wait for the device in an update
@@ -884,8 +860,7 @@ def memory_per_rank(cfg):
     head = 4 * cfg.dim + size * cfg.dim + 4 * cfg.vocab_size / cfg.tp  # norm, product, softmax
     stages = []
     for i in range(cfg.pp):
-        with torch.device("meta"):
-            stage = GPT3(cfg, stage_blocks(cfg, i), i == 0, i == cfg.pp - 1)
+        stage = build_stage(cfg, i)
         n = 0
         for name, p in stage.named_parameters():
             n += p.numel() / (cfg.tp if split_dimension(name) is not None else 1)
@@ -942,9 +917,7 @@ def from_hf(path):
         cfg.hidden_dim = cfg.hidden_dim or 4 * cfg.dim
         model = GPT3(cfg)
         tensors = {k.removeprefix("transformer."): v for k, v in read_hf_tensors(path).items()}
-        for name, tensor, shape in gpt2_tensors(model, cfg.n_heads):
-            if tensors[name].shape != shape:
-                raise ValueError(f"{name} is {list(tensors[name].shape)}, not {list(shape)}")
+        for name, tensor, _ in gpt2_tensors(model, cfg.n_heads):
             tensor.copy_(tensors[name].view_as(tensor))
     return model, cfg
 
@@ -1154,18 +1127,11 @@ def check(cfg, ranks):
         (cfg.dim % cfg.n_heads, f"{cfg.n_heads} heads do not divide the width {cfg.dim}"),
         (cfg.n_heads % cfg.tp, f"--tp {cfg.tp} does not divide {cfg.n_heads} heads"),
         (cfg.hidden_dim % cfg.tp, f"--tp {cfg.tp} does not divide --hidden_dim {cfg.hidden_dim}"),
-        (cfg.n_layers + 2 < cfg.pp,
-         f"{cfg.n_layers} layers, embedding and softmax are fewer than --pp {cfg.pp}"),
         (cfg.dp * n_micro * micro != cfg.batch_size,
          f"--batch_size {cfg.batch_size} is not {cfg.dp} ranks x n micro-batches of {micro}"),
+        (cfg.pp > cfg.n_layers + 2,
+         f"{cfg.n_layers} layers, embedding and softmax are fewer than --pp {cfg.pp}"),
         (n_micro < cfg.pp, f"{n_micro} micro-batches are fewer than --pp {cfg.pp}"),
-        (cfg.first_batch > cfg.batch_size,
-         f"--first_batch {cfg.first_batch} is more than --batch_size {cfg.batch_size}"),
-        (cfg.compile and cfg.first_batch and not cfg.micro_batch,
-         "--compile needs --micro_batch where the batch grows"),
-        (cfg.tokens <= 0, "--tokens is 0"),
-        (cfg.warmup > 0.1, f"--warmup {cfg.warmup} is more than a tenth of the run"),
-        (cfg.dropout >= 1, f"--dropout {cfg.dropout} is not less than 1"),
         (0 < n_entries <= 256, f"a BPE of {n_entries} entries has no more than the 256 bytes"),
         (cfg.train_tokenizer and not cfg.out, "--train_tokenizer needs --out"),
         (cfg.train_tokenizer and os.path.exists(f"{cfg.out}/ranks.tiktoken"),
@@ -1175,8 +1141,6 @@ def check(cfg, ranks):
         (cfg.export and cfg.tp * cfg.pp > 1, "--export needs a model without --tp and --pp"),
         (ranks > 1 and (cfg.write_tokens or cfg.train_tokenizer),
          "--write_tokens and --train_tokenizer run in one process, without torchrun"),
-        (cfg.write_tokens and len(parse_weights(cfg.data)) > 1,
-         "--write_tokens takes one corpus, not a mix"),
         (cfg.write_tokens and entries_to_learn(cfg.tokenizer) and not cfg.out,
          "--write_tokens needs --out for the ranks of a BPE that it learns"),
     ):  # fmt: skip
@@ -1200,8 +1164,7 @@ def dry_run(cfg):
     print(f"parameters {total:,} | activated {activated:,}")
     print(f"FLOPs per token {flops_per_token(cfg):.4g} | 6 N gives {6 * activated:.4g}")
     ramp, steps = count_steps(cfg)
-    print(f"updates {steps:,}, {ramp:,} of them of the ramp | pipeline bubble", end=" ")
-    print(f"{(cfg.pp - 1) / split_batch(cfg, cfg.dp)[0]:.1%} of the work on a full batch")
+    print(f"updates {steps:,}, {ramp:,} of them of the ramp")
     pf_days = 6 * total * cfg.tokens / 8.64e19  # as in Table D.1
     without_embeddings = pf_days * (1 - (cfg.vocab_size + cfg.seq_len) * cfg.dim / total)
     print(f"PF-days {pf_days:.4g} (Table D.1) | least loss for that compute", end=" ")
@@ -1221,9 +1184,8 @@ def run_tokens(cfg):
 
 def take_step(parallel, optimizer, batches, lr, state):
     """One update from this data-parallel rank's micro-batches; returns loss and gradient norm of
-    the global batch, and {"noise": noise scale} if it is measured. If loss or norm is not finite,
-    all ranks skip the update. With a loss scale, an overflow of the gradient halves the scale, and
-    the gradient is computed again."""
+    the global batch. If either is not finite, all ranks skip the update. With a loss scale, an
+    overflow of the gradient halves the scale, and the gradient is computed again."""
     cfg = parallel.cfg
     while True:
         loss, square, small, n = parallel.gradients(batches, state["scale"])
@@ -1231,30 +1193,28 @@ def take_step(parallel, optimizer, batches, lr, state):
             break
         state["scale"] /= 2
         state["clean"] = 0
-        print(f"step {state['step'] + 1} overflows: loss scale {state['scale']:g}")
     norm = math.sqrt(square) / state["scale"]
     finite = math.isfinite(norm) and math.isfinite(loss)
-    measured = {}
-    if finite and cfg.noise_scale:
-        if math.isfinite(small):
-            n_big = sum(len(batch["tokens"]) for batch in batches) * cfg.dp
-            small /= state["scale"] ** 2
-            square, trace = noise_scale(small, norm**2, n_big / n, n_big)
-            # Undisclosed: how estimates are averaged. Here exponentially, with a decay of 0.99.
-            state["square"] = 0.99 * state["square"] + 0.01 * square
-            state["trace"] = 0.99 * state["trace"] + 0.01 * trace
-        measured["noise"] = state["trace"] / (state["square"] or math.nan)
+    if finite and math.isfinite(small):
+        n_big = sum(len(batch["tokens"]) for batch in batches) * cfg.dp
+        small /= state["scale"] ** 2
+        square, trace = noise_scale(small, norm**2, n_big / n, n_big)
+        # Undisclosed: how estimates are averaged. Here exponentially, with a decay of 0.99.
+        state["square"] = 0.99 * state["square"] + 0.01 * square
+        state["trace"] = 0.99 * state["trace"] + 0.01 * trace
     for group in optimizer.param_groups:
         group["lr"] = lr
     if finite:
         limit = cfg.clip or math.inf
-        parallel.gradient.mul_(min(1.0, limit / (norm + 1e-6)) / state["scale"])
+        factor = min(1.0, limit / (norm + 1e-6)) / state["scale"]
+        for p in parallel.model.parameters():
+            p.grad.mul_(factor)
         optimizer.step()
     state["clean"] = state["clean"] + 1 if finite and cfg.precision == "fp16" else 0
     if state["clean"] == 1000:
         state["scale"] *= 2
         state["clean"] = 0
-    return loss, norm, measured
+    return loss, norm
 
 def train(parallel, optimizer, mix, heldout, state, cfg):
     """Update the model until the tokens of the run are used up; returns False if a signal ends it
@@ -1263,12 +1223,11 @@ def train(parallel, optimizer, mix, heldout, state, cfg):
     signals = catch_signals()
     thread = ThreadPoolExecutor(1)  # reads the next batch during an update
 
-    def read_ahead(first):
-        batch_size = batch_at(first * cfg.seq_len, cfg)
-        next_cfg = dataclasses.replace(cfg, batch_size=batch_size)
-        return next_cfg, thread.submit(read_batch, mix, first, next_cfg, *this_rank)
+    def read(first):  # cfg with the size of the batch that begins with `first`, and the batch
+        now = dataclasses.replace(cfg, batch_size=batch_at(first * cfg.seq_len, cfg))
+        return now, read_batch(mix, first, now, *this_rank)
 
-    next_cfg, next_batches = read_ahead(state["sequences"])
+    next_batches = thread.submit(read, state["sequences"])
     first_step = saved = state["step"]
     last_step = first_step + count_steps(cfg, state["sequences"] * cfg.seq_len)[1]
     pace = None  # seconds per update
@@ -1296,24 +1255,25 @@ def train(parallel, optimizer, mix, heldout, state, cfg):
             return True
 
         clock = time.perf_counter()
-        batches = next_batches.result()
-        now = next_cfg  # cfg with the batch size of this update
+        now, batches = next_batches.result()
         state["sequences"] += now.batch_size
-        next_cfg, next_batches = read_ahead(state["sequences"])
+        next_batches = thread.submit(read, state["sequences"])
         sum_counts(batches, cfg.dp)
         # All ranks of tp drop the same entries of the residual stream, of which each has a copy.
         # Departure: their heads share masks of attention probabilities; Megatron's have their own.
         key = cfg.seed, step, parallel.data_rank, parallel.stage
         torch.manual_seed(stable_hash(*key))  # for dropout
         lr = learning_rate(state["tokens"], cfg)
-        loss, norm, measured = take_step(parallel, optimizer, batches, lr, state)
+        loss, norm = take_step(parallel, optimizer, batches, lr, state)
         finite = math.isfinite(loss) and math.isfinite(norm)
         state["step"] += 1
         state["tokens"] += finite * now.batch_size * cfg.seq_len
         if step == 0 or steps_left == 1 or state["step"] % cfg.log_every == 0:
             bpb = bits_per_byte(loss * batches[0]["n_targets"], batches[0]["n_bytes"])
             row = {"loss": loss, "bpb": bpb, "lr": lr, "grad": norm}
-            row |= measured | {"tokens": state["tokens"]}
+            if cfg.noise_scale:
+                row["noise"] = state["trace"] / (state["square"] or math.nan)
+            row["tokens"] = state["tokens"]
             head = f"step {step + 1}/{last_step}"
             tail = progress(state["tokens"], steps_left - 1, pace, now, parallel.device)
             if cfg.precision == "fp16":
@@ -1352,10 +1312,8 @@ def main(argv=None):
         check(cfg, ranks)
         if cfg.init:
             source, theirs = from_hf(cfg.init)
-            shape = {name: getattr(theirs, name) for name in SHAPE}
-            for name in given & {"band", "banded"}:  # a dense model may get banded layers
-                shape[name] = getattr(cfg, name)
-            cfg = dataclasses.replace(cfg, **shape)
+            taken = set(SHAPE) - (given & {"band", "banded"})  # a dense model may get bands
+            cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in taken})
             check(cfg, ranks)
         data = load_mix(cfg)
         if not data:
@@ -1403,9 +1361,6 @@ def main(argv=None):
         print(f"{n_tokens:,} = {cfg.dp} ranks x {n_micro} x {micro} sequences of", end=" ")
         print(f"{cfg.seq_len}, later {cfg.batch_size * cfg.seq_len:,}", end=" | ")
         print(f"tp {cfg.tp} x pp {cfg.pp} x dp {cfg.dp}")
-        for name, corpus, weight in zip(mix.names, mix.corpora, mix.weights):
-            epochs = weight * cfg.tokens / cfg.seq_len / corpus.n_windows(cfg.seq_len)
-            print(f"  {weight:.1%} {name or 'the library'}, {epochs:.2f} epochs")
         if not train(parallel, optimizer, mix, heldout, state, cfg):
             return print(f"stopped after step {state['step']}")
         if dist.get_rank() == 0 and cfg.tp * cfg.pp == 1:  # this rank has the complete model

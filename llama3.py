@@ -243,22 +243,17 @@ def parse_stages(cfg):
     """(stage, length, sequences per update, tokens of the run at its end) of each part of --ramp,
     the rest of the initial stage, each of --long_lengths, and annealing."""
     rows = []
-    begin = 0.0  # of a part of the ramp
+    end = 0.0  # of a part of the ramp
     for part in filter(None, cfg.ramp.split(",")):
-        with explain(f"--ramp: {part} is not LENGTHxSEQUENCES:TOKENS", ValueError):
-            size, tokens = part.split(":")
-            length, sequences = map(int, size.split("x"))
-            end = float(tokens)
-        if min(length, sequences) < 1 or not begin < end:
-            raise ValueError(f"--ramp: {part} is out of order, or has no length or no sequences")
-        rows.append(("initial", length, sequences, min(end, cfg.tokens)))
-        begin = end
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*):([\d.e+]+)", part)
+        if not match or float(match[3]) <= end:
+            raise ValueError(f"--ramp: {part} is not LENGTHxSEQUENCES:TOKENS, or is out of order")
+        end = float(match[3])
+        rows.append(("initial", int(match[1]), int(match[2]), min(end, cfg.tokens)))
     rows.append(("initial", cfg.seq_len, cfg.batch_size, cfg.tokens))
     if not re.fullmatch(r"([1-9]\d*(,|$))*", cfg.long_lengths):
         raise ValueError(f"--long_lengths {cfg.long_lengths} is not LENGTH,...")
-    lengths = []
-    if cfg.long_tokens:
-        lengths = [int(length) for length in filter(None, cfg.long_lengths.split(","))]
+    lengths = [int(part) for part in cfg.long_lengths.split(",") if part and cfg.long_tokens]
     later = [("long-context", length, cfg.long_tokens / len(lengths)) for length in lengths]
     later.append(("annealing", [cfg.seq_len, *lengths][-1], cfg.anneal_tokens))
     end = cfg.tokens
@@ -276,18 +271,16 @@ def parse_stages(cfg):
 
 def phases(cfg):
     """§3.4, the run as a list of Phase: the initial stage with its ramp and its mixes, the lengths
-    of the long-context stage, annealing. All are measured in tokens, rounded to updates."""
+    of the long-context stage, annealing. All end at a number of tokens, rounded to updates."""
     # Departure: the paper goes on to the next length once short evaluations are back and needles
     # are found (§3.4.2); here tokens decide, and needle_loss only reports.
     mixes = cfg.data.split(";")[::2]
-    starts = [0.0]  # tokens of the run at which each mix begins
     with explain(f"--data {cfg.data} is not MIX;TOKENS;MIX;TOKENS;MIX...", ValueError):
-        starts += map(float, cfg.data.split(";")[1::2])
+        starts = [0.0, *map(float, cfg.data.split(";")[1::2])]  # tokens at which each mix begins
     if len(mixes) != len(starts) or sorted(set(starts)) != starts:
         raise ValueError(f"--data {cfg.data} is not MIX;TOKENS;MIX;TOKENS;MIX..., in order")
     plan = []
-    begin = 0
-    done = 0.0  # as begin, before rounding
+    begin = 0  # tokens
     for stage, length, sequences, end in parse_stages(cfg):
         changes = {"seq_len": length, "batch_size": sequences}
         is_long = stage != "initial" and length > cfg.seq_len
@@ -297,40 +290,24 @@ def phases(cfg):
             changes["rope_theta"] = cfg.long_rope_theta
         if cfg.pp > 1 and not cfg.micro_batch:  # two micro-batches for each rank of a pipeline
             changes["micro_batch"] = max(sequences // (max(cfg.dp, 1) * 2 * cfg.pp), 1)
-        cuts = [start for start in starts if stage != "annealing" and done < start < end]
+        size = length * sequences
+        cuts = [start for start in starts if stage != "annealing" and begin < start < end]
         for cut in [*cuts, end]:
-            changes["data"] = mixes[bisect.bisect_right(starts, done) - 1]
+            changes["data"] = mixes[bisect.bisect_left(starts, cut) - 1]
             if stage == "annealing":
                 changes["data"] = cfg.anneal_data or mixes[-1]
-            size = length * sequences
-            n_updates = max(round((cut - done) / size), 0)
-            if n_updates:
+            n_updates = round((cut - begin) / size)
+            if n_updates > 0:
                 phase_cfg = dataclasses.replace(cfg, **changes)
                 plan.append(Phase(stage, begin, begin + n_updates * size, size, phase_cfg))
                 begin = plan[-1].end
-            done = max(cut, done)
     if not plan:
         raise ValueError("--tokens, --long_tokens and --anneal_tokens give not a single update")
     return plan
 
-def phase_index(plan, tokens):
-    """Index of the phase that the run is in after so many tokens."""
-    return max(bisect.bisect_right([phase.begin for phase in plan], tokens) - 1, 0)
-
 def updates_before(plan, tokens):
     """Updates that the first `tokens` tokens of the run take, as a float."""
-    n_updates = 0.0
-    for phase in plan:
-        n_updates += max(min(tokens, phase.end) - phase.begin, 0) / phase.size
-    return n_updates
-
-def tokens_of_updates(plan, n_updates):
-    """Tokens of the run that its first n_updates updates take."""
-    for phase in plan:
-        if n_updates * phase.size <= phase.end - phase.begin:
-            return phase.begin + n_updates * phase.size
-        n_updates -= (phase.end - phase.begin) // phase.size
-    return plan[-1].end
+    return sum(max(min(tokens, phase.end) - phase.begin, 0) / phase.size for phase in plan)
 
 # ---------------------------------------- Model ----------------------------------------
 
@@ -401,9 +378,19 @@ def attention_mask(documents, rows, columns):
 def attend(q, k, v, mask):
     """softmax(q kᵀ / sqrt(E)) v over the positions that mask allows (None: causal); query
     head j uses key-value head j // (H / K). [B, H, T, E], [B, K, T, E] twice -> [B, H, T, E]."""
-    if mask is None or torch.is_tensor(mask):
-        is_causal = mask is None
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=True)
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    if torch.is_tensor(mask):
+        T = q.shape[2]
+        S = k.shape[2]
+        size = 512 if T == S else T  # queries of a block, which skip the keys of later blocks
+        outputs = []
+        for start in range(0, T, size):
+            rows = slice(start, start + size)
+            keys = slice(start + size + S - T)
+            shown = q[:, :, rows], k[:, :, keys], v[:, :, keys], mask[:, :, rows, keys]
+            outputs.append(F.scaled_dot_product_attention(*shown, enable_gqa=True))
+        return torch.cat(outputs, 2)
     flex = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
     return flex(q, k, v, block_mask=mask, enable_gqa=True)
 
@@ -542,11 +529,12 @@ def init_weights(model, cfg, tp=None):
     every layout starts from the same numbers. Raises ValueError for a parameter without a rule."""
     # Undisclosed: all of it. N(0, 0.02), and for what is added to the residual stream, 2 L times,
     # 0.02 / sqrt(2 L), as GPT-2 has it.
+    shapes = whole_shapes(cfg)
     for name, p in model.named_parameters():
         if re.search(r"(token_embedding|head|q|k|v|out|gate|up|down)\.weight$", name):
             depth = 2 * cfg.n_layers if re.search(r"(out|down)\.weight$", name) else 1
             generator = torch.Generator().manual_seed(stable_hash(cfg.seed, name))
-            whole = torch.empty(whole_shape(name, p, tp))
+            whole = torch.empty(shapes[name])
             fill(name, p, whole.normal_(0.0, 0.02 / math.sqrt(depth), generator=generator), tp)
         elif re.search(r"(q|k|v)\.bias$", name):
             nn.init.zeros_(p)
@@ -575,12 +563,11 @@ class DataMix:
     """§3.1.2, "data mix": corpora in given proportions, {name: Fraction}, to be read as one Corpus.
 
     Of as many sequences as the proportions' common denominator every corpus has its exact share, in
-    an order that the seed shuffles, so that the window of a corpus that a sequence reads follows
-    from the sequence's index alone.
+    an order that the seed shuffles, and reads on where it was, so that the window of a corpus that
+    a sequence reads follows from the sequence's index alone.
     """
 
     def __init__(self, proportions, corpora):
-        self.proportions = proportions
         self.corpora = corpora
         self.block = math.lcm(*(share.denominator for share in proportions.values()))
         self.shares = [int(share * self.block) for share in proportions.values()]
@@ -596,10 +583,11 @@ class DataMix:
     def window(self, index, length, seed):
         """The length + 1 ids of sequence `index`."""
         block, position = divmod(index, self.block)
-        position = permutation(self.block, seed, "data mix", block)[position]
-        i = bisect.bisect_right(self.bounds, position) - 1
-        index = block * self.shares[i] + position - self.bounds[i]
-        return self.corpora[i].window(index, length, seed)
+        order = permutation(self.block, seed, "data mix", block)
+        i = bisect.bisect_right(self.bounds, order[position]) - 1
+        earlier = order[:position]
+        n_read = int(((self.bounds[i] <= earlier) & (earlier < self.bounds[i + 1])).sum())
+        return self.corpora[i].window(block * self.shares[i] + n_read, length, seed)
 
     def fingerprint(self):
         """A hash of the proportions and of the fingerprints of the corpora."""
@@ -662,12 +650,12 @@ def load_mixes(cfg):
         print("without --tokenizer there are no borders of documents, and no mask")
     cfg.vocab_size = vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
     length = max(phase.cfg.seq_len for phase in plan)
-    batch = math.ceil(max(phase.cfg.seq_len * phase.cfg.batch_size for phase in plan) / length)
+    batch = math.ceil(max(phase.size for phase in plan) / length)
     corpora = {}
     for path, (files, shards) in sources.items():
         documents = tokenize_pieces(read_documents(path, files), tokenizer, separator)
-        if cfg.write_tokens and shards:
-            raise ValueError("--write_tokens reads text, and --data has token shards")
+        if cfg.write_tokens and (shards or len(sources) > 1):
+            raise ValueError("--write_tokens takes text of one corpus, not a mix or token shards")
         if cfg.write_tokens:
             return write_tokens(cfg.write_tokens, documents)
         share = max(mix.get(path, 0) for mix in mixes)
@@ -757,12 +745,12 @@ def clip_gradients(model, loss, cfg, mesh):
     return norm, loss
 
 def update_average(pipeline, state, phase, n_checkpoints):
-    """§3.4.3, Polyak averaging: after each of n_checkpoints equally spaced updates of annealing the
-    parameters enter the running mean, which replaces them when the run ends. state has the tokens
-    of the run so far and the number of checkpoints in the mean."""
+    """§3.4.3, Polyak averaging: after each of n_checkpoints equally spaced updates of annealing (or
+    each update, if they are fewer) the parameters enter the running mean, which replaces them when
+    the run ends. state has the tokens of the run so far and the number of checkpoints in the mean.
+    """
     # Undisclosed: how many checkpoints and how far apart; here ten, uniformly.
     n_updates = (phase.end - phase.begin) // phase.size
-    n_checkpoints = min(n_checkpoints, n_updates)
     done = (state["position"] - phase.begin) // phase.size
     if done * n_checkpoints // n_updates > (done - 1) * n_checkpoints // n_updates:
         state["n_averaged"] += 1
@@ -878,17 +866,16 @@ class GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
         ctx.group = group
-        parts = x.new_empty(group.size() * len(x), *x.shape[1:])
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gather(parts, x, group=group)
-        return torch.cat(parts.chunk(group.size()), 3)
+        parts = [torch.empty_like(x) for _ in range(group.size())]
+        dist.all_gather(parts, x, group=group)
+        return torch.cat(parts, 3)
 
     @staticmethod
     def backward(ctx, gradient):
-        parts = torch.cat(gradient.chunk(ctx.group.size(), 3)).float()  # summed in fp32
-        own = torch.empty_like(parts[: len(gradient)])
-        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        scatter(own, parts, group=ctx.group)
+        parts = gradient.chunk(ctx.group.size(), 3)
+        parts = [part.float().contiguous() for part in parts]  # summed in fp32
+        own = torch.empty_like(parts[0])
+        dist.reduce_scatter(own, parts, group=ctx.group)
         return own.type_as(gradient), None
 
 def context_positions(length, ranks, rank):
@@ -922,27 +909,15 @@ def stage_layers(cfg, stage):
 def keep_stage(model, cfg, stage):
     """Pipeline parallelism: keep the layers of a stage, the embedding on the first and the head and
     the loss on the last."""
-    layers = stage_layers(cfg, stage)
-    for name in list(model.blocks):
-        if int(name) not in layers:
-            del model.blocks[name]
-    is_first = stage == 0
-    is_last = stage == cfg.pp * cfg.pp_chunks - 1
-    if not is_first:
+    layers = map(str, stage_layers(cfg, stage))
+    model.blocks = nn.ModuleDict({name: model.blocks[name] for name in layers})
+    if stage > 0:
         model.token_embedding = None
-    if not is_last:
-        model.final_norm = None
+        model.embed = lambda x: x
+    if stage < cfg.pp * cfg.pp_chunks - 1:
+        model.final_norm = nn.Identity()
         model.head = None
-
-    def forward(x, targets, documents=None):
-        if is_first:
-            x = model.embed(x)
-        x = model.transform(x, documents)
-        if is_last:
-            x = model.loss(model.final_norm(x), targets).view(1)
-        return x
-
-    model.forward = forward
+        model.loss = lambda x, targets: x
 
 def tensor_dimension(name):
     """The dimension along which tensor parallelism cuts a parameter; None: each rank has it all."""
@@ -950,14 +925,10 @@ def tensor_dimension(name):
         return 0
     return 1 if re.search(r"(out|down)\.weight$", name) else None
 
-def group_size(group):
-    """Ranks of a process group; None is a group of one."""
-    return group.size() if group else 1
-
-def whole_shape(name, p, tp):
-    """The shape that a parameter has without tensor parallelism."""
-    dim = tensor_dimension(name)
-    return [size * group_size(tp) if i == dim else size for i, size in enumerate(p.shape)]
+def whole_shapes(cfg):
+    """{name: shape} of all parameters of the model on one rank."""
+    with torch.device("meta"):
+        return {name: p.shape for name, p in Llama3(cfg).named_parameters()}
 
 def fill(name, p, whole, tp):
     """Write this rank's part of the whole tensor to the parameter."""
@@ -987,10 +958,10 @@ def parallelize(model, cfg, mesh, shards, stage=0):
     # parallelism is cited, not said to be used): each of the TP ranks keeps all of them, so that
     # 405B at 8,192 positions needs --recompute block to fit 80 GB.
     model.dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-    if cfg.pp > 1:
-        keep_stage(model, cfg, stage)
     if cfg.tp > 1:
         split_matrices(model, mesh["tp"].get_group())
+    if cfg.pp > 1:
+        keep_stage(model, cfg, stage)
     if cfg.cp > 1:
         split_sequence(model, mesh["cp"].get_group())
     policy = MixedPrecisionPolicy(model.dtype, torch.float32, cast_forward_inputs=False)
@@ -1002,10 +973,9 @@ def parallelize(model, cfg, mesh, shards, stage=0):
             torch.compiler.config.recompile_limit = 64  # a graph per length and mode
             torch.compiler.config.fail_on_recompile_limit_hit = True
             block.compile(dynamic=False)
-        if shards.size() > 1:
-            fully_shard(block, **settings)
     if shards.size() > 1:
-        fully_shard(model, **settings)
+        for module in (*model.blocks.values(), model):
+            fully_shard(module, **settings)
     return model.to_empty(device=mesh.device_type)
 
 def build_stages(cfg, mesh, shards):
@@ -1017,10 +987,9 @@ def build_stages(cfg, mesh, shards):
         with torch.device("meta"):
             model = Llama3(cfg)
         stages.append(parallelize(model, cfg, mesh, shards, i))
-        for name, child in stages[-1].named_children():
-            if name == "blocks":
-                merged.blocks.update(child)
-            else:
+        merged.blocks.update(model.blocks)
+        for name, child in model.named_children():
+            if name != "blocks":
                 merged.add_module(name, child)
     return stages, merged
 
@@ -1074,7 +1043,7 @@ class Pipeline:
     def loss(self, nats, targets):
         """The objective of a micro-batch with that many nats, as the schedule asks for it, times
         the number over which sharding averages gradients."""
-        return nats.sum() / max(self.n_targets, 1) * self.n_shards
+        return nats / max(self.n_targets, 1) * self.n_shards
 
     def run(self, batches):
         """This rank's part of the mean loss over the global batch, to be summed over all ranks;
@@ -1086,9 +1055,7 @@ class Pipeline:
         else:
             losses = [self.run_micro_batch(part, part is parts[-1]) for part in parts]
         total = torch.zeros((), dtype=torch.float64, device=parts[0]["tokens"].device)
-        for loss in losses:
-            total += loss.detach()
-        return total / self.n_shards / self.cfg.tp
+        return sum((loss.detach() for loss in losses), total) / self.n_shards / self.cfg.tp
 
     def own_part(self, batch):
         """A micro-batch with this rank's positions of tokens and targets, and all documents."""
@@ -1107,7 +1074,6 @@ class Pipeline:
             if self.n_shards > 1:
                 model.set_requires_gradient_sync(is_last)
                 model.set_reshard_after_backward(is_last)
-                model.set_is_last_backward(is_last)
             loss.backward()
         return loss
 
@@ -1117,14 +1083,10 @@ class Pipeline:
         names = [name for name in batches[0] if not name.startswith("n_")]
         inputs = {name: torch.cat([batch[name] for batch in batches]) for name in names}
         tokens = inputs.pop("tokens")
-        first = []
+        first = [tokens] if self.mesh["pp"].get_local_rank() == 0 else []
         losses = []
-        if self.mesh["pp"].get_local_rank() == 0:
-            first = [tokens]
-        if self.mesh["pp"].get_local_rank() == self.cfg.pp - 1:
-            inputs |= {"target": inputs["targets"], "losses": losses}
         step = self.schedule.step if torch.is_grad_enabled() else self.schedule.eval
-        step(*first, **inputs, return_outputs=False)
+        step(*first, target=inputs["targets"], losses=losses, return_outputs=False, **inputs)
         return losses
 
     def use_average(self):
@@ -1148,8 +1110,7 @@ def memory_per_rank(cfg):
     size = 2 if cfg.precision == "bf16" else 4
     kv_dim = cfg.dim * cfg.n_kv_heads // cfg.n_heads
     matrices = 2 * cfg.dim * (cfg.dim + kv_dim) + 3 * cfg.dim * cfg.hidden_dim
-    biases = cfg.qkv_bias * (cfg.dim + 2 * kv_dim)
-    layer = (matrices + biases) / cfg.tp + 2 * cfg.dim
+    layer = matrices / cfg.tp + 2 * cfg.dim  # but for biases
     table = cfg.vocab_size * cfg.dim / cfg.tp
     # Kept for the backward pass, per position and block: inputs of both norms in fp32, their
     # outputs before and after the gain and, cut by tensor parallelism, q, k, v, the attended
@@ -1180,9 +1141,9 @@ def memory_per_rank(cfg):
             flight = min(flight, n_micro * cfg.pp_chunks) / cfg.pp_chunks
         activations = flight * n_blocks * kept_block * positions
         recomputed = block * positions * (cfg.recompute == "block")
-        memory = {"parameters": 4 * n / n_shards, "gradients": 4 * n / n_shards}
-        memory["optimizer"] = 8 * n / n_shards
-        memory["average"] = 4 * n / n_shards * (cfg.anneal_tokens > 0 and cfg.average > 0)
+        fp32 = 4 * n / n_shards  # a copy of the parameters
+        memory = {"parameters": fp32, "gradients": fp32, "optimizer": 2 * fp32}
+        memory["average"] = fp32 * (cfg.anneal_tokens > 0 and cfg.average > 0)
         # Complete parameters and fp32 gradients of shards, or bf16 copies of the parameters.
         memory["gathered"] = n * (size + 4) * (n_shards > 1) or n * size * (size == 2)
         memory["activations"] = activations + max(recomputed + gradients, head * is_last)
@@ -1220,6 +1181,7 @@ HF_ENDS = {  # entries of a published vocabulary: ids before and after a documen
     128256: (128000, 128001), 151936: (151643, 151643), 152064: (151643, 151643),
 }  # fmt: skip
 SHAPE = (*HF_CONFIG, "qkv_bias")  # fields of Config that a checkpoint fixes
+FILE_BYTES = 5e9  # of a file of weights at most, unless one tensor is larger
 
 def hf_name(name):
     """Hugging Face's name of our parameter."""
@@ -1227,47 +1189,30 @@ def hf_name(name):
         name = name.replace(ours, theirs)
     return name
 
-def hf_files(cfg):
-    """{name of our parameter: its file}: one file, or as many as 5 GB each (or one tensor) need."""
-    with torch.device("meta"):
-        model = Llama3(cfg)
-    files = [[]]  # the names in each
-    n_bytes = 0
-    for name, p in model.named_parameters():
-        if files[-1] and n_bytes + 4 * p.numel() > 5e9:
-            files.append([])
-            n_bytes = 0
-        files[-1].append(name)
-        n_bytes += 4 * p.numel()
-    if len(files) == 1:
-        return dict.fromkeys(files[0], "model.safetensors")
-    pattern = f"model-{{:05d}}-of-{len(files):05d}.safetensors"
-    return {name: pattern.format(i) for i, names in enumerate(files, 1) for name in names}
-
 def read_llama_config(path):
-    """Config of the LlamaForCausalLM or Qwen2ForCausalLM in the directory path."""
+    """{field of Config: value} of the LlamaForCausalLM or Qwen2ForCausalLM in the directory path.
+    Fields of a context extension are there if the model has one."""
     with explain(f"{path} holds no Llama or Qwen2 model", Exception):
         theirs = json.loads((Path(path) / "config.json").read_text())
-        qwen = theirs["model_type"] == "qwen2"
-        fields = HF_CONFIG | (HF_QWEN if qwen else {})
-        fixed = HF_FIXED | {"model_type": "qwen2" if qwen else "llama"}
-        cfg = Config(**read_hf_config(path, fields, fixed), qkv_bias=qwen)
-        cfg.n_kv_heads = cfg.n_kv_heads or cfg.n_heads
-        cfg.seq_len = theirs.get("max_position_embeddings", 32768 if qwen else 2048)
+        qwen = {"llama": False, "qwen2": True}[theirs["model_type"]]
+        fields = read_hf_config(path, HF_CONFIG | (HF_QWEN if qwen else {}), HF_FIXED)
+        fields["qkv_bias"] = qwen
+        fields["n_kv_heads"] = fields["n_kv_heads"] or fields["n_heads"]
+        fields["seq_len"] = theirs.get("max_position_embeddings", 32768 if qwen else 2048)
         rope = dict(theirs.get("rope_parameters") or theirs.get("rope_scaling") or {})
         kind = rope.pop("rope_type", rope.pop("type", "default"))
-        cfg.rope_theta = rope.pop("rope_theta", theirs.get("rope_theta", 10000.0))
-        cfg.rope_scaling = {hf: ours for ours, hf in HF_ROPE.items() if ours != "ntk"}[kind]
-        if cfg.rope_scaling != "none":
-            cfg.rope_from = "initial"
-        cfg.rope_factor = rope.pop("factor", cfg.rope_factor)
-        cfg.rope_original = rope.pop("original_max_position_embeddings", None) or cfg.seq_len
-        rope["head_dim"] = theirs.get("head_dim")
-        supported = HF_ROPE_FIXED | {"head_dim": cfg.dim // cfg.n_heads}
-        for key, value in rope.items():
+        fields["rope_theta"] = rope.pop("rope_theta", theirs.get("rope_theta", 10000.0))
+        original = rope.pop("original_max_position_embeddings", None)
+        if kind != "default":
+            fields["rope_scaling"] = {"linear": "pi", "yarn": "yarn", "llama3": "llama3"}[kind]
+            fields["rope_from"] = "initial"
+            fields["rope_factor"] = rope.pop("factor")
+            fields["rope_original"] = original or fields["seq_len"]
+        supported = HF_ROPE_FIXED | {"head_dim": fields["dim"] // fields["n_heads"]}
+        for key, value in [*rope.items(), ("head_dim", theirs.get("head_dim"))]:
             if value not in (None, supported.get(key)):
                 raise ValueError(f"config.json has {key} {value!r}")
-    return cfg
+    return fields
 
 def read_hf_config(path, fields, fixed):
     """Fields of Config from the config.json of a Hugging Face checkpoint directory.
@@ -1296,14 +1241,11 @@ def fill_layout_from_hf(model, path, tp=None):
     with explain(f"{path} holds no Llama or Qwen2 model of this shape", Exception):
         tensors = read_hf_tensors(path)
         for name, p in model.named_parameters():
-            tensor = tensors[hf_name(name)]
-            if list(tensor.shape) != whole_shape(name, p, tp):
-                raise ValueError(f"{hf_name(name)} is {list(tensor.shape)}")
-            fill(name, p, tensor, tp)
+            fill(name, p, tensors[hf_name(name)], tp)
 
 def from_hf(path):
     """(model, cfg) from the checkpoint directory of a LlamaForCausalLM or Qwen2ForCausalLM."""
-    cfg = read_llama_config(path)
+    cfg = Config(**read_llama_config(path))
     model = Llama3(cfg)
     fill_layout_from_hf(model, path)
     return model, cfg
@@ -1328,46 +1270,53 @@ def make_llama_config(cfg):
     return config | {"bos_token_id": begin, "eos_token_id": end}
 
 def gather_tensors(model, cfg, mesh):
-    """(name, complete tensor) of each parameter of the whole model, one after the other, on the
-    first rank; all ranks, of which each has a part of the model, call this and get every name."""
+    """(name, complete tensor) of each parameter of the whole model, one after the other, in the
+    memory of the CPU; all ranks, of which each has a part of the model, call this together."""
     own = dict(model.named_parameters())
     tp = mesh["tp"].get_group() if cfg.tp > 1 else None
     pp = mesh["pp"].get_group()
     holders = [None] * pp.size()  # names that each rank of a pipeline has
     dist.all_gather_object(holders, list(own), group=pp)
-    with torch.device("meta"):
-        whole = Llama3(cfg)
-    for name, p in whole.named_parameters():
+    for name, shape in whole_shapes(cfg).items():
         holder = [name in names for names in holders].index(True)
-        tensor = torch.empty(p.shape, device="cpu")
+        tensor = torch.empty(shape)
         if holder == pp.rank():
-            tensor = whole_tensor(name, own[name].data, tp).cpu()
-        if holder > 0 and holder == pp.rank():
-            dist.send(tensor.contiguous(), group=pp, group_dst=0)
-        elif holder > 0 and pp.rank() == 0:
-            dist.recv(tensor, group=pp, group_src=holder)
+            tensor.copy_(whole_tensor(name, own[name].data, tp))
+        dist.broadcast(tensor, group=pp, group_src=holder)
         yield name, tensor
+
+def group_by_file(tensors):
+    """{Hugging Face's name: tensor} of each file that (our name, tensor) of all parameters make."""
+    content = {}
+    for name, tensor in tensors:
+        if content and sum(t.nbytes for t in [*content.values(), tensor]) > FILE_BYTES:
+            yield content
+            content = {}
+        content[hf_name(name)] = tensor.data.cpu().contiguous()
+    yield content
 
 def to_hf(model, cfg, path, mesh=None):
     """Write model, or on every rank its part of one, to the directory path as a LlamaForCausalLM
-    or Qwen2ForCausalLM. The first rank writes; it holds the tensors of one file at a time."""
+    or Qwen2ForCausalLM. The first rank writes; it holds the tensors of at most two files."""
     from safetensors.torch import save_file
 
-    files = hf_files(cfg)
     tensors = model.named_parameters() if mesh is None else gather_tensors(model, cfg, mesh)
     if mesh is not None and dist.get_rank() > 0:
         for _ in tensors:
             pass  # this rank's part in gathering
         return
+    file_of = {}  # by Hugging Face's name
     with written_beside(path) as folder:
-        for file, group in itertools.groupby(tensors, lambda item: files[item[0]]):
-            content = {hf_name(name): tensor.data.cpu().contiguous() for name, tensor in group}
+        for i, content in enumerate(group_by_file(tensors), 1):
+            file = f"model-{i:05d}.safetensors"
             save_file(content, folder / file, metadata={"format": "pt"})
+            file_of |= dict.fromkeys(content, file)
+        if i == 1:
+            (folder / file).rename(folder / "model.safetensors")
+        else:
+            index = json.dumps({"metadata": {}, "weight_map": file_of}, indent=2) + "\n"
+            (folder / "model.safetensors.index.json").write_text(index)
         (folder / "config.json").write_text(json.dumps(make_llama_config(cfg), indent=2) + "\n")
-        if len(set(files.values())) > 1:
-            index = {"metadata": {}, "weight_map": {hf_name(k): v for k, v in files.items()}}
-            text = json.dumps(index, indent=2) + "\n"
-            (folder / "model.safetensors.index.json").write_text(text)
 
 @contextlib.contextmanager
 def written_beside(path):
@@ -1515,9 +1464,8 @@ def load_specials(cfg):
             mergeable_ranks={text: id_of(text) for text in tokenizer.token_byte_values()},
             special_tokens={token: id_of(token) for token in tokenizer.special_tokens_set},
         )  # fmt: skip
-    if "<|endoftext|>" in tokenizer.special_tokens_set:
-        return tokenizer, tokenizer.eot_token
-    return tokenizer, tokenizer.encode_single_token(END)
+    end = "<|endoftext|>" if "<|endoftext|>" in tokenizer.special_tokens_set else END
+    return tokenizer, tokenizer.encode_single_token(end)
 
 def sample(model, ids, n, allowed_ids, cfg):
     """ids and n more, drawn at temperature 0.8 among allowed_ids [V] (boolean)."""
@@ -1535,26 +1483,24 @@ def needle_loss(pipeline, heldout, tokenizer, cfg, device):
     """§3.4.2, needle in a haystack: nats per token of a number planted in T tokens of text,
     whose end asks for it; NaN if T is too short."""
     # Undisclosed: the fact. A number of five digits, at depths spread evenly over held-out text.
-    n_micro, micro = split_batch(cfg, cfg.dp)
-    batches = []
-    for first in range(pipeline.data_rank * n_micro * micro, cfg.batch_size, micro)[:n_micro]:
-        batch = get_batch(heldout, first, micro, cfg)
-        for row in range(micro):
-            number = str(stable_hash(cfg.seed, "needle", first + row) % 90000 + 10000)
+    batches = read_batch(heldout, 0, cfg, device, pipeline.data_rank, cfg.dp)
+    i = pipeline.data_rank * cfg.batch_size // cfg.dp  # index of the sequence
+    for batch in batches:
+        for tokens, targets in zip(batch["tokens"], batch["targets"]):
+            number = str(stable_hash(cfg.seed, "needle", i) % 90000 + 10000)
             fact = torch.tensor(tokenizer.encode_ordinary(f"\nkey={number}\n"))
             question = torch.tensor(tokenizer.encode_ordinary(f"\nkey={number}"))  # and answer
             n_answer = len(tokenizer.encode_ordinary(number))
             n_depths = cfg.seq_len - len(fact) - len(question)
             if n_depths < 0:
                 return math.nan
-            depth = n_depths * (first + row) // cfg.batch_size
-            batch["tokens"][row, depth : depth + len(fact)] = fact
-            batch["tokens"][row, 1 - len(question) :] = question[:-1]
-            batch["targets"][row] = -100
-            batch["targets"][row, -n_answer:] = question[-n_answer:]
+            depth = n_depths * i // cfg.batch_size
+            tokens[depth : depth + len(fact)] = fact
+            tokens[1 - len(question) :] = question[:-1]
+            targets.fill_(-100)[-n_answer:] = question[-n_answer:]
+            i += 1
         batch["documents"] = torch.zeros_like(batch["tokens"])
         batch["n_targets"] = int((batch["targets"] >= 0).sum())
-        batches.append({k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()})
     sum_counts(batches, cfg.dp)
     (loss,) = sum_over_ranks(pipeline.evaluate(batches))
     return loss
@@ -1579,24 +1525,20 @@ def check(cfg, ranks):
             least = 0
         if field.type in (int, float) and not least <= getattr(cfg, field.name) < math.inf:
             raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
+    for name in ("n_kv_heads", "hidden_dim", "vocab_size"):
+        if getattr(cfg, name) % cfg.tp:
+            raise ValueError(f"--tp {cfg.tp} does not divide --{name} {getattr(cfg, name)}")
     stages = cfg.pp * cfg.pp_chunks
     for wrong, message in (
         (cfg.dim % (2 * cfg.n_heads) or cfg.dim < 4 * cfg.n_heads,
          f"{cfg.n_heads} heads do not divide the width {cfg.dim} into even parts of 4 or more"),
         (cfg.n_heads % cfg.n_kv_heads,
          f"{cfg.n_kv_heads} key-value heads do not divide {cfg.n_heads} heads"),
-        (cfg.n_kv_heads % cfg.tp,
-         f"--tp {cfg.tp} does not divide {cfg.n_kv_heads} key-value heads"),
-        (cfg.hidden_dim % cfg.tp, f"--tp {cfg.tp} does not divide --hidden_dim {cfg.hidden_dim}"),
-        (cfg.vocab_size % cfg.tp, f"--tp {cfg.tp} does not divide --vocab_size {cfg.vocab_size}"),
         (cfg.tied and cfg.pp > 1, "--pp does not work with --tied: the embedding is on one rank"),
         (stages > cfg.n_layers + 2,
          f"{cfg.n_layers} layers, embedding and head are fewer than {stages} stages"),
         (cfg.resume and not cfg.out, "--resume needs --out"),
-        (cfg.eval and not cfg.out and not cfg.init, "--eval needs --out or --init"),
         (cfg.write_tokens and ranks > 1, "--write_tokens runs in one process, without torchrun"),
-        (cfg.write_tokens and re.search("[,;]", cfg.data + cfg.anneal_data),
-         "--write_tokens takes one corpus, not a mix"),
     ):  # fmt: skip
         if wrong:
             raise ValueError(message)
@@ -1631,42 +1573,47 @@ def limit_to_layout(plan, position, end):
             return phase.begin
     return end
 
+def describe(phase):
+    """What is particular to a phase, its updates, and how the ranks share one out."""
+    cfg = phase.cfg
+    n_micro, micro = split_batch(cfg, cfg.dp)
+    source = f"data {cfg.data or 'the standard library'} | rope {cfg.rope_scaling}"
+    updates = f"{(phase.end - phase.begin) // phase.size:,} updates of {phase.size:,} tokens"
+    shares = f"{cfg.dp} ranks x {n_micro} x {micro} sequences of {cfg.seq_len:,}"
+    return f"{phase.stage} | {source} | {updates} = {shares}"
+
+def print_sizes(plan, cfg):
+    """Print parameters and, in the last phase, FLOPs per token."""
+    with torch.device("meta"):
+        total, activated = count_parameters(Llama3(cfg))
+    print(f"parameters {total:,} | activated {activated:,} | FLOPs per token", end=" ")
+    print(f"{flops_per_token(plan[-1].cfg):.4g}, 6 N gives {6 * activated:.4g}")
+
 def dry_run(cfg):
-    """Print parameters, FLOPs per token, for each phase its activations and the pipeline's bubble,
-    or why the layout cannot hold it, and the bytes on the rank that needs most, in the phase that
-    needs most; from shapes alone."""
+    """Print parameters, FLOPs per token, for each phase the pipeline's bubble and the bytes on the
+    rank that needs most, or why the layout cannot hold it, and the bytes in the phase that needs
+    most, by kind; from shapes alone."""
     cfg = fit_ranks(cfg, cfg.world_size)
     cfg.vocab_size = cfg.vocab_size or 8 * math.ceil(load_specials(cfg)[0].n_vocab / 8)
     check(cfg, cfg.world_size)
     plan = phases(cfg)
-    with torch.device("meta"):
-        total, activated = count_parameters(Llama3(cfg))
-    print(f"parameters {total:,} | activated {activated:,}")
-    flops = flops_per_token(plan[-1].cfg)
-    print(f"FLOPs per token {flops:.4g} in {plan[-1].stage} | 6 N gives {6 * activated:.4g}")
+    print_sizes(plan, cfg)
     memories = []
     for phase in plan:
         if phase_problem(phase):
             print(f"{phase_problem(phase)} | another layout is needed")
             continue
-        now = phase.cfg
-        memories.append(memory_per_rank(now))
-        n_micro, _ = split_batch(now, now.dp)
-        bubble = (now.pp - 1) / (now.pp_chunks * n_micro)  # §3.3.2: (PP - 1) / (V M)
-        print(f"{phase.stage}, {now.batch_size:,} sequences of {now.seq_len:,} |", end=" ")
-        print(f"{(phase.end - phase.begin) // phase.size:,} updates |", end=" ")
-        print(f"{n_micro} micro-batches | bubble {bubble:.1%} |", end=" ")
-        print(f"activations {memories[-1]['activations'] / 2**30:.3f} GiB |", end=" ")
-        print(f"sum {sum(memories[-1].values()) / 2**30:.3f} GiB")
+        memories.append(memory_per_rank(phase.cfg))
+        n_micro, _ = split_batch(phase.cfg, cfg.dp)
+        bubble = (cfg.pp - 1) / (cfg.pp_chunks * n_micro)  # §3.3.2: (PP - 1) / (V M)
+        n_bytes = sum(memories[-1].values())
+        print(f"{describe(phase)} | bubble {bubble:.1%} | sum {n_bytes / 2**30:.3f} GiB")
     print_memory(max(memories, key=lambda memory: sum(memory.values())))
 
-def go_back(pipeline, optimizer, state, path, n_returns):
-    """Undo the updates since the checkpoint at path, and go on with the data that follows theirs.
-    Raises ValueError at the third time without a new checkpoint."""
+def go_back(pipeline, optimizer, state, path):
+    """Undo the updates since the checkpoint at path, and go on with the data behind theirs."""
     # Undisclosed: the recovery; there were few spikes, and no manual intervention (§3.4.1). This
     # is what others describe.
-    if n_returns == 3:
-        raise ValueError(f"three times back to {path}, and on to step {state['step']}")
     kept = {"step": state["step"], "sequences": state["sequences"], "watched": 0}
     load_checkpoint(path, pipeline.saved, optimizer, state)
     undone = kept["sequences"] - state["sequences"]
@@ -1676,14 +1623,11 @@ def go_back(pipeline, optimizer, state, path, n_returns):
 def pipeline_step(pipeline, optimizer, batches, lr, state, cfg):
     """One update from this rank's micro-batches; returns the row for log, and why the update was
     skipped, if it was, which is the same on all ranks."""
-    now = pipeline.cfg
     loss = pipeline.run(batches)
     norm, loss = clip_gradients(pipeline.model, loss, cfg, pipeline.mesh)
     for group in optimizer.param_groups:
         group["lr"] = lr
     state["step"] += 1
-    state["sequences"] += now.batch_size
-    state["position"] += now.batch_size * now.seq_len
     why = ""
     if not (math.isfinite(norm) and math.isfinite(loss)):
         why = "its loss or gradient is not finite"
@@ -1691,7 +1635,7 @@ def pipeline_step(pipeline, optimizer, batches, lr, state, cfg):
         why = f"its loss {loss:.4f} is a spike"
     else:
         optimizer.step()
-        state["tokens"] += now.batch_size * now.seq_len
+        state["tokens"] += pipeline.cfg.batch_size * pipeline.cfg.seq_len
     optimizer.zero_grad()
     if why:
         print(f"step {state['step']} skipped: {why}")
@@ -1704,27 +1648,24 @@ def train(pipeline, optimizer, plan, mixes, heldout, tokenizer, state, end, cfg,
     signals = catch_signals()
     thread = ThreadPoolExecutor(1)  # reads the next batch during an update
 
-    def phase_at(position):  # its index; at the end of the run, that of the last phase
-        return phase_index(plan, min(position, end - 1))
-
-    def read(i, sequences):  # (phase and first sequence, future) of a batch
-        return (i, sequences), thread.submit(read_batch, mixes[i], sequences, plan[i].cfg, *reader)
+    def read_ahead():  # (index of the phase, future batch) of the next update
+        position = max(min(state["position"], end - 1), 0)  # at the end, the last phase
+        i = bisect.bisect_right([phase.begin for phase in plan], position) - 1
+        return i, thread.submit(read_batch, mixes[i], state["sequences"], plan[i].cfg, *reader)
 
     saved = state["step"]
-    key = phase = None  # key: of the batch that is read ahead
-    n_skipped = n_returns = 0
+    phase = None
+    n_skipped = 0
+    i, ahead = read_ahead()
     while True:
         step = state["step"]
-        i = phase_at(state["position"])
         if phase is not plan[i]:
             phase = plan[i]
             now = phase.cfg
             pipeline.start_phase(now)
-            print_phase(phase, mixes[i])
+            print(describe(phase))
             first_step = step
             pace = None  # seconds per update
-        if key != (i, state["sequences"]):
-            key, ahead = read(i, state["sequences"])
         n_updates = updates_before(plan, state["position"])
         steps_left = math.ceil(updates_before(plan, end) - n_updates)
         error = ahead.exception()  # waits until that batch is read
@@ -1737,7 +1678,6 @@ def train(pipeline, optimizer, plan, mixes, heldout, tokenizer, state, end, cfg,
         if cfg.out and step > saved and (is_over or (is_due and not n_skipped)):
             save_checkpoint(cfg.out, pipeline.saved, optimizer, state)
             saved = step
-            n_returns = 0
         if error:
             raise error
         if stop:
@@ -1751,8 +1691,9 @@ def train(pipeline, optimizer, plan, mixes, heldout, tokenizer, state, end, cfg,
 
         clock = time.perf_counter()
         batches = ahead.result()
-        following = phase_at(state["position"] + phase.size)
-        key, ahead = read(following, state["sequences"] + now.batch_size)
+        state["sequences"] += now.batch_size
+        state["position"] += phase.size
+        i, ahead = read_ahead()
         sum_counts(batches, cfg.dp)
         lr = learning_rate(n_updates, cfg)
         row, why = pipeline_step(pipeline, optimizer, batches, lr, state, cfg)
@@ -1763,26 +1704,15 @@ def train(pipeline, optimizer, plan, mixes, heldout, tokenizer, state, end, cfg,
             tail = progress(state["tokens"], steps_left - 1, pace, now, device)
             log(cfg.out, step + 1, head, row, [f"stage {phase.stage}", *tail])
         n_skipped = n_skipped + 1 if "finite" in why else 0
-        if saved and (n_skipped == 3 or "spike" in why):
-            n_returns += 1
-            n_skipped = 0
-            go_back(pipeline, optimizer, state, Path(cfg.out, f"step_{saved:09d}"), n_returns)
+        if saved and "spike" in why:
+            go_back(pipeline, optimizer, state, Path(cfg.out, f"step_{saved:09d}"))
+            saved = 0  # to a checkpoint once; a spike before the next one is skipped alone
+            i, ahead = read_ahead()  # the phase may be another
         elif n_skipped == 3 or (n_skipped and steps_left == 1):
             raise ValueError(f"no finite gradient in the last {n_skipped} steps to {step + 1}")
         elif phase.stage == "long-context" and state["position"] >= phase.end and tokenizer:
             needle = needle_loss(pipeline, heldout, tokenizer, now, device)
             print(f"needle {now.seq_len} | loss {needle:.4f}")
-
-def print_phase(phase, mix):
-    """Print the batch of a phase and the shares of its corpora."""
-    cfg = phase.cfg
-    n_micro, micro = split_batch(cfg, cfg.dp)
-    print(f"{phase.stage} to {phase.end:,} tokens | rope {cfg.rope_scaling}", end=" | ")
-    print(f"tokens per step {cfg.batch_size * cfg.seq_len:,} = {cfg.dp} ranks x {n_micro}", end=" ")
-    print(f"x {micro} sequences of {cfg.seq_len:,}")
-    for name, share in mix.proportions.items():
-        if share < 1:
-            print(f"  {float(share):.2%} {name or 'the standard library'}")
 
 BUDGET = {"tokens", "long_tokens", "anneal_tokens"}  # fields that a run keeps when it is resumed
 
@@ -1793,8 +1723,8 @@ def plan_and_end(cfg, given, run):
     # within them.
     plan = phases(cfg)
     end = plan[-1].end
-    if cfg.steps:
-        end = tokens_of_updates(plan, cfg.steps)
+    if cfg.steps:  # the inverse of updates_before
+        end = bisect.bisect_left(range(end), cfg.steps, key=functools.partial(updates_before, plan))
     if run and run["steps"] and not given & {"steps", *BUDGET}:
         cfg.steps = run["steps"]
         end = run["end"]
@@ -1807,22 +1737,12 @@ def plan_and_end(cfg, given, run):
 def restore(pipeline, optimizer, state, checkpoint, cfg):
     """Fill the parts of a run from a checkpoint, if there is one; it may have no average yet."""
     if checkpoint:
-        with explain(f"{checkpoint} is damaged", OSError):
-            keys = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        keys = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
         if any("average_tp" in key for key in keys):
             pipeline.add_average(cfg)
         load_checkpoint(checkpoint, pipeline.saved, optimizer, state)
     if cfg.anneal_tokens and cfg.average and pipeline.average is None:
         pipeline.add_average(cfg)
-
-def print_run(plan, end, cfg, device):
-    """Print versions, layout, sizes and the number of updates."""
-    with torch.device("meta"):
-        total, activated = count_parameters(Llama3(cfg))
-    print(f"torch {torch.__version__} | {device.type} {cfg.precision} | tp {cfg.tp} x", end=" ")
-    print(f"cp {cfg.cp} x pp {cfg.pp} x dp {cfg.dp}")
-    print(f"parameters {total:,} | activated {activated:,} | FLOPs per token", end=" ")
-    print(f"{flops_per_token(plan[-1].cfg):.3g} | {updates_before(plan, end):,.0f} updates")
 
 @record
 def main(argv=None):
@@ -1831,11 +1751,8 @@ def main(argv=None):
         cfg, given = parse(argv)
         check_directories(cfg.init, cfg.export, cfg.write_tokens)
         if cfg.init:
-            theirs = read_llama_config(cfg.init)
-            same = [*SHAPE, "rope_theta"]
-            if theirs.rope_scaling != "none":  # else the stages may extend what is not yet
-                same += ["rope_scaling", "rope_factor", "rope_original", "rope_from"]
-            cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in same})
+            theirs = read_llama_config(cfg.init) | {"seq_len": cfg.seq_len}
+            cfg = dataclasses.replace(cfg, **theirs)
         if cfg.dry_run:
             return dry_run(cfg)
         device = init_distributed(cfg.timeout)
@@ -1843,10 +1760,13 @@ def main(argv=None):
         cfg = fit_ranks(cfg, ranks)
         check(cfg, ranks)
 
-        fixed = {"tp": cfg.tp, "pp": cfg.pp}
+        shape = [name for name in SHAPE if name != "vocab_size"]  # which the data may decide
+        fixed = {name: getattr(cfg, name) for name in ("tp", "pp", *shape)}
         if not cfg.eval:
             fixed |= {"seed": cfg.seed}
         checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
+        if cfg.eval and not checkpoint and not cfg.init:
+            raise ValueError("--eval needs --out or --init, and --out a checkpoint")
         for name in BUDGET - given:  # a run that goes on has the stages of its first start
             setattr(cfg, name, run.get(name, getattr(cfg, name)))
         data = load_mixes(cfg)
@@ -1854,9 +1774,6 @@ def main(argv=None):
             return
         tokenizer, mixes, heldout = data
         check(cfg, ranks)  # again, with the size of the vocabulary
-        for name in SHAPE:
-            if run and run[name] != getattr(cfg, name):
-                raise ValueError(f"{checkpoint} has {name} {run[name]}, not {getattr(cfg, name)}")
         plan, end = plan_and_end(cfg, given, run)
         pipeline = Pipeline(cfg, make_mesh(cfg, device.type))
         init_weights(pipeline.model, cfg, pipeline.tp)
@@ -1866,21 +1783,20 @@ def main(argv=None):
         state = {"step": 0, "sequences": 0, "position": 0, "tokens": 0}
         state |= {"n_averaged": 0, "watched": 0, "loss_mean": 0.0, "loss_variance": 0.0}
         restore(pipeline, optimizer, state, checkpoint, cfg)
-        i = phase_index(plan, state["position"])
         fingerprints = [mix.fingerprint() for mix in mixes]
-        n_begun = i + (state["position"] > plan[i].begin)  # phases
+        n_begun = sum(phase.begin < state["position"] for phase in plan)
         before = run.get("data_fingerprint", [])[:n_begun]
         if before != fingerprints[: len(before)] and not cfg.eval:
             raise ValueError(f"{checkpoint} has another data_fingerprint than --data")
         if cfg.eval:
-            if not checkpoint and not cfg.init:
-                raise ValueError(f"--eval: {cfg.out} has no checkpoint")
             end = state["position"]
             cfg.out = ""  # nothing is written
         if cfg.out and dist.get_rank() == 0:
             run = dataclasses.asdict(cfg) | {"end": end, "data_fingerprint": fingerprints}
             lock = claim_directory(cfg.out, run)  # held while the run lives
-        print_run(plan, end, cfg, device)
+        print(f"torch {torch.__version__} | {device.type} {cfg.precision} | tp {cfg.tp} x", end=" ")
+        print(f"cp {cfg.cp} x pp {cfg.pp} x dp {cfg.dp}")
+        print_sizes(plan, cfg)
         end = limit_to_layout(plan, state["position"], end)
         if not train(pipeline, optimizer, plan, mixes, heldout, tokenizer, state, end, cfg, device):
             return print(f"stopped after step {state['step']}")

@@ -73,9 +73,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict,
-)  # fmt: skip
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -104,7 +102,6 @@ class Config:
     top_k: int = 8  # routed experts of a token
     expert_dim: int = 512  # F, width of a routed expert
     shared_dim: int = 512  # width of the shared expert
-    balance_loss: float = 1e-3  # weight of the balance loss
     # AuT: sizes of Qwen3-Omni, convolutions of Qwen3.5-Omni
     audio_dim: int = 1280  # width of the audio encoder
     audio_layers: int = 32  # blocks of the audio encoder
@@ -122,8 +119,6 @@ class Config:
     vision_hidden: int = 4304  # width of the vision encoder's feed-forward layer
     patch: int = 16  # side of a patch in pixels
     position_side: int = 48  # side of the table of learned positions
-    min_pixels: int = 65536  # smallest area of an image after resizing
-    max_pixels: int = 16777216  # largest area of an image after resizing
     # Talker
     talker_layers: int = 0  # blocks of the Talker; 0: no Talker
     talker_dim: int = 1024  # width of the Talker and of its MTP module
@@ -137,6 +132,8 @@ class Config:
     time: Literal["text", "abs"] = "text"  # time of video: in words, or as position ids
     # Departure: the paper's rate is dynamic (O35 §2.3), here it is the same for all videos.
     fps: float = 1.25  # frames per second of video
+    min_pixels: int = 65536  # smallest area of an image after resizing
+    max_pixels: int = 16777216  # largest area of an image after resizing
     image_size: int = 64  # side in pixels of synthetic images and frames
     n_frames: int = 8  # frames of a synthetic video
     seq_len: int = 32768  # characters of a synthetic text; tokens of an item in --dry_run
@@ -150,6 +147,7 @@ class Config:
     encoder_scale: float = 0.25  # learning rate of the encoders over that of the rest; not in a0
     warmup: float = 0.03  # share of the updates that warm up the learning rate
     weight_decay: float = 0.1  # decoupled weight decay of matrices and of the gains 1 + w
+    balance_loss: float = 1e-3  # weight of the balance loss
     clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
     seed: int = 0  # seed of the weights and the data
     # Machine
@@ -446,27 +444,20 @@ class AudioDecoder(nn.Module):
 def smart_resize(height, width, factor, min_pixels, max_pixels):
     """Height and width rounded to multiples of factor, with an area in [min_pixels, max_pixels]
     (released)."""
-    new_height = round(height / factor) * factor
-    new_width = round(width / factor) * factor
-    if new_height * new_width > max_pixels:
+    sides = height, width
+    new_sides = [round(side / factor) * factor for side in sides]
+    if math.prod(new_sides) > max_pixels:
         scale = math.sqrt(height * width / max_pixels)
-        new_height = max(factor, math.floor(height / scale / factor) * factor)
-        new_width = max(factor, math.floor(width / scale / factor) * factor)
-    elif new_height * new_width < min_pixels:
+        new_sides = [max(factor, math.floor(side / scale / factor) * factor) for side in sides]
+    elif math.prod(new_sides) < min_pixels:
         scale = math.sqrt(min_pixels / (height * width))
-        new_height = math.ceil(height * scale / factor) * factor
-        new_width = math.ceil(width * scale / factor) * factor
-    return new_height, new_width
-
-def merge_order(x):
-    """Flatten rows and columns of x [t, h, w, ...] in the order of 2 x 2 blocks: [t, h w, ...]."""
-    t, h, w = x.shape[:3]
-    x = x.reshape(t, h // 2, 2, w // 2, 2, *x.shape[3:]).swapaxes(2, 3)
-    return x.reshape(t, h * w, *x.shape[5:])
+        new_sides = [math.ceil(side * scale / factor) * factor for side in sides]
+    return tuple(new_sides)
 
 def cut_into_patches(frames, patch, min_pixels, max_pixels):
     """Frames [n, H, W, 3] of 0 ... 255, resized, as patches of two frames, [t, h w, 3 · 2 · p · p]
-    in fp32, and (h, w). If n is odd, as for an image, the last frame is repeated."""
+    in fp32, in the order of 2 x 2 blocks, and (h, w). If n is odd, as for an image, the last frame
+    is repeated."""
     height, width = smart_resize(*frames.shape[1:3], 2 * patch, min_pixels, max_pixels)
     x = torch.from_numpy(np.ascontiguousarray(frames)).float().permute(0, 3, 1, 2)  # [n, 3, H, W]
     if x.shape[2:] != (height, width):
@@ -474,9 +465,9 @@ def cut_into_patches(frames, patch, min_pixels, max_pixels):
     x = x / 127.5 - 1
     if len(x) % 2:
         x = torch.cat((x, x[-1:]))
-    x = x.unflatten(0, (-1, 2)).unflatten(3, (-1, patch)).unflatten(5, (-1, patch))
-    x = x.permute(0, 3, 5, 2, 1, 4, 6)  # [t, h, w, 3, 2, p, p]
-    return merge_order(x).flatten(2), (height // patch, width // patch)
+    x = x.unflatten(0, (-1, 2)).unflatten(3, (-1, 2, patch)).unflatten(6, (-1, 2, patch))
+    x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)  # [t, h / 2, w / 2, 2, 2, 3, 2, p, p]
+    return x.flatten(1, 4).flatten(2), (height // patch, width // patch)
 
 class VisionTransformer(nn.Module):
     """The encoder of images and videos (O3 §2.3): patches [M, P, 3 · 2 · p · p] of M pairs of
@@ -569,24 +560,12 @@ def position_ids(segments):
         start = parts.max() + 1
     return np.concatenate(ids, 1), np.concatenate(kinds)
 
-def rotary_section(n):
-    """How many of n rotary pairs rotate by the ids of time, row and column."""
-    # Undisclosed: the shares in Qwen3.5-Omni. A third each, as in Qwen3.5.
-    return (n + 2) // 3, (n + 1) // 3, n // 3
-
-def rotary_axes(n_time, n_rows, n_columns):
-    """The id of each rotary pair, 0 time, 1 row or 2 column, interleaved (O3 §2.3)."""
-    axes = np.zeros(n_time + n_rows + n_columns, int)
-    axes[1 : 3 * n_rows : 3] = 1
-    axes[2 : 3 * n_columns : 3] = 2
-    return axes
-
 def rotary_angles(positions, dim, theta):
-    """(cos, sin) [B, 1, T, R/2] of the angles of ids [3, B, T] for R = dim rotary dimensions."""
-    n = dim // 2
-    axes = rotary_axes(*rotary_section(n))
-    frequencies = theta ** (-torch.arange(n, device=positions.device) / n)
-    angles = positions.float()[axes].permute(1, 2, 0) * frequencies  # [B, T, R/2]
+    """(cos, sin) [B, 1, T, R/2] of the angles of ids [3, B, T] for R = dim rotary dimensions. The
+    ids of time, row and column take turns: t h w t h w ... (O3 §2.3)."""
+    # Undisclosed: the shares of the three ids in Qwen3.5-Omni. A third each, as in Qwen3.5.
+    i = torch.arange(dim // 2, device=positions.device)
+    angles = positions.float()[i % 3].permute(1, 2, 0) * theta ** (-2 * i / dim)  # [B, T, R/2]
     return angles.cos()[:, None], angles.sin()[:, None]
 
 def gated_delta_rule(q, k, v, g, beta, chunk=64):
@@ -788,8 +767,7 @@ class Block(nn.Module):
         else:
             self.mixer = GatedDeltaNet(dim, cfg.key_heads, cfg.value_heads, cfg.delta_head_dim)
         self.moe_norm = UnitOffsetRMSNorm(dim)
-        experts = cfg.expert_dim, cfg.shared_dim, cfg.n_experts, cfg.top_k
-        self.moe = SharedExpertMoE(dim, *experts)
+        self.moe = SharedExpertMoE(dim, cfg.expert_dim, cfg.shared_dim, cfg.n_experts, cfg.top_k)
 
     def forward(self, x, cos, sin, exists):
         x = x + self.mixer(self.mixer_norm(x), cos, sin)
@@ -1075,9 +1053,7 @@ def init_weights(model, cfg):
         generator = torch.Generator().manual_seed(stable_hash(cfg.seed, name))
         value = torch.empty(p.shape)
         if is_expert(name):
-            rank = re.search(r"part(\d+)\.", name)
-            first = int(rank[1]) * len(p) if rank else 0
-            for i, matrix in enumerate(value, first):
+            for i, matrix in enumerate(value, first_expert(name, len(p))):
                 key = cfg.seed, re.sub(r"part\d+\.", "", name), i
                 generator.manual_seed(stable_hash(*key))
                 matrix.normal_(0.0, 0.02, generator=generator)
@@ -1113,11 +1089,10 @@ def count_parameters(model):
     """(total, activated) parameters of all parts, embeddings included: of the routed experts, a
     token activates top_k."""
     total = sum(p.numel() for p in model.parameters())
-    idle = 0
-    for moe in moe_layers(model):
-        for p in moe.experts.parameters():
-            idle += p.numel() * (len(moe.share) - moe.top_k) // len(moe.share)
-    return total, total - idle
+    routed = sum(p.numel() for name, p in model.named_parameters() if is_expert(name))
+    moe = moe_layers(model)[0]
+    n_experts = len(moe.share)
+    return total, total - routed // n_experts * (n_experts - moe.top_k)
 
 def flops_per_token(cfg):
     """Training FLOPs per token of text in the Thinker: 2 per weight of a matrix product forward,
@@ -1156,20 +1131,6 @@ ANSWERS = {  # parts of captions that validation counts: number of answers, all 
     "video direction": len(DIRECTIONS), "av wall": 2, "av pitch": 2, "av match": 2,
 }  # fmt: skip
 
-def draw_shape(colour, shape, x, y, radius, size, rng):
-    """A frame [size, size, 3] of 0 ... 255 with a shape at (x, y) on noisy dark background."""
-    i, j = np.indices((size, size))
-    dx = np.abs(j - x)
-    dy = i - y
-    inside = {
-        "circle": dx**2 + dy**2 <= radius**2,
-        "square": np.maximum(dx, np.abs(dy)) <= 0.85 * radius,
-        "triangle": (dx <= (dy + radius) / 2) & (dy <= radius),
-    }[shape]
-    frame = rng.uniform(0, 60, (size, size, 1)).repeat(3, 2)
-    frame[inside] = COLOURS[colour]
-    return frame.astype(np.uint8)
-
 def tone(hertz, seconds):
     """A sine, faded in and out over 5 ms: [16000 seconds]; hertz may be an array over time."""
     n = round(16000 * seconds)
@@ -1177,28 +1138,34 @@ def tone(hertz, seconds):
     fade = np.minimum(1, np.minimum(np.arange(n), np.arange(n)[::-1]) / 80)
     return 0.5 * np.sin(phase) * fade
 
+def draw_beeps(pitches, starts, seconds, n):
+    """A wave [n]: for each pitch a tone, which begins with sample `start` of silence."""
+    wave = np.zeros(n)
+    for hertz, start in zip(pitches, starts):
+        beep = tone(hertz, seconds)[: n - start]
+        wave[start : start + len(beep)] = beep
+    return wave
+
 def draw_event(event, seconds, seed):
     """A wave of one of EVENTS."""
     rng = np.random.default_rng(seed)
     n = round(16000 * seconds)
     low = rng.uniform(200, 500)
     high = rng.uniform(1500, 3000)
-    if event in ("low tone", "high tone"):
-        return tone(low if event == "low tone" else high, seconds)
-    if "chirp" in event:
-        hertz = np.linspace(low, high, n)
-        return tone(hertz if event == "rising chirp" else hertz[::-1], seconds)
-    wave = np.zeros(n)
-    if "beep" in event:
-        for i in range(2 if event == "two beeps" else 1):
-            start = round(n * (0.15 + 0.45 * i))
-            beep = tone(rng.uniform(600, 1200), 0.2)
-            wave[start : start + len(beep)] = beep
-    elif event == "noise":
-        wave = rng.normal(0, 0.2, n)
-    else:
+    rising = np.linspace(low, high, n)
+    hertz = {"low tone": low, "high tone": high}
+    hertz |= {"rising chirp": rising, "falling chirp": rising[::-1]}
+    if event in hertz:
+        return tone(hertz[event], seconds)
+    if event == "noise":
+        return rng.normal(0, 0.2, n)
+    if event == "clicks":
+        wave = np.zeros(n)
         wave[rng.integers(800) :: 1600] = 0.9
-    return wave
+        return wave
+    starts = {"one beep": [0.15], "two beeps": [0.15, 0.6]}[event]  # shares of the wave
+    pitches = rng.uniform(600, 1200, len(starts))
+    return draw_beeps(pitches, [round(n * start) for start in starts], 0.2, n)
 
 LETTER = 4 * FRAME  # samples of a letter
 
@@ -1214,18 +1181,22 @@ def spell(text):
         parts += [sound, np.zeros(LETTER // 2)]
     return np.concatenate(parts)
 
-def draw_beep(hertz, start, seconds):
-    """A beep of a third of a second in silence."""
-    wave = np.zeros(round(16000 * seconds))
-    beep = tone(hertz, 0.33)
-    first = round(16000 * start)
-    wave[first : first + len(beep)] = beep[: len(wave) - first]
-    return wave
-
 def draw_clip(colour, shape, path, radius, size, seed):
-    """Frames [n, size, size, 3] of a shape at the n points of a path."""
+    """Frames [n, size, size, 3] of 0 ... 255: a shape at the n points (x, y) of a path, on a noisy
+    dark background."""
     rng = np.random.default_rng(seed)
-    return np.stack([draw_shape(colour, shape, x, y, radius, size, rng) for x, y in path])
+    i, j = np.indices((size, size))
+    x, y = path.T[..., None, None]  # [n, 1, 1] each
+    dx = np.abs(j - x)  # [n, size, size]
+    dy = i - y
+    inside = {
+        "circle": dx**2 + dy**2 <= radius**2,
+        "square": np.maximum(dx, np.abs(dy)) <= 0.85 * radius,
+        "triangle": (dx <= (dy + radius) / 2) & (dy <= radius),
+    }[shape]
+    frames = rng.uniform(0, 60, (len(path), size, size, 1)).repeat(3, 3)
+    frames[inside] = COLOURS[colour]
+    return frames.astype(np.uint8)
 
 def draw_item(modality, rng, cfg):
     """The caption and the media of a synthetic item of one of MODALITIES but text. The caption is a
@@ -1267,10 +1238,10 @@ def draw_item(modality, rng, cfg):
         caption = [(wall, "av wall"), (" wall, ", ""), (pitch, "av pitch"), (" beep, ", "")]
         caption.append((match, "av match"))
         beat = (hit if match == "in time" else other) / cfg.fps
-        seconds = cfg.n_frames / cfg.fps
         hertz = 1800 if pitch == "high" else 500
-        make = functools.partial(draw_beep, hertz, beat, seconds)
-        wave = {"wave": (make, round(16000 * seconds))}
+        n = round(16000 * (cfg.n_frames / cfg.fps))
+        make = functools.partial(draw_beeps, [hertz], [round(16000 * beat)], 0.33, n)
+        wave = {"wave": (make, n)}
     make = functools.partial(draw_clip, colour, shape, path, radius, size, seed)
     return caption, wave | {"frames": (make, (len(path), size, size))}
 
@@ -1281,33 +1252,26 @@ def arrange_media(modality, n_audio, grid, rng, cfg):
     # without frames, the time of the next token is inserted every 10 to 50 tokens.
     if modality == "text":
         return []
-    if modality == "image":
-        return ["<|vision_start|>", Segment(grid=grid), "<|vision_end|>"]
-    seconds = 0.01 * cfg.audio_chunk / conv_length(cfg.audio_chunk, cfg.audio_convs)  # of a token
-    if modality == "audio":
-        parts = ["<|audio_start|>"]
-        done = 0
-        while done < n_audio:
-            n = int(rng.integers(10, 51)) if cfg.time == "text" else n_audio
-            parts.append(Segment(n_audio=min(n, n_audio - done)))
-            done += n
-            if done < n_audio:
-                parts.append(f"<{done * seconds:.1f} seconds>")
-        return [*parts, "<|audio_end|>"]
     t, h, w = grid
+    start = "<|vision_start|>" * (t > 0) + "<|audio_start|>" * (n_audio > 0)
+    end = "<|audio_end|>" * (n_audio > 0) + "<|vision_end|>" * (t > 0)
+    seconds = 0.01 * cfg.audio_chunk / conv_length(cfg.audio_chunk, cfg.audio_convs)  # of a token
     step = 2 / cfg.fps / seconds  # tokens of sound per pair of frames
-    start = "<|vision_start|>" if modality == "video" else "<|vision_start|><|audio_start|>"
-    end = "<|vision_end|>" if modality == "video" else "<|audio_end|><|vision_end|>"
-    if cfg.time == "abs":
+    if modality == "image" or cfg.time == "abs":
         return [start, Segment(n_audio=n_audio, grid=grid, step=step), end]
     parts = []
-    done = 0  # tokens of sound before this pair of frames
-    for i in range(t):
-        time = f"<{(2 * i + 0.5) / cfg.fps:.1f} seconds>"
-        n = n_audio - done if i == t - 1 else min(round(step * (i + 1)), n_audio) - done
-        media = Segment(n_audio=n, grid=(1, h, w))
-        parts += [time + start, media, end] if modality == "video" else [time, media]
+    done = 0  # tokens of sound without frames
+    while modality == "audio" and done < n_audio:
+        if done:
+            parts.append(f"<{done * seconds:.1f} seconds>")
+        n = min(int(rng.integers(10, 51)), n_audio - done)
+        parts.append(Segment(n_audio=n))
         done += n
+    borders = [min(round(step * i), n_audio) for i in range(t)] + [n_audio]  # sound of each pair
+    for i, (first, last) in enumerate(itertools.pairwise(borders)):
+        time = f"<{(2 * i + 0.5) / cfg.fps:.1f} seconds>"
+        media = Segment(n_audio=last - first, grid=(1, h, w))
+        parts += [time + start, media, end] if modality == "video" else [time, media]
     return parts if modality == "video" else [start, *parts, end]
 
 @dataclasses.dataclass
@@ -1318,7 +1282,6 @@ class Item:
     modality: str
     segments: list
     answers: list
-    n_bytes: int  # of the caption's text
     media: dict
     lead: int  # tokens by which text runs ahead of speech
 
@@ -1344,21 +1307,18 @@ def make_item(caption, media, tokenizer, rng, cfg):
         height, width = smart_resize(height, width, side, cfg.min_pixels, cfg.max_pixels)
         grid = (math.ceil(n / 2), height // side, width // side)
     modality = modality_of(media)
-    segments = []
-    for part in arrange_media(modality, n_audio, grid, rng, cfg):
-        if isinstance(part, str):
-            part = Segment(tokenizer.encode(part, allowed_special="all"))
-        segments.append(part)
+    parts = arrange_media(modality, n_audio, grid, rng, cfg)
+    encode = functools.partial(tokenizer.encode, allowed_special="all")
+    segments = [Segment(encode(part)) if isinstance(part, str) else part for part in parts]
     ids = []
     answers = []
     for text, name in caption:
         part = tokenizer.encode_ordinary(text)
         ids += part
         answers += [1 + list(ANSWERS).index(name) if name else 0] * len(part)
-    n_bytes = sum(len(text.encode(errors="replace")) for text, _ in caption)
     segments.append(Segment([*ids, tokenizer.eot_token]))
     answers.append(answers[-1])  # a last answer includes the end of the caption
-    return Item(modality, segments, answers, n_bytes, media, int(rng.integers(6)))
+    return Item(modality, segments, answers, media, int(rng.integers(6)))
 
 class Source:
     """Items by number: synthetic ones, whose texts are parts of documents, or those of the rows of
@@ -1382,8 +1342,8 @@ class Source:
         modalities = STAGES[cfg.stage].modalities
         self.mix = {modality: shares.get(modality, 0.0) for modality in modalities}
         if shares.keys() - set(MODALITIES) or not any(self.mix.values()):
-            names = ", ".join(modalities)
-            raise ValueError(f"--mix {cfg.mix} has no share of {names}, or an unknown modality")
+            names = " or ".join(modalities)
+            raise ValueError(f"--mix {cfg.mix} has an unknown modality, or no share of {names}")
 
     def suits_stage(self, media):
         """Whether the stage trains on items with these media."""
@@ -1429,8 +1389,7 @@ class Source:
 
     def fingerprint(self):
         """A hash of the data, by which a resumed run recognizes it."""
-        captions = [caption for caption, _ in self.rows]
-        return stable_hash(self.mix, captions, len(self.documents))
+        return stable_hash(self.mix, [caption for caption, _ in self.rows], len(self.documents))
 
 def deal(costs, n):
     """Deal items to n parts of about equal cost: the most expensive first, each to the part with
@@ -1472,42 +1431,38 @@ def collate(items, tokenizer, cfg, window=0):
     """The batch of some items: tokens, targets, answers and kinds [B, T], positions [3, B, T],
     modality [B], media, and the counts n_...; an attention window of AuT has `window` chunks, or 0:
     as many as --audio_window allows."""
-    window = window or longest_window(cfg)
     padding = {"tokens": 0, "targets": -100, "answers": 0, "kinds": -1, "positions": 0.0}
     rows = []
-    patches = []
-    grid = []
-    mels = []
     counts = dict.fromkeys((f"n_{modality}" for modality in MODALITIES), 0)
     for item in items:
         ids, positions, kinds = place_tokens(item, tokenizer)
-        n = len(item.segments[-1].text)  # the last n tokens are scored
-        scored = np.arange(1, len(ids)) >= len(ids) - n
+        start = len(ids) - len(item.segments[-1].text)  # of the caption
         answers = np.zeros(len(ids), np.int64)
-        answers[-n:] = item.answers
-        targets = np.append(np.where(scored, ids[1:], -100), -100)
+        answers[start:] = item.answers
+        targets = np.append(ids[1:], -100)
+        targets[: max(start - 1, 0)] = -100
         rows.append((ids, targets, np.append(answers[1:], 0), kinds, positions.T))
-        counts[f"n_{item.modality}"] += int(scored.sum())
-        if "frames" in item.media:
-            frames = item.media["frames"][0]()
-            limits = cfg.min_pixels, cfg.max_pixels
-            part, size = cut_into_patches(frames, cfg.patch, *limits)
-            patches += part
-            grid += [size] * len(part)
-        if "wave" in item.media:
-            mels.append(log_mel(torch.from_numpy(item.media["wave"][0]()).float()))
+        counts[f"n_{item.modality}"] += int((targets >= 0).sum())
     columns = zip(padding.items(), zip(*rows))
     batch = {name: stack(arrays, value) for (name, value), arrays in columns}
     batch["positions"] = batch["positions"].permute(2, 0, 1)
     batch["modality"] = torch.tensor([MODALITIES.index(item.modality) for item in items])
+
+    limits = cfg.min_pixels, cfg.max_pixels
+    frames = (item.media["frames"][0]() for item in items if "frames" in item.media)
+    clips = [cut_into_patches(clip, cfg.patch, *limits) for clip in frames]
+    waves = (item.media["wave"][0]() for item in items if "wave" in item.media)
+    mels = [log_mel(torch.from_numpy(wave).float()) for wave in waves]
     # Without frames or sound, a block of patches or a chunk of zeros that no token refers to.
-    batch["patches"] = stack(patches or [torch.zeros(4, 6 * cfg.patch**2)], 0.0)
-    batch["grid"] = torch.tensor(grid or [(2, 2)])
-    mel, n_frames = cut_into_windows(mels or [torch.zeros(128, 1)], cfg.audio_chunk, window)
-    batch |= {"mel": mel, "mel_frames": n_frames, **counts}
-    batch["n_targets"] = sum(counts.values())
+    clips = clips or [(torch.zeros(1, 4, 6 * cfg.patch**2), (2, 2))]
+    mels = mels or [torch.zeros(128, 1)]
+    batch["patches"] = stack([pair for clip, _ in clips for pair in clip], 0.0)
+    batch["grid"] = torch.tensor([size for clip, size in clips for _ in clip])
+    mel, n_frames = cut_into_windows(mels, cfg.audio_chunk, window or longest_window(cfg))
+    batch |= {"mel": mel, "mel_frames": n_frames, **counts, "n_targets": sum(counts.values())}
     batch["n_tokens"] = int((batch["kinds"] >= 0).sum())
-    batch["n_bytes"] = sum(item.n_bytes for item in items)
+    captions = [tokenizer.decode_bytes(item.segments[-1].text[:-1]) for item in items]
+    batch["n_bytes"] = len(b"".join(captions))  # without <|endoftext|>
     if cfg.stage == "t1":
         batch |= collate_speech(items, tokenizer, cfg)
     return batch
@@ -1531,9 +1486,9 @@ def collate_speech(items, tokenizer, cfg):
         ids, positions, kinds = place_tokens(stream, tokenizer)
         codes = np.full((len(ids), cfg.n_codebooks), -1)
         codes[len(ids) - len(order) :][order] = speech
-        end = np.full((1, cfg.n_codebooks), -1)
-        end[0, 0] = cfg.codebook_size  # the id that ends the speech
-        rows.append((ids, kinds, positions.T, codes, np.concatenate((codes[1:], end))))
+        next_codes = np.roll(codes, -1, 0)  # the first codes, which become the last, are -1
+        next_codes[-1, 0] = cfg.codebook_size  # the id that ends the speech
+        rows.append((ids, kinds, positions.T, codes, next_codes))
         n_frames += len(speech)
     batch = {name: stack(arrays, -1) for name, arrays in zip(names, zip(*rows))}
     batch["stream_positions"] = batch["stream_positions"].permute(2, 0, 1)
@@ -1604,7 +1559,7 @@ def write_wave(path, samples):
         file.writeframes((samples.clip(-1, 1) * 32767).astype("<i2").tobytes())
 
 def read_image(path):
-    """An image or a clip, uint8 [n, H, W, 3], of a .npy file or a binary .ppm file."""
+    """An image, uint8 [H, W, 3], of a .npy file or a binary .ppm file."""
     if path.suffix == ".npy":
         image = np.load(path, mmap_mode="r")
     else:
@@ -1615,29 +1570,23 @@ def read_image(path):
             raise ValueError(f"{path} is neither .npy nor .ppm of 8 bits; {convert} converts it")
         width, height = map(int, header.groups())
         image = content[header.end() :][: height * width * 3].reshape(height, width, 3)
-    if image.dtype != np.uint8 or image.ndim not in (3, 4) or image.shape[-1] != 3:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
         raise ValueError(f"{path} holds {image.dtype} {image.shape}, not uint8 [H, W, 3]")
-    return image[None] if image.ndim == 3 else image
+    return image
 
 def read_frames(path, fps, target_fps):
     """(function that returns frames [n, H, W, 3], (n, H, W)) of an image file or, if fps is not 0,
-    of a clip, a .npy file or a folder of images in the order of their names, sampled at target_fps.
-    """
-    frames = []  # (file, index in it)
-    sizes = set()
+    of a clip, a folder of images in the order of their names, sampled at target_fps."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    for file in files:
-        n, height, width, _ = read_image(file).shape
-        frames += [(file, i) for i in range(n)]
-        sizes.add((height, width))
-    if fps:
-        times = np.arange(math.ceil(len(frames) / fps * target_fps)) / target_fps
-        nearest = np.minimum(np.rint(times * fps).astype(int), len(frames) - 1)
-        frames = [frames[i] for i in nearest]
-    if len(sizes) != 1 or not frames:
+    sizes = {read_image(file).shape[:2] for file in files}
+    if len(sizes) != 1:
         raise ValueError(f"{path} has frames of several sizes, or none")
-    make = lambda: np.stack([read_image(file)[i] for file, i in frames])  # noqa: E731
-    return make, (len(frames), *sizes.pop())
+    if fps:
+        times = np.arange(math.ceil(len(files) / fps * target_fps)) / target_fps
+        nearest = np.minimum(np.rint(times * fps).astype(int), len(files) - 1)
+        files = [files[i] for i in nearest]
+    make = lambda: np.stack([read_image(file) for file in files])  # noqa: E731
+    return make, (len(files), *sizes.pop())
 
 def read_manifest(path, target_fps):
     """[(caption, media)], as of draw_item, of the lines of a manifest: JSON objects with "text" and
@@ -1650,7 +1599,7 @@ def read_manifest(path, target_fps):
             if not line.strip():
                 continue
             with explain(f"{path}, line {number}", ValueError, OSError, KeyError, TypeError):
-                row = {"text": ""} | json.loads(line)
+                row = {"text": "", "fps": 0} | json.loads(line)
                 unknown = row.keys() - {"text", "audio", "image", "video", "fps", "speech"}
                 if unknown or not row["text"] or not isinstance(row["text"], str):
                     raise ValueError(f"unknown keys {sorted(unknown)}, or no text")
@@ -1660,10 +1609,9 @@ def read_manifest(path, target_fps):
                 for key, kind in (("audio", "wave"), ("speech", "speech")):
                     if key in row:
                         media[kind] = read_wave(folder / row[key])
-                if "image" in row:
-                    media["frames"] = read_frames(folder / row["image"], 0, 0)
-                if "video" in row:
-                    media["frames"] = read_frames(folder / row["video"], row["fps"], target_fps)
+                for key in ("image", "video"):
+                    if key in row:
+                        media["frames"] = read_frames(folder / row[key], row["fps"], target_fps)
             rows.append(([(row["text"], "")], media))
     return rows
 
@@ -1732,14 +1680,12 @@ def build_optimizer(model, cfg):
         decayed = p.ndim > 1 or re.search(UNIT_OFFSET, name) is not None
         # In a0, AuT is trained from scratch together with its decoder, at the same rate.
         is_encoder = cfg.stage != "a0" and re.match(STAGES["s1b"].trained, name) is not None
+        scale = cfg.encoder_scale if is_encoder else 1.0
+        group = {"params": [], "weight_decay": cfg.weight_decay * decayed, "scale": scale}
         key = decayed, is_encoder, is_expert(name)  # experts are sharded over other ranks
-        groups.setdefault(key, []).append(p)
-    groups = [
-        dict(params=params, weight_decay=cfg.weight_decay * decayed,
-             scale=cfg.encoder_scale if is_encoder else 1.0)
-        for (decayed, is_encoder, _), params in groups.items()
-    ]  # fmt: skip
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+        groups.setdefault(key, group)["params"].append(p)
+    betas = 0.9, 0.95
+    return torch.optim.AdamW(groups.values(), lr=cfg.lr, betas=betas, eps=1e-8, fused=True)
 
 def learning_rate(step, cfg):
     """Linear warm-up from 0, then a cosine to 0; step: updates so far, items / batch_size."""
@@ -1777,6 +1723,12 @@ PEAK_FLOPS = {"bf16": {  # dense, by precision and the device's exact name; othe
 def is_expert(name):
     """Whether a parameter belongs to the routed experts, of which a rank has a part."""
     return ".experts." in name
+
+def first_expert(name, n):
+    """Number of the first of the n experts in a parameter; a rank's part of them has its rank in
+    its name."""
+    rank = re.search(r"part(\d+)\.", name)
+    return int(rank[1]) * n if rank else 0
 
 def all_to_all(x, send, receive, group):
     """Rows of x [M, ...], send[i] of which go to rank i of the group; receive[i] come from it."""
@@ -1892,9 +1844,12 @@ def memory_per_rank(model, cfg):
     memory["optimizer"] = 8 * n_trained / ranks
     # Gathered: embedding and head with their gradients; a block, with a rank's part of its experts,
     # with its gradient, and the next block.
-    root = 2 * cfg.vocab_size * cfg.dim
-    gathered = 2 * root + 3 * (block - experts + experts // cfg.ep)
-    memory["gathered"] = size * gathered * (ranks > 1)
+    table = cfg.vocab_size * cfg.dim
+    gathered = 4 * table + 3 * (block - experts + experts // cfg.ep)
+    if ranks == 1:  # or bf16 copies of the matrices, which the backward pass needs
+        copied = table + block if cfg.recompute == "block" else n - table
+        gathered = copied * (size == 2)
+    memory["gathered"] = size * gathered
     # Kept for the backward pass, per token and block: about 40 numbers of width D and 6 per hidden
     # channel of the chosen experts; with recomputation, the input alone and one block's.
     kept = size * (40 * cfg.dim + 6 * (cfg.top_k * cfg.expert_dim + cfg.shared_dim))
@@ -1909,7 +1864,7 @@ def memory_per_rank(model, cfg):
 # The Thinker and the vision encoder are those of a Qwen3_5MoeForConditionalGeneration. AuT and its
 # adapter, in its subdirectory audio_tower, are a Qwen3OmniMoeAudioEncoder, which has three
 # convolutions; one with four is read by this script alone.
-HF_CONFIG = {  # part of config.json: {field of Config: key}; Config has their defaults
+HF_CONFIG = {  # part of config.json, or the one of audio_tower: {field of Config: key}
     "text_config": {
         "vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers",
         "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads",
@@ -1922,10 +1877,11 @@ HF_CONFIG = {  # part of config.json: {field of Config: key}; Config has their d
         "vision_dim": "hidden_size", "vision_layers": "depth", "vision_heads": "num_heads",
         "vision_hidden": "intermediate_size", "patch": "patch_size",
     },
-}  # fmt: skip
-HF_AUDIO = {
-    "audio_dim": "d_model", "audio_layers": "encoder_layers", "audio_hidden": "encoder_ffn_dim",
-    "audio_heads": "encoder_attention_heads", "audio_channels": "downsample_hidden_size",
+    "audio_tower": {
+        "audio_dim": "d_model", "audio_layers": "encoder_layers",
+        "audio_heads": "encoder_attention_heads", "audio_hidden": "encoder_ffn_dim",
+        "audio_channels": "downsample_hidden_size",
+    },
 }  # fmt: skip
 HF_FIXED = {  # the only values that are supported
     "text_config": {
@@ -1936,6 +1892,10 @@ HF_FIXED = {  # the only values that are supported
     "vision_config": {
         "hidden_act": "gelu_pytorch_tanh", "spatial_merge_size": 2, "temporal_patch_size": 2,
         "in_channels": 3, "model_type": "qwen3_5_moe_vision",
+    },
+    "audio_tower": {
+        "activation_function": "gelu", "num_mel_bins": 128, "scale_embedding": False,
+        "model_type": "qwen3_omni_moe_audio_encoder",
     },
 }  # fmt: skip
 HF_NAMES = {  # part of the model: (pattern in our names, Hugging Face's), applied in order
@@ -1967,11 +1927,8 @@ HF_NAMES = {  # part of the model: (pattern in our names, Hugging Face's), appli
     ),
     "audio_adapter": ((r"up", "proj1"), (r"down", "proj2")),
 }  # fmt: skip
-SHAPE = (  # fields of Config that must agree with a checkpoint
-    *HF_CONFIG["text_config"], *HF_CONFIG["vision_config"], *HF_AUDIO, "rotary_dim", "rope_theta",
-    "position_side", "audio_convs", "audio_chunk", "decoder_layers", "talker_layers", "talker_dim",
-    "mtp_layers", "n_codebooks", "codebook_size",
-)  # fmt: skip
+SHAPE = [field.name for field in dataclasses.fields(Config)]
+SHAPE = SHAPE[: SHAPE.index("data")]  # fields of the model, which must agree with a checkpoint
 
 def hf_names(name):
     """Hugging Face's names of the tensors that a parameter concatenates; none for a parameter that
@@ -1993,29 +1950,28 @@ def read_omni_config(path, cfg):
     with explain(f"{path} holds no Qwen3_5MoeForConditionalGeneration", Exception):
         cfg = dataclasses.replace(cfg)
         theirs = json.loads((Path(path) / "config.json").read_text())
-        for part, fields in HF_CONFIG.items():
-            for key, value in HF_FIXED[part].items():
-                if theirs[part].get(key, value) != value:
-                    raise ValueError(f"{part} has {key} {theirs[part][key]!r}, not {value!r}")
-            for field, key in fields.items():
+        if (Path(path) / "audio_tower").exists():
+            audio = json.loads((Path(path) / "audio_tower" / "config.json").read_text())
+            theirs["audio_tower"] = audio
+            cfg.audio_chunk = 2 * audio["n_window"]
+            cfg.audio_window = audio["n_window_infer"]
+            cfg.audio_convs = audio.get("downsample_times", 3)
+        parts = [part for part in HF_CONFIG if part in theirs]
+        for part in parts:
+            for field, key in HF_CONFIG[part].items():  # Config has their defaults
                 setattr(cfg, field, theirs[part].get(key, getattr(Config, field)))
-        text = theirs["text_config"]
-        rope = text.get("rope_parameters") or {}
+        rope = theirs["text_config"].get("rope_parameters") or {}
         cfg.rope_theta = rope.get("rope_theta", Config.rope_theta)
         cfg.rotary_dim = int(cfg.head_dim * rope.get("partial_rotary_factor", 0.25))
         cfg.position_side = math.isqrt(theirs["vision_config"].get("num_position_embeddings", 2304))
-        ours = list(rotary_section(cfg.rotary_dim // 2))
-        section = rope.get("mrope_section", ours)
-        value_dim = text.get("linear_value_head_dim", 128)
-        if section != ours or value_dim != cfg.delta_head_dim:
-            raise ValueError(f"mrope_section {section} or linear_value_head_dim {value_dim}")
-        if (Path(path) / "audio_tower").exists():
-            theirs = json.loads((Path(path) / "audio_tower" / "config.json").read_text())
-            for field, key in HF_AUDIO.items():
-                setattr(cfg, field, theirs[key])
-            cfg.audio_chunk = 2 * theirs["n_window"]
-            cfg.audio_window = theirs["n_window_infer"]
-            cfg.audio_convs = theirs.get("downsample_times", 3)
+        ours, audio = omni_configs(cfg)  # the only values that are supported, of most keys
+        ours |= {"audio_tower": audio, "rope": ours["text_config"].pop("rope_parameters")}
+        theirs["rope"] = rope
+        free = ("architectures", "max_position_embeddings")
+        for part in (*parts, "rope"):
+            for key, value in ours[part].items():
+                if key not in free and theirs[part].get(key, value) != value:
+                    raise ValueError(f"{part} has {key} {theirs[part][key]!r}, not {value!r}")
     return cfg
 
 def fill_from_hf(model, path):
@@ -2023,6 +1979,7 @@ def fill_from_hf(model, path):
     it does not have stay as they are."""
     with explain(f"{path} holds no Qwen3_5MoeForConditionalGeneration of this shape", Exception):
         tensors = read_hf_tensors(path)
+        n_experts = len(moe_layers(model)[0].share)
         has_audio = (Path(path) / "audio_tower").exists()
         if has_audio:
             tensors |= read_hf_tensors(Path(path) / "audio_tower")
@@ -2032,16 +1989,11 @@ def fill_from_hf(model, path):
                 continue
             if is_expert(name) and names[0] not in tensors:  # a file with one tensor per expert
                 prefix, kind = names[0].rsplit(".", 1)
-                kinds = ["down"] if kind == "down_proj" else ["gate", "up"]
-                keys = [f"{prefix}.{{}}.{kind}_proj.weight" for kind in kinds]
-                matrices = []
-                while keys[0].format(len(matrices)) in tensors:
-                    matrices.append(torch.cat([tensors[k.format(len(matrices))] for k in keys]))
-                tensors[names[0]] = torch.stack(matrices)
+                kinds = ["down_proj"] if kind == "down_proj" else ["gate_proj", "up_proj"]
+                names = [f"{prefix}.{i}.{kind}.weight" for i in range(n_experts) for kind in kinds]
             value = torch.cat([tensors[key] for key in names])
-            rank = re.search(r"part(\d+)\.", name)
-            if rank:
-                value = value[int(rank[1]) * len(p) :][: len(p)]
+            if is_expert(name):
+                value = value.view(n_experts, *p.shape[1:])[first_expert(name, len(p)) :][: len(p)]
             fill_parameter(p, value.view(p.shape))
 
 def from_hf(path):
@@ -2057,17 +2009,17 @@ def omni_configs(cfg):
     config = {"architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe"}
     for part, fields in HF_CONFIG.items():
         config[part] = {key: getattr(cfg, field) for field, key in fields.items()} | HF_FIXED[part]
-    section = list(rotary_section(cfg.rotary_dim // 2))
+    n = cfg.rotary_dim // 2
+    section = [(n + 2) // 3, (n + 1) // 3, n // 3]  # pairs of time, row and column
     rope = {"rope_type": "default", "rope_theta": cfg.rope_theta, "mrope_section": section}
     rope |= {"partial_rotary_factor": cfg.rotary_dim / cfg.head_dim, "mrope_interleaved": True}
     text = {"rope_parameters": rope, "linear_value_head_dim": cfg.delta_head_dim}
     config["text_config"] |= text | {"max_position_embeddings": 262144}
     vision = {"out_hidden_size": cfg.dim, "num_position_embeddings": cfg.position_side**2}
     config["vision_config"] |= vision
-    audio = {key: getattr(cfg, field) for field, key in HF_AUDIO.items()}
+    audio = {"architectures": ["Qwen3OmniMoeAudioEncoder"], "output_dim": cfg.dim}
     audio |= {"n_window": cfg.audio_chunk // 2, "n_window_infer": cfg.audio_window}
-    audio |= {"output_dim": cfg.dim, "model_type": "qwen3_omni_moe_audio_encoder"}
-    audio |= {"architectures": ["Qwen3OmniMoeAudioEncoder"], "downsample_times": cfg.audio_convs}
+    audio |= {"downsample_times": cfg.audio_convs} | config.pop("audio_tower")
     return config, audio
 
 def to_hf(model, cfg, path, mesh=None):
@@ -2077,8 +2029,7 @@ def to_hf(model, cfg, path, mesh=None):
     from safetensors.torch import save_file
 
     is_writer = not dist.is_initialized() or dist.get_rank() == 0
-    tensors = {}
-    audio = {}
+    folders = {"": {}, "audio_tower": {}}
     for name, p in model.named_parameters():
         value = p.full_tensor() if isinstance(p, DTensor) else p
         if is_expert(name) and cfg.ep > 1:
@@ -2092,16 +2043,15 @@ def to_hf(model, cfg, path, mesh=None):
         names = hf_names(name)
         for key, part in zip(names, value.chunk(max(len(names), 1))):
             if is_writer:
-                target = audio if name.startswith("audio") else tensors
-                target[key] = part.detach().cpu().contiguous()
+                folder = "audio_tower" if name.startswith("audio") else ""
+                folders[folder][key] = part.detach().cpu().contiguous()
     if not is_writer:
         return
-    with written_beside(path) as folder:
-        (folder / "audio_tower").mkdir()
-        parts = (folder, folder / "audio_tower"), (tensors, audio), omni_configs(cfg)
-        for directory, weights, config in zip(*parts):
-            save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-            (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    with written_beside(path) as target:
+        for (folder, tensors), config in zip(folders.items(), omni_configs(cfg)):
+            (target / folder).mkdir(exist_ok=True)
+            save_file(tensors, target / folder / "model.safetensors", metadata={"format": "pt"})
+            (target / folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 def read_hf_tensors(path):
     """{name: tensor} of model.safetensors or, without it, of the files that the index names."""
@@ -2222,13 +2172,13 @@ def count_right(model, batch):
     scored = batch["targets"] >= 0
     right = model(batch["tokens"], batch, "predict") == batch["targets"][scored]  # [N]
     answers = batch["answers"][scored]
-    rows = scored.nonzero()[:, 0]
-    counts = np.zeros((2, len(ANSWERS)))
-    for i in range(len(ANSWERS)):
-        n_asked = len(rows[answers == i + 1].unique())
-        n_wrong = len(rows[(answers == i + 1) & ~right].unique())
-        counts[:, i] = n_asked, n_asked - n_wrong
-    return counts
+    items = scored.nonzero()[:, 0]
+    # [B, 1 + answers], of which column 0 is of the other tokens.
+    asked = torch.zeros(len(scored), 1 + len(ANSWERS), device=items.device)
+    asked[items, answers] = 1.0
+    predicted = asked.clone()
+    predicted[items[~right], answers[~right]] = 0.0
+    return torch.stack((asked, predicted)).sum(1)[:, 1:].cpu().numpy()
 
 def measure(model, source, step, cfg, device):
     """Log held-out nats per target by modality and, for synthetic items, print how many answers the
@@ -2237,8 +2187,7 @@ def measure(model, source, step, cfg, device):
     ranks = dist.get_world_size()
     row = {"val_loss": 0.0, "val_bpb": 0.0}
     sums = np.zeros(3)  # nats, targets, bytes
-    seen = np.zeros((2, len(ANSWERS)))
-    zeroed = np.zeros((2, len(ANSWERS)))
+    counts = np.zeros((2, 2, len(ANSWERS)))  # with media and without: asked, right
     with evaluation_mode(model, False):
         for modality in MODALITIES:
             items = source.items_of(modality, cfg.val_items)
@@ -2252,13 +2201,11 @@ def measure(model, source, step, cfg, device):
             sums += loss * batch["n_targets"], batch["n_targets"], batch["n_bytes"]
             if cfg.stage not in TASKS:
                 zeros = {"mel": 0 * batch["mel"], "patches": 0 * batch["patches"]}
-                seen += count_right(model, batch)
-                zeroed += count_right(model, batch | zeros)
+                counts += count_right(model, batch), count_right(model, batch | zeros)
     nats, n_targets, n_bytes = sums.tolist()
     row |= {"val_loss": nats / n_targets, "val_bpb": bits_per_byte(nats, n_bytes)}
     log(cfg.out, step, f"val {step}", row, [])
-    totals = np.array(sum_over_ranks(*seen.flat, *zeroed.flat))
-    asked, right, _, right_zeroed = np.split(totals, 4)
+    (asked, right), (_, right_zeroed) = np.reshape(sum_over_ranks(*counts.flat), counts.shape)
     for i, (name, n_answers) in enumerate(ANSWERS.items()):
         if asked[i]:
             without = f"without it {right_zeroed[i] / asked[i]:6.1%} | chance {1 / n_answers:.1%}"
@@ -2266,26 +2213,14 @@ def measure(model, source, step, cfg, device):
 
 def check(cfg, ranks):
     """Raise ValueError for a configuration that cannot run on that many ranks."""
-    zero = ("decoder_layers", "talker_layers")
     for field in dataclasses.fields(cfg):
-        least = int(field.type is int and field.default > 0 and field.name not in zero)
+        least = int(field.type is int and field.default > 0)
         if field.type in (int, float) and not least <= getattr(cfg, field.name) < math.inf:
             raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
     n_micro, micro = split_batch(cfg, ranks)
     stages = stage_names(cfg)
     for wrong, message in (
-        (cfg.n_heads % cfg.n_kv_heads, f"{cfg.n_kv_heads} key-value heads, {cfg.n_heads} heads"),
-        (cfg.value_heads % cfg.key_heads, f"{cfg.key_heads} key, {cfg.value_heads} value heads"),
         (cfg.rotary_dim % 2 or cfg.rotary_dim > cfg.head_dim, f"--rotary_dim {cfg.rotary_dim}"),
-        (cfg.audio_dim % (2 * cfg.audio_heads), "2 audio_heads do not divide audio_dim"),
-        (cfg.vision_dim % (4 * cfg.vision_heads), "4 vision_heads do not divide vision_dim"),
-        (cfg.audio_convs not in (3, 4), f"--audio_convs {cfg.audio_convs} is neither 3 nor 4"),
-        (cfg.top_k > cfg.n_experts, f"--top_k {cfg.top_k} of {cfg.n_experts} experts"),
-        (cfg.fps == 0, "--fps 0"),
-        (cfg.seq_len < 2, f"--seq_len {cfg.seq_len} is less than 2"),
-        (cfg.n_frames < 3, f"--n_frames {cfg.n_frames} is less than 3"),
-        (not 2 <= cfg.n_codebooks <= len(BANDS),
-         f"--n_codebooks {cfg.n_codebooks} is not 2 ... {len(BANDS)}"),
         (cfg.codebook_size < cfg.n_codebooks, "--codebook_size is less than --n_codebooks"),
         ("a0" in stages and not cfg.decoder_layers, "stage a0 needs --decoder_layers"),
         ("t1" in stages and not cfg.talker_layers, "stage t1 needs --talker_layers"),
@@ -2295,12 +2230,21 @@ def check(cfg, ranks):
         (ranks * n_micro * micro != cfg.batch_size,
          f"--batch_size {cfg.batch_size} is not {ranks} ranks x n micro-batches of {micro}"),
         (cfg.resume and not cfg.out, "--resume needs --out"),
-        (cfg.eval and not cfg.out and not cfg.init, "--eval needs --out or --init"),
-        (cfg.eval and cfg.stage == "all", "--eval needs a --stage"),
     ):  # fmt: skip
         if wrong:
             raise ValueError(message)
     check_directories(cfg.init, cfg.export, "")
+
+def print_model(cfg):
+    """Print parameters and FLOPs per token. Returns the model, on the meta device."""
+    with torch.device("meta"):
+        model = Omni(cfg)
+    n, activated = count_parameters(model)
+    print(f"parameters {n:,} | activated {activated:,}", end=" | ")
+    print(f"FLOPs per token {flops_per_token(cfg):.4g} | 6 N gives {6 * activated:.4g}")
+    for name, part in model.named_children():
+        print(f"{name:13} {sum(p.numel() for p in part.parameters()):,}")
+    return model
 
 def dry_run(cfg):
     """Print parameters, FLOPs per token and memory per rank, computed from shapes alone."""
@@ -2308,14 +2252,7 @@ def dry_run(cfg):
         cfg.vocab_size = load_tokenizer(cfg.tokenizer or "bytes", SPECIALS).n_vocab
     cfg.dp = cfg.dp or cfg.world_size // max(cfg.ep, 1)
     check(cfg, cfg.world_size)
-    with torch.device("meta"):
-        model = Omni(cfg)
-    n, activated = count_parameters(model)
-    print(f"parameters {n:,} | activated {activated:,}")
-    for name, part in model.named_children():
-        print(f"{name:13} {sum(p.numel() for p in part.parameters()):,}")
-    print(f"FLOPs per token {flops_per_token(cfg):.4g} | 6 N gives {6 * activated:.4g}")
-    print_memory(memory_per_rank(model, cfg))
+    print_memory(memory_per_rank(print_model(cfg), cfg))
 
 def omni_step(model, optimizer, batches, lr, cfg):
     """One update from this rank's micro-batches; returns loss, gradient norm and metrics of the
@@ -2407,12 +2344,19 @@ def load_sources(cfg):
         names = {place: token for token, place in SPECIALS.items()}
         specials = [names.get(i, f"<|unused_{i}|>") for i in range(33)]
     tokenizer = load_tokenizer(cfg.tokenizer or "bytes", specials)
-    cfg.vocab_size = vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
+    n_ids = tokenizer.n_vocab
+    cfg.vocab_size = cfg.vocab_size or n_ids
+    size = f"--vocab_size {cfg.vocab_size:,}"
+    if cfg.vocab_size < n_ids:
+        raise ValueError(f"{size} is less than the {n_ids} ids of the tokenizer")
+    if cfg.vocab_size > n_ids and tokenizer.name == "bytes":
+        if cfg.init:
+            raise ValueError(f"--init {cfg.init} with {size} needs its own --tokenizer")
+        print(f"warning: {size} over bytes: --tokenizer is missing")
     if cfg.data:
         rows = read_manifest(cfg.data, cfg.fps)
         return tokenizer, ([], rows), ([], rows)
-    files, _ = find_files("")
-    documents = [document for document in read_documents("", files) if document[1]]
+    documents = [(name, text) for name, text in read_standard_library() if text]
     train = [text for name, text in documents if not is_held_out(name)]
     held_out = [text for name, text in documents if is_held_out(name)]
     return tokenizer, (train, []), (held_out, [])
@@ -2434,10 +2378,8 @@ def load_stage_before(model, cfg):
     for name in reversed(names[: names.index(cfg.stage)]):
         checkpoints = sorted(Path(cfg.out).parent.glob(f"{name}/step_*[0-9]")) if cfg.out else []
         if checkpoints:
-            weights = get_model_state_dict(model)
             with explain(f"{checkpoints[-1]} does not fit", dcp.CheckpointException):
-                dcp.load({"model": weights}, checkpoint_id=checkpoints[-1])
-            set_model_state_dict(model, weights)
+                dcp.load({"model": model.state_dict()}, checkpoint_id=checkpoints[-1])
             return print(f"stage {cfg.stage} begins with {checkpoints[-1]}")
     print(f"stage {cfg.stage} begins with new weights")
 
@@ -2460,16 +2402,15 @@ def run_stage(cfg, given, mesh, previous, source, heldout, device, signals):
         cfg.steps = math.ceil(run["steps"] * run["batch_size"] / cfg.batch_size)
     if cfg.eval:
         if not checkpoint and not cfg.init:
-            raise ValueError(f"--eval: {cfg.out} has no checkpoint")
+            raise ValueError("--eval needs --init, or --out with a checkpoint of the stage")
         cfg.steps = 0
         cfg.out = ""  # nothing is written
     if cfg.out and dist.get_rank() == 0:
         lock = claim_directory(cfg.out, dataclasses.asdict(cfg) | fixed)  # while the stage lives
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     ranks = dist.get_world_size()
     n_micro, micro = split_batch(cfg, ranks)
-    print(f"stage {cfg.stage} | {trained:,} parameters per rank are trained", end=" | ")
-    print(f"{cfg.batch_size} items per step = {ranks} ranks x {n_micro} x {micro}")
+    print(f"stage {cfg.stage} | {cfg.batch_size} items per step", end=" = ")
+    print(f"{ranks} ranks x {n_micro} x {micro}")
     return model, train(model, optimizer, source, heldout, state, cfg, device, signals)
 
 def sample(model, item, tokenizer, cfg, device):
@@ -2545,12 +2486,9 @@ def main(argv=None):
             plan.append((stage, *sources))
         mesh = init_device_mesh(device.type, (cfg.dp, cfg.ep), mesh_dim_names=("dp", "ep"))
         signals = catch_signals()
-        with torch.device("meta"):
-            sizes = count_parameters(Omni(cfg))
         print(f"torch {torch.__version__} | {device.type} {cfg.precision}", end=" | ")
         print(f"dp {cfg.dp} x ep {cfg.ep}")
-        print("parameters {:,} | activated {:,}".format(*sizes), end=" | ")
-        print(f"FLOPs per token {flops_per_token(cfg):.3g}")
+        print_model(cfg)
         model = None
         for stage, source, heldout in plan:
             model, ended = run_stage(stage, given, mesh, model, source, heldout, device, signals)
@@ -2727,62 +2665,20 @@ def permutation(n, *key):
     """A random permutation of range(n), int64 [n], seeded by key."""
     return np.random.default_rng(stable_hash(*key)).permutation(n)
 
-def vocabulary_size(vocab_size, tokenizer, init):
-    """vocab_size or, if it is 0, the tokenizer's number of ids. Raises ValueError if the ids do not
-    fit. If vocab_size is larger than the byte tokenizer needs, warns, or raises with --init."""
-    if not tokenizer and not vocab_size:
-        raise ValueError("token shards need --tokenizer or --vocab_size")
-    n_ids = tokenizer.n_vocab if tokenizer else 0
-    if 0 < vocab_size < n_ids - 1:  # a vocabulary may lack the separator
-        raise ValueError(f"--vocab_size {vocab_size} is less than the {n_ids} ids of the tokenizer")
-    if vocab_size > n_ids and tokenizer and tokenizer.name == "bytes":
-        if init:
-            raise ValueError(f"--init {init} needs the --tokenizer of its {vocab_size:,} entries")
-        print(f"warning: a vocabulary of {vocab_size:,} entries over bytes: --tokenizer is missing")
-    return vocab_size or n_ids
-
 def is_held_out(name):
     """Whether a document is among the 5 % that are held out, by a hash of its name."""
     return stable_hash(name) > 0.95 * 2**64
 
-def find_files(path):
-    """(text files, token shards) at path: a file, or a directory and what its links lead to, of
-    one kind; without a path, the modules of Python's standard library without its tests."""
-    root = Path(path or sysconfig.get_paths()["stdlib"])
-    endings = (".txt", ".md", ".py", ".jsonl") if path else (".py",)
-    skipped = set() if path else {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-    seen = set(root.resolve().parents)  # a link to one of these would loop forever
-    entries = [root]
-    for entry in entries:  # the list grows by the contents of each directory
-        if entry.is_dir() and entry.resolve() not in seen:
-            seen.add(entry.resolve())
-            entries += sorted(child for child in entry.iterdir() if child.name not in skipped)
-    files = sorted(entry for entry in entries if entry.is_file())
-    texts = [file for file in files if file.suffix.lower() in endings]
-    shards = [file for file in files if path and file.suffix.lower() in (".npy", ".bin")]
-    if bool(texts) == bool(shards):
-        kinds = "either text (.txt .md .py .jsonl) or token shards (.npy .bin)"
-        raise ValueError(f"{path} must be or have {kinds}, not {len(texts)} and {len(shards)}")
-    print(f"{root}: {len(texts + shards)} of {len(files)} files are read")
-    return texts, shards
-
-def read_documents(path, files):
-    """(name, text) of each document: a text file, whose name is its path below `path`, or a line
-    of a .jsonl file, a JSON object with a string "text", which is also its name."""
-    root = Path(path or sysconfig.get_paths()["stdlib"])
-    for file in files:
-        if file.suffix.lower() != ".jsonl":
-            with explain(f"{file} is not UTF-8 text", UnicodeDecodeError):
-                text = file.read_text("utf-8-sig", errors="strict" if path else "ignore")
-            yield file.relative_to(root).as_posix(), text
-            continue
-        for number, line in enumerate(open(file, "rb"), 1):
-            if line.strip():
-                what = f'{file}, line {number}, is not a JSON object with a string "text"'
-                with explain(what, ValueError, KeyError, TypeError):
-                    # Half a surrogate pair becomes U+FFFD.
-                    text = re.sub(r"[\ud800-\udfff]", "\ufffd", json.loads(line)["text"])
-                yield text, text
+def read_standard_library():
+    """(path, text) of each module of Python's standard library, in order and without tests."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in skipped]  # those to walk through
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    for file in sorted(files):
+        yield file.relative_to(root).as_posix(), file.read_text("utf-8-sig", errors="ignore")
 
 def load_tokenizer(name, specials):
     """The tiktoken.Encoding `bytes`, of a BPE rank file, or of one of tiktoken's own names; special

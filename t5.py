@@ -8,8 +8,8 @@ What is new compared with its parents, bert.py and the Transformer (Vaswani et a
   distances, which all layers of a stack share (§2.1); scores are not scaled (code);
 - norms at the input of each branch (pre-norm), without mean and bias; no bias anywhere (§2.1);
 - ReLU in place of GELU (§3.1.1);
-- Adafactor, whose rate 1 / sqrt(max(n, 10⁴)) is relative to the parameters (§3.1.2), and a z-loss,
-  which keeps log Z near 0 (code).
+- Adafactor, whose rate 1 / sqrt(max(n, 10⁴)) is relative to the RMS of each parameter (§3.1.2),
+  and a z-loss, which keeps log Z near 0 (code).
 Also T5 v1.1 (gated GELU, untied softmax; github.com/google-research/text-to-text-transfer-
 transformer, released_checkpoints.md) and, as --denoiser ul2, the mixture of UL2 (2205.05131).
 "Code" means that repository and Mesh TensorFlow's transformer, on which it ran.
@@ -24,8 +24,8 @@ Legend: B batch, T positions of the encoder, U of the decoder, S of keys, D widt
 width, F hidden width, V vocabulary.
 Conventions: loss in nats per target, sentinels and EOS included; a target of -100 is not scored;
 the z-loss is in the loss of training and not in that of validation. Tokens, and speed, count the
-text before it is corrupted: 568 a row where the paper counts 512 inputs. Bits per byte: the
-targets' loss in bits, per byte of the hidden text.
+text before it is corrupted, where the paper counts 512 inputs: 568 a row, and 511 where single
+tokens are hidden (iid). Bits per byte: the targets' loss in bits, per byte of the hidden text.
 
 Run: python t5.py                           # a laptop: the preset demo
      torchrun --nproc_per_node=8 t5.py      # GPUs: the preset small
@@ -34,7 +34,7 @@ Run: python t5.py                           # a laptop: the preset demo
          --out /shared/11b --resume
 Expect: in 64 seconds on two CPU cores the demo's held-out loss falls from 6.26 to 1.98 nats per
 target (13.6 to 4.3 bits per hidden byte; rounding alone moves the end between 1.74 and 1.98), and
-it fills in a text, mostly with what is frequent.
+its sample fills in a text, mostly with frequent strings.
 T5-base on C4, no dropout, --ramp_down 0.1: 1.997 nats per held-out target after 65,536 updates of
 the baseline's batch (GEGLU 1.942), 1.677 after 524,288 (1.633); GLU Variants (2002.05202), Table 1.
 """
@@ -100,12 +100,12 @@ class Config:
     rate: float = 0.15  # fraction of the tokens that is hidden by the denoisers t5 and iid
     span: float = 3.0  # mean tokens of a span that the denoiser t5 hides
     inputs: int = 512  # T, positions of the encoder, at most
-    seq_len: int = 0  # tokens of text in a sequence; 0: as many as the inputs hold
-    pad: int = 0  # id of PAD, which begins every target; ignored where the tokenizer is known
-    eos: int = 1  # id of EOS, which ends inputs and targets; ignored where the tokenizer is known
-    sentinel: int = 32099  # id of the first sentinel; ignored where the tokenizer is known
-    sentinels: int = 100  # number of sentinels, whose ids count down from the first
-    mode: int = 32100  # id of UL2's [R], before [S] and [X]; ignored where the tokenizer is known
+    seq_len: int = 0  # tokens of text in a sequence, at most; 0: as many as the inputs hold
+    pad: int = 0  # id of PAD, which begins every target; for token shards without --tokenizer
+    eos: int = 1  # id of EOS, which ends inputs and targets; for shards without --tokenizer
+    sentinel: int = 32099  # id of the first sentinel; for token shards without --tokenizer
+    sentinels: int = 100  # number of sentinels, ids counting down; ul2 needs 128 at 512 inputs
+    mode: int = 32100  # id of UL2's [R], then of [S] and [X]; for shards without --tokenizer
     # Optimization, §3.1.2
     batch_size: int = 128  # sequences per update, over all ranks
     micro_batch: int = 0  # sequences per forward pass on one rank; 0: as many as the batch allows
@@ -176,7 +176,7 @@ PRESETS = {
 # Departure: tiktoken, over bytes by default, stands for the paper's 32,000 SentencePieces, so that
 # PAD, EOS and sentinels have other ids than the code's 0, 1 and 32099 down. Token shards without a
 # --tokenizer have the code's, or those of --pad, --eos and --sentinel.
-END = "</s>"  # EOS: ends inputs and targets, and no document
+END = "</s>"  # EOS: ends inputs and targets; documents have no separator
 PAD = "<pad>"
 MODES = ("[R]", "[S]", "[X]")
 SPECIALS = (END, PAD, *MODES)  # the sentinels follow; <extra_id_0> has the tokenizer's last id
@@ -210,13 +210,9 @@ def relative_position_buckets(length, bidirectional, device):
     """
     position = torch.arange(length, device="cpu")
     relative = position[None] - position[:, None]  # key - query
-    buckets = 32
-    offset = 0
-    distance = (-relative).clamp(min=0)
-    if bidirectional:
-        buckets = 16
-        offset = 16 * (relative > 0)
-        distance = relative.abs()
+    distance = relative.abs() if bidirectional else (-relative).clamp(min=0)
+    offset = 16 * (bidirectional & (relative > 0))
+    buckets = 16 if bidirectional else 32
     exact = buckets // 2
     scale = torch.log(distance.clamp(min=1).float() / exact) / math.log(128 / exact)  # 1 at 128
     far = (exact + (scale * (buckets - exact)).long()).clamp(max=buckets - 1)
@@ -340,8 +336,7 @@ class T5(nn.Module):
         # -inf, where the code has -1e9.
         padding = None
         if source_mask is not None:
-            padding = torch.zeros(source_mask.shape, device=source.device)
-            padding = padding.masked_fill(~source_mask, -math.inf)[:, None, None]  # [B, 1, 1, T]
+            padding = torch.where(source_mask, 0.0, -math.inf)[:, None, None]  # [B, 1, 1, T]
         memory = self.encoder(self.token_embedding(source), padding)  # [B, T, D]
         length = target_in.shape[1]
         future = torch.full((length, length), -math.inf, device=source.device).triu(1)  # [U, U]
@@ -398,8 +393,8 @@ def flops_per_token(cfg):
 
 # ---------------------------------------- Data ----------------------------------------
 
-# UL2 §3.1: (mode, rate, mean span). The S-denoiser hides a suffix of a quarter of the tokens, which
-# is what a single span comes to.
+# UL2 §3.1: (mode, rate, mean span). The S-denoiser hides a suffix of a quarter of the tokens: a
+# single span is always the end of the text.
 # Undisclosed: how often each denoiser is used. Each is drawn with the same probability.
 UL2 = (
     ("[R]", 0.15, 3.0), ("[R]", 0.15, 8.0), ("[S]", 0.25, math.inf),
@@ -409,37 +404,38 @@ UL2 = (
 def count_noise(length, rate, span):
     """(tokens, spans) to hide of `length` tokens; halves are rounded to even (code)."""
     noise = min(max(round(length * rate), 1), length - 1)
-    spans = max(round(noise / span), 1)
-    # Departure: where kept tokens are fewer than spans, the code fails; here spans are as few.
-    return noise, min(spans, length - noise)
+    return noise, max(round(noise / span), 1)
 
-def encoded_lengths(length, rate, span):
-    """(inputs, targets) of `length` tokens with spans hidden: sentinels and EOS included."""
+def moves_span(mode, length, rate, span):
+    """Whether the span is moved, cyclically (code): the only one of an X-denoiser, which otherwise
+    would hide a suffix, as S does. It takes a sentinel more: in the inputs where it is cut in two,
+    in the targets where kept tokens are on both sides."""
+    return mode == "[X]" and count_noise(length, rate, span)[1] == 1
+
+def encoded_lengths(length, mode, rate, span):
+    """(inputs, targets), at most, of `length` tokens: mode, sentinels and EOS included."""
     noise, spans = count_noise(length, rate, span)
-    return length - noise + spans + 1, noise + spans + 1
+    sentinels = spans + moves_span(mode, length, rate, span)
+    return bool(mode) + length - noise + sentinels + 1, noise + sentinels + 1
 
 @functools.cache
-def fitting_length(inputs, rate, span):
+def fitting_length(inputs, mode, rate, span):
     """The most tokens whose encoded inputs fit: 568 for 512 (code)."""
     length = 2
-    while encoded_lengths(length + 1, rate, span)[0] <= inputs:
+    while encoded_lengths(length + 1, mode, rate, span)[0] <= inputs:
         length += 1
     # At a rate of 0.5, targets may exceed the inputs by one; one token less avoids it (code).
     # Departure: a row then has the targets of the shorter text. The code takes one from the count
     # of the longer: for spans of 16 in 26 inputs 26, of which 25 are used.
-    if rate == 0.5 and encoded_lengths(length, rate, span)[1] > inputs:
+    if rate == 0.5 and encoded_lengths(length, mode, rate, span)[1] > inputs:
         length -= 1
     return length
 
 def denoisers(cfg):
-    """(mode, tokens of an example, rate, mean span) of each denoiser that hides spans."""
+    """(tokens of an example, mode, rate, mean span) of each denoiser that hides spans."""
     mix = UL2 if cfg.denoiser == "ul2" else [("", cfg.rate, cfg.span)]
-    examples = []
-    for mode, rate, span in mix:
-        inputs = cfg.inputs - 1 if mode else cfg.inputs  # one input is the mode
-        length = fitting_length(inputs, rate, span)
-        examples.append((mode, min(length, cfg.seq_len or length), rate, span))
-    return examples
+    lengths = [fitting_length(cfg.inputs, *denoiser) for denoiser in mix]
+    return [(min(n, cfg.seq_len or n), *denoiser) for n, denoiser in zip(lengths, mix)]
 
 def row_lengths(cfg):
     """(tokens of text, inputs, targets), at most, of an example."""
@@ -447,10 +443,7 @@ def row_lengths(cfg):
         length = min(cfg.inputs - 1, cfg.seq_len or cfg.inputs)
         # 192 targets for 512 inputs at a rate of 0.15 (code); in proportion at others
         return length, length + 1, math.ceil(2.5 * cfg.rate * (length + 1))
-    lengths = []
-    for mode, length, rate, span in denoisers(cfg):
-        inputs, targets = encoded_lengths(length, rate, span)
-        lengths.append((length, inputs + 1 if mode else inputs, targets))
+    lengths = [(example[0], *encoded_lengths(*example)) for example in denoisers(cfg)]
     return tuple(map(max, zip(*lengths)))
 
 def random_parts(n, parts, rng):
@@ -475,8 +468,8 @@ def corrupt(ids, rng, cfg):
     """(inputs, targets) of a window of text, without EOS: the kept tokens with a sentinel for each
     hidden span, and the hidden tokens with a sentinel for each kept span (§3.1.4)."""
     # Departure: the paper's Figure 2 closes the targets with a sentinel. The code and this script
-    # end them with the last hidden span; only where single tokens are hidden, and the last one of
-    # the window is kept, a sentinel closes them.
+    # end them with the last hidden span; a sentinel closes them only if the last token is kept,
+    # which happens where single tokens are hidden, or a span is moved.
     mode = []
     if cfg.denoiser == "iid":  # §3.1.4
         mask = rng.random(len(ids)) < cfg.rate
@@ -485,21 +478,20 @@ def corrupt(ids, rng, cfg):
         mask &= np.cumsum(mask & np.diff(mask, prepend=False)) < cfg.sentinels
     else:
         mix = denoisers(cfg)
-        name, length, rate, span = mix[rng.integers(len(mix))]
+        length, name, rate, span = mix[rng.integers(len(mix))]
         mode = [cfg.mode + MODES.index(name)] if name else []
         # Departure: a window is what the longest denoiser takes; of it, the others leave the end
         # unused. A shorter window for each would have to know the draws before it.
         ids = ids[:length]
-        mask = span_mask(len(ids), rate, span, rng)
-        if name == "[X]" and count_noise(len(ids), rate, span)[1] == 1:
-            # A single span would always be the suffix, as S's: it is moved, cyclically (code).
-            mask = np.roll(mask, rng.integers(len(ids)))
+        mask = span_mask(length, rate, span, rng)
+        if moves_span(name, length, rate, span):
+            mask = np.roll(mask, rng.integers(length))
     inputs = [*mode, *replace_spans(ids, mask, cfg.sentinel)]
     return inputs, replace_spans(ids, ~mask, cfg.sentinel)
 
 def get_batch(corpus, first, n, cfg):
     """Windows first ... first + n - 1 of the run: source [n, T], target_in and targets [n, U], the
-    source_mask [n, T] of denoisers that do not fill each row, and the counts n_targets and n_bytes
+    source_mask [n, T] of denoisers that do not fill every row, and the counts n_targets and n_bytes
     (of the hidden text).
 
     A pure function of the seed and the index, so that any number of ranks, any accumulation and
@@ -518,15 +510,13 @@ def get_batch(corpus, first, n, cfg):
         window = corpus.window(first + row, length, cfg.seed)[:-1]
         is_sentinel = (window > cfg.sentinel - cfg.sentinels) & (window <= cfg.sentinel)
         if is_sentinel.any():
-            ids = f"{cfg.sentinels} ids from {cfg.sentinel} down are the sentinels"
-            found = f"the data has token id {window[is_sentinel][0]}"
-            raise ValueError(f"{found}, and {ids}: see --sentinel, --tokenizer")
+            message = f"the data has token id {window[is_sentinel][0]}, which is a sentinel's"
+            raise ValueError(f"{message}: see --sentinel, --tokenizer")
         rng = np.random.default_rng(stable_hash(cfg.seed, "corruption", first + row))
         inputs, outputs = corrupt(window, rng, cfg)
-        inputs = torch.tensor([*inputs[: T - 1], cfg.eos])
         outputs = torch.tensor([*outputs[: U - 1], cfg.eos])
-        source[row, : len(inputs)] = inputs
-        source_mask[row, : len(inputs)] = True
+        source[row, : len(inputs) + 1] = torch.tensor([*inputs, cfg.eos])
+        source_mask[row, : len(inputs) + 1] = True
         targets[row, : len(outputs)] = outputs
         target_in[row, 1 : len(outputs)] = outputs[:-1]  # shifted right behind PAD
     scored = targets[targets >= 0].numpy()
@@ -540,7 +530,7 @@ def get_batch(corpus, first, n, cfg):
 
 def objective(model, batch, cfg):
     """Cross-entropy of the targets and, in training, z_loss (log Z)² each: sums over the batch,
-    divided by batch["n_targets"], the count of the whole global batch. There are no metrics."""
+    divided by batch["n_targets"], the count of the whole global batch; and no metrics."""
     # Undisclosed: the z-loss and its weight, which are the code's.
     # Departure: the code divides by all target positions. That is the same where rows are full.
     with torch.autocast(batch["source"].device.type, torch.bfloat16, cfg.precision == "bf16"):
@@ -618,8 +608,8 @@ def learning_rate(step, cfg):
 # Parameters, gradients and Adafactor's moments are fp32. Under bf16, autocast (in objective) runs
 # matrix products and attention in bf16, as the code did on TPUs; norms, softmax and loss are fp32.
 # The logits of the vocabulary are products, and thus rounded to bf16.
-# Departure: residual sums are fp32, which the code has in bf16; the bias of relative positions is
-# rounded to bf16 by attention, which the code has in fp32.
+# Departure: residual sums are fp32 (in the code bf16), and attention rounds the bias of relative
+# positions to bf16 (in the code it is fp32).
 
 PEAK_FLOPS = {"bf16": {  # dense, by precision and the device's exact name; others get no MFU
     "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989e12,
@@ -632,8 +622,9 @@ def parallelize(model, cfg, mesh):
     """Data parallelism with parameters, gradients and optimizer state sharded over the ranks
     (FSDP), where there are several. Recomputation and compilation are applied to the blocks first.
     """
-    # Departure: Mesh TensorFlow split heads, hidden units and vocabulary over devices (§2.1), and
-    # did not shard over the data axis, which suffices for all sizes.
+    # Departure: the paper combines data parallelism with model parallelism, which splits heads,
+    # hidden units and vocabulary over devices (§2.1, Mesh TensorFlow). Here every rank computes
+    # whole layers, and only their storage is sharded: all published sizes fit in that way.
     blocks = [*model.encoder.blocks, *model.decoder.blocks]
     for block in blocks:
         if cfg.recompute == "block":
@@ -667,31 +658,27 @@ HF_CONFIG = {  # field of Config: (key in config.json, default of T5Config)
     "gated": ("feed_forward_proj", "relu"), "tied": ("tie_word_embeddings", True),
     "pad": ("pad_token_id", 0), "eos": ("eos_token_id", 1),
 }  # fmt: skip
-HF_FIXED = {  # the only values that are supported
-    "model_type": "t5", "layer_norm_epsilon": 1e-6, "relative_attention_num_buckets": 32,
-    "relative_attention_max_distance": 128,
-}  # fmt: skip
 HF_NAMES = {  # part of a parameter's name here: its name in T5ForConditionalGeneration
     "token_embedding": "shared", "blocks": "block", "attn_norm": "layer.0.layer_norm",
     "cross_norm": "layer.1.layer_norm", "ff_norm": "layer.FF.layer_norm", ".out.": ".o.",
     "attn.": "layer.0.SelfAttention.", "cross.": "layer.1.EncDecAttention.",
     "relative.table": "block.0.layer.0.SelfAttention.relative_attention_bias",
     "final_norm": "final_layer_norm", "ff.": "layer.FF.DenseReluDense.", "gate": "wi_0",
-    "down": "wo",
+    "down": "wo", "head": "lm_head",
 }  # fmt: skip
 SHAPE = tuple(HF_CONFIG)  # fields of Config that must agree with a checkpoint
 
 def t5_name(name, gated):
     """Hugging Face's name of a parameter."""
-    if name == "head.weight":
-        return "lm_head.weight"
     for ours, theirs in (HF_NAMES | {"up": "wi_1" if gated else "wi"}).items():
         name = name.replace(ours, theirs)
     return name.replace("FF", "2" if name.startswith("decoder") else "1")
 
-def dependent_keys(cfg):
-    """The keys of config.json that follow from other fields of cfg."""
+def fixed_keys(cfg):
+    """Keys of config.json with the only values that are supported, some of which depend on cfg."""
     return {
+        "model_type": "t5", "is_encoder_decoder": True, "layer_norm_epsilon": 1e-6,
+        "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128,
         "num_decoder_layers": cfg.n_layers, "decoder_start_token_id": cfg.pad,
         "feed_forward_proj": "gated-gelu" if cfg.gated else "relu",
     }  # fmt: skip
@@ -699,31 +686,30 @@ def dependent_keys(cfg):
 def from_hf(path):
     """(model, cfg) from the checkpoint directory of a T5ForConditionalGeneration."""
     with explain(f"{path} holds no T5ForConditionalGeneration", Exception):
-        cfg = Config(**read_hf_config(path, HF_CONFIG, HF_FIXED))
+        cfg = Config(**read_hf_config(path, HF_CONFIG, {}))
         cfg.gated = cfg.gated == "gated-gelu"
-        # Transformers 5 always has tie_word_embeddings, and this key for what it meant.
+        # In transformers 5 tie_word_embeddings is always true, and this key has its old meaning.
         scaled = {"tied": ("scale_decoder_outputs", cfg.tied)}
-        cfg.tied = read_hf_config(path, scaled, dependent_keys(cfg))["tied"]
+        cfg.tied = read_hf_config(path, scaled, fixed_keys(cfg))["tied"]
         tensors = read_hf_tensors(path)
         if not cfg.tied and "lm_head.weight" not in tensors:  # transformers 5 ties all T5 models
             print(f"{path} holds no lm_head.weight: the softmax begins as the embedding")
             tensors["lm_head.weight"] = tensors["shared.weight"].clone()
         with torch.device("meta"):
             model = T5(cfg)
-        names = [name for name, _ in model.named_parameters()]
+        names = model.state_dict()
         values = {name: tensors[t5_name(name, cfg.gated)].float() for name in names}
         model.load_state_dict(values, assign=True)
     return model, cfg
 
 def to_hf(model, cfg, path):
     """Write model to the directory path as a T5ForConditionalGeneration; all ranks call this.
-    Transformers 5 ties the softmax to the embedding even if this model does not: its users have to
-    set lm_head.weight themselves."""
+    Transformers 5 reads an untied softmax as it is here, and warns that it is not tied."""
     from safetensors.torch import save_file
 
-    config = {key: getattr(cfg, field) for field, (key, _) in HF_CONFIG.items()} | HF_FIXED
-    config |= dependent_keys(cfg) | {"dropout_rate": cfg.dropout, "torch_dtype": "float32"}
-    config |= {"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}
+    config = {key: getattr(cfg, field) for field, (key, _) in HF_CONFIG.items()} | fixed_keys(cfg)
+    config |= {"dropout_rate": cfg.dropout, "torch_dtype": "float32"}
+    config |= {"architectures": ["T5ForConditionalGeneration"]}
     writes = not dist.is_initialized() or dist.get_rank() == 0
     tensors = {}
     for name, p in model.named_parameters():
@@ -903,32 +889,26 @@ def sample(model, source, n, cfg):
 
 def fill_spans(model, text, heldout, tokenizer, cfg):
     """Print a text, by default the first held-out one, with sentinels in place of its hidden spans,
-    and the same text with the spans that the model predicts, ⟦so⟧."""
-    length, T, U = row_lengths(cfg)
+    and the same text with the spans that the model predicts in ⟦ ⟧."""
+    length, _, U = row_lengths(cfg)
     sentinels = range(cfg.sentinel - cfg.sentinels + 1, cfg.sentinel + 1)
-    names = set(sentinel_names(cfg.sentinels))
     if text:
+        names = set(sentinel_names(cfg.sentinels))
         ids = tokenizer.encode(text, allowed_special=names, disallowed_special=())
         if set(ids).isdisjoint(sentinels):
-            ids = [*ids[: T - 3], cfg.sentinel]
-        mode = [cfg.mode] if cfg.denoiser == "ul2" else []  # [R]
-        ids = [*mode, *ids[: T - 2]]
+            ids.append(cfg.sentinel)
+        if cfg.denoiser == "ul2":
+            ids.insert(0, cfg.mode)  # [R]
     else:
         rng = np.random.default_rng(stable_hash(cfg.seed, "prompt"))
         ids, _ = corrupt(heldout.read(0, length), rng, cfg)
-    ids = [int(i) for i in ids]
-    spans = {}  # sentinel: the ids that follow it
-    span = []
-    for i in sample(model, [*ids, cfg.eos], U, cfg):
-        if i in sentinels:
-            span = spans.setdefault(i, [])
-        elif heldout.token_bytes[i]:  # no special token
-            span.append(i)
+    predicted = sample(model, [*ids, cfg.eos], U, cfg)
+    predicted = [i for i in predicted if i in sentinels or heldout.token_bytes[i]]  # no PAD, EOS
+    mark = r"(<extra_id_\d+>)"
+    parts = re.split(mark, tokenizer.decode(predicted))
+    spans = dict(zip(parts[1::2], parts[2::2]))
     text = tokenizer.decode(ids)
-    filled = text
-    for i in set(ids).intersection(sentinels):
-        span = tokenizer.decode(spans.get(i, []))
-        filled = filled.replace(tokenizer.decode([i]), f"⟦{span}⟧")
+    filled = re.sub(mark, lambda match: f"⟦{spans.get(match[0], '')}⟧", text)
     print(text, filled, sep="\n---\n")
 
 def check(cfg, ranks):
@@ -941,8 +921,7 @@ def check(cfg, ranks):
     for wrong, message in (
         (not 0 < cfg.rate < 1, f"--rate {cfg.rate} is not between 0 and 1"),
         (cfg.span < 1, f"--span {cfg.span} is less than a token"),
-        (cfg.inputs < 4, f"--inputs {cfg.inputs} cannot hold mode, token, sentinel and EOS"),
-        (cfg.seq_len == 1, "--seq_len 1 cannot hold a span behind a token"),
+        (cfg.inputs < 5, f"--inputs {cfg.inputs} cannot hold mode, token, sentinels and EOS"),
         (ranks * n_micro * micro != cfg.batch_size,
          f"--batch_size {cfg.batch_size} is not {ranks} ranks x n micro-batches of {micro}"),
         (cfg.resume and not cfg.out, "--resume needs --out"),
@@ -952,32 +931,30 @@ def check(cfg, ranks):
         if wrong:
             raise ValueError(message)
     length = row_lengths(cfg)[0]
-    if cfg.seq_len > length:
-        most = f"the {length} that --inputs {cfg.inputs} hold"
-        raise ValueError(f"--seq_len {cfg.seq_len} is more than {most}")
-    n_spans = max(count_noise(*example)[1] for _, *example in denoisers(cfg))
-    if cfg.denoiser == "ul2":
-        n_spans = max(n_spans, 2)  # a single span that is moved over the end
-    if cfg.denoiser == "iid":  # the mean, and four sigma
-        mean = length * cfg.rate * (1 - cfg.rate)
-        n_spans = math.ceil(mean + 4 * math.sqrt(mean))
+    n_spans = max(count_noise(n, rate, span)[1] for n, _, rate, span in denoisers(cfg))
+    if cfg.denoiser == "iid":  # half more than the mean, which at 511 tokens is five sigma
+        n_spans = math.ceil(1.5 * length * cfg.rate * (1 - cfg.rate))
     if n_spans > cfg.sentinels:
-        spans = f"up to {n_spans} spans in an example of {length} tokens"
-        raise ValueError(f"--denoiser {cfg.denoiser} hides {spans}: --sentinels is too small")
+        hides = f"hides up to {n_spans} spans in an example of {length} tokens"
+        raise ValueError(f"--denoiser {cfg.denoiser} {hides}: --sentinels is too small")
     check_directories(cfg.init, cfg.export, cfg.write_tokens)
 
 def sentinel_names(n):
     """Names of n sentinels in the order of their ids; <extra_id_0> has the last id."""
     return tuple(f"<extra_id_{k}>" for k in reversed(range(n)))
 
-def fit_vocabulary(cfg, tokenizer):
-    """Set vocab_size and the special ids in cfg to those of the tokenizer, if it is known. Raises
-    ValueError if two special ids are the same, or one is outside of the vocabulary."""
-    if tokenizer:
+def load_vocabulary(cfg, is_text):
+    """The tokenizer of --tokenizer, by default bytes for text, or None for token shards without it.
+    Sets vocab_size and the special ids in cfg to those of the tokenizer. Raises ValueError if two
+    special ids are the same, or one is outside of the vocabulary."""
+    tokenizer = None
+    if cfg.tokenizer or is_text:
+        specials = SPECIALS + sentinel_names(cfg.sentinels)
+        tokenizer = load_tokenizer(cfg.tokenizer or "bytes", specials)
         padded = 128 * math.ceil(tokenizer.n_vocab / 128)  # as the code pads it
         cfg.vocab_size = cfg.vocab_size or padded
-        special = "".join((PAD, END, "<extra_id_0>", MODES[0]))
-        cfg.pad, cfg.eos, cfg.sentinel, cfg.mode = tokenizer.encode(special, allowed_special="all")
+        names = "".join((PAD, END, "<extra_id_0>", MODES[0]))
+        cfg.pad, cfg.eos, cfg.sentinel, cfg.mode = tokenizer.encode(names, allowed_special="all")
     if not tokenizer or cfg.vocab_size != padded:
         vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
     ids = [cfg.pad, cfg.eos, *range(cfg.sentinel - cfg.sentinels + 1, cfg.sentinel + 1)]
@@ -987,22 +964,20 @@ def fit_vocabulary(cfg, tokenizer):
         sentinels = f"{cfg.sentinels} sentinels from --sentinel {cfg.sentinel} down"
         others = f"--pad {cfg.pad}, --eos {cfg.eos}, for ul2 --mode {cfg.mode} to {cfg.mode + 2}"
         raise ValueError(f"--vocab_size {cfg.vocab_size} lacks distinct {sentinels}, {others}")
+    return tokenizer
 
 def dry_run(cfg):
     """Print parameters, FLOPs per token and memory per rank, computed from shapes alone."""
     ranks = cfg.world_size
     if not cfg.vocab_size:
-        specials = SPECIALS + sentinel_names(cfg.sentinels)
-        tokenizer = load_tokenizer(cfg.tokenizer or "bytes", specials)
-        cfg.vocab_size = 128 * math.ceil(tokenizer.n_vocab / 128)
+        load_vocabulary(cfg, is_text=True)
     check(cfg, ranks)
     with torch.device("meta"):
         model = T5(cfg)
     total, activated = count_parameters(model)
     print(f"parameters {total:,} | activated {activated:,}")
-    # Here inputs meet the weights of one stack, and targets those of the other.
-    print(f"FLOPs per token {flops_per_token(cfg):.4g}", end=" | ")
-    print(f"6 N gives {6 * activated:.4g}, as if each token met both stacks")
+    # 6 N is more: inputs meet the weights of one stack only, and targets those of the other.
+    print(f"FLOPs per token {flops_per_token(cfg):.4g} | 6 N gives {6 * activated:.4g}")
     # Kept for the backward pass, in bytes per position and branch: the norm's input and normalised
     # output in fp32; the inputs of products, which autocast casts anew for each of q, k and v; q,
     # k, v and what attention gives; hidden units; a byte per entry of a GPU's dropout masks. The
@@ -1023,10 +998,9 @@ def dry_run(cfg):
     kept = cfg.n_layers * (encoder + decoder) + head
     if cfg.recompute == "block":
         kept = cfg.n_layers * 4 * cfg.dim * (T + U) + max(encoder, decoder, head)
-    columns = sum(p.shape[1] for p in model.parameters() if p.ndim == 2)
-    rows = sum(p.shape[0] for p in model.parameters())
     memory = {"parameters": 4 * total / ranks, "gradients": 4 * total / ranks}
-    memory["optimizer"] = 4 * rows / ranks + 4 * columns
+    # Means of rows and of columns; only those of rows are sharded, but both are few.
+    memory["optimizer"] = 4 * sum(sum(p.shape) for p in model.parameters())
     memory["gathered"] = 2 * total * (size == 2)  # autocast's copies
     if ranks > 1:  # the root's parameters, those of a block and the next one, and their gradients
         block = sum(p.numel() for p in model.decoder.blocks[0].parameters())
@@ -1119,20 +1093,16 @@ def load_stream(cfg):
     separator (code); sets the fields of cfg that depend on them. With --write_tokens the data is
     written as shards instead, and the result is None."""
     files, shards = find_files(cfg.data)
-    tokenizer = None
-    if cfg.tokenizer or files:
-        specials = SPECIALS + sentinel_names(cfg.sentinels)
-        tokenizer = load_tokenizer(cfg.tokenizer or "bytes", specials)
-    elif cfg.prompt:
+    tokenizer = load_vocabulary(cfg, is_text=bool(files))
+    if cfg.prompt and not tokenizer:
         raise ValueError("--prompt needs --tokenizer where --data is token shards")
-    fit_vocabulary(cfg, tokenizer)
     documents = tokenize(read_documents(cfg.data, files), tokenizer, cfg.eos)
     documents = ((name, ids[:-1]) for name, ids in documents)
     if cfg.write_tokens and shards:
         raise ValueError("--write_tokens reads text, and --data has token shards")
     if cfg.write_tokens:
         return write_tokens(cfg.write_tokens, documents)
-    cfg.seq_len = cfg.seq_len or row_lengths(cfg)[0]
+    cfg.seq_len = row_lengths(cfg)[0]
     sizes = cfg.vocab_size, cfg.batch_size, cfg.seq_len
     return tokenizer, *load_corpora(shards, documents, tokenizer, -1, *sizes)
 
@@ -1168,9 +1138,8 @@ def main(argv=None):
         model.to_empty(device=device)
         init_weights(model, cfg)
         if cfg.init:
-            values = dict(source.named_parameters())
-            for name, p in model.named_parameters():
-                fill_parameter(p, values[name].detach())
+            for p, value in zip(model.parameters(), source.parameters()):
+                fill_parameter(p, value.detach())
         optimizer = build_optimizer(model, cfg)
         state = {"step": 0, "sequences": 0, "tokens": 0}
         if newest:

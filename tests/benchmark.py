@@ -206,7 +206,7 @@ def the_pipeline_1f1b(module, cfg):
     cfg = module.fit_layout(dataclasses.replace(cfg, tokens=1e12), 1)
     sizes = cfg.vocab_size, cfg.batch_size, cfg.seq_len
     corpora = module.load_corpora([], documents, tokenizer, tokenizer.eot_token, *sizes)
-    pipe = module.Pipeline1F1B(cfg, module.expert_mesh(cfg, "cpu"))
+    pipe = module.Pipeline1F1B(cfg, torch.device("cpu"))
     module.init_weights(pipe.model, cfg)
     pipe.share()
     optimizer = module.build_optimizer(pipe.flats, cfg)
@@ -453,7 +453,7 @@ def bert_main(module, args):
 
     def all_positions(self, tokens, segments, attention_mask, positions):
         logits, next_logits = inner(self, tokens, segments, attention_mask)
-        return module.gather_states(logits, positions), next_logits
+        return logits.take_along_dim(positions[:, :, None], 1), next_logits
 
     def everywhere_run():
         module.BERT.forward = all_positions

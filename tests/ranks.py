@@ -165,7 +165,7 @@ def make_corpora(module, cfg):
 def make_instances(module, cfg, documents):
     """(training, held-out) instances of documents whose sentences are letters."""
     letters = "abcdefghijklmnopqrstuvwxyz"
-    tokenizer = module.WordPiece([*module.SPECIALS, *letters, *(f"##{c}" for c in letters)], "letters")
+    tokenizer = module.WordPiece([*module.SPECIALS, *letters, *(f"##{c}" for c in letters)])
     with tempfile.TemporaryDirectory() as folder:
         module.write_instances(folder, module.tokenize_sentences(documents, tokenizer), tokenizer, cfg)
         return [module.Instances(folder, split, tokenizer, cfg) for split in ("train", "val")]
@@ -276,18 +276,18 @@ def in_pipeline_with_experts(module, cfg, corpus, model, device):
     """DeepSeek-V3's stages and experts; with them go the balancing biases after an update."""
     cfg, values = module.fit_layout(cfg, dist.get_world_size()), model.state_dict()
     (_, phase), *_ = module.plan(cfg)
-    pipe = module.Pipeline1F1B(cfg, module.expert_mesh(cfg, device.type))
+    pipe = module.Pipeline1F1B(cfg, device)
     mesh = pipe.mesh["ep"]
     for key, tensor in [*pipe.model.named_parameters(), *pipe.model.named_buffers()]:
         if not key.endswith("load"):
             tensor.data.copy_(values[key].chunk(mesh.size())[mesh.get_local_rank()] if module.is_expert(key) else values[key])
-    for router in pipe.routers.values():
+    for router in module.routers(pipe.model).values():
         router.load.zero_()
     pipe.share()
     pipe.start_phase(phase)
     batches = global_batch(module, corpus, phase, device, pipe.data.get_local_rank(), module.reading_ranks(cfg))
     norm, main, ahead = pipe.reduce(pipe.run(batches), cfg.clip)
-    module.update_biases(list(pipe.routers.values()), 0.01, pipe.data.get_group())
+    module.update_biases(module.routers(pipe.model), 0.01, torch.zeros(cfg.n_layers + 1, cfg.n_experts))
     found = {key: value for key, value in pipe.model.named_buffers() if key.endswith("router.bias")}
     for flat in pipe.flats.values():  # of which p.grad are views
         flat.gradients[: flat.n] = flat.master.grad.full_tensor()

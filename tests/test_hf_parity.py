@@ -184,8 +184,8 @@ def test_deepseek_v3_predicts_ahead_as_hugging_face_does(case, tmp_path):
     close(ours.logits(ours.mtp(state, ours.embed(tokens), *ours.rope(state))[0]), theirs.lm_head(hidden))
 
 
-@pytest.mark.parametrize("case", ["deepseek_v3"], indirect=True)
-def test_deepseek_v3_reads_fp8_weights_with_their_block_scales(case, tmp_path):
+@pytest.mark.parametrize("case", ["deepseek_v3", "kimi_k2"], indirect=True)
+def test_reads_fp8_weights_with_their_block_scales(case, tmp_path):
     """As released: E4M3 codes, and the factor of each block of 128 x 128 under a name that says the inverse."""
     from safetensors.torch import load_file, save_file
 
@@ -197,7 +197,7 @@ def test_deepseek_v3_reads_fp8_weights_with_their_block_scales(case, tmp_path):
         tensors = load_file(file)
         for key in [key for key in tensors if key.endswith("_proj.weight")]:
             rows, columns = tensors[key].shape
-            codes, scales = module.quantize(tensors[key], 128, 128)
+            codes, scales = deepseek_v3.quantize(tensors[key], 128, 128)
             tensors[key], tensors[f"{key}_scale_inv"] = codes[:rows, :columns].contiguous(), scales
         save_file(tensors, file)
     read, _ = module.from_hf(tmp_path)

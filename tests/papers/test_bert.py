@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import SCRIPTS
 from ranks import gradients, make_corpora, make_model, run_main
+from torch.utils.flop_counter import FlopCounterMode
 
 ROW = dataclasses.replace(SCRIPTS["bert"], model="build_model")
 WAYS = [dict(), dict(nsp=False), dict(objective="rtd", nsp=False)]
@@ -37,17 +38,22 @@ def test_numbers_of_both_papers():
     assert [bert.learning_rate(step, cfgs["electra_small"]) for step in (0, 5000, 10_000, 500_000)] == pytest.approx([0, 2.4875e-4, 4.95e-4, 2.5e-4])
 
 
-def test_initialisation_and_dropout(monkeypatch):
-    """N(0, 0.02) cut at 2 σ has a deviation of 0.0176, ELECTRA's projections are Glorot-uniform; heads have no dropout."""
-    for cfg in (bert.Config(**ROW.tiny | way | dict(dim=192, hidden_dim=402, vocab_size=500)) for way in WAYS):
+def test_initialisation_flops_and_dropout(monkeypatch):
+    """N(0, 0.06) cut at 2 σ has a deviation of 0.0528; ELECTRA has Glorot-uniform layers; heads have no dropout."""
+    for cfg in (bert.Config(**ROW.tiny | way | dict(dim=192, vocab_size=500, init_std=0.06)) for way in WAYS):
         model = bert.build_model(cfg)
         bert.init_weights(model, cfg)
         for name, p in model.named_parameters():
             if p.ndim == 1:
                 assert p.unique().tolist() == [float("norm" in name and name.endswith("weight"))], name
             else:
-                bound, std = (math.sqrt(6 / sum(p.shape)), math.sqrt(2 / sum(p.shape))) if re.search("project|score", name) else (0.04, 0.0176)
+                bound, std = (math.sqrt(6 / sum(p.shape)), math.sqrt(2 / sum(p.shape))) if re.search("project|score", name) else (0.12, 0.0528)
                 assert p.abs().max() <= bound and p.std().item() == pytest.approx(std, rel=0.03 if p.numel() > 5000 else 0.15), name
+        ids, slots = (torch.zeros(2, n, dtype=torch.long, device="meta") for n in (cfg.seq_len, cfg.max_predictions))
+        with FlopCounterMode(display=False) as counter:
+            outputs = model.to("meta")(ids, ids, ids == 0, slots, *[slots, slots][: 2 * (cfg.objective == "rtd")])
+            sum(x.sum() for x in outputs[:2] if x is not None).backward()
+        assert counter.get_total_flops() / ids.numel() == pytest.approx(bert.flops_per_token(cfg))
     seen = []
     monkeypatch.setattr(F, "dropout", lambda x, p, training: seen.append(p * training) or x)
     bert.BERT(bert.Config(**ROW.tiny | dict(dropout=0.3)))(*torch.ones(3, 2, 5, dtype=torch.long)[:2], torch.ones(2, 5).bool())
@@ -73,15 +79,14 @@ def test_golden_value():
     assert [loss.item(), metrics["nsp"].item(), metrics["nsp_acc"]] == pytest.approx([nats * 3 / 3.00001 + nsp, nsp, 0.5], abs=2e-6)
 
 
-def test_sentences_of_python_and_word_piece(tmp_path):
+def test_sentences_of_python_and_word_piece():
     """Greedy, longest first: the specification's section 7; what Unicode has not assigned is [UNK]. It is not learned from what is held out."""
     code = '"""Summary of it.\n\nLonger e.g. this one. Second Sentence! 3 more\nlines."""\nimport os  # not """this\nx = """not\n"""\ny = "# nor this"\n'
     code += "# A comment of\n# two lines. And more.\ndef f():\n    r\'\'\'It's \"quoted\".\'\'\'\n    #: Kept.\n    return '\"\"\"'\n"
     found = "|".join(*dict(bert.split_sentences([("m.py", code)], bert.Config(uncased=False))).values())
     assert found == 'Summary of it.|Longer e.g. this one.|Second Sentence!|3 more lines.|A comment of two lines.|And more.|It\'s "quoted".|Kept.'
     entries = [*bert.SPECIALS, "un", "##aff", "##able", "##a", "runn", "##ing", ",", "the", "!", "的", "5", "##€", "_", "\u2028", "\x85", "last"]
-    (tmp_path / "vocab.txt").write_text("\n".join(entries) + "\n")
-    tokenizer = bert.load_wordpiece(tmp_path / "vocab.txt")
+    tokenizer = bert.WordPiece(entries)
     for text, pieces in (
         ("UNaffable, the  running!", "un ##aff ##able , the runn ##ing !"), ("unaffablex the", "[UNK] the"), ("thé的the", "the 的 the"),
         ("un" + "a" * 198, "un" + " ##a" * 198), ("un" + "a" * 199, "[UNK]"), ("the\u200b \x00the\ufffd last", "the the last"),
@@ -95,7 +100,7 @@ def test_sentences_of_python_and_word_piece(tmp_path):
 
 def test_pairs_masks_and_full_sentences():
     """A row of the specification's example; the digest of what its pseudo-code, written once more without the script, makes of it and of 200 corpora."""
-    toy, rng, rows = bert.WordPiece([*bert.SPECIALS, *"abcdefghijklmnopqrstuvwxy"], "toy"), random.Random(0), []
+    toy, rng, rows = bert.WordPiece([*bert.SPECIALS, *"abcdefghijklmnopqrstuvwxy"]), random.Random(0), []
     documents = [[[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]], [[15, 16], [17, 18, 19], [20, 21]], [[22, 23, 24, 25, 26, 27], [28, 29]]]
     corpora = [(documents, 16, 3, random.Random(12345))]
     for seed in range(200):
@@ -146,23 +151,32 @@ def test_replaced_token_detection():
 
 
 def on_ranks(overrides):
-    bert.update_shards = lambda *args: [(means := bert.update_model(*args)), means["grad"]]  # the name that gradients calls
-    return gradients("bert", ROW, overrides | dict(clip=0.0))
+    """Means and clipped gradients of an update that is called with a rate of 0.3, and the optimizer's rate."""
+
+    def update(model, idle, batches, lr, cfg):
+        idle = type(idle)(param_groups=[{}], step=idle.step, zero_grad=idle.zero_grad)
+        return bert.update_model(model, idle, batches, 0.3, cfg), idle.param_groups[0]["lr"]
+
+    bert.update_shards = update  # the name that gradients calls
+    return gradients("bert", ROW, overrides)
 
 
 @pytest.mark.parametrize("way", WAYS, ids=["pairs", "sentences", "rtd"])
 def test_layouts_give_one_ranks_loss_metrics_and_gradients(ranks, way):
+    """In all of them gradients are clipped to the norm of the run, and without --clip they are not."""
     cfg = bert.Config(**ROW.tiny | way)
     model, batch = make_model(bert, ROW, cfg), bert.get_batch(make_corpora(bert, cfg)[0], 3, 8, cfg)
     loss, metrics = bert.objective(model, batch, cfg)
     loss.backward()
     largest, norm = max(p.grad.abs().max() for p in model.parameters()), math.sqrt(sum(p.grad.square().sum() for p in model.parameters()))
     expected = {name: value.item() for name, value in metrics.items()} | dict(loss=loss.item(), grad=norm)
-    for n, more in (1, dict(micro_batch=1)), (2, dict(recompute="block")), (2, dict(micro_batch=1)), (4, dict(micro_batch=2)), (4, dict(micro_batch=1)):
-        for means, found, _ in ranks.run(n, on_ranks, way | more):
-            assert means == pytest.approx(expected, rel=1e-5, abs=1e-7)
+    for n, more in (1, dict(micro_batch=1, clip=0.0)), (2, dict(recompute="block")), (4, dict(micro_batch=2)), (4, dict(micro_batch=1, clip=0.1)):
+        scale = min(1, (more.get("clip", 1.0) or math.inf) / norm)
+        for means, found, rate in ranks.run(n, on_ranks, way | more):
+            assert rate == 0.3 and means == pytest.approx(expected, rel=1e-5, abs=1e-7)
             for name, p in model.named_parameters():
-                assert (torch.from_numpy(found[name]) - p.grad).abs().max() <= 1e-5 * max(p.grad.abs().max(), 1e-3 * largest), (n, more, name)
+                limit = 1e-5 * scale * max(p.grad.abs().max(), 1e-3 * largest)
+                assert (torch.from_numpy(found[name]) - scale * p.grad).abs().max() <= limit, (n, more, name)
 
 
 def run(ranks, n, flags, error=""):
@@ -194,22 +208,20 @@ def test_hugging_face_and_init_read_the_exported_model_with_vocabulary_and_case(
 
 
 def test_two_phases_on_two_ranks_from_instances_and_resumed(ranks, tmp_path):
-    """Ten updates, of 16 tokens and from the eighth of 32: resumed in either phase, and on two ranks with accumulation and what was written of the text."""
-    flags = "--val_every 4 --long_seq_len 32 --long_max_predictions 5 --steps"
+    """Ten updates, of 16 tokens and from the eighth of 32: on one rank, and on two from written instances, resumed."""
+    flags = "--val_every 4 --save_every 8 --long_seq_len 32 --long_max_predictions 5 --long_share 0.3 --steps 10"
     rows = lambda name: [json.loads(row) for row in (tmp_path / name / "metrics.jsonl").read_text().replace("null", "0").splitlines()]  # noqa: E731
-    run(ranks, 1, f"{flags} 10 --no-uncased --write_instances {tmp_path}/made")
-    run(ranks, 1, f"{flags} 10 --data {tmp_path}/made --no-nsp", "train_16.sentences")
-    for n, name, more in (1, "one", "--no-uncased --save_every 5"), (2, "two", f"--save_every 8 --micro_batch 1 --data {tmp_path}/made"):
-        more = f"{flags} 10 --long_share 0.3 {more} --out {tmp_path}/{name}"
-        out = run(ranks, n, more)
-        assert re.findall(r"^val (\d+) .* length (\d+)$", out, re.M) == [("0", "16"), ("4", "16"), ("8", "32"), ("10", "32")] and "filled: [CLS]" in out
-        assert run(ranks, 1, f"{more} --resume --eval").split("val 10")[1] == out.split("val 10")[1], "in the last phase, and with the same sample"
-        metrics = rows(name)
-        (tmp_path / name / "step_000000010").rename(tmp_path / f"last_of_{name}")
-        run(ranks, n, f"{more} --resume")
-        again = rows(name)[len(metrics) :]
-        assert again == metrics[-len(again) :] and json.loads((tmp_path / name / "config.json").read_text())["uncased"] is False
+    run(ranks, 1, f"{flags} --no-uncased --write_instances {tmp_path}/made")
+    run(ranks, 1, f"{flags} --data {tmp_path}/made --no-nsp", "train_16.sentences")
+    run(ranks, 1, f"{flags} --no-uncased --out {tmp_path}/one")
+    flags += f" --micro_batch 1 --data {tmp_path}/made --out {tmp_path}/two"
+    out = run(ranks, 2, flags)
+    assert re.findall(r"^val (\d+) .* length (\d+)$", out, re.M) == [("0", "16"), ("4", "16"), ("8", "32"), ("10", "32")] and "filled: [CLS]" in out
+    assert run(ranks, 1, f"{flags} --resume --eval").split("val 10")[1] == out.split("val 10")[1], "in the last phase, and with the same sample"
+    metrics = rows("two")
     for one, two in zip(rows("one"), metrics):
         assert two == pytest.approx(one, rel=2e-4, abs=1e-4)  # with the tokens so far
-    for steps, share, text in (2, 1, "sequences of 32\n"), (2, 0.2, "length 16"), (5, 0.2, "continuing from"):  # one phase alone, then two
-        assert text in run(ranks, 1, f"{flags} {steps} --long_share {share} --out {tmp_path}/short{share} --resume")
+    (tmp_path / "two" / "step_000000010").rename(tmp_path / "last")
+    run(ranks, 2, f"{flags} --resume")
+    again = rows("two")[len(metrics) :]
+    assert again == metrics[-len(again) :] and '"uncased": false' in (tmp_path / "two" / "config.json").read_text()

@@ -52,8 +52,6 @@ def test_w8_yarn():
     for j, (before, after) in {10: (0.0562341, 0.0562341), 11: (0.0421697, 0.0390069), 16: (0.01, 0.0055),
                                23: (1.333521e-3, 3.333804e-5), 31: (1.333521e-4, 3.333804e-6)}.items():  # fmt: skip
         assert plain[j].item() == pytest.approx(before, rel=1e-5) and yarn[j].item() == pytest.approx(after, rel=1e-5)
-    assert v3.yarn_scales(1.0, 1.0, 1.0) == (1.0, 1.0)
-    assert v3.yarn_scales(40.0, 1.0, 1.0) == (1.0, pytest.approx(1.3688879**2, abs=1e-6))
     model = v3.DeepSeekV3(tiny(head_dim=128, rope_dim=64, rope_factor=40.0))
     assert model.blocks["0"].attn.scale == pytest.approx(0.13523378, abs=1e-8) == model.mtp.block.attn.scale
 
@@ -78,11 +76,10 @@ def test_w1_routing():
 def test_w2_w3_balance(monkeypatch):
     s = torch.tensor([[[0.9, 0.8, 0.1, 0.2], [0.7, 0.6, 0.5, 0.2], [0.1, 0.2, 0.9, 0.8], [0.6, 0.1, 0.2, 0.7]]])
     assert v3.sequence_balance(s, 2).item() == pytest.approx(1.04375, rel=1e-6)
-    assert v3.sequence_balance(torch.cat((s, s)), 2).item() == pytest.approx(2 * 1.04375, rel=1e-6), "a sum over sequences"
-    monkeypatch.setattr(v3.dist, "all_reduce", lambda loads, group: None)
+    monkeypatch.setattr(v3.dist, "all_reduce", lambda loads: None)
     router = v3.Router(6, 6, 2, 1, 1, 1.0)
     router.load.copy_(torch.tensor([10.0, 6, 8, 8, 12, 4]))
-    assert v3.update_biases([router], 0.001, None).tolist() == [[1.25, 0.75, 1, 1, 1.5, 0.5]]
+    assert v3.update_biases({0: router}, 0.001, torch.zeros(1, 6)).tolist() == [[1.25, 0.75, 1, 1, 1.5, 0.5]]
     torch.testing.assert_close(router.bias, torch.tensor([-0.001, 0.001, 0, 0, -0.001, 0.001]))
     assert not router.load.any()
 
@@ -97,11 +94,10 @@ def test_w8_multi_token_prediction():
     main, mtp = (model.logits(h).double().log_softmax(-1)[0] for h in (state, mtp_state))
     first = -sum(main[i, x[i + 1]] for i in range(6)).item() / 6
     second = -sum(mtp[i, x[i + 2]] for i in range(5)).item() / 6
-    for router in v3.routers(model):
+    for router in v3.routers(model).values():
         router.register_forward_hook(lambda m, inputs, _: affinities.append(torch.sigmoid(inputs[0] @ m.weight.T)))
     batch = {"tokens": x[None, :-1], "targets": x[None, 1:], "n_targets": 6, "n_sequences": 2}  # with another sequence, of another rank
     loss, metrics = v3.objective(model, batch, cfg)
-    assert (len(main), len(mtp), len(affinities)) == (6, 5, 4)
     balance = 0.5 / 2 * sum(v3.sequence_balance(s, 3) for s in affinities).item()
     assert metrics["main"].item() == pytest.approx(first, rel=1e-5) and metrics["mtp"].item() == pytest.approx(second, rel=1e-5)
     assert loss.item() == pytest.approx(first + 0.3 * second + balance, rel=1e-5) and balance > 0.1
@@ -124,7 +120,6 @@ def test_packs_best_fit_and_fills_in_the_middle():
     cut = sum(document not in pieces for document in split(stretch)[1:-1])
     assert cut < sum(stretch[64 * i + 63] != 256 for i in range(64)) / 2, "half as many as without packing"
     _, rows = packed([f"document {i}, whose text is unlike all others: {i * i}." for i in range(3000)], 299, 256, 0.1)
-    assert (rows == 257).sum() == (rows == 258).sum() == (rows == 259).sum()
     assert 0.07 < (rows == 257).sum() / (rows == 256).sum() < 0.13
     ids, cuts = np.array([*b"some text", 256]), set()
     for key in range(200):
@@ -193,8 +188,6 @@ def test_fp8_layers(monkeypatch):
     for found, expected in zip(coded, exact):
         assert 0.01 < error(found, expected) < 0.1
     assert not coded[6][1].any() and not coded[7][1].any(), "an expert without tokens has no gradient"
-    empty, _ = fp8_layers([0, 0])
-    assert empty[1].shape == (0, 40) and not empty[6].any(), "a rank whose experts get no token"
     tile, block, kinds = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128, []
 
     def kernel(a, b, scale_a, kind_a, scale_b, kind_b, output_dtype):
@@ -233,31 +226,14 @@ def test_quantizes_as_the_recipe_says(monkeypatch):
         # by down, then by gate_up: the gradient for dgrad, and for wgrad with the input
         assert calls == [(1, True, 1e-30)] * 2 + [(1, False, 1e-4)] + [(1, False, 1e-30)] * 2 + [(1, True, 1e-4)]
         calls.clear()
-    v3.forget_codes(experts)
-    assert experts.blocks is None
     attention = v3.MultiHeadLatentAttention(24, 3, 20, 28, 10, 6)
     v3.use_fp8(torch.nn.Sequential(attention))
     attention(torch.randn(1, 5, 24), torch.ones(5, 3), torch.zeros(5, 3))
     assert [powers for rows, powers, _ in calls if rows == 1] == [False] * 4 + [True], "q_down, q_up, kv_down, kv_up, and the output projection"
 
 
-def test_first_pipeline_stage_passes_a_balance_loss_in_fp32_on():
-    """Also if it has dense blocks alone, under bf16: the next stage's buffer is fp32."""
-    model = make_model(v3, ROW, tiny(n_layers=2, n_dense=2, mtp=False)).bfloat16()
-    model.dtype, model.head = torch.bfloat16, None
-    x, balance = v3.PipelinePart(model)(tokens=torch.arange(22).view(2, 11), targets=None)
-    assert (x.dtype, balance.dtype) == (torch.bfloat16, torch.float32) and balance.requires_grad
-
-
-def test_command_line(tmp_path):
-    """A dry run prints each of its batches once; an extension may have the batch of pre-training; --init sets the layers that --pp divides."""
-    _, out, _ = run_main("deepseek_v3", ["--preset=16b", "--dry_run", "--world_size=8"])
-    assert out.count("4,608 sequences of 4,096 | 576 micro-batches") == 1
+def test_an_extension_may_have_the_batch_of_pre_training(tmp_path):
     (tmp_path / "text.txt").write_text("a text that repeats itself, " * 300)
     flags = [f"--{flag}={value}" for flag, value in (ROW.small | dict(preset="demo", data=tmp_path, val_batches=1)).items()]
     _, out, _ = run_main("deepseek_v3", [*flags, "--tokens=128", "--long=16x4:1"])
     assert out.index("YaRN factor 1") < out.index("step 1/3") < out.index("YaRN factor 2") < out.index("step 3/3")
-    pytest.importorskip("safetensors")
-    (tmp_path / "config.json").write_text(v3.json.dumps(v3.deepseek_config(tiny(n_layers=8))))
-    _, out, err = run_main("deepseek_v3", [*flags, "--init", tmp_path, "--dry_run", "--pp=6", "--world_size=6", "--micro_batch=1"])
-    assert "parameters" in out, err

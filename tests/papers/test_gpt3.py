@@ -29,13 +29,11 @@ def together(ranks, n, *flags):
 
 @pytest.mark.parametrize("T, band", [(8, 3), (9, 3), (7, 8), (40, 16), (1, 1), (5, 1)])
 def test_band(T, band):
-    """Blocks of one band against the specification's rule, in float64, with gradients."""
-    qkv = torch.randn(3, 2, 3, T, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    """Blocks of one band against the specification's rule, in float64."""
+    qkv = torch.randn(3, 2, 3, T, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     i, j = torch.arange(T)[:, None], torch.arange(T)
     exact = (qkv[0] @ qkv[1].mT / math.sqrt(6)).masked_fill((j > i) | (i - j >= band), -math.inf).softmax(-1) @ qkv[2]
-    found = gpt3.banded_attention(*qkv, band, 0.0)
-    torch.testing.assert_close(found, exact, atol=1e-14, rtol=0)
-    torch.testing.assert_close(*(torch.autograd.grad(x.square().sum(), qkv)[0] for x in (found, exact)), atol=1e-13, rtol=0)
+    torch.testing.assert_close(gpt3.banded_attention(*qkv, band, 0.0), exact, atol=1e-14, rtol=0)
 
 
 def test_dropout_and_initialisation(monkeypatch):
@@ -51,6 +49,11 @@ def test_dropout_and_initialisation(monkeypatch):
     for name, p in model.named_parameters():
         std = 0.02 / math.sqrt(8) if name.endswith(("out.weight", "down.weight")) else 0.01 if "position" in name else 0.02
         assert p.std().item() == approx(std, rel=0.05) if p.ndim == 2 else p.unique().tolist() == ["norm" in name and "weight" in name], name
+    cfg = gpt3.Config(vocab_size=50257, n_layers=1, seq_len=64)  # at D 768: not ln V, since logits vary
+    gpt3.init_weights(model := gpt3.GPT3(cfg), cfg)
+    tokens = torch.randint(50257, (16, 65), generator=torch.Generator().manual_seed(0))
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "n_targets": 1024}
+    assert gpt3.objective(model, batch, cfg)[0].item() == approx(10.98, abs=0.05)
 
 
 def test_bpe_and_runs_with_it(tmp_path, monkeypatch):
@@ -59,7 +62,6 @@ def test_bpe_and_runs_with_it(tmp_path, monkeypatch):
     pattern = r"'s|'t|'re|'ve|'m|'ll|'d| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
     words = [[bytes([b]) for b in word.encode()] for word in re.findall(pattern, text)]
     learned = list(gpt3.train_bpe([text], 300))
-    assert learned[:256] == [bytes([i]) for i in range(256)]
     for token in learned[256:]:
         pairs = [pair for word in words for pair in zip(word, word[1:])]
         a, b = next(pair for pair in pairs if pair[0] + pair[1] == token and pairs.count(pair) == max(map(pairs.count, set(pairs))))
@@ -67,9 +69,6 @@ def test_bpe_and_runs_with_it(tmp_path, monkeypatch):
             for j in range(len(word)):
                 if word[j : j + 2] == [a, b]:
                     word[j : j + 2] = [token]
-    for text in ("", "a"):
-        with pytest.raises(ValueError, match="no more than 256 entries, not 300"):
-            gpt3.train_bpe([text], 300)
     monkeypatch.setattr(gpt3, "catch_signals", list)
     (tmp_path / "text.txt").write_text("".join(f"the number {i} is not {i * i}, is it? naïve 🙂\n" for i in range(3000)))
     flags, run, learned = flags_of(data=tmp_path / "text.txt", steps=2), ["--tokenizer", "bpe:400", "--out", tmp_path / "run"], tmp_path / "ranks.tiktoken"
@@ -78,7 +77,6 @@ def test_bpe_and_runs_with_it(tmp_path, monkeypatch):
     monkeypatch.setattr(gpt3, "train_bpe", None)
     assert "val 3" in main(*flags, *run, "--resume", "--steps", 3) and (tmp_path / "run" / "ranks.tiktoken").read_text() == learned.read_text()
     assert "has 400 entries, and not 300" in main(*flags, *run, "--tokenizer", "bpe:300") and "already" in main(*flags, *run, "--train_tokenizer", 300)
-    assert "val 3 |" in main(*flags, *run, "--eval", "--seed", 1, "--data", gpt3.__file__), "another text is no other model"
 
 
 def test_mix_of_the_paper(tmp_path):
@@ -94,7 +92,7 @@ def test_mix_of_the_paper(tmp_path):
     for corpus, epochs in enumerate((0.44, 3.47, 2.00, 0.44, 3.00)):
         n, own = mixture.corpora[corpus].n_windows(10), [draw for draw in drawn if draw[0] == corpus]
         assert len(own) / n == approx(epochs, rel=0.15) and len({first for *_, first in own[:n]}) == min(n, len(own))
-        assert sorted(position for _, position, _ in own) == list(range(len(own))), "without replacement until an epoch is over"
+        assert [position for _, position, _ in own] == list(range(len(own))), "in order, without replacement"
     assert heldout.n_windows(10) >= 20 and np.bincount([heldout.draw(i, 0)[0] for i in range(1000)]).tolist() == [594, 218, 79, 79, 30]
     ids = np.array([*b"abc", 256, *b"de", 256, *b"f" * 20, 256])
     batch = gpt3.get_batch(gpt3.Corpus([("", ids)], 0, len(ids), 256, (np.arange(257) < 256).astype(int), in_order=True), 0, 1, gpt3.Config(seq_len=8))
@@ -113,9 +111,8 @@ def test_presets_ramp_and_steps(capsys):
     for dp, pp, sizes in ((64, 1, {0: 64, 6e9: 768, 12e9 - 1: 1472, 12e9: 1536, 1e12: 1536}), (16, 12, {0: 192, 3e9: 384, 12e9: 1536})):
         cfg = gpt3.Config(dp=dp, pp=pp, first_batch=16, batch_size=1536, ramp=12 / 300, batch_multiple=16, micro_batch=1)
         assert {tokens: gpt3.batch_at(tokens, cfg) for tokens in sizes} == sizes
-    cfg = gpt3.Config(**gpt3.PRESETS["175b"] | dict(tokens=10e9, dp=1))  # a thirtieth of the run: so are the ramp and the warm-up
+    cfg = gpt3.Config(**gpt3.PRESETS["175b"] | dict(tokens=10e9, dp=1))  # a thirtieth of the run: so is the warm-up
     assert [gpt3.learning_rate(t / 30, cfg) for t in (187.5e6, 10e9, 200e9)] == approx([3e-5, 5.981708e-5, 1.280897e-5])
-    assert gpt3.batch_at(0.4e9, cfg) == 1536 > gpt3.batch_at(0.39e9, cfg)
     table = {  # heads, batch in 2^20 tokens, rate, ramp: Table 2.1, misprints settled by Table D.1; PF-days; envelope. test_shapes.py: parameters
         "125m": (12, 0.5, 6e-4, 4, 2.60, 2.50), "350m": (16, 0.5, 3e-4, 4, 7.42, 2.35), "760m": (16, 0.5, 2.5e-4, 4, 15.8, 2.26),
         "1.3b": (16, 1, 2e-4, 6, 27.5, 2.20), "2.7b": (32, 1, 1.6e-4, 6, 55.2, 2.13), "6.7b": (32, 2, 1.2e-4, 8, 139, 2.03),
@@ -130,9 +127,11 @@ def test_presets_ramp_and_steps(capsys):
         gpt3.dry_run(cfg)
         found = map(float, re.search(r"PF-days (\S+) .* (\S+) nats", capsys.readouterr().out).groups())
         assert [*found] == [approx(days, rel=5e-3), approx(loss, abs=6e-3)], name
-    layouts = ("13b", dict(pp=2), 2), ("175b", dict(tp=8, pp=12), 1536)
-    two, many = (gpt3.memory_per_rank(gpt3.lay_out(gpt3.Config(**gpt3.PRESETS[name], **cut), n)) for name, cut, n in layouts)
-    assert two["casts"] == two["parameters"] and sum(many.values()) < 80 * 2**30, "both micro-batches in flight have bf16 weights of their own"
+    for band, pairs in ((0, 2_098_176), (128, 254_016), (256, 491_648)):  # of a head at 2,048; the other layer is dense
+        flops = gpt3.flops_per_token(gpt3.Config(dim=1, hidden_dim=0, n_layers=2, band=band))  # 6 (8 weights + 2 keys)
+        assert 2048 * (flops / 6 - 8) / 2 == approx(2_098_176 + pairs)
+    cfg = gpt3.lay_out(gpt3.Config(**gpt3.PRESETS["175b"], tp=8, pp=12), 1536)
+    assert sum(gpt3.memory_per_rank(cfg).values()) < 80 * 2**30
     for name, heads in dict(gpt2=12, gpt2_medium=16, gpt2_large=20, gpt2_xl=25).items():
         cfg = gpt3.Config(**gpt3.PRESETS[name], dp=1)
         sizes = cfg.n_heads, cfg.seq_len, cfg.batch_size, cfg.band, gpt3.count_steps(cfg), cfg.warmup * cfg.tokens
@@ -150,12 +149,11 @@ def test_ramp_and_layouts_give_the_same_run(ranks, tmp_path):
     positions = re.search(r"^loss by position \| 0-3 (\S+) \| 4-7 (\S+) \| 8-15 (\S+) \| 16-31 (\S+) \| 32-39 (\S+)$", whole, re.M).groups()
     assert np.dot([0.1, 0.1, 0.2, 0.4, 0.2], [*map(float, positions)]) == approx(held(whole), abs=1e-3), "of the same windows"
     losses = logged(tmp_path / "whole", "loss")
-    for n, layout in ((2, ["--dp", 2]), (4, ["--tp", 2, "--pp", 2])):
-        cut = [*flags, *layout, "--save_every", 12, "--out", out := tmp_path / f"on{n}"]
-        first = together(ranks, n, *cut)
-        (out / "step_000000018").rename(tmp_path / f"end{n}")
-        again = together(ranks, n, *cut, "--resume")
-        assert [*logged(out, "loss"), held(first), held(again)] == approx(losses + losses[12:] + [held(whole)] * 2, rel=1e-4)
+    cut = [*flags, "--tp", 2, "--pp", 2, "--save_every", 12, "--out", tmp_path / "cut"]
+    first = held(together(ranks, 4, *cut))
+    (tmp_path / "cut" / "step_000000018").rename(tmp_path / "end")
+    again = held(together(ranks, 4, *cut, "--resume"))
+    assert [first, again, *logged(tmp_path / "cut", "loss")] == approx(2 * [held(whole)] + losses + losses[12:], rel=1e-4)
     for n, layout, rel in ((1, ["--precision", "bf16", "--band", 1], 1e-2), (2, ["--tp", 2], 1e-4), (2, ["--pp", 2], 1e-4)) if export else ():
         done = together(ranks, n, *flags, *layout, "--eval", "--init", tmp_path / "hf")
         assert (held(done) == approx(held(whole), rel=rel)) == ("--band" not in layout), "another band is another model"
@@ -173,12 +171,13 @@ def test_noise_scale_and_dropout_of_ranks(ranks, tmp_path):
         found = torch.autograd.grad(gpt3.objective(model, gpt3.get_batch(corpus, i, 1, cfg), cfg)[0], list(model.parameters()))
         gradients.append(torch.cat([g.flatten() for g in found]).double())
     norm = lambda first, n: torch.stack(gradients[first : first + n]).mean(0).square().sum().item()  # noqa: E731
+    flags = [*flags_of(batch_size=8, seq_len=64, steps=2), "--noise_scale"]
     for n, layout, size, few, starts in (
         (1, "--micro_batch 2", 8, 2, [0]), (2, "--micro_batch 1", 8, 4, [0, 4]), (2, "--pp 2 --micro_batch 2", 8, 4, [0]), (1, "", 8, 1, []),
         (2, "--pp 2 --micro_batch 2 --precision fp16", 8, 4, [0]), (2, "--pp 2 --micro_batch 2 --batch_size 6", 6, 1, []),
     ):  # fmt: skip
         out, averages, rel = tmp_path / re.sub(r"\W", "", f"{n}{layout}"), np.zeros(2), 0.05 if "fp16" in layout else 1e-3
-        together(ranks, n, *flags_of(batch_size=8, seq_len=64, steps=2, out=out), "--noise_scale", *layout.split())
+        assert together(ranks, n, *flags, "--out", out, *layout.split()).count("scale 65536") == 2 * ("fp16" in layout)
         assert logged(out, "grad") == approx([math.sqrt(norm(first, size)) for first in (0, size)], rel=rel) and max(logged(out, "loss")) < 6, "unscaled"
         for first, noise in zip((0, size), logged(out, "noise"), strict=True):
             small = [norm(first + start, few) for start in starts] or [math.nan]
@@ -200,16 +199,9 @@ def test_loss_scale(precision, scale, clean, tries, after, norm):
     """Halved by an overflow, down to 1, and doubled by 1,000 clean steps; the optimizer's gradient is unscaled. tries: |gradient|² of each try."""
     seen, state, last_scale = [], {"step": 0, "scale": float(scale), "clean": clean}, scale / 2 ** (len(tries) - 1)
     gradients = lambda batches, scale: (min(tries[0], 0), tries.pop(0) * scale**2, math.nan, 1)  # noqa: E731
-    parallel = SimpleNamespace(cfg=gpt3.Config(precision=precision), gradients=gradients, gradient=torch.tensor(2.0 * last_scale))
-    optimizer = SimpleNamespace(param_groups=[], step=lambda: seen.append(parallel.gradient.item()))
-    assert gpt3.take_step(parallel, optimizer, [], 0.1, state)[1:] == (approx(norm, nan_ok=True), {}) and not tries
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.grad = torch.tensor([[2.0 * last_scale]])
+    parallel = SimpleNamespace(cfg=gpt3.Config(precision=precision), gradients=gradients, model=model)
+    optimizer = SimpleNamespace(param_groups=[], step=lambda: seen.append(model.weight.grad.item()))
+    assert gpt3.take_step(parallel, optimizer, [], 0.1, state)[1] == approx(norm, nan_ok=True) and not tries
     assert (state["scale"], state["clean"]) == after and seen == ([approx(1, abs=1e-5)] if norm == 2 else [])
-
-
-def test_loss_scale_of_runs(tmp_path, monkeypatch):
-    """It begins and ends with the precision; a resumed run has that of the checkpoint."""
-    monkeypatch.setattr(gpt3, "catch_signals", list)
-    scales = lambda **more: re.findall(r"\| scale (\d+)", main(*flags_of(out=tmp_path, prompt="x", **more), "--resume"))  # noqa: E731
-    assert [scales(precision=name, steps=n) for name, n in (("fp16", 2), ("bf16", 3), ("fp16", 4))] == [["65536"] * 2, [], ["65536"]]
-    monkeypatch.setattr(gpt3, "load_checkpoint", lambda *args: args[-1].update(clean=998, step=0, sequences=0, scale=8192.0))
-    assert scales(precision="fp16", steps=3) == ["8192", "16384", "16384"]

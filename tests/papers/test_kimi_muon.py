@@ -17,8 +17,8 @@ def config(**overrides):
     return kimi.Config(**SCRIPTS["kimi_muon"].tiny | overrides)
 
 
-def normal(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def build(cfg, mesh):
@@ -40,11 +40,9 @@ def test_yarn_router_biases_and_entropy_are_the_specifications(alone):
     """K2's YaRN keeps indices 0-19 of 32, divides 20-31 by 32 and multiplies the scores by 1.813260; balancing biases move by centred signs."""
     factors = 50000.0 ** (-torch.arange(32) / 32) / kimi.yarn_beta_frequencies(64, 50000.0, 32.0, 4096, 1.0)
     assert factors.tolist() == pytest.approx([1.0] * 20 + [32.0] * 12)
-    factors = 50000.0 ** (-torch.arange(32) / 32) / kimi.yarn_beta_frequencies(64, 50000.0, 64.0, 4096, 32.0)  # K2.5: a ramp from 8 to 20
-    assert factors[:9].tolist() == pytest.approx([1.0] * 9) and factors[20:].tolist() == pytest.approx([64.0] * 12) and 1 < factors[9] < factors[19] < 64
-    for factor, square, kv_rank, width in ((32.0, 1.813260, 28, 192), (64.0, 2.004740, 28, 192), (32.0, 1.813260, 0, 128)):
-        block = kimi.Block(config(rope_factor=factor, head_dim=128, rope_dim=64, kv_rank=kv_rank), dense=True)
-        assert block.attn.scale * width**0.5 == pytest.approx(square, rel=1e-6)
+    for factor, square in ((32.0, 1.813260), (64.0, 2.004740)):
+        block = kimi.Block(config(rope_factor=factor, head_dim=128, rope_dim=64), dense=True)
+        assert block.attn.scale * 192**0.5 == pytest.approx(square, rel=1e-6)
     router = kimi.SigmoidRouter(4, 4, 2, 2.827)
     router.weight.data, router.bias = torch.eye(4), torch.tensor([0.0, 0.0, -0.5, 0.0])
     experts, gates, counts = router(torch.tensor([[0.0, 1.0, 2.0, -1.0]]))
@@ -53,7 +51,6 @@ def test_yarn_router_biases_and_entropy_are_the_specifications(alone):
         router = kimi.SigmoidRouter(n, n, k, 1.0)
         router.weight.data = torch.eye(n)
         assert (1 / router(normal(20_000, n))[1].norm(dim=1)).mean().item() == pytest.approx(factor, abs=1e-2)
-    assert kimi.PRESETS["moonlight_16b_a3b"]["route_scale"] == 2.446 and kimi.Config().route_scale == 2.827
     router = kimi.SigmoidRouter(8, 4, 1, 1.0)
     router.load += torch.tensor([4.0, 1.0, 1.0, 2.0])
     assert kimi.update_centred_biases([router], 1e-3).tolist() == [[2.0, 0.5, 0.5, 1.0]] and not router.load.any()
@@ -110,19 +107,11 @@ def test_newton_schulz_and_muon_are_the_specifications_and_torchs(monkeypatch):
         assert sigma.tolist() == pytest.approx([1.134031, 1.133615, 0.752978] * (len(sigma) // 3), abs=2e-6)
     sigma = torch.linalg.svdvals(kimi.newton_schulz(g, torch.bfloat16).float())
     assert sigma.tolist() == pytest.approx([1.140625, 1.140625, 0.765625], abs=2**-6), "bf16, with other roundings"
-    s, w = torch.linspace(0.01, 1.0, 200, dtype=torch.float64), normal(40, 24, dtype=torch.float64)
-    u, sigma, v = torch.linalg.svd(w / w.norm(), full_matrices=False)
-    for _ in range(5):  # the same map on every singular value
-        s, sigma = (3.4445 * x - 4.775 * x**3 + 2.0315 * x**5 for x in (s, sigma))
-    assert 0.6818 <= s.min() and s.max() <= 1.1344
-    torch.testing.assert_close(kimi.newton_schulz(w, torch.float64), u * sigma @ v, atol=1e-8, rtol=0)
     w = torch.nn.Parameter(torch.eye(2))
     w.grad = torch.diag(torch.tensor([3.0, 4.0]))
     kimi.Muon([w], lr=0.1, weight_decay=0.1, orthogonalize=lambda matrices: kimi.orthogonalize(matrices, torch.float32)).step()
     torch.testing.assert_close(w.data, torch.diag(torch.tensor([0.969554, 0.958344])), atol=1e-6, rtol=0)
     assert kimi.newton_schulz(normal(64, 256), torch.float32).square().mean().sqrt().item() == pytest.approx(0.0536, abs=2e-3)
-    updates = kimi.orthogonalize([normal(64, 256), normal(256, 64), normal(3, 48, 96)], torch.float32)
-    assert all(0.16 < update.square().mean().sqrt() < 0.21 for update in updates)
     ours = [torch.nn.Parameter(normal(*shape, seed=i)) for i, shape in enumerate([(24, 40), (40, 24), (24, 40)])]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     mine = kimi.Muon(ours, lr=0.02, weight_decay=0.1, orthogonalize=lambda matrices: kimi.orthogonalize(matrices, torch.bfloat16))
@@ -151,8 +140,6 @@ def test_every_parameter_has_one_optimizer_and_fused_matrices_are_split(alone):
         g = normal(n, 12)
         first, second = (view.flatten(1, 2)[0] for view in kimi.split_by_function(f"blocks.0.{name}", g, cfg))
         assert torch.equal(first, g[[i for i in range(n) if is_first(i)]]) and torch.equal(second, g[[i for i in range(n) if not is_first(i)]])
-        for uncut in (kimi.split_by_function(f"blocks.0.{name}", g, whole), kimi.split_by_function("blocks.0.attn.out.weight", g, cfg)):
-            assert [view.flatten(1, 2).tolist() for view in uncut] == [[g.tolist()]]
     for cut, shapes in ((cfg, [(5, 4, 12)] * 2), (whole, [(5, 8, 12)])):
         assert [tuple(v.flatten(1, 2).shape) for v in kimi.split_by_function("blocks.1.mlp.experts.gate_up", normal(5, 8, 12), cut)] == shapes
     model = build(cfg, alone)
@@ -191,7 +178,6 @@ def test_after_the_clip_no_head_is_above_tau(alone, overrides, precision, close)
     assert changed == ({"q", "k"} if "kv_rank" in overrides else {"q_up", "kv_up"})
     if cfg.kv_rank:  # values stay
         assert torch.equal(model.blocks[0].attn.kv_up.weight.view(3, 20, 28)[:, 10:], kept["blocks.0.attn.kv_up.weight"].view(3, 20, 28)[:, 10:])
-    assert all(torch.equal(shard.weights, shard.master.full_tensor().to(shard.weights.dtype)) for shard in shards), "copies of the masters"
 
 
 def three_steps(layout, precision):
@@ -237,36 +223,36 @@ def test_planned_activations_are_those_of_the_peak(alone):
 
 
 def test_runs_clip_log_and_go_on(ranks, tmp_path):
-    """Two phases with a small tau: what the log has, the layouts' losses, and a resume bit for bit, then with other ranks."""
+    """Two phases with a small tau: what the log has, the losses and the export of a layout, and a resume bit for bit."""
     pytest.importorskip("safetensors")
     rows = lambda out, key="loss": [row[key] for row in map(json.loads, (out / "metrics.jsonl").open()) if key in row]  # noqa: E731
-    one, two, four, hf, little = (tmp_path / name for name in ("one", "two", "four", "hf", "little.txt"))
+    one, four, hf = (tmp_path / name for name in ("one", "four", "hf"))
     (tmp_path / "text.txt").write_text("".join(f"line {i} says {i * i}\n" for i in range(2000)))
-    little.write_text("so little that a batch is held out\n" * 20)
     sizes = "--dim=24 --hidden_dim=40 --n_layers=3 --expert_dim=16 --n_experts=8 --seq_len=16 --long_seq_len=32 --batch_size=8 --val_batches=1"
     more = "--tokens=768 --long_tokens=256 --tau=0.02 --log_every=1 --timeout=30 --save_every=2 --lr=0.01 --bias_tokens=1e9 --data"
     flags = [*f"{sizes} {more}".split(), tmp_path / "text.txt"]
-    status, out, err = run_main("kimi_muon", [*flags, "--out", one, "--export", hf])
+    status, out, err = run_main("kimi_muon", [*flags, "--out", one])
     assert status == 0 and "x 8 sequences of 16" in out and "x 4 sequences of 32" in out, err
-    losses, clipped, val = rows(one), rows(one, "clipped"), f"loss {rows(one, 'val_loss')[-1]:.4f}"
+    losses, clipped, val = rows(one), rows(one, "clipped"), rows(one, "val_loss")[-1]
     assert len(losses) == 6 and max(clipped) > 0 and min(rows(one, "max_logit")) > 0
     rms, entropies = dict(rows(one, "update_rms")[-1]), rows(one, "router_entropy")[-1]
     assert {"blocks.0.attn.q_up.weight", "blocks.1.mlp.experts.down", "blocks.2.mlp.router.weight"} <= rms.keys() and "head.weight" not in rms
     assert all(0.1 < value < 0.25 for value in rms.values()) and len(entropies) == 2 and all(0 < x <= 1 for x in entropies)
-    results = ranks.run(4, run_main, "kimi_muon", [*flags, "--ep=2", "--micro_batch=1", "--out", four], timeout=120)
+    flags_of_four = [*flags, "--ep=2", "--micro_batch=1", "--out", four, "--export", hf]
+    results = ranks.run(4, run_main, "kimi_muon", flags_of_four, timeout=120)
     assert results[0][0] == 0 and rows(four) == pytest.approx(losses, rel=1e-4) and rows(four, "clipped") == clipped, results[0]
-    for start, phrase in (
-        (["--out", one, "--eval"], f"val 6 | {val}"), (["--out", one, "--resume"], f"val 6 | {val}"), (["--data", little], "val 6"),
-        (["--init", hf, "--eval", "--ramp_tokens=64", "--first_batch=4"], "val 0"), (["--dp=2"], "ep 1 x dp 2 are not 1 ranks"),
-        (["--dry_run", "--steps=12"], "\n8 updates of 128 tokens = 1 ranks x 1 x 8 sequences of 16"),
-    ):  # fmt: skip
-        status, out, err = run_main("kimi_muon", [*flags, *start])
-        assert phrase in out + err, out + err
+    for start in (["--out", one], ["--init", hf, "--long_tokens=0", "--seq_len=32", "--batch_size=4"]):
+        _, out, err = run_main("kimi_muon", [*flags, *start, "--eval"])
+        assert float(out.split(" | loss ")[1].split()[0]) == pytest.approx(val, rel=1e-4), err
     shutil.rmtree(one / "step_000000006")
-    shutil.copytree(one, two)
     status, out, err = run_main("kimi_muon", [*flags, "--out", one, "--resume"])
     assert status == 0 and "step 4/6" not in out and rows(one)[-2:] == losses[-2:], err
-    for ep, expected in ((1, 0), (2, 2)):
-        results = ranks.run(2, run_main, "kimi_muon", [*flags, f"--ep={ep}", "--out", two, "--resume"], timeout=120)
-        assert results[0][0] == expected and rows(two)[-2:] == pytest.approx(losses[-2:], rel=1e-5), results[0]
-    assert "has --ep 1: --export DIR, then --init DIR" in results[0][2]
+    (status, _, err), _ = ranks.run(2, run_main, "kimi_muon", [*flags, "--ep=2", "--out", one, "--resume"])
+    assert status == 2 and "has --ep 1: --export DIR, then --init DIR" in err
+    config = json.loads((hf / "config.json").read_text())
+    for key, value in (("n_group", 8), ("rope_type", "linear"), ("v_head_dim", 9)):
+        (hf / "config.json").write_text(json.dumps(config | {"rope_parameters": {}, key: value}))
+        with pytest.raises(ValueError, match=f"config.json has {key} "):
+            kimi.from_hf(hf)
+    (tmp_path / "text.txt").write_text("so little that a batch is held out\n" * 20)
+    assert "\nval 6 | loss" in run_main("kimi_muon", flags)[1]

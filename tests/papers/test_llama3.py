@@ -39,9 +39,6 @@ def test_document_mask(monkeypatch):
     mask = llama3.attention_mask(documents, torch.arange(6), torch.arange(6))[0, 0]
     assert ["".join(map(str, row)) for row in mask.int().tolist()] == ["100000", "110000", "111000", "000100", "000110", "000001"]
     model, tokens = make_model(llama3, ROW, llama3.Config(**ROW.tiny)), torch.arange(5, 11)[None]
-    for j in range(6):
-        moved = (model(tokens + (torch.arange(6) == j), documents=documents) != model(tokens, documents=documents)).any(-1)
-        assert moved[0].tolist() == mask[:, j].tolist()
     alone = torch.cat([model(tokens[:, part]) for part in (slice(0, 3), slice(3, 5), slice(5, 6))], 1)  # whose positions start at 0
     torch.testing.assert_close(model(tokens, documents=documents), alone, atol=1e-6, rtol=0)
     monkeypatch.setattr(llama3, "compiled", lambda function: function)
@@ -59,13 +56,11 @@ def test_each_length_of_the_plan_has_a_compiled_graph(monkeypatch):
     """The eight lengths of 405B, trained and validated in one process, are more graphs than dynamo's own limit of eight."""
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **more: compile(self, backend="eager", **more))
-    cfg = llama3.Config(**ROW.tiny | dict(compile=True))
+    cfg = llama3.Config(**ROW.tiny, compile=True)
     model = llama3.parallelize(make_model(llama3, ROW, cfg), cfg, types.SimpleNamespace(device_type="cpu"), mock.Mock(size=lambda: 1))
-    for length in range(8, 16):
-        tokens = torch.zeros(2, length, dtype=torch.long)
-        for grad in (True, False):
-            with torch.set_grad_enabled(grad):
-                model(tokens, tokens, tokens)
+    for i in range(16):
+        with torch.set_grad_enabled(i % 2 == 0):
+            model(*[torch.zeros(2, 8 + i // 2, dtype=torch.long)] * 3)
 
 
 def test_initialisation_and_precision():
@@ -78,32 +73,28 @@ def test_initialisation_and_precision():
         assert p.std().item() == pytest.approx(std, rel=0.05) if p.ndim > 1 else p.unique().tolist() == [float("norm" in name)], name
     model = make_model(llama3, ROW, llama3.Config(**ROW.tiny))
     model.positions = lambda x: 2 * (99_990 + torch.arange(12),)
-    exact = model(torch.arange(12)[None])
     model.dtype = torch.bfloat16
     with mock.patch.object(llama3, "rotate", wraps=llama3.rotate) as rotate:
-        logits = model(torch.arange(12)[None])
-    assert logits.dtype == torch.float32 and 1e-5 < (logits - exact).abs().max() / exact.abs().max() < 0.03
+        assert model(torch.arange(12)[None]).dtype == torch.float32
     torch.testing.assert_close(rotate.call_args.args[1][-1].double(), (100_001 * model.rope[0].double()).cos(), atol=0.02, rtol=0)
     norm, x = llama3.RMSNorm(64, 1e-5), (100 * torch.randn(3, 64)).bfloat16()
-    norm.weight.data.uniform_(0.5, 1.5)
+    torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
     assert torch.equal(norm(x), (x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()).bfloat16() * norm.weight.bfloat16())
 
 
 def test_mixes_and_averages():
-    """Mixes change by tokens and by stage, but not in annealing; of a block of sequences each corpus has its exact share, in a seeded order."""
+    """Mixes change by tokens and by stage; of a block each corpus has its exact share, and is read in its own order."""
     cfg = llama3.Config(data="0.9:a,0.1:b;1e6;b,c", anneal_data="c", tokens=2e6, anneal_tokens=1e6, ramp="64x8:5e5", seq_len=100, batch_size=100)
     plan = llama3.phases(cfg)
     assert [(p.stage, llama3.updates_before(plan, p.end), p.cfg.data) for p in plan] == [
         ("initial", 977, "0.9:a,0.1:b"), ("initial", 1027, "0.9:a,0.1:b"), ("initial", 1127, "b,c"), ("annealing", 1227, "c")]  # fmt: skip
-    plan = llama3.phases(llama3.Config(data="a;2.5e6;b", tokens=2e6, anneal_tokens=1e6, seq_len=100, batch_size=100))
-    assert [(p.stage, p.cfg.data) for p in plan] == [("initial", "a"), ("annealing", "b")]
     for weights in ("0.5:a,0.25:b,0.17:c,0.08:d", "0.9975:a,0.0025:b", "1:a,2:b"):
         mix = llama3.read_mix(weights)
         own = dict(separator=0, token_bytes=0, n_windows=lambda length: 1000)
         data = llama3.DataMix(mix, [types.SimpleNamespace(window=lambda i, length, seed, name=name: (name, i), **own) for name in mix])
         draws = [data.window(i, 8, 1) for i in range(1200)]
         for name, share in mix.items():
-            assert sorted(index for corpus, index in draws if corpus == name) == list(range(int(1200 * share)))
+            assert [index for corpus, index in draws if corpus == name] == list(range(int(1200 * share)))
         assert data.n_windows(8) == 1000 // max(mix.values()) and draws != [data.window(i, 8, 2) for i in range(1200)]
     for first, expected in ((1, (9 + 25 + 49) / 3), (4, (25 + 49) / 2)):  # of 7 updates the 3rd, 5th and 7th; or averaging begins with the 4th
         pipeline = types.SimpleNamespace(model=torch.nn.Linear(2, 1), average=torch.nn.Linear(2, 1).requires_grad_(False))
@@ -115,7 +106,7 @@ def test_mixes_and_averages():
         assert pipeline.average.weight.tolist() == [[pytest.approx(expected)] * 2]
 
 
-def test_tokenizer_file_and_packing(tmp_path):
+def test_tokenizer_file_and_packing(run, tmp_path):
     """A rank file in which only the specification's reference tokens are merged: its pieces and special ids; how documents are packed."""
     ranks = {bytes([i]): i for i in range(256)}
     for word in "Hello| world|123|45|'LL| go|go|\n\n| now| =|14".split("|"):
@@ -133,6 +124,8 @@ def test_tokenizer_file_and_packing(tmp_path):
     hello, special, spaces = (ids.tolist() for _, ids in llama3.tokenize_pieces(documents, llama, end))
     assert hello == [n, ranks[b"Hello"], n + 1] and llama.decode(spaces[1:-1]) == documents[2][1]
     assert sum(i >= n for i in special) == 2, "text is never a special token"
+    flags = f"--tp 3 --n_heads 3 --n_kv_heads 3 --hidden_dim 66 --steps 1 --tokenizer {path}".split()
+    assert f"--tp 3 does not divide --vocab_size {8 * math.ceil((n + 256) / 8)}" in run(3, *flags, status=2)
     assert [len(piece) for piece in llama3.cut_text("word " * 90_000 + "a" * 50_001 + " " * 25_001)] == [400_000, 75_000, 25_000, 25_001, 1]
     assert [ids.tolist() for _, ids in llama3.tokenize_pieces(documents[:1], qwen, qwen_end)] == [[ranks[b"Hello"], n]]
     B, E = 256, 257  # documents of 5, 4 and 6 tokens, in windows of 8
@@ -143,12 +136,10 @@ def test_tokenizer_file_and_packing(tmp_path):
     assert batch["documents"].tolist() == [[0, 0, 0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1, 2]]
     assert batch["targets"].tolist() == [[1, 2, 3, E, -100, 4, 5, E], [-100, 6, 7, 8, 9, E, -100, 0]]
     assert (batch["n_targets"], batch["n_bytes"]) == (13, 10), "markers have no bytes"
-    plain = llama3.get_batch(corpus, 0, 1, llama3.Config(seq_len=8, document_mask=False))
-    assert "documents" not in plain and plain["targets"].tolist() == [stream[1:9]]
 
 
 def test_plans_of_published_sizes(capsys):
-    """The specification's updates, chunks and stages; the documented layouts, and twice the ranks for the phases that can use them; files."""
+    """The specification's updates, chunks and stages; the documented layouts, and twice the ranks."""
     cfg = llama3.Config(**llama3.PRESETS["405b"], pp=16, dp=128)
     assert [list(llama3.stage_layers(cfg, i)) for i in range(128)] == [[], *([i] for i in range(126)), []]
     cfg.pp = 1
@@ -158,15 +149,10 @@ def test_plans_of_published_sizes(capsys):
     assert [size[1:3] for size in sizes[3:9]] == [(16384, 1024), (32768, 512), (49152, 256), (65536, 256), (98304, 128), (131072, 128)]
     assert sizes[9:] == [("annealing", 131072, 128, 2384)] and [p.begin for p in plan] == [0, *(p.end for p in plan[:-1])]
     assert [p.cfg.rope_scaling for p in plan] == 3 * ["none"] + 7 * ["llama3"]
-    assert [plan[8].end - plan[3].begin, plan[9].end - plan[9].begin] == pytest.approx([8e11, 4e10], rel=1e-3)
-    assert llama3.tokens_of_updates(plan, 60) == plan[0].end and llama3.phase_index(plan, plan[0].end) == 1
     assert llama3.learning_rate(1_053_244, cfg) == pytest.approx(3.7254e-6, rel=1e-4), "the cosine is cut before its floor"
-    for preset, values in {
-        "1b": (3e-4, 3e-6, 1e-5, 5e5, 32, True), "8b": (3e-4, 3e-6, 1e-5, 5e5, 8, False), "70b": (1.5e-4, 1.5e-6, 1e-5, 5e5, 8, False),
-        "405b": (8e-5, 8e-7, 1e-5, 5e5, 8, False), "qwen2_5_7b": (3e-4, 3e-6, 1e-6, 1e4, 8, False), "qwen2_5_14b": (3e-4, 3e-6, 1e-5, 1e4, 8, False),
-    }.items():  # fmt: skip
-        c = llama3.Config(**llama3.PRESETS[preset])
-        assert (c.lr, c.min_lr, c.norm_eps, c.rope_theta, c.rope_factor, c.tied) == values, preset
+    configs = [llama3.Config(**llama3.PRESETS[name]) for name in ("1b", "70b", "405b", "qwen2_5_7b", "qwen2_5_14b")]
+    assert [c.lr for c in configs] == [3e-4, 1.5e-4, 8e-5, 3e-4, 3e-4]
+    assert [(c.norm_eps, c.rope_factor) for c in configs] == [(1e-5, 32), (1e-5, 8), (1e-5, 8), (1e-6, 8), (1e-5, 8)]
     qwen = llama3.phases(llama3.Config(**llama3.PRESETS["qwen2_5_7b"]))
     assert [(p.cfg.seq_len, p.cfg.rope_theta) for p in qwen] == [(4096, 1e4), (32768, 1e6)]
     with mock.patch.object(llama3, "init_device_mesh") as mesh:  # the last dimension is the innermost
@@ -178,18 +164,12 @@ def test_plans_of_published_sizes(capsys):
     lines = llama3.__doc__.replace("\\\n", "")
     first, second = re.findall(r"--dry_run --preset 405b (--tp 8 .*)", lines)
     assert "--nnodes=16 --nproc_per_node=8" in lines and "--preset 8b --tp 8 --recompute block" in lines
-    phases = "2,048 sequences of 8,192 | 711,083 updates | 16 micro-batches | bubble 11.7%", "131,072 | 7,947 updates | 16", "98,304: not 256"
+    phases = "128 ranks x 16 x 1 sequences of 8,192 | bubble 11.7%", "16 x 1 sequences of 131,072", "98,304: not 256"
     for flags, phase, end in zip((first, second, first.replace("16384", "32768")), phases, 2 * ["sum 53.305 GiB"] + ["another layout is needed"]):
         llama3.main(["--dry_run", "--preset", "405b", *flags.split()])
-        assert re.search(rf"{re.escape(phase)} .* {end}$", capsys.readouterr().out, re.M)
+        assert re.search(rf"{re.escape(phase)}.* {end}$", capsys.readouterr().out, re.M)
     llama3.main("--dry_run --preset 8b --tp 8 --recompute block --world_size 128".split())
     assert "another layout" not in capsys.readouterr().out
-    cfg = llama3.Config(**llama3.PRESETS["8b"])
-    with torch.device("meta"):
-        sizes = {name: 4 * p.numel() for name, p in llama3.Llama3(cfg).named_parameters()}
-    files = llama3.hf_files(cfg)
-    totals = [sum(sizes[name] for name in files if files[name] == file) for file in sorted(set(files.values()))]
-    assert len(totals) == 7 and max(totals) <= 5e9 and files["head.weight"] == "model-00007-of-00007.safetensors"
 
 
 @pytest.fixture
@@ -222,7 +202,7 @@ def test_stages_mixes_layouts_and_resumes(run, tmp_path):
     flags += ["--data", f"0.5:{web},0.3:{text},0.2:{ids};800;{text}", "--anneal_data", ids]
     whole = run(1, *flags, "--out", tmp_path / "whole")
     assert re.findall(r"^step \d+/\d+ .* \| stage (\S+)", whole, re.M) == 24 * ["initial"] + 6 * ["long-context"] + 10 * ["annealing"]
-    assert re.findall(r"^  (\S+)% .*/(\S+)$", whole, re.M) == 2 * [("50.00", "web.jsonl"), ("30.00", "text.txt"), ("20.00", "ids.npy")]
+    assert re.findall(r"\| data (\S+)", whole) == 2 * [f"0.5:{web},0.3:{text},0.2:{ids}"] + 3 * [str(text)] + [str(ids)]
     assert re.search(r"^needle 32 \| loss \d\.\d{4}$", whole, re.M) and "needle 8 | loss nan" in whole and "rope llama3" in whole
     parts = [*flags, "--out", tmp_path / "parts"]
     assert "the run ends before it, after 1,408 tokens" in run(4, *parts, "--anneal_tokens", 0, "--anneal_data", text)
@@ -246,40 +226,35 @@ def test_resumes_with_another_batch_to_the_same_budget(run, tmp_path, batch, tok
     assert float(re.findall(r"val \d+ \| loss (\S+)", last)[-1]) < 0.9 * math.log(264)
 
 
-def test_data_that_cannot_be_had(run, tmp_path):
-    """Shards are not written again, and ranks share a tokenizer's vocabulary equally."""
-    np.save(tmp_path / "ids.npy", np.zeros(9999, np.uint16))
-    assert "--data has token shards" in run(1, "--data", tmp_path / "ids.npy", "--tokenizer=bytes", "--write_tokens", tmp_path / "new", status=2)
-    (tmp_path / "ranks").write_text("".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)))
-    flags = f"--tp 3 --n_heads 3 --n_kv_heads 3 --hidden_dim 66 --steps 1 --tokenizer {tmp_path}/ranks".split()
-    assert "--tp 3 does not divide --vocab_size 512" in run(3, *flags, status=2)
-
-
 @pytest.mark.parametrize("layout", [["--pp", 2, "--tp", 2], ["--tp", 2, "--dp", 2, "--tied"]])
-def test_export_and_init_under_layouts(run, layout, tmp_path):
-    """From one layout to a plain directory, from there to one rank and back: the same held-out loss, of a vocabulary of 264 over bytes."""
+def test_export_and_init_under_layouts(run, layout, tmp_path, monkeypatch):
+    """From one layout to a plain directory, from there to one rank, which writes small files, and back: the same loss."""
     pytest.importorskip("safetensors")
-    out = run(4, *layout, "--no-bos", "--batch_size", 8, "--steps", 3, "--export", tmp_path / "hf")
-    assert "warning" not in out
-    loss = float(re.search(r"val 3 \| loss (\S+)", out)[1])
-    for flags, n in (([], 1), (layout, 4)):
-        done = run(n, *flags, "--no-bos", "--batch_size", 8, "--steps", 1, "--init", tmp_path / "hf")
-        assert float(re.search(r"val 0 \| loss (\S+)", done)[1]) == pytest.approx(loss, rel=2e-5)
-        assert (len(re.search(r"^val 1 .*?\n(.*)", done, re.M | re.S)[1]) > 15) == (n == 1), "a model that is whole ends with a sample"
+    hf, files, flags = tmp_path / "hf", tmp_path / "files", ["--no-bos", "--batch_size", 8]
+    out = run(4, *layout, *flags, "--steps", 3, "--export", hf)
+    assert "warning" not in out and llama3.FILE_BYTES == 5e9
+    monkeypatch.setattr(llama3, "FILE_BYTES", 1e5)
+    for more, n in ((["--init", hf, "--export", files], 1), ([*layout, "--init", files], 4)):
+        done = run(n, *flags, "--eval", *more)
+        loss, sample = re.search(r"val 0 \| loss (\S+).*?\n(.*)", done, re.S).groups()
+        assert float(loss) == pytest.approx(float(re.search(r"val 3 \| loss (\S+)", out)[1]), rel=2e-5)
+        assert (len(sample) > 15) == (n == 1), "a model that is whole ends with a sample"
+    sizes = [file.stat().st_size for file in files.glob("model-*.safetensors")]
+    assert len(sizes) > 2 and max(sizes) < 1.1e5
 
 
-@pytest.mark.parametrize("factors", [{46: 10.0}, {44: math.nan, 45: math.nan, 46: math.nan}], ids=["spike", "nan"])
-def test_goes_back_and_past_the_data(run, tmp_path, monkeypatch, factors):
-    """A spike, or three losses that are nan, in update 46: back to the checkpoint of update 40, and no sequence comes again."""
+def test_goes_back_and_past_the_data(run, tmp_path, monkeypatch):
+    """A spike in update 46: back to update 40, and no sequence comes again; another in update 67 is skipped alone."""
     objective, calls = llama3.objective, []
 
     def disturbed(model, batch, cfg):
         loss, metrics = objective(model, batch, cfg)
         calls.extend([1] * torch.is_grad_enabled())
-        return loss * (factors.get(len(calls), 1.0) if torch.is_grad_enabled() else 1.0), metrics
+        return loss * (10.0 if torch.is_grad_enabled() and len(calls) in (46, 67) else 1.0), metrics
 
     monkeypatch.setattr(llama3, "objective", disturbed)
-    out = run(1, "--steps", 60, "--save_every", 20, "--out", tmp_path / "out")
-    assert out.count("back to the weights of step_000000040, and past 24 sequences") == 1 and "step 46 skipped" in out
-    assert run.firsts == [4 * i for i in range(67)], "one batch is read ahead"
-    assert run.column("step") == list(range(1, 67)) and run.column("tokens")[-1] == 60 * 64
+    out = run(1, "--steps", 69, "--save_every", 40, "--out", tmp_path / "out")
+    assert re.findall(r"step \d+ skipped|back to .*", out) == [
+        "step 46 skipped", "back to the weights of step_000000040, and past 24 sequences", "step 67 skipped"]  # fmt: skip
+    assert [*dict.fromkeys(run.firsts)] == [4 * i for i in range(76)], "one batch is read ahead"
+    assert run.column("step") == list(range(1, 76)) and run.column("tokens")[-1] == 68 * 64

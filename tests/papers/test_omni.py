@@ -1,5 +1,4 @@
 """Qwen3.5-Omni's specification, in the order of omni.py: worked examples, independent loops, and runs of the command line."""
-import itertools
 import json
 import math
 import os
@@ -22,7 +21,8 @@ TOKENIZER = omni.load_tokenizer("bytes", omni.SPECIALS)
 
 
 def test_front_ends():
-    """A tone of 1 kHz; tokens of samples by three convolutions of chunks of 100 and by four of 160; and of pixels after resizing."""
+    """A tone of 1 kHz; tokens of samples by three convolutions of chunks of 100 and by four of 160; windows of 200 frames,
+    26 tokens each, that do not see each other: other frames from 200 on change the 26th token first; tokens of pixels."""
     mel = omni.log_mel(0.5 * torch.sin(2 * math.pi * 1000 * torch.arange(16000) / 16000))
     assert mel.shape == (128, 100) and mel[:, 50].argmax() == 42
     assert [x.item() for x in (mel[:, 50].max(), mel.max(), mel.min(), mel.mean())] == pytest.approx([1.474446, 1.474446, -0.525554, -0.430371], abs=1e-5)
@@ -31,6 +31,10 @@ def test_front_ends():
     for samples, by8, by16 in ((400, 1, 1), (1600, 2, 1), (15_999, 13, 7), (16_000, 13, 7), (16_160, 14, 7), (24_000, 20, 10),
                                (40_000, 33, 16), (80_000, 65, 32), (480_000, 390, 188), (960_000, 780, 375)):  # fmt: skip
         assert [omni.count_audio_tokens(samples // 160, *sizes) for sizes in ((100, 3), (160, 4))] == [by8, by16]
+    encoder, mel = omni.AudioTransformer(8, 3, 48, 2, 4, 96), torch.randn(128, 400)
+    other = torch.cat((mel[:, :200], mel[:, 200:] + 1), 1)
+    first, second = (encoder(*omni.cut_into_windows([x], 100, 2), torch.float32) for x in (mel, other))
+    assert len(first) == 52 and (first != second).any(1).nonzero()[0].item() == 26
     for size, tokens in (((480, 640), 300), ((100, 100), 64), ((90, 120), 70), ((1080, 1920), 2040), ((5000, 5000), 16_384), ((3000, 9000), 16_133)):
         assert math.prod(side / 32 for side in omni.smart_resize(*size, 32, 65_536, 16_777_216)) == tokens
 
@@ -62,18 +66,10 @@ def test_positions_of_the_specification():
     assert ids[1, kinds == 2].tolist() == [4, 4, 5, 5] * 2 and ids[2, kinds == 2].tolist() == [4, 5, 4, 5] * 2
     ids, _ = omni.position_ids([S([0] * 2), *[S([0] * 3), S(n_audio=10, grid=(1, 2, 2))] * 2, S([0] * 4)])
     assert ids[0].tolist() == [*range(5), *[5] * 4, *range(5, 18), *[18] * 4, *range(18, 32)]
-    for section, expected in (((24, 20, 20), "thw" * 20 + "tttt"), (omni.rotary_section(32), "thw" * 10 + "th")):
-        assert "".join("thw"[i] for i in omni.rotary_axes(*section)) == expected
+    cos, sin = omni.rotary_angles(torch.arange(3.0).view(3, 1, 1), 64, 1.0)  # angles are the ids
+    assert torch.atan2(sin, cos).round().flatten().tolist() == [0, 1, 2] * 10 + [0, 1]
     cos, _ = omni.rotary_angles(torch.arange(9).expand(3, 1, 9), 64, 1e7)  # equal ids: one-dimensional positions
     torch.testing.assert_close(cos[0, 0], torch.outer(torch.arange(9.0), 1e7 ** (-torch.arange(32) / 32)).cos())
-
-
-def test_windows_of_sound_do_not_see_each_other():
-    """Windows of 200 frames, 26 tokens each: other frames from 200 on change no token before the 26th, and that one."""
-    encoder, mel = omni.AudioTransformer(8, 3, 48, 2, 4, 96), torch.randn(128, 400)
-    other = torch.cat((mel[:, :200], mel[:, 200:] + 1), 1)
-    first, second = (encoder(*omni.cut_into_windows([x], 100, 2), torch.float32) for x in (mel, other))
-    assert len(first) == 52 and (first != second).any(1).nonzero()[0].item() == 26
 
 
 def test_delta_rule_in_chunks_is_the_recurrence():
@@ -109,7 +105,7 @@ def test_interleaving_and_toy_codec():
     """ARIA's orders of the specification and its rule for each prefix; the codec keeps the two tones of a letter, and the silence."""
     found = ["".join("TS"[x] for x in omni.interleave(*sizes, 0)) for sizes in ((3, 8), (4, 2), (2, 7))]
     assert found == ["TSSTSSSTSSS", "TTSTTS", "TSSSTSSSS"]
-    for text, speech, lead in itertools.product((1, 3, 7), (1, 5, 20), (0, 2, 5)):
+    for text, speech, lead in ((1, 5, 0), (1, 20, 5), (3, 5, 2), (3, 1, 5), (7, 20, 5), (7, 5, 2), (7, 20, 0)):
         order = omni.interleave(text, speech, lead)
         assert (order.count(False), order.count(True)) == (text, speech)
         assert all(sum(order[:i]) * text <= (i - sum(order[:i])) * speech for i in range(1, len(order) + 1))
@@ -120,47 +116,31 @@ def test_interleaving_and_toy_codec():
         assert codes.shape == (4, 16) and not codes[2:, 1:].any()
 
 
-def test_who_sees_whom():
-    """A token moves the logits of its own and later positions, across chunks of the delta rule; a frame of speech the states of its own and
-    later positions, and a code of a frame only the codes behind it. None moves another item."""
+def test_what_the_talker_predicts():
+    """The codes of the next frame; and each code from those before it in its frame."""
     cfg = omni.Config(**ROW.tiny | {"stage": "t1"})
-    model, tokens = make_model(omni, ROW, cfg).eval(), torch.arange(140).view(2, 70)
-    logits = model(tokens)
-    for j in (0, 30, 65):
-        changed = tokens.clone()
-        changed[0, j] += 100
-        moved = ((model(changed) - logits).abs() > 1e-6).any(-1)
-        assert moved[0].tolist() == [i >= j for i in range(70)] and not moved[1].any()
-    batch = omni.get_batch(make_corpora(omni, cfg)[0], 0, 3, cfg)
-    middle = torch.randn(*batch["tokens"].shape, 24)
-    h, _ = model.run_talker(middle, batch)
+    model, batch = make_model(omni, ROW, cfg).eval(), omni.get_batch(make_corpora(omni, cfg)[0], 0, 3, cfg)
     (places,) = torch.where(batch["codes"][0, :, 0] >= 0)
-    place, changed = places[len(places) // 2], batch["codes"].clone()
-    changed[0, place] = (changed[0, place] + 1) % cfg.codebook_size
-    moved = ((model.run_talker(middle, {**batch, "codes": changed})[0] - h).abs() > 1e-6).any(-1)
-    assert not moved[0, :place].any() and moved[0, place] and not moved[1:].any()
-    codes = batch["codes"][0, places[:2], :-1]
-    changed = torch.stack((codes[:, 0], (codes[:, 1] + 1) % cfg.codebook_size, codes[:, 2]), 1)
-    first, second = (model.talker.predict_codes(h[0, places[:2]], x) for x in (codes, changed))
-    moved = (first - second).abs() > 1e-6
-    assert moved.any(-1).any(0).tolist() == [False, True, True]
+    assert torch.equal(batch["next_codes"][0, places - 1], batch["codes"][0, places])
+    assert batch["next_codes"][0, places[-1]].tolist() == [cfg.codebook_size, -1, -1, -1], "the end"
+    h, codes = torch.randn(2, 20), batch["codes"][0, places[:2], :-1]
+    changed = (codes + torch.tensor([0, 1, 0])) % cfg.codebook_size
+    first, second = (model.talker.predict_codes(h, x) for x in (codes, changed))
+    assert ((first - second).abs() > 1e-6).any(-1).any(0).tolist() == [False, True, True]
 
 
 def test_items_depend_on_seed_and_number_alone():
-    """Alone, in a batch, or dealt to ranks by cost."""
-    cfg = omni.Config(**ROW.tiny | {"micro_batch": 1})
+    """Alone, or in a batch; and how they are dealt by cost."""
+    cfg = omni.Config(**ROW.tiny)
     source, held_out = make_corpora(omni, cfg)
     batch = omni.get_batch(source, 5, 8, cfg)
     for i in range(8):
         one = omni.get_batch(source, 5 + i, 1, cfg)
         for name in ("tokens", "targets", "kinds", "answers"):
             assert torch.equal(batch[name][i, : one["n_tokens"]], one[name][0]) and (batch["kinds"][i, one["n_tokens"] :] == -1).all()
-    assert batch["n_targets"] == (batch["targets"] >= 0).sum() == sum(batch[f"n_{m}"] for m in omni.MODALITIES)
     assert not torch.equal(omni.get_batch(held_out, 5, 1, cfg)["tokens"], omni.get_batch(source, 5, 1, cfg)["tokens"])
     assert {omni.draw_window(i, cfg) for i in range(50)} == {1, 2, 3}
     assert omni.deal([5, 1, 4, 2, 3, 3], 3) == ([[0, 1], [2, 3], [4, 5]], [6, 6, 6])
-    dealt = [omni.read_dealt(source, 5, cfg, torch.device("cpu"), rank, 4)[0] for rank in range(4)]
-    assert [len(batches) for batches in dealt] == [2] * 4 and sum(b["n_targets"] for batches in dealt for b in batches) == batch["n_targets"]
 
 
 def test_layouts_of_items():
@@ -188,7 +168,6 @@ def test_manifest(tmp_path):
             file.setparams((1, 2, hertz, 0, "NONE", ""))
             file.writeframes(np.arange(4000, dtype="<i2").tobytes())
     (tmp_path / "cut.wav").write_bytes((tmp_path / "good.wav").read_bytes()[:-2])
-    (tmp_path / "text.wav").write_text("no sound")
     image = np.random.default_rng(0).integers(0, 256, (8, 16, 3)).astype(np.uint8)
     (tmp_path / "a.ppm").write_bytes(b"P6\n# made here\n16 8\n255\n" + image.tobytes())
     np.save(tmp_path / "b.npy", image.astype(np.float32))
@@ -202,11 +181,10 @@ def test_manifest(tmp_path):
     assert sound["wave"][1] == 4000 and sound["wave"][0]() == pytest.approx(np.arange(4000) / 32768)
     assert clip["frames"][1] == (2, 8, 16) and np.array_equal(clip["frames"][0](), np.stack((image, image + 2)))
     for row, message in (
-        (dict(text="x", audio="fast.wav"), "ffmpeg"), (dict(text="x", audio="text.wav"), "not a PCM"), (dict(text="x", audio="no.wav"), "No such"),
-        (dict(text="x", image="b.npy"), "float32"), (dict(text="x", image="text.wav"), "neither"), (dict(text="x", video="clip"), "fps"),
-        (dict(text="x", audio="cut.wav"), "ends before"), (dict(text="x", video="clip", fps=0), "fps 0"),
-        (dict(text="x", video="clip", fps=1, image="a.ppm"), "beside"),
-        (dict(image="a.ppm"), "no text"), (dict(text=3), "no text"), (dict(text="x", sound="a"), "sound"), ([], "TypeError"),
+        (dict(text="x", audio="fast.wav"), "ffmpeg"), (dict(text="x", audio="a.ppm"), "not a PCM"), (dict(text="x", audio="no.wav"), "No such"),
+        (dict(text="x", image="b.npy"), "float32"), (dict(text="x", image="good.wav"), "neither"), (dict(text="x", video="clip"), "fps"),
+        (dict(text="x", audio="cut.wav"), "ends before"), (dict(text="x", video="clip", fps=1, image="a.ppm"), "beside"),
+        (dict(image="a.ppm"), "no text"), (dict(text="x", sound="a"), "sound"), ([], "TypeError"),
     ):  # fmt: skip
         (tmp_path / "m.jsonl").write_text(json.dumps(dict(text="fine")) + "\n" + json.dumps(row))
         with pytest.raises(ValueError, match=f"line 2: .*{message}"):
@@ -227,21 +205,25 @@ def test_rows_of_a_manifest_and_stages(capsys):
     assert re.search(r"val 7 \| loss (\d\.\d+) \| bpb .* \| text \1\n", capsys.readouterr().out)
 
 
-def test_activated_parameters():
-    """The specification's, of the language model, beside both encoders, of which all are active."""
-    for preset, active, encoders in (("35b_a3b", 3_454_988_928, 446_571_248 + 645_086_048), ("397b_a17b", 17_349_040_896, 456_010_480 + 647_709_536)):
-        with torch.device("meta"):
-            model = omni.Omni(omni.Config(**omni.PRESETS[preset]))
-        assert omni.count_parameters(model)[1] == active + encoders
-
-
 def test_dry_run(capsys):
-    omni.main(["--preset", "397b_a17b", "--dry_run", "--world_size", "2"])
-    out = capsys.readouterr().out
-    sizes = [float(size) for size in re.findall(r"([\d.]+) GiB", out)]
-    assert min(sizes) > 0 and sizes[0] == pytest.approx(4 * ROW.counts["397b_a17b"] / 2 / 2**30, abs=1e-3)
+    """Activated parameters are the specification's, of the language model, and all of both encoders; memory."""
+    for preset, active, encoders in (("35b_a3b", 3_454_988_928, 446_571_248 + 645_086_048), ("397b_a17b", 17_349_040_896, 456_010_480 + 647_709_536)):
+        omni.main(["--preset", preset, "--dry_run", "--world_size", "2"])
+        out = capsys.readouterr().out
+        sizes = [float(size) for size in re.findall(r"([\d.]+) GiB", out)]
+        assert f"activated {active + encoders:,}" in out
+        assert min(sizes) > 0 and sizes[0] == pytest.approx(4 * ROW.counts[preset] / 2 / 2**30, abs=1e-3)
     flops = omni.flops_per_token(omni.Config(**omni.PRESETS["35b_a3b"], seq_len=1))
     assert flops == pytest.approx(6 * (2_946_429_568 + 30 * 3 * 32 * 128**2), rel=1e-3), "activated parameters, and products of the states"
+    # Under bf16, the copies of weights that one rank keeps for the backward pass, recognized by their sums.
+    cfg = omni.Config(**ROW.tiny | dict(precision="bf16", expert_dim=16, decoder_layers=0, talker_layers=0))
+    model, kept = make_model(omni, ROW, cfg), set()
+    model.dtype = torch.bfloat16
+    sizes = {p.to(model.dtype).double().sum().item(): 2 * p.numel() for p in model.parameters() if p.ndim > 1}
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.add(x.double().sum().item()), lambda x: x):
+        omni.objective(model, omni.get_batch(make_corpora(omni, cfg)[0], 0, 3, cfg), cfg)
+    copied = sum(size for key, size in sizes.items() if key in kept)
+    assert omni.memory_per_rank(model, cfg)["gathered"] == pytest.approx(copied, rel=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +231,7 @@ def run():
     """run(*flags): exit status, stdout and stderr of a small run with documents of its own."""
     small = "--preset demo_walk --stage s2 --batch_size 4 --val_items 1 --log_every 1 --dim 32 --head_dim 8 --rotary_dim 4 --delta_head_dim 8"
     texts = [(f"{i}", "a text " * 9 * (i % 3 > 0)) for i in range(99)]  # a third of them empty
-    with mock.patch.multiple(omni, show=mock.Mock(), find_files=lambda path: ([], []), read_documents=lambda *_: texts):
+    with mock.patch.multiple(omni, show=mock.Mock(), read_standard_library=lambda: texts):
         yield lambda *flags: run_main("omni", [*small.split(), "--mix", "text:1,audio:1,image:1,video:1,av:1", *flags])
 
 
@@ -258,19 +240,18 @@ def test_what_the_model_writes_and_says(tmp_path, capsys):
     cfg = omni.Config(**ROW.tiny | dict(stage="t1", out=str(tmp_path), n_codebooks=16, codebook_size=64))
     source = make_corpora(omni, cfg)[1]
     texts = [source.items_of(modality, 1)[0].segments[-1].text for modality in omni.MODALITIES[1:]]
-    written = iter([(text[:i], text[i]) for text in texts for i in range(len(text))])
     codes = torch.from_numpy(omni.encode_speech(omni.spell(TOKENIZER.decode(texts[-1])), 16, 64))[:9]
-    said = iter([*enumerate(codes), (9, torch.full((16,), 64))])
+    written, said = ((text[:i], text[i]) for text in texts for i in range(len(text))), []
 
     def forward(tokens, batch, task="logits"):
         if task == "logits":
             before, token = next(written)
             assert tokens[0].tolist()[tokens.shape[1] - len(before) :] == before
             return torch.eye(cfg.vocab_size)[token].view(1, 1, -1)
-        n, frame = next(said)
         heard = batch["codes"][0, : batch["place"] + 1]
-        assert torch.equal(heard[heard[:, 0] >= 0], codes[:n]) and batch["codes"][0, batch["place"] + 1, 0] >= 0
-        return frame
+        assert torch.equal(heard[heard[:, 0] >= 0], codes[: len(said)]) and batch["codes"][0, batch["place"] + 1, 0] >= 0
+        said.append(codes[len(said)] if len(said) < 9 else torch.full((16,), 64))
+        return said[-1]
 
     with mock.patch.object(omni.dist, "get_rank", return_value=0):
         omni.show(mock.Mock(side_effect=forward), source, cfg, torch.device("cpu"))
@@ -279,33 +260,31 @@ def test_what_the_model_writes_and_says(tmp_path, capsys):
     assert read() == pytest.approx(omni.decode_speech(codes.numpy(), 64).clip(-1, 1), abs=1e-4)
 
 
-def checkpoint(folder):
-    """{name: tensor} of the newest checkpoint."""
-    dcp_to_torch_save(sorted(folder.glob("step_*[0-9]"))[-1], folder / "whole.pt")
-    return torch.load(folder / "whole.pt", weights_only=False)["model"]
-
-
 def test_stages_train_their_own_parameters(run, tmp_path):
     assert run("--stage", "all", "--steps", 2, "--out", tmp_path, "--warmup", 0)[0] == 0
-    states = [checkpoint(tmp_path / name) for name in omni.STAGES]
+    states = []
+    for name in omni.STAGES:
+        dcp_to_torch_save(tmp_path / name / "step_000000002", tmp_path / "whole.pt")
+        states.append(torch.load(tmp_path / "whole.pt", weights_only=False)["model"])
     every = {"audio", "audio_adapter", "vision", "vision.merger", "thinker"}
     stages = dict(lm={"thinker"}, s1a={"audio_adapter", "vision.merger"}, s1b={"audio", "vision"}, s2=every, s3=every, t1={"talker"})
     for (name, parts), before, after in zip(stages.items(), states, states[1:]):
         trained = {k for k in after if re.match(r"vision\.merger|\w+", k)[0] in parts and not k.endswith("share")}
         moved = {k for k in after if not torch.equal(after[k], before[k]) and not k.endswith("share")}
         assert moved <= trained and len(moved) > 0.9 * len(trained), name
-    rows = [json.loads(line) for line in (tmp_path / "t1" / "metrics.jsonl").open()]
-    assert {row.get("bpb") or row.get("val_bpb") for row in rows} == {None}, "codes are not text"
 
 
 def test_init_fixes_the_shape_of_its_parts_alone(run, tmp_path):
     """The Talker's and AuT's stay those of the flags."""
     pytest.importorskip("safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(omni.omni_configs(omni.Config(**ROW.tiny))[0]))
+    config = json.dumps(omni.omni_configs(omni.Config(**ROW.tiny))[0])
+    (tmp_path / "config.json").write_text(config)
     with mock.patch.object(omni, "fill_from_hf"):
         assert run("--init", tmp_path, "--stage", "t1", "--steps", 1, "--out", tmp_path / "out")[0] == 0
     cfg = json.loads((tmp_path / "out" / "t1" / "config.json").read_text())
     assert (cfg["dim"], cfg["head_dim"], cfg["talker_layers"], cfg["audio_dim"]) == (24, 10, 4, 96)
+    (tmp_path / "config.json").write_text(config.replace('"rope_type": "default"', '"rope_type": "yarn"'))
+    assert "rope has rope_type 'yarn'" in run("--init", tmp_path)[2]
 
 
 def test_loss_falls_and_a_stopped_run_is_the_uninterrupted_one(run, tmp_path):
@@ -319,23 +298,20 @@ def test_loss_falls_and_a_stopped_run_is_the_uninterrupted_one(run, tmp_path):
 
     with mock.patch.object(omni, "learning_rate", stop):
         assert "stopped in stage s2" in run(*flags, out)[1]
-    assert sorted(path.name for path in out.glob("s2/step_*")) == ["step_000000010", "step_000000013"]
     assert run(*flags, out, "--resume")[0] == run(*flags, whole)[0] == 0
     logs = [map(json.loads, (folder / "s2" / "metrics.jsonl").open()) for folder in (whole, out)]
     first, second = ([row["loss"] for row in log if "loss" in row] for log in logs)
     assert first == second and len(first) == 30 and first[0] - sum(first[-5:]) / 5 > ROW.falls
-    torch.testing.assert_close(checkpoint(out / "s2"), checkpoint(whole / "s2"), rtol=0, atol=0)
     assert "s2 step" not in run("--out", out, "--resume", "--batch_size", 8)[1]
 
 
 def test_steps_that_are_not_finite(run, tmp_path):
     """They leave the weights alone; three in a row end the run in one line, without a save."""
     model, optimizer = torch.nn.Linear(3, 1), mock.Mock(param_groups=[])
-    for value in (1.0, math.nan):
-        with mock.patch.multiple(omni, objective=lambda *_: (value * model.weight.sum(), {}), update_shares=mock.Mock()), \
-                mock.patch.object(omni.dist, "all_reduce"):  # fmt: skip
-            omni.omni_step(model, optimizer, [{}], 0.0, omni.Config())
-        optimizer.step.assert_called_once()
+    with mock.patch.multiple(omni, objective=lambda *_: (math.nan * model.weight.sum(), {}), update_shares=mock.Mock()), \
+            mock.patch.object(omni.dist, "all_reduce"):  # fmt: skip
+        omni.omni_step(model, optimizer, [{}], 0.0, omni.Config())
+    optimizer.step.assert_not_called()
     status, out, err = run("--steps", 8, "--save_every", 1, "--warmup", 0, "--lr", 1e30, "--out", tmp_path)
     assert status == 2 and out.count("skipped: its loss or gradient is not finite") == 3 and len(err.splitlines()) == 1
     assert "in the last 3 steps to 4" in err and [path.name for path in tmp_path.glob("s2/step_*")] == ["step_000000001"]
@@ -344,13 +320,11 @@ def test_steps_that_are_not_finite(run, tmp_path):
 def test_mistakes_end_in_one_line_and_status_2(run, tmp_path):
     run("--steps", 1, "--out", tmp_path)
     for flags, phrase in (
-        ("--resume --dim 64", "dim 32, and this run 64"), ("--resume --talker_layers 8", "has talker_layers 4"), ("--resume --seed 1", "has seed 0"),
-        ("--resume --mix text:1", "has data_fingerprint"), ("", "--resume continues"), ("--mix text", "--mix text is not"), ("--n_kv_heads 3", "3 key-value"),
-        ("--rotary_dim 10", "--rotary_dim 10"), ("--audio_convs 5", "--audio_convs 5"), ("--top_k 9", "--top_k 9"), ("--fps 0", "--fps 0"),
-        ("--stage a0 --decoder_layers 0", "a0 needs"), ("--stage t1 --talker_layers 0", "t1 needs"), ("--warmup 0.2", "--warmup 0.2"), ("--ep 2", "ep 2"),
-        ("--micro_batch 3", "micro-batches of 3"), ("--n_codebooks 17", "--n_codebooks 17"), ("--lr nan", "--lr nan"), ("--stage all --eval", "--eval needs"),
-        ("--ep 0", "--ep 0 is not"), ("--n_frames 2", "--n_frames 2"), ("--n_codebooks 1", "--n_codebooks 1"), ("--mix foo:1", "unknown modality"),
-        ("--mix text:0", "no share of text"), ("--stage s3 --eval", "has no checkpoint"),
+        ("--resume --talker_layers 8", "has talker_layers 4"), ("--resume --mix text:1", "has data_fingerprint"),
+        ("--mix text", "--mix text is not"), ("--mix foo:1", "unknown modality"), ("--vocab_size 99", "264 ids"),
+        ("--stage a0 --decoder_layers 0", "a0 needs"), ("--stage t1 --talker_layers 0", "t1 needs"), ("--ep 2", "ep 2"),
+        ("--warmup 0.2", "--warmup 0.2"), ("--rotary_dim 10", "--rotary_dim 10"), ("--micro_batch 3", "micro-batches of 3"),
+        ("--codebook_size 9", "--codebook_size"), ("--lr nan", "--lr nan"), ("--stage s3 --eval", "--eval needs"),
     ):  # fmt: skip
         status, out, err = run("--out", tmp_path, *flags.split())
         assert status == 2 and phrase in err and len(err.splitlines()) == 1 and "step 1/" not in out, (flags, err)

@@ -1,8 +1,10 @@
 """T5: relative positions, span corruption, UL2, layouts, Adafactor, Hugging Face, runs; in the order of the script."""
+import copy
 import json
 import math
 import re
 import sysconfig
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -30,12 +32,12 @@ def test_relative_positions_initialisation_and_dropout(monkeypatch):
     t5.init_weights(model, cfg)
     sigma = dict(token_embedding=1, q=(200 * 25) ** -0.5, out=150**-0.5, down=300**-0.5) | dict.fromkeys(("k", "v", "gate", "up", "head"), 200**-0.5)
     for name, p in model.named_parameters():
-        kind, std, largest = name.split(".")[-2], p.std().item(), p.abs().max().item()
-        cut = kind in ("gate", "up", "down", "head")
+        kind, std = name.split(".")[-2], p.std().item()
         if kind in sigma:
-            assert std == pytest.approx(sigma[kind] * (0.8796 if cut else 1), rel=0.02) and (largest <= 2.0001 * sigma[kind]) == cut, name
+            cut = 0.8796 if kind in ("gate", "up", "down", "head") else 1
+            assert std == pytest.approx(cut * sigma[kind], rel=0.02), name
         elif kind == "table":  # uniform
-            assert std * math.sqrt(3) == pytest.approx(limit, rel=0.15) and largest <= limit, name
+            assert std * math.sqrt(3) == pytest.approx(limit, rel=0.15) and p.abs().max() <= limit, name
         else:
             assert p.ndim == 1 and (p == 1).all(), name
     seen, dropout, attend = [], F.dropout, F.scaled_dot_product_attention
@@ -69,7 +71,7 @@ def test_planned_memory_is_that_of_the_peak(overrides, monkeypatch, capsys):
     assert peak == pytest.approx(planned * 2**30, rel=0.03)
 
 
-def test_corruption_of_the_specification(monkeypatch):
+def test_corruption_of_the_specification():
     """Lengths and spans, uniform among all compositions: chi squared of 9 degrees, p 0.001. The baseline, also with too few sentinels. UL2's seven
     denoisers by mode, rate and spans; S hides a suffix, the single span of X moves. The specification's example, and the code's unit case."""
     for (inputs, rate, span), (length, targets) in {
@@ -92,6 +94,7 @@ def test_corruption_of_the_specification(monkeypatch):
         assert min(i for i in sum(few, []) if i >= 32000) == 32080 + mask[0]
     for seed in range(700):
         inputs, targets = t5.corrupt(text, np.random.default_rng(seed), t5.Config(denoiser="ul2", sentinels=128, sentinel=32127, mode=32128))
+        assert len(inputs) < 512 and len(targets) < 512, "EOS has a place"
         hidden, spans = sum(i < 32000 for i in targets), sum(32000 <= i < 32128 for i in inputs)
         seen.setdefault((inputs[0], round(hidden / (len(inputs) - 1 - spans + hidden), 2), spans if spans > 2 else 1), []).append((inputs, targets))
     assert seen.keys() == {(32128, 0.15, 28), (32128, 0.15, 11), (32129, 0.25, 1), (32130, 0.5, 127), (32130, 0.5, 57), (32130, 0.15, 1), (32130, 0.5, 8)}
@@ -100,16 +103,16 @@ def test_corruption_of_the_specification(monkeypatch):
         assert inputs[-1] == 32127 and [*inputs[1:-1], *targets[1:]] == text[: len(inputs) + len(targets) - 3].tolist()
     assert all(60 < len(rows) < 145 for rows in seen.values())
     assert len({inputs.index(32127) for inputs in moved}) > 30 and any(32126 in inputs and inputs[1] == 32127 for inputs in moved)
-    monkeypatch.setattr(t5, "random_parts", lambda n, parts, rng: np.array([10, 19] if n == 29 else [2, 3]))
+    mask = np.repeat([False, True] * 2, [10, 2, 19, 3])
     for mask, ids, first, inputs, targets in (
-        (t5.span_mask(34, 0.15, 3, None), (100, 134), 32099, [*range(100, 110), 32099, *range(112, 131), 32098], [32099, 110, 111, 32098, 131, 132, 133]),
+        (mask, (100, 134), 32099, [*range(100, 110), 32099, *range(112, 131), 32098], [32099, 110, 111, 32098, 131, 132, 133]),
         (np.array([1, 1, 0, 0, 1, 0], bool), (10, 16), 999, [999, 12, 13, 998, 15], [10, 11, 999, 14, 998])):  # fmt: skip
         assert [t5.replace_spans(np.arange(*ids), part, first).tolist() for part in (mask, ~mask)] == [inputs, targets]
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_batches(way):
-    """Rows end in EOS and targets are behind PAD; those of spans are full and have all of the text. Each depends on its index in the run alone."""
+    """Rows end in EOS and targets are behind PAD; those of spans are full and have all of the text."""
     cfg = t5.Config(**ROW.tiny | way | dict(inputs=64, seq_len=0))
     corpus, (length, T, U) = make_corpora(t5, cfg)[0], t5.row_lengths(cfg)
     batch = t5.get_batch(corpus, 3, 8, cfg)
@@ -122,8 +125,7 @@ def test_batches(way):
         assert inputs[-1] == targets[-1] == cfg.eos and batch["target_in"][row, : len(targets)].tolist() == [cfg.pad, *targets[:-1]]
         text = [i for i in inputs[:-1] + targets[:-1] if i < 342]
         assert way or (len(inputs), len(targets), sorted(text)) == (T, U, sorted(corpus.window(3 + row, length, 0)[:-1]))
-        assert all(torch.equal(value[0], batch[name][row]) for name, value in t5.get_batch(corpus, 3 + row, 1, cfg).items() if name[:2] != "n_")
-    with pytest.raises(ValueError, match=r"token id \d+, and 19 ids from 99 down are the sentinels"):
+    with pytest.raises(ValueError, match=r"token id \d+, which is a sentinel's"):
         t5.get_batch(corpus, 0, 8, t5.Config(**ROW.tiny | way | dict(sentinel=99)))
 
 
@@ -142,16 +144,15 @@ def test_golden_values(gated, loss, logits, z):
     source, labels = ((torch.arange(24) * 7 + 3) % 120 + 2).view(2, 12), ((torch.arange(12) * 5 + 1) % 120 + 2).view(2, 6)
     labels[1, 5] = -100
     batch = dict(source=source, target_in=F.pad(labels[:, :-1], (1, 0)), targets=labels, n_targets=11, source_mask=torch.arange(12) < torch.tensor([[12], [9]]))
-    y = torch.func.functional_call(t5.FeedForward(1, 1, True, 0.0), dict.fromkeys(("gate.weight", "up.weight", "down.weight"), torch.ones(1, 1)), torch.ones(1))
-    assert y.item() == pytest.approx(0.841192, abs=1e-5) and t5.count_parameters(model)[0] == (214_016 if gated else 173_056)  # GELU: erf's is 0.841345
+    assert t5.count_parameters(model)[0] == (214_016 if gated else 173_056)
     assert model(source, batch["target_in"], batch["source_mask"])[0, 0, :3].tolist() == pytest.approx(logits, rel=1e-5, abs=1e-7)
     assert t5.objective(model, batch, cfg)[0].item() == pytest.approx(loss + z, rel=1e-5)
     with torch.no_grad():
         assert t5.objective(model, batch, cfg)[0].item() == pytest.approx(loss, rel=1e-5)
 
 
-def test_adafactor_of_the_specification():
-    """A matrix, and a row without gradient, as of a token that does not occur."""
+def test_adafactor_of_the_specification(monkeypatch):
+    """A matrix, and a row without gradient, as of a token that does not occur. Each update has the rate of its call."""
     p, rows = torch.nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, 4.0]])), torch.nn.Parameter(torch.ones(2, 1))
     optimizer = t5.Adafactor([p, rows], lr=0.01)
     for g, new in ([0.1, -0.2, 0.3, 0.4], [0.9787868, 2.03, 2.9715395, 3.97316718]), ([0.05, 0.1, -0.2, 0.3], [0.96450354, 2.01042023, 2.99419044, 3.94987946]):
@@ -159,6 +160,14 @@ def test_adafactor_of_the_specification():
         optimizer.step()
         assert p.flatten().tolist() == pytest.approx(new, rel=0, abs=1e-6)
     assert rows[0] == 1 and rows[1] < 1
+    monkeypatch.setattr(t5, "dist", MagicMock(get_world_size=lambda: 1))
+    cfg, changes = t5.Config(**ROW.tiny), []
+    start, batch = make_model(t5, ROW, cfg), t5.get_batch(make_corpora(t5, cfg)[0], 0, 8, cfg)
+    for lr in (0.01, 0.03):
+        model, optimizer = copy.deepcopy((start, t5.build_optimizer(start, cfg)))
+        t5.update_shards(model, optimizer, [batch], lr, cfg)
+        changes += [torch.cat([(new - old).flatten() for new, old in zip(model.parameters(), start.parameters())])]
+    torch.testing.assert_close(changes[1], 3 * changes[0], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("n, overrides", [(1, dict(micro_batch=2)), (2, dict(micro_batch=1, recompute="block")), (4, WAYS[1]), (4, WAYS[2])])
@@ -167,8 +176,6 @@ def test_layout_gives_the_gradients_of_a_plain_loss(ranks, n, overrides):
     model, batch = make_model(t5, ROW, cfg), t5.get_batch(make_corpora(t5, cfg)[0], 3, 8, cfg)
     logits, targets = model(batch["source"], batch["target_in"], batch.get("source_mask")).flatten(0, 1), batch["targets"].flatten()
     expected = F.cross_entropy(logits, targets) + 0.01 * logits.logsumexp(1)[targets >= 0].square().mean()
-    with torch.no_grad():  # as in validation, without the z-loss
-        assert t5.objective(model, batch, cfg)[0].item() == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-6)
     expected.backward()
     together = torch.cat([p.grad.flatten() for p in model.parameters()])
     for loss, found, norm in ranks.run(n, gradients, "t5", ROW, overrides | dict(z_loss=0.01)):
@@ -179,12 +186,11 @@ def test_layout_gives_the_gradients_of_a_plain_loss(ranks, n, overrides):
 
 @pytest.mark.parametrize("gated", [False, True], ids=["v1.0", "v1.1"])
 def test_hugging_face_reads_and_writes_the_same_model(gated, tmp_path):
-    """Beyond the last bucket and with padding. Transformers 5 ties all T5 models, and so writes them."""
+    """Beyond the last bucket and with padding. A model that transformers 5 has tied is written without a softmax."""
     transformers, cfg = pytest.importorskip("transformers"), t5.Config(**ROW.tiny | dict(gated=gated, tied=not gated))
     ours = make_model(t5, ROW, cfg)
     t5.to_hf(ours, cfg, tmp_path / "ours")
     theirs = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "ours").eval()
-    theirs.lm_head.weight = torch.nn.Parameter((ours.head or ours.token_embedding).weight.detach().clone())
     source, target, mask = torch.randint(250, (3, 140)), torch.randint(250, (3, 130)), torch.arange(140) < torch.tensor([[140], [99], [7]])
     logits = theirs(input_ids=source, attention_mask=mask, decoder_input_ids=target).logits
     assert (ours(source, target, mask) - logits).abs().max() <= 1e-5 * logits.abs().max()
@@ -202,27 +208,24 @@ def test_hugging_face_reads_and_writes_the_same_model(gated, tmp_path):
 
 
 @pytest.mark.parametrize("flags, tolerance", [("--precision bf16", 0.02), ("--denoiser iid", 1e-4), ("--denoiser ul2", 1e-4)])
-def test_runs_of_one_rank_and_of_two_that_stop_half_way(ranks, tmp_path, flags, tolerance):
-    pytest.importorskip("safetensors")
+def test_runs_of_one_rank_and_of_two(ranks, tmp_path, flags, tolerance):
     flags += f" --data {sysconfig.get_paths()['stdlib']}/asyncio --val_batches 1 --log_every 1 --timeout 30 --batch_size 4 --inputs 64 --dim 48"
-    def run(n, more):
+    outputs, losses = [], []
+    runs = [(1, "--steps 30 --recompute block"), (2, f"--steps 6 --micro_batch 1 --export {tmp_path}/hf")]
+    for n, more in [*runs, (2, f"--eval --init {tmp_path}/hf")]:
         results = ranks.run(n, run_main, "t5", f"--preset demo {flags} --hidden_dim 64 --lr 0.03 --ramp_down 0 {more}".split(), timeout=120)
         assert not any(status for status, *_ in results), results
-        return results[0][1], [float(loss) for loss in re.findall(r"^step .*? loss ([\d.]+)", results[0][1], re.M)]
-    out, one = run(1, "--steps 30 --recompute block")
-    assert len(one) == 30 and one[0] - sum(one[-5:]) / 5 > 1.5 and "⟦" in out, out
-    _, first = run(2, f"--steps 3 --out {tmp_path}/two --micro_batch 1")
-    done, second = run(2, f"--steps 6 --out {tmp_path}/two --micro_batch 1 --resume --export {tmp_path}/hf")
-    assert first + second == pytest.approx(one[:6], rel=tolerance)
-    for n, source in (1, f"val 6 --out {tmp_path}/two"), (2, f"val 0 --init {tmp_path}/hf --dim 8 --tokenizer bytes"):
-        out, _ = run(n, f"--eval --prompt line<extra_id_0>says {source[6:]}")
-        assert out.split(source[:5])[1][:14] == done.split("val 6")[1][:14] and "line⟦" in out
+        outputs.append(results[0][1])
+        losses.append([float(loss) for loss in re.findall(r"^step .*? loss ([\d.]+)", results[0][1], re.M)])
+    assert len(losses[0]) == 30 and losses[0][0] - sum(losses[0][-5:]) / 5 > 1.5 and "⟦" in outputs[0]
+    assert losses[1] == pytest.approx(losses[0][:6], rel=tolerance)
+    assert outputs[2].split("val 0")[1][:14] == outputs[1].split("val 6")[1][:14]
 
 
 def test_fills_in_the_prompt(monkeypatch, capsys):
     """Greedy answers stand in place of the sentinels, at the end without one; special ids count down from the tokenizer's last one."""
-    cfg, tokenizer = t5.Config(**ROW.tiny | dict(denoiser="ul2", sentinels=100)), t5.load_tokenizer("bytes", t5.SPECIALS + t5.sentinel_names(100))
-    t5.fit_vocabulary(cfg, tokenizer)
+    cfg = t5.Config(**ROW.tiny | dict(denoiser="ul2", sentinels=100))
+    tokenizer = t5.load_vocabulary(cfg, is_text=True)
     assert (cfg.eos, cfg.pad, cfg.mode, cfg.sentinel, cfg.vocab_size) == (256, 257, 258, 360, 384)
     model = make_model(t5, ROW, cfg)
     ids = t5.sample(model, [5, 6, 256], 4, cfg)
