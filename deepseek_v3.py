@@ -1252,9 +1252,14 @@ class Pipeline1F1B:
                 self.saved.register_buffer(name.replace(".", "/"), buffer)
 
     def start_phase(self, cfg):
-        """Prepare for a phase of the run: rotary frequencies, and a schedule for its shapes."""
+        """Prepare for a phase of the run: rotary frequencies, and a schedule for training and one
+        for validation, since PyTorch 2.11 keeps whether a schedule's first run had gradients."""
         self.cfg = cfg
         self.model.extend(cfg)
+        self.schedules = {gradients: self.make_schedule(cfg) for gradients in (True, False)}
+
+    def make_schedule(self, cfg):
+        """The schedule 1F1B of this rank's stage for the shapes of cfg."""
         n_micro, micro = split_batch(cfg, reading_ranks(cfg))
         empty = functools.partial(torch.empty, device="meta", requires_grad=True)
         between = empty(micro, cfg.seq_len, cfg.dim, dtype=self.model.dtype), empty(())
@@ -1264,7 +1269,7 @@ class Pipeline1F1B:
             output_args=empty(3) if self.is_last else between,
             group=self.mesh["pp"].get_group(),
         )  # fmt: skip
-        self.schedule = Schedule1F1B(stage, n_micro, self.loss, scale_grads=False)
+        return Schedule1F1B(stage, n_micro, self.loss, scale_grads=False)
 
     def loss(self, sums, targets):
         """The objective of a micro-batch, of which the last stage has returned the sums; adds its
@@ -1281,7 +1286,8 @@ class Pipeline1F1B:
         tokens = torch.cat([batch["tokens"] for batch in batches])
         targets = torch.cat([batch["targets"] for batch in batches])
         losses = dict(target=targets, losses=[]) if self.is_last else {}
-        step = self.schedule.step if torch.is_grad_enabled() else self.schedule.eval
+        schedule = self.schedules[torch.is_grad_enabled()]
+        step = schedule.step if torch.is_grad_enabled() else schedule.eval
         step(tokens=tokens, targets=targets, **losses, return_outputs=False)
         return self.metrics
 

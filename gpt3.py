@@ -753,7 +753,7 @@ class ModelParallel:
         self.device = device
         self.tp = self.mesh["tp"].get_group() if cfg.tp > 1 else None
         self.data_rank, self.stage, tp_rank = self.mesh.get_coordinate()
-        self.n_micro = 0  # micro-batches of self.schedule
+        self.use = None  # of self.schedule: micro-batches, and whether there are gradients
         model = build_stage(cfg, self.stage, self.tp).to_empty(device=device)
         self.model = parallelize(model, cfg, self.mesh)
         # For checkpoints: the model, with names that are unique among the ranks of tp.
@@ -778,11 +778,12 @@ class ModelParallel:
     def run_pipeline(self, batches, scale):
         """run for a stage of a pipeline; only the last stage has a loss that is not 0."""
         self.factor = scale / batches[0]["n_targets"]
-        if len(batches) != self.n_micro:  # a schedule is for one number of micro-batches
-            self.n_micro = len(batches)
+        use = len(batches), torch.is_grad_enabled()
+        if use != self.use:
+            self.use = use
             group = self.mesh["pp"].get_group()
             stage = PipelineStage(self.model, self.stage, self.cfg.pp, self.device, group=group)
-            self.schedule = Schedule1F1B(stage, self.n_micro, self.scaled_loss, scale_grads=False)
+            self.schedule = Schedule1F1B(stage, len(batches), self.scaled_loss, scale_grads=False)
         step = self.schedule.step if torch.is_grad_enabled() else self.schedule.eval
         tokens = torch.cat([batch["tokens"] for batch in batches])
         targets = torch.cat([batch["targets"] for batch in batches])

@@ -1021,12 +1021,17 @@ class Pipeline:
         self.saved[f"average_tp{self.mesh['tp'].get_local_rank()}"] = self.average
 
     def start_phase(self, cfg):
-        """Prepare for a phase: its positions, and a schedule, whose shapes are fixed."""
+        """Prepare for a phase: its positions, and a schedule, whose shapes are fixed, for training
+        and one for validation, since PyTorch 2.11 keeps whether the first run had gradients."""
         self.cfg = cfg
         for stage in self.stages:
             stage.set_rope(cfg)
-        if cfg.pp == 1:
-            return
+        if cfg.pp > 1:
+            self.schedules = {gradients: self.make_schedule() for gradients in (True, False)}
+
+    def make_schedule(self):
+        """A schedule of this rank's stages for the batches of self.cfg."""
+        cfg = self.cfg
         group = self.mesh["pp"].get_group()
         device = next(self.model.parameters()).device
         n_micro, _ = split_batch(cfg, cfg.dp)
@@ -1036,9 +1041,8 @@ class Pipeline:
             stages.append(PipelineStage(stage, index, cfg.pp * cfg.pp_chunks, device, group=group))
         settings = dict(n_microbatches=n_micro, loss_fn=self.loss, scale_grads=False)
         if cfg.pp_chunks == 1:
-            self.schedule = Schedule1F1B(stages[0], **settings)
-        else:
-            self.schedule = ScheduleInterleaved1F1B(stages, **settings)
+            return Schedule1F1B(stages[0], **settings)
+        return ScheduleInterleaved1F1B(stages, **settings)
 
     def loss(self, nats, targets):
         """The objective of a micro-batch with that many nats, as the schedule asks for it, times
@@ -1085,7 +1089,8 @@ class Pipeline:
         tokens = inputs.pop("tokens")
         first = [tokens] if self.mesh["pp"].get_local_rank() == 0 else []
         losses = []
-        step = self.schedule.step if torch.is_grad_enabled() else self.schedule.eval
+        schedule = self.schedules[torch.is_grad_enabled()]
+        step = schedule.step if torch.is_grad_enabled() else schedule.eval
         step(*first, target=inputs["targets"], losses=losses, return_outputs=False, **inputs)
         return losses
 

@@ -1,5 +1,6 @@
 """T5: relative positions, span corruption, UL2, layouts, Adafactor, Hugging Face, runs; in the order of the script."""
 import copy
+import importlib.util
 import json
 import math
 import re
@@ -211,15 +212,17 @@ def test_hugging_face_reads_and_writes_the_same_model(gated, tmp_path):
 def test_runs_of_one_rank_and_of_two(ranks, tmp_path, flags, tolerance):
     flags += f" --data {sysconfig.get_paths()['stdlib']}/asyncio --val_batches 1 --log_every 1 --timeout 30 --batch_size 4 --inputs 64 --dim 48"
     outputs, losses = [], []
-    runs = [(1, "--steps 30 --recompute block"), (2, f"--steps 6 --micro_batch 1 --export {tmp_path}/hf")]
-    for n, more in [*runs, (2, f"--eval --init {tmp_path}/hf")]:
+    runs = [(1, "--steps 30 --recompute block"), (2, "--steps 6 --micro_batch 1")]
+    if importlib.util.find_spec("safetensors"):
+        runs = [runs[0], (2, f"{runs[1][1]} --export {tmp_path}/hf"), (2, f"--eval --init {tmp_path}/hf")]
+    for n, more in runs:
         results = ranks.run(n, run_main, "t5", f"--preset demo {flags} --hidden_dim 64 --lr 0.03 --ramp_down 0 {more}".split(), timeout=120)
         assert not any(status for status, *_ in results), results
         outputs.append(results[0][1])
         losses.append([float(loss) for loss in re.findall(r"^step .*? loss ([\d.]+)", results[0][1], re.M)])
     assert len(losses[0]) == 30 and losses[0][0] - sum(losses[0][-5:]) / 5 > 1.5 and "⟦" in outputs[0]
     assert losses[1] == pytest.approx(losses[0][:6], rel=tolerance)
-    assert outputs[2].split("val 0")[1][:14] == outputs[1].split("val 6")[1][:14]
+    assert len(runs) == 2 or outputs[2].split("val 0")[1][:14] == outputs[1].split("val 6")[1][:14]
 
 
 def test_fills_in_the_prompt(monkeypatch, capsys):
