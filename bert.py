@@ -88,7 +88,7 @@ class Config:
     # Data, §3.1 and A.1
     data: str = ""  # text, or a directory of --write_instances; empty: Python's standard library
     sentences: Literal["prose", "lines"] = "prose"  # lines: one a line, blank lines end documents
-    tokenizer: str = "wordpiece:8192"  # vocab.txt, or learn wordpiece:N; one in --data, --init wins
+    tokenizer: str = "wordpiece:8192"  # vocab.txt, or wordpiece:N; --data's or --init's comes first
     uncased: bool = True  # convert text to lower case and strip accents
     seq_len: int = 128  # T, sequence length in tokens in the first phase
     long_seq_len: int = 512  # sequence length in tokens in the second phase
@@ -493,6 +493,8 @@ def learn_wordpiece(documents, size):
     letters = [c for c, _ in letters.most_common(96)]
     entries = [*SPECIALS, *letters, *(f"##{c}" for c in letters if set_apart(c) == c)]
     entries = list(dict.fromkeys([*entries, *(word for word, _ in words.most_common())]))
+    if len(entries) < size:
+        print(f"wordpiece:{size}: the text has only {len(entries):,} entries")
     return WordPiece(entries[:size])
 
 def load_wordpiece(path):
@@ -831,7 +833,10 @@ def parallelize(model, cfg, mesh):
             block.compile(dynamic=False)
     if mesh.size() == 1:
         return model
-    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # static_graph is faster, but gives wrong gradients when gradients are accumulated.
+    static_graph = all(split_batch(phase, mesh.size())[0] == 1 for phase in phases_of(cfg))
+    options = {"gradient_as_bucket_view": True, "static_graph": static_graph}
+    return nn.parallel.DistributedDataParallel(model, process_group=mesh.get_group(), **options)
 
 # ---------------------------------------- Checkpoint ----------------------------------------
 
@@ -894,6 +899,7 @@ def to_hf(model, cfg, path):
     from safetensors.torch import save_file
 
     config = {key: getattr(cfg, field) for field, (key, _) in HF_CONFIG.items()} | HF_FIXED
+    config |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), cfg.dropout)
     config["architectures"] = ["BertForPreTraining" if cfg.nsp else "BertForMaskedLM"]
     tensors = {k: v.cpu().clone() for k, v in bert_tensors(model)}
     with written_beside(path) as folder:
@@ -1084,7 +1090,8 @@ def validate_objective(model, heldout, step, cfg, device, rank, ranks):
     log(cfg.out, step, f"val {step}", row, [f"length {cfg.seq_len}"])
 
 def sample(model, heldout, cfg):
-    """Print the prompt, or a held-out sequence, with [MASK] and with the model's predictions."""
+    """Print the prompt, or a held-out sequence, with [MASK] and with the model's predictions, which
+    may be special tokens."""
     tokenizer = heldout.tokenizer
     mask = tokenizer.ids["[MASK]"]
     batch = get_batch(heldout, 0, 1, cfg)
@@ -1145,8 +1152,8 @@ def dry_run(cfg):
     # block. Autocast keeps bf16 copies of the weights.
     size = 2 if cfg.precision == "bf16" else 4
     encoders = 1.25 if cfg.objective == "rtd" else 1  # a generator has a quarter of the widths
-    D = encoders * cfg.dim
-    block = (8 + 6 * size + 2 * (cfg.dropout > 0)) * D + 2 * size * encoders * cfg.hidden_dim
+    width = encoders * cfg.dim
+    block = (8 + 6 * size + 2 * (cfg.dropout > 0)) * width + 2 * size * encoders * cfg.hidden_dim
     slot = (3 * size + 4) * cfg.dim + 12 * cfg.vocab_size
     for phase in phases_of(cfg):
         print(f"FLOPs per token {flops_per_token(phase):.4g} at length {phase.seq_len}", end=" ")
@@ -1154,8 +1161,8 @@ def dry_run(cfg):
         head = slot * phase.max_predictions / phase.seq_len
         kept = cfg.n_layers * block + head  # bytes per position
         if cfg.recompute == "block":
-            kept = cfg.n_layers * 4 * D + max(block, head)
-        kept += 2 * 4 * D  # inputs of the embeddings' norm and of the heads
+            kept = cfg.n_layers * 4 * width + max(block, head)
+        kept += 2 * 4 * width  # inputs of the embeddings' norm and of the heads
         n_positions = split_batch(phase, cfg.world_size)[1] * phase.seq_len
         memory = {"parameters": 4 * total, "gradients": 4 * total, "optimizer": 8 * total}
         memory["activations"] = n_positions * kept + 2 * total * (cfg.precision == "bf16")
@@ -1242,8 +1249,12 @@ def load_instances(cfg):
     prepared = cfg.data and os.path.exists(f"{cfg.data}/tokenizer_config.json")
     if prepared:
         cfg.uncased = read_uncased(cfg.data)
+        if cfg.write_instances:
+            raise ValueError(f"--write_instances reads text, and {cfg.data} has instances")
     files = [] if prepared else find_files(cfg.data)[0]
-    documents = list(split_sentences(read_documents(cfg.data, files), cfg))
+    documents = split_sentences(read_documents(cfg.data, files), cfg)
+    if cfg.tokenizer.startswith("wordpiece:"):
+        documents = list(documents)  # read twice
     tokenizer = choose_tokenizer(cfg, documents)
     n = len(tokenizer.entries)
     cfg.vocab_size = cfg.vocab_size or n

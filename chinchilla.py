@@ -120,7 +120,7 @@ class Config:
     fit: str = ""  # file of runs to fit without training: .csv (columns N, D, loss, ...) or .jsonl
     drop_highest: int = 0  # runs of highest loss that approach 3 leaves out (Besiroglu: 5)
     bootstrap: int = 100  # resamples of 80 % of the runs, for the intervals of a fit; 0: none
-    budget: float = 0.0  # FLOPs to find the best N and D for, by every law, without training
+    budget: float = 0.0  # FLOPs to find the best N and D for, by all laws and --fit; no training
     inference_tokens: float = 0.0  # tokens that --budget's model reads and writes after training
     plot: str = ""  # image file to write plots of a fit to, .png or .pdf; needs matplotlib
     # Reports and files
@@ -218,9 +218,10 @@ class RMSNorm(nn.Module):
         y = F.rms_norm(x.float(), self.weight.shape, None, self.eps).type_as(x)
         return y * self.weight.type_as(x)
 
+@functools.lru_cache(maxsize=4)
 def distances(length, dim, device):
     """(Sinusoids of the distances T - 1 ... 0, half sines and half cosines, [T, D], R of
-    Transformer-XL; the causal mask, 0 or -inf, [T, T]), fp32, for all layers."""
+    Transformer-XL; the causal mask, 0 or -inf, [T, T]), fp32, for all layers and updates."""
     frequencies = 10000 ** (-torch.arange(0, dim, 2, device=device) / dim)  # [D/2]
     angles = torch.arange(length - 1.0, -1, -1, device=device)[:, None] * frequencies  # [T, D/2]
     mask = torch.full((length, length), -math.inf, device=device).triu(1)
@@ -408,7 +409,7 @@ def overtrain(law, N, D, inference):
     inference of training and inference, from a grid of smaller models."""
     N = N * np.geomspace(1e-6, 1, 100_001)
     N_term = law["A"] / N ** law["alpha"]
-    D_term = law["B"] / D ** law["beta"] - (N_term - N_term[-1])  # of that same loss
+    D_term = law["B"] / D ** law["beta"] - (N_term - N_term[-1])  # what N adds, D has to save
     N = N[D_term > 0]
     D = (law["B"] / D_term[D_term > 0]) ** (1 / law["beta"])
     best = np.argmin(6 * N * D + 2 * N * inference)
@@ -642,7 +643,7 @@ def fit_accuracy(rows, start):
     line = {"nll_intercept": intercept, "nll_slope": slope}
     return line | {"sigmoid_m": m, "sigmoid_k": k}, [m, k]
 
-FITS = {  # each returns its constants and, if it searches for them, where those of resamples start
+FITS = {  # each returns (constants, start for the fits of resamples, None if nothing is searched)
     "approach 1": fit_envelope, "approach 2": fit_isoflop, "approach 3": fit_parametric,
     "Kaplan": fit_kaplan, "Llama 3": fit_llama,
 }  # fmt: skip
@@ -689,7 +690,8 @@ def read_runs(path, flops):
                     run[name] = float(row[name])
             if flops == "appF":
                 run["C"] = run.get("C_appF", run["C"])
-            if not all(0 < x < math.inf for x in run.values()):
+            least = {"accuracy": 0.0}  # others must be positive
+            if not all(least.get(name, 1e-300) <= x < math.inf for name, x in run.items()):
                 raise ValueError(f"it has {run}")
         runs.append(run | {"curve": row.get("curve"), "key": row.get("key")})
     if not runs:
@@ -742,7 +744,8 @@ def plot(rows, fits, path):
     training.set(xscale="log", xlabel="FLOPs", ylabel="training loss, smoothed")
     optimum.set(xscale="log", yscale="log", xlabel="C, FLOPs", ylabel="optimal N (lowest point: *)")
     for panel in figure.axes:
-        panel.legend(fontsize="x-small")
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize="x-small")
     figure.savefig(path, dpi=120)
     print(f"plots are written to {path}")
 
@@ -863,7 +866,7 @@ def plan_sweep(cfg, fingerprint):
                 dim, n_layers = map(int, size.split("x"))
                 changes = dict(dim=dim, n_layers=n_layers, hidden_dim=4 * dim)
                 changes |= dict(n_heads=dim // cfg.head_dim, lr=cfg.lr * cfg.dim / dim)
-                if dim % cfg.head_dim or dim % 2:
+                if dim % cfg.head_dim or dim % 2 or n_layers < 1:
                     raise ValueError(f"heads of {cfg.head_dim} do not divide the width {dim}")
             run = dataclasses.replace(cfg, **changes, sweep="", sizes="")
             with torch.device("meta"):
@@ -1283,11 +1286,16 @@ def check(cfg, ranks):
         (cfg.resume and not cfg.out, "--resume needs --out"),
         (cfg.eval and not cfg.out and not cfg.init, "--eval needs --out or --init"),
         (cfg.write_tokens and ranks > 1, "--write_tokens runs in one process, without torchrun"),
+        (cfg.inference_tokens and not cfg.budget, "--inference_tokens needs --budget"),
+        (cfg.plot and not cfg.fit and (cfg.budget or not sweep), "--plot needs --fit or a sweep"),
         (sweep and local < ranks and not cfg.out, "a sweep over several machines needs --out"),
     ):  # fmt: skip
         if wrong:
             raise ValueError(message)
     check_directories(cfg.init, cfg.export, cfg.write_tokens)
+    if cfg.plot:
+        with explain("--plot needs: pip install matplotlib", ImportError):
+            import matplotlib  # noqa: F401
 
 def planned_tokens(cfg, n):
     """D of a run of a model of n parameters."""
@@ -1324,7 +1332,7 @@ def dry_run(cfg):
         with torch.device("meta"):
             total, activated = count_parameters(Chinchilla(run))
         run.tokens = planned_tokens(run, total)
-        print(f"parameters {total:,} | activated {activated:,}")
+        print(f"{run.dim}x{run.n_layers} | parameters {total:,} | activated {activated:,}")
         print(f"FLOPs per token {flops_per_token(run):.4g} | 6 N gives {6 * total:.4g}", end=" ")
         print(f"| App. F {3 * appendix_f(run)['total'] / run.seq_len:.4g}")
         print(f"D {human(run.tokens)} in {updates_left(0, run):,} updates", end=" ")
@@ -1478,6 +1486,8 @@ def single_run(cfg, given, corpus, heldout, source, device, signals):
     print(f"FLOPs per token {flops_per_token(cfg):.3g} | tokens per step", end=" ")
     print(f"{n_tokens:,} = {ranks} ranks x {n_micro} x {micro} sequences of {cfg.seq_len}", end="")
     print(f" | D {human(cfg.tokens)}, {cfg.tokens / total:.3g} per parameter")
+    if cfg.second_batch:
+        print(f"{cfg.second_batch} sequences per step from half of the tokens on")
     if train(model, optimizer, corpus, heldout, state, cfg, device, signals):
         return model
     print(f"stopped after step {state['step']}")

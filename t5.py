@@ -104,7 +104,7 @@ class Config:
     pad: int = 0  # id of PAD, which begins every target; for token shards without --tokenizer
     eos: int = 1  # id of EOS, which ends inputs and targets; for shards without --tokenizer
     sentinel: int = 32099  # id of the first sentinel; for token shards without --tokenizer
-    sentinels: int = 100  # number of sentinels, ids counting down; ul2 needs 128 at 512 inputs
+    sentinels: int = 100  # number of sentinels, ids counting down; ul2 needs 127 at 512 inputs
     mode: int = 32100  # id of UL2's [R], then of [S] and [X]; for shards without --tokenizer
     # Optimization, §3.1.2
     batch_size: int = 128  # sequences per update, over all ranks
@@ -404,7 +404,9 @@ UL2 = (
 def count_noise(length, rate, span):
     """(tokens, spans) to hide of `length` tokens; halves are rounded to even (code)."""
     noise = min(max(round(length * rate), 1), length - 1)
-    return noise, max(round(noise / span), 1)
+    spans = max(round(noise / span), 1)
+    # Departure: where kept tokens are fewer than spans, the code fails; here spans are as few.
+    return noise, min(spans, length - noise)
 
 def moves_span(mode, length, rate, span):
     """Whether the span is moved, cyclically (code): the only one of an X-denoiser, which otherwise
