@@ -215,7 +215,7 @@ PATTERN = (  # how GPT-4 and Llama 3 split text into words, for BPE rank files
 def plan(cfg):
     """§4.2 and §4.3, the phases of the run: [(tokens of the run at the end, Config of the phase)].
     The batch grows with the tokens; the extensions of cfg.long follow."""
-    # Undisclosed: the shape of the ramp. It is linear in tokens, in steps of batch_multiple.
+    # Undisclosed: the shape of the ramp. Each batch, in steps of batch_multiple, has equal tokens.
     parts = []  # (updates, Config)
     tokens = 0
     first_batch = cfg.first_batch or cfg.batch_size
@@ -1252,11 +1252,10 @@ class Pipeline1F1B:
                 self.saved.register_buffer(name.replace(".", "/"), buffer)
 
     def start_phase(self, cfg):
-        """Prepare for a phase of the run: rotary frequencies, and a schedule for training and one
-        for validation, since PyTorch 2.11 keeps whether a schedule's first run had gradients."""
+        """Prepare for a phase of the run: rotary frequencies, and a schedule for its shapes."""
         self.cfg = cfg
         self.model.extend(cfg)
-        self.schedules = {gradients: self.make_schedule(cfg) for gradients in (True, False)}
+        self.schedule = self.make_schedule(cfg)
 
     def make_schedule(self, cfg):
         """The schedule 1F1B of this rank's stage for the shapes of cfg."""
@@ -1286,8 +1285,10 @@ class Pipeline1F1B:
         tokens = torch.cat([batch["tokens"] for batch in batches])
         targets = torch.cat([batch["targets"] for batch in batches])
         losses = dict(target=targets, losses=[]) if self.is_last else {}
-        schedule = self.schedules[torch.is_grad_enabled()]
-        step = schedule.step if torch.is_grad_enabled() else schedule.eval
+        step = self.schedule.step
+        if not torch.is_grad_enabled():
+            # PyTorch 2.11 keeps whether the first run had gradients, and a schedule its buffers.
+            step = self.make_schedule(self.cfg).eval
         step(tokens=tokens, targets=targets, **losses, return_outputs=False)
         return self.metrics
 
@@ -1497,6 +1498,8 @@ def read_weights(model, cfg, path, first_expert=0):
                 continue
             for key, part in deepseek_tensors(name, tensor, cfg).items():
                 value = tensors[key]
+                if value.shape != part.shape:
+                    raise ValueError(f"{key} is {list(value.shape)}, not {list(part.shape)}")
                 if f"{key}_scale_inv" in tensors:  # it is the factor, not its inverse
                     scale = tensors[f"{key}_scale_inv"]
                     scale = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
@@ -1566,11 +1569,12 @@ def collect_matrices(pipe, cfg):
         model = DeepSeekV3(cfg)
     set_dtypes(model, cfg)
     own = dict(named_matrices(pipe.model, pipe.first_expert))
-    for name, tensor in named_matrices(model):
-        owner = torch.tensor(dist.get_rank() if name in own else -1)
-        dist.all_reduce(owner, dist.ReduceOp.MAX)
+    ranks = [dist.get_rank() if name in own else -1 for name, _ in named_matrices(model)]
+    owners = torch.tensor(ranks)
+    dist.all_reduce(owners, dist.ReduceOp.MAX)
+    for (name, tensor), owner in zip(named_matrices(model), owners.tolist()):
         tensor = own.get(name, torch.empty_like(tensor, device=pipe.device))
-        dist.broadcast(tensor, int(owner))
+        dist.broadcast(tensor, owner)
         yield name, tensor
 
 def read_hf_tensors(path):
@@ -1735,6 +1739,13 @@ def check(cfg, ranks):
             raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
     group = cfg.n_experts // cfg.n_groups
     for wrong, message in (
+        (cfg.rope_dim % 2 or cfg.rope_theta <= 1, "--rope_dim is odd, or --rope_theta 1 or less"),
+        (min(cfg.rope_factor, cfg.long_rope_factor) < 1,
+         f"--rope_factor {cfg.rope_factor} or --long_rope_factor is not 1 or more"),
+        (cfg.n_dense >= cfg.n_layers,
+         f"--n_dense {cfg.n_dense} leaves none of {cfg.n_layers} layers with experts"),
+        (cfg.fim > 1, f"--fim {cfg.fim} is above 1"),
+        (re.search(r"(^|[x:,])[0-]", cfg.long), f"--long {cfg.long} has a number below 1"),
         (cfg.n_experts % cfg.n_groups,
          f"{cfg.n_groups} groups do not divide {cfg.n_experts} experts"),
         (cfg.top_k > group * cfg.groups_kept,
@@ -1794,14 +1805,16 @@ def dry_run(cfg):
     print(f"FLOPs per token {flops:.4g} | 6 N of the activated gives {6 * activated:.4g}")
     n_long = cfg.long.count(":")  # extensions
     for phase in [phases[0], *phases[1:][-1 - n_long :]]:
+        if batch_problem(phase):
+            print(f"{batch_problem(phase)}: another layout is needed")
+            continue
         n_micro, _ = split_batch(phase, reading_ranks(phase))
         memory = memory_per_rank(phase)
         need = sum(memory.values())
         sizes = " | ".join(f"{kind} {size / 2**30:.2f}" for kind, size in memory.items())
         fits = "fits 80 GB" if need < 80e9 else "does not fit 80 GB"
         print(f"{phase.batch_size:,} sequences of {phase.seq_len:,}", end=" | ")
-        print(f"{n_micro} micro-batches | {sizes} | sum {need / 2**30:.2f} GiB a rank", end=": ")
-        print(batch_problem(phase) or fits)
+        print(f"{n_micro} micro-batches | {sizes} | sum {need / 2**30:.2f} GiB a rank: {fits}")
 
 def advance(pipe, optimizer, batches, lr, cfg):
     """Update parameters and balancing biases once, from this rank's micro-batches and the cfg of

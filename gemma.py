@@ -151,7 +151,7 @@ GEMMA2 = PUBLISHED | dict(
 )  # fmt: skip
 GEMMA3 = PUBLISHED | dict(vocab_size=262144)
 GEMMA3_LARGE = GEMMA3 | dict(window=1024, batch_size=128)
-TABLE = (  # columns of the papers' tables: sizes, and tokens of the two phases
+TABLE = (  # columns below: sizes (papers, released code), and tokens of the two phases
     "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "query_scalar", "hidden_dim",
     "tokens", "long_tokens",
 )  # fmt: skip
@@ -661,8 +661,9 @@ def parallelize(model, cfg, mesh):
             block.compile(dynamic=False)
     if mesh.size() > 1:
         policy = fsdp.MixedPrecisionPolicy(model.dtype, torch.float32, cast_forward_inputs=False)
+        shards = mesh if cfg.dp_replicate > 1 else mesh["dp"]  # no all-reduce over one copy
         for module in (*model.blocks, model):  # the root comes last, and stays gathered
-            fsdp.fully_shard(module, mesh=mesh, mp_policy=policy)
+            fsdp.fully_shard(module, mesh=shards, mp_policy=policy)
     return model
 
 def fill_parameter(p, value):
@@ -798,7 +799,9 @@ def fill_weights(model, path):
 
 def from_hf(path):
     """(model, cfg) from the directory of a Gemma2ForCausalLM or a Gemma3ForCausalLM."""
-    cfg = Config(**read_gemma_shape(path))
+    shape = read_gemma_shape(path)
+    theirs = json.loads((Path(path) / "config.json").read_text())
+    cfg = Config(**shape, seq_len=theirs.get("max_position_embeddings", 32768))
     model = Gemma(cfg)
     fill_weights(model, path)
     return model, cfg
@@ -1017,7 +1020,9 @@ def check(cfg, ranks):
         (cfg.n_heads % cfg.n_kv_heads, f"{cfg.n_kv_heads} key-value heads, {cfg.n_heads} heads"),
         (cfg.window >= cfg.seq_len and not cfg.init,
          f"--window {cfg.window} is not less than {cfg.seq_len} tokens"),
-        (cfg.tokens == 0, "--tokens is 0"),
+        (cfg.head_dim % 2, f"--head_dim {cfg.head_dim} is odd"),
+        (cfg.tokens * cfg.rope_factor * cfg.long_rope_factor == 0,
+         "--rope_factor, --long_rope_factor or --tokens is 0"),
         (cfg.warmup > 0.1, f"--warmup {cfg.warmup} is more than a tenth of the run"),
         (cfg.dp * cfg.dp_replicate != ranks,
          f"dp {cfg.dp} x dp_replicate {cfg.dp_replicate} are not {ranks} ranks"),

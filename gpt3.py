@@ -459,6 +459,8 @@ def learn_ranks(documents, n_entries, n_characters, folder):
     """train_bpe on the documents that are not held out, in the order of their hashes, up to
     n_characters. Rank 0 writes the result to folder/ranks.tiktoken if folder is not empty."""
     documents = sorted(documents, key=lambda document: stable_hash(document[0]))
+    if not documents:
+        raise ValueError("a BPE is learned from text, and --data has token shards")
     texts = [text for name, text in documents if not is_held_out(name)]
     texts = texts or [text for _, text in documents]
     sizes = itertools.accumulate(map(len, texts), initial=0)
@@ -504,7 +506,8 @@ class TrainingMix:
     def __init__(self, mix, corpora):
         self.corpora = corpora
         self.token_bytes = corpora[0].token_bytes
-        sums = itertools.accumulate(mix.values(), initial=0.0)
+        self.weights = list(mix.values())
+        sums = itertools.accumulate(self.weights, initial=0.0)
         self.shares = np.diff([round(1000 * part) for part in sums]).tolist()
 
     def draw(self, index, seed):
@@ -518,8 +521,8 @@ class TrainingMix:
 
     def n_windows(self, length):
         """Sequences of length + 1 ids until one of the corpora begins another epoch."""
-        pairs = zip(self.corpora, self.shares)
-        return min(1000 * corpus.n_windows(length) // share for corpus, share in pairs)
+        pairs = zip(self.corpora, self.weights)
+        return round(min(corpus.n_windows(length) / weight for corpus, weight in pairs))
 
     def window(self, index, length, seed):
         """Window `index` of the run, length + 1 ids."""
@@ -540,8 +543,9 @@ def parse_weights(text):
             mix[path] = mix.get(path, 0.0) + float(weight or 1)
     total = sum(mix.values())
     least = min(mix, key=mix.get)
-    if not mix[least] > 0.002 * total:  # two sequences of a block of TrainingMix
-        raise ValueError(f"the weight of {least or 'the library'} is {mix[least]:g} of {total:g}")
+    if not 0 < 0.002 * total <= mix[least] < math.inf:  # two sequences of a block of TrainingMix
+        what = f"is {mix[least]:g} of {total:g}, less than 2 of 1,000"
+        raise ValueError(f"the weight of {least or 'the library'} {what}")
     return {path: weight / total for path, weight in mix.items()}
 
 def load_mix(cfg):
@@ -556,6 +560,8 @@ def load_mix(cfg):
     # benchmark texts of appendix C are left out: --data is read as it is.
     mix = parse_weights(cfg.data)
     sources = {path: find_files(path) for path in mix}  # (text files, token shards) of each
+    if cfg.write_tokens and (len(mix) > 1 or any(shards for _, shards in sources.values())):
+        raise ValueError("--write_tokens takes text of one corpus, not a mix or token shards")
     texts = (text for path in mix for text in read_documents(path, sources[path][0]))
     if cfg.train_tokenizer:
         learn_ranks(texts, cfg.train_tokenizer, math.inf, cfg.out)
@@ -571,8 +577,6 @@ def load_mix(cfg):
     corpora = []
     for path, (files, shards) in sources.items():
         documents = tokenize(read_documents(path, files), tokenizer, separator)
-        if cfg.write_tokens and (shards or len(mix) > 1):
-            raise ValueError("--write_tokens takes text of one corpus, not a mix or token shards")
         if cfg.write_tokens:
             return write_tokens(cfg.write_tokens, documents)
         sizes = cfg.vocab_size, math.ceil(cfg.batch_size * mix[path]), cfg.seq_len
@@ -645,13 +649,13 @@ def learning_rate(tokens, cfg):
 
 def batch_at(tokens, cfg):
     """Appendix B: sequences of the update that follows `tokens`. The number grows linearly in
-    tokens over the ramp, rounded down to a multiple that fills the pipelines of all ranks."""
+    tokens over the ramp, rounded down to a multiple that the ranks can share."""
     if not cfg.first_batch or tokens >= cfg.ramp * cfg.tokens:
         return cfg.batch_size
-    multiple = math.lcm(cfg.batch_multiple, cfg.dp * cfg.pp * max(cfg.micro_batch, 1))
+    multiple = math.lcm(cfg.batch_multiple, cfg.dp * max(cfg.micro_batch, 1))
+    least = math.ceil(cfg.dp * cfg.pp * max(cfg.micro_batch, 1) / multiple) * multiple
     grown = (cfg.batch_size - cfg.first_batch) * tokens / (cfg.ramp * cfg.tokens)
-    grown = int(cfg.first_batch + grown) // multiple * multiple
-    return min(max(grown, multiple), cfg.batch_size)
+    return min(max(int(cfg.first_batch + grown) // multiple * multiple, least), cfg.batch_size)
 
 def count_steps(cfg, tokens=0):
     """(updates of the ramp, all updates) from `tokens` to the end of the run."""
@@ -697,7 +701,7 @@ def lay_out(cfg, ranks):
         raise ValueError(f"{layout} are not {ranks} ranks")
     cfg = dataclasses.replace(cfg, dp=ranks // others)
     if cfg.pp > 1 and not cfg.micro_batch:
-        first = cfg.first_batch or cfg.batch_size
+        first = min(cfg.first_batch or cfg.batch_size, cfg.batch_size)
         cfg.micro_batch = max(first // (2 * cfg.pp * cfg.dp), 1)
     return cfg
 
@@ -918,8 +922,8 @@ def from_hf(path):
         cfg.hidden_dim = cfg.hidden_dim or 4 * cfg.dim
         model = GPT3(cfg)
         tensors = {k.removeprefix("transformer."): v for k, v in read_hf_tensors(path).items()}
-        for name, tensor, _ in gpt2_tensors(model, cfg.n_heads):
-            tensor.copy_(tensors[name].view_as(tensor))
+        for name, tensor, shape in gpt2_tensors(model, cfg.n_heads):
+            tensor.copy_(tensors[name].expand(shape).view_as(tensor))
     return model, cfg
 
 def to_hf(model, cfg, path):
@@ -1130,6 +1134,11 @@ def check(cfg, ranks):
         (cfg.hidden_dim % cfg.tp, f"--tp {cfg.tp} does not divide --hidden_dim {cfg.hidden_dim}"),
         (cfg.dp * n_micro * micro != cfg.batch_size,
          f"--batch_size {cfg.batch_size} is not {cfg.dp} ranks x n micro-batches of {micro}"),
+        (cfg.dropout >= 1, f"--dropout {cfg.dropout} is not less than 1"),
+        (cfg.warmup > 0.1, f"--warmup {cfg.warmup} is more than a tenth of the run"),
+        (cfg.tokens <= 0, "--tokens is 0"),
+        (cfg.compile and cfg.first_batch and not cfg.micro_batch,
+         "--compile needs --micro_batch where the batch grows"),
         (cfg.pp > cfg.n_layers + 2,
          f"{cfg.n_layers} layers, embedding and softmax are fewer than --pp {cfg.pp}"),
         (n_micro < cfg.pp, f"{n_micro} micro-batches are fewer than --pp {cfg.pp}"),

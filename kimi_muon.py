@@ -119,7 +119,7 @@ class Config:
     tokens: float = 15.96e12  # tokens of the run
     steps: int = 0  # updates of the run at the full batch; scales all token counts; 0: no scaling
     ramp_tokens: float = 0.0  # tokens at the start with batches of --first_batch; 0: none
-    first_batch: int = 0  # sequences per update during --ramp_tokens; 0: --batch_size
+    first_batch: int = 0  # sequences per update during --ramp_tokens
     long_tokens: float = 60e9  # tokens at the end in sequences of --long_seq_len; 0: none
     long_seq_len: int = 32768  # tokens of a sequence at the end; a batch keeps its tokens
     schedule: Literal["moonlight", "k2", "cosine"] = "k2"  # curve of the learning rate
@@ -1139,6 +1139,8 @@ def to_hf(model, cfg, path):
 
     with written_beside(path) if is_writer else contextlib.nullcontext() as folder:
         for name, number, ours, rows in hf_views(model, cfg):
+            if sum(tensor.nbytes for tensor in tensors.values()) > 5e9:
+                write_file()
             parts = [ours]
             if model.ep and "{}" in name:
                 parts = [torch.empty_like(ours) for _ in range(cfg.ep)]
@@ -1147,8 +1149,6 @@ def to_hf(model, cfg, path):
                 key = name.format(number + rank * cfg.n_experts // len(parts))
                 tensors[key] = torch.empty_like(part, device="cpu")
                 tensors[key][rows] = part.cpu()
-            if sum(tensor.nbytes for tensor in tensors.values()) > 5e9:
-                write_file()
         if is_writer:
             write_file()
             (folder / "config.json").write_text(json.dumps(kimi_hf_config(cfg), indent=2) + "\n")
@@ -1332,6 +1332,9 @@ def check(cfg, ranks):
             raise ValueError(f"--{field.name} {getattr(cfg, field.name)} is not {least} or more")
     for wrong, message in (
         (cfg.tau == 0, "--tau 0 is not above 0"),
+        (cfg.rope_dim % 2 or cfg.rope_theta <= 1, "--rope_dim is odd, or --rope_theta 1 or less"),
+        (cfg.rope_factor < 1, f"--rope_factor {cfg.rope_factor} is not 1 or more"),
+        (cfg.ramp_tokens and not cfg.first_batch, "--ramp_tokens needs --first_batch"),
         (cfg.n_dense > cfg.n_layers, f"--n_dense {cfg.n_dense} is above {cfg.n_layers} layers"),
         (cfg.top_k > cfg.n_experts, f"--top_k {cfg.top_k} is above {cfg.n_experts} experts"),
         (cfg.ep * cfg.dp != ranks, f"ep {cfg.ep} x dp {cfg.dp} are not {ranks} ranks"),

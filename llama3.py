@@ -245,7 +245,7 @@ def parse_stages(cfg):
     rows = []
     end = 0.0  # of a part of the ramp
     for part in filter(None, cfg.ramp.split(",")):
-        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*):([\d.e+]+)", part)
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*):(\d+\.?\d*(?:[eE]\+?\d+)?)", part)
         if not match or float(match[3]) <= end:
             raise ValueError(f"--ramp: {part} is not LENGTHxSEQUENCES:TOKENS, or is out of order")
         end = float(match[3])
@@ -872,11 +872,10 @@ class GatherSequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        parts = gradient.chunk(ctx.group.size(), 3)
-        parts = [part.float().contiguous() for part in parts]  # summed in fp32
-        own = torch.empty_like(parts[0])
-        dist.reduce_scatter(own, parts, group=ctx.group)
-        return own.type_as(gradient), None
+        parts = torch.stack(gradient.chunk(ctx.group.size(), 3))
+        received = torch.empty_like(parts)  # torch.compile cannot trace reduce_scatter of a list
+        dist.all_to_all_single(received, parts, group=ctx.group)
+        return received.float().sum(0).type_as(gradient), None  # summed in fp32
 
 def context_positions(length, ranks, rank):
     """§3.3.2: the positions of a context-parallel rank. Of 2 x ranks chunks it holds one from the
@@ -1021,13 +1020,11 @@ class Pipeline:
         self.saved[f"average_tp{self.mesh['tp'].get_local_rank()}"] = self.average
 
     def start_phase(self, cfg):
-        """Prepare for a phase: its positions, and a schedule, whose shapes are fixed, for training
-        and one for validation, since PyTorch 2.11 keeps whether the first run had gradients."""
+        """Prepare for a phase: its positions, and a new schedule, whose shapes are fixed."""
         self.cfg = cfg
         for stage in self.stages:
             stage.set_rope(cfg)
-        if cfg.pp > 1:
-            self.schedules = {gradients: self.make_schedule() for gradients in (True, False)}
+        self.use = None  # of self.schedule: whether there are gradients
 
     def make_schedule(self):
         """A schedule of this rank's stages for the batches of self.cfg."""
@@ -1089,8 +1086,10 @@ class Pipeline:
         tokens = inputs.pop("tokens")
         first = [tokens] if self.mesh["pp"].get_local_rank() == 0 else []
         losses = []
-        schedule = self.schedules[torch.is_grad_enabled()]
-        step = schedule.step if torch.is_grad_enabled() else schedule.eval
+        if self.use != torch.is_grad_enabled():  # PyTorch 2.11 keeps what the first run had
+            self.use = torch.is_grad_enabled()
+            self.schedule = self.make_schedule()
+        step = self.schedule.step if self.use else self.schedule.eval
         step(*first, target=inputs["targets"], losses=losses, return_outputs=False, **inputs)
         return losses
 

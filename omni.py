@@ -1139,7 +1139,7 @@ def tone(hertz, seconds):
     return 0.5 * np.sin(phase) * fade
 
 def draw_beeps(pitches, starts, seconds, n):
-    """A wave [n]: for each pitch a tone, which begins with sample `start` of silence."""
+    """A wave [n]: silence in which a tone of each pitch begins at its sample in `starts`."""
     wave = np.zeros(n)
     for hertz, start in zip(pitches, starts):
         beep = tone(hertz, seconds)[: n - start]
@@ -1571,7 +1571,8 @@ def read_image(path):
         width, height = map(int, header.groups())
         image = content[header.end() :][: height * width * 3].reshape(height, width, 3)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-        raise ValueError(f"{path} holds {image.dtype} {image.shape}, not uint8 [H, W, 3]")
+        holds = f"{path} holds {image.dtype} {image.shape}"
+        raise ValueError(f"{holds}, not uint8 [H, W, 3]; a clip is a folder")
     return image
 
 def read_frames(path, fps, target_fps):
@@ -1609,9 +1610,9 @@ def read_manifest(path, target_fps):
                 for key, kind in (("audio", "wave"), ("speech", "speech")):
                     if key in row:
                         media[kind] = read_wave(folder / row[key])
-                for key in ("image", "video"):
+                for key, fps in (("image", 0), ("video", row["fps"])):
                     if key in row:
-                        media["frames"] = read_frames(folder / row[key], row["fps"], target_fps)
+                        media["frames"] = read_frames(folder / row[key], fps, target_fps)
             rows.append(([(row["text"], "")], media))
     return rows
 
@@ -1964,7 +1965,7 @@ def read_omni_config(path, cfg):
         cfg.rope_theta = rope.get("rope_theta", Config.rope_theta)
         cfg.rotary_dim = int(cfg.head_dim * rope.get("partial_rotary_factor", 0.25))
         cfg.position_side = math.isqrt(theirs["vision_config"].get("num_position_embeddings", 2304))
-        ours, audio = omni_configs(cfg)  # the only values that are supported, of most keys
+        ours, audio = omni_configs(cfg)  # what is written for this shape is what can be read
         ours |= {"audio_tower": audio, "rope": ours["text_config"].pop("rope_parameters")}
         theirs["rope"] = rope
         free = ("architectures", "max_position_embeddings")
@@ -2221,7 +2222,13 @@ def check(cfg, ranks):
     stages = stage_names(cfg)
     for wrong, message in (
         (cfg.rotary_dim % 2 or cfg.rotary_dim > cfg.head_dim, f"--rotary_dim {cfg.rotary_dim}"),
-        (cfg.codebook_size < cfg.n_codebooks, "--codebook_size is less than --n_codebooks"),
+        (cfg.n_heads % cfg.n_kv_heads, f"{cfg.n_kv_heads} key-value heads, {cfg.n_heads} heads"),
+        (cfg.value_heads % cfg.key_heads, f"{cfg.key_heads} key, {cfg.value_heads} value heads"),
+        (cfg.vision_dim % (4 * cfg.vision_heads), "4 vision_heads do not divide vision_dim"),
+        (cfg.top_k > cfg.n_experts, f"--top_k {cfg.top_k} of {cfg.n_experts} experts"),
+        (cfg.n_frames < 3 or cfg.fps == 0, "--n_frames is less than 3, or --fps is 0"),
+        (not 2 <= cfg.n_codebooks <= min(cfg.codebook_size, len(BANDS)),
+         f"--n_codebooks {cfg.n_codebooks} with --codebook_size {cfg.codebook_size}"),
         ("a0" in stages and not cfg.decoder_layers, "stage a0 needs --decoder_layers"),
         ("t1" in stages and not cfg.talker_layers, "stage t1 needs --talker_layers"),
         (cfg.warmup > 0.1, f"--warmup {cfg.warmup} is more than a tenth of the run"),
@@ -2230,6 +2237,7 @@ def check(cfg, ranks):
         (ranks * n_micro * micro != cfg.batch_size,
          f"--batch_size {cfg.batch_size} is not {ranks} ranks x n micro-batches of {micro}"),
         (cfg.resume and not cfg.out, "--resume needs --out"),
+        (cfg.eval and not cfg.out and not cfg.init, "--eval needs --out or --init"),
     ):  # fmt: skip
         if wrong:
             raise ValueError(message)
@@ -2677,7 +2685,7 @@ def read_standard_library():
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in skipped]  # those to walk through
         files += [Path(folder, name) for name in names if name.endswith(".py")]
-    for file in sorted(files):
+    for file in sorted(filter(Path.is_file, files)):
         yield file.relative_to(root).as_posix(), file.read_text("utf-8-sig", errors="ignore")
 
 def load_tokenizer(name, specials):

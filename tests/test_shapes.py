@@ -150,7 +150,7 @@ def test_deepseek_v3_recomputes_what_it_should_and_counts_tokens_once(how, atten
     assert sum(router.load.sum() for router in v3.routers(model).values()) == cfg.top_k * 22
 
 
-@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "omni"], indirect=True)  # which deals items: test_omni.py
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "omni"], indirect=True)  # which deals items: test_gradients.py
 def test_ranks_and_micro_batches_share_out_the_same_sequences(script, monkeypatch):
     """However a global batch is cut, its parts are the sequences of the whole, in order, and their counts add up."""
     module, row = script

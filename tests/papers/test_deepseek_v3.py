@@ -237,3 +237,11 @@ def test_an_extension_may_have_the_batch_of_pre_training(tmp_path):
     flags = [f"--{flag}={value}" for flag, value in (ROW.small | dict(preset="demo", data=tmp_path, val_batches=1)).items()]
     _, out, _ = run_main("deepseek_v3", [*flags, "--tokens=128", "--long=16x4:1"])
     assert out.index("YaRN factor 1") < out.index("step 1/3") < out.index("YaRN factor 2") < out.index("step 3/3")
+
+
+def test_first_pipeline_stage_passes_a_balance_loss_in_fp32_on():
+    """Also if it has dense blocks alone, under bf16: the next stage's buffer is fp32."""
+    model = make_model(v3, ROW, tiny(n_layers=2, n_dense=2, mtp=False)).bfloat16()
+    model.dtype, model.head = torch.bfloat16, None
+    x, balance = v3.PipelinePart(model)(tokens=torch.arange(22).view(2, 11), targets=None)
+    assert (x.dtype, balance.dtype) == (torch.bfloat16, torch.float32) and balance.requires_grad

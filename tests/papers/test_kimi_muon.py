@@ -40,6 +40,8 @@ def test_yarn_router_biases_and_entropy_are_the_specifications(alone):
     """K2's YaRN keeps indices 0-19 of 32, divides 20-31 by 32 and multiplies the scores by 1.813260; balancing biases move by centred signs."""
     factors = 50000.0 ** (-torch.arange(32) / 32) / kimi.yarn_beta_frequencies(64, 50000.0, 32.0, 4096, 1.0)
     assert factors.tolist() == pytest.approx([1.0] * 20 + [32.0] * 12)
+    factors = 50000.0 ** (-torch.arange(32) / 32) / kimi.yarn_beta_frequencies(64, 50000.0, 64.0, 4096, 32.0)  # K2.5: a ramp from 8 to 20
+    assert factors[:9].tolist() == pytest.approx([1.0] * 9) and factors[20:].tolist() == pytest.approx([64.0] * 12) and 1 < factors[9] < factors[19] < 64
     for factor, square in ((32.0, 1.813260), (64.0, 2.004740)):
         block = kimi.Block(config(rope_factor=factor, head_dim=128, rope_dim=64), dense=True)
         assert block.attn.scale * 192**0.5 == pytest.approx(square, rel=1e-6)
@@ -111,7 +113,13 @@ def test_newton_schulz_and_muon_are_the_specifications_and_torchs(monkeypatch):
     w.grad = torch.diag(torch.tensor([3.0, 4.0]))
     kimi.Muon([w], lr=0.1, weight_decay=0.1, orthogonalize=lambda matrices: kimi.orthogonalize(matrices, torch.float32)).step()
     torch.testing.assert_close(w.data, torch.diag(torch.tensor([0.969554, 0.958344])), atol=1e-6, rtol=0)
+    s = torch.linspace(0.01, 1.0, 200, dtype=torch.float64)  # the map of one singular value
+    for _ in range(5):
+        s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+    assert 0.6818 <= s.min() and s.max() <= 1.1344
     assert kimi.newton_schulz(normal(64, 256), torch.float32).square().mean().sqrt().item() == pytest.approx(0.0536, abs=2e-3)
+    updates = kimi.orthogonalize([normal(64, 256), normal(256, 64), normal(3, 48, 96)], torch.float32)
+    assert all(0.16 < update.square().mean().sqrt() < 0.21 for update in updates)
     ours = [torch.nn.Parameter(normal(*shape, seed=i)) for i, shape in enumerate([(24, 40), (40, 24), (24, 40)])]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     mine = kimi.Muon(ours, lr=0.02, weight_decay=0.1, orthogonalize=lambda matrices: kimi.orthogonalize(matrices, torch.bfloat16))
@@ -247,6 +255,9 @@ def test_runs_clip_log_and_go_on(ranks, tmp_path):
     shutil.rmtree(one / "step_000000006")
     status, out, err = run_main("kimi_muon", [*flags, "--out", one, "--resume"])
     assert status == 0 and "step 4/6" not in out and rows(one)[-2:] == losses[-2:], err
+    shutil.rmtree(one / "step_000000006")
+    results = ranks.run(2, run_main, "kimi_muon", [*flags, "--ep=1", "--out", one, "--resume"], timeout=120)
+    assert results[0][0] == 0 and rows(one)[-2:] == pytest.approx(losses[-2:], rel=1e-5), results[0]
     (status, _, err), _ = ranks.run(2, run_main, "kimi_muon", [*flags, "--ep=2", "--out", one, "--resume"])
     assert status == 2 and "has --ep 1: --export DIR, then --init DIR" in err
     config = json.loads((hf / "config.json").read_text())
