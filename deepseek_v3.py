@@ -30,9 +30,9 @@ Run: python deepseek_v3.py                          # a laptop: the preset demo
      torchrun --nnodes=256 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
          deepseek_v3.py --preset 671b --pp 16 --ep 64 --data shards/ --eos_id 1 \
          --fim_ids 128801,128800,128802 --out /shared/671b --resume
-     (26 GiB per rank. The run stops before the extension to 32K; the same command on 128 nodes
-     continues it, with 67 GiB per rank. No layout fits the extension to 128K: 480 sequences are too
-     few for 16 stages.)
+     (32 GiB per rank. The run stops before the extension to 32K. The same command on 128 nodes
+     continues it, with 87 GiB per rank, more than 80 GB: PyTorch's stages keep a buffer for every
+     micro-batch. No layout fits the extension to 128K: 480 sequences are too few for 16 stages.)
 Expect: in about a minute on two CPU cores the demo's held-out bits per byte fall from 8.05 to 2.76;
 the loss of multi-token prediction stays close to the main loss, and the load of the busiest expert
 falls from 2.9 to 1.2 times the mean; after the extension, with fixed biases, it is 1.5.
@@ -1372,6 +1372,9 @@ def stage_memory(cfg, stage):
     positions = micro * cfg.seq_len
     in_flight = min(cfg.pp - stage, n_micro)  # micro-batches of 1F1B
     memory["activations"] = positions * (in_flight * kept + again)
+    # PyTorch's stages keep a buffer per micro-batch for what each of their neighbours sends.
+    n_neighbours = (stage > 0) + (stage < cfg.pp - 1)
+    memory["received"] = n_micro * n_neighbours * positions * size * cfg.dim
     if is_last:  # logits of a chunk, their softmax and its gradient, and inputs of norms and heads
         memory["activations"] += 12 * min(positions * cfg.vocab_size, 2**25)
         memory["activations"] += positions * (4 + 2 * size) * cfg.dim * (1 + 3 * cfg.mtp)
