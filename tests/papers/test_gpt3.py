@@ -131,7 +131,8 @@ def test_presets_ramp_and_steps(capsys):
         flops = gpt3.flops_per_token(gpt3.Config(dim=1, hidden_dim=0, n_layers=2, band=band))  # 6 (8 weights + 2 keys)
         assert 2048 * (flops / 6 - 8) / 2 == approx(2_098_176 + pairs)
     cfg = gpt3.lay_out(gpt3.Config(**gpt3.PRESETS["175b"], tp=8, pp=12), 1536)
-    assert sum(gpt3.memory_per_rank(cfg).values()) < 80 * 2**30
+    memory = gpt3.memory_per_rank(cfg)
+    assert sum(memory.values()) < 80 * 2**30 and memory["received"] == 2 * 96 * 2048 * 12288 * 4  # of 96 micro-batches, from either side
     for name, heads in dict(gpt2=12, gpt2_medium=16, gpt2_large=20, gpt2_xl=25).items():
         cfg = gpt3.Config(**gpt3.PRESETS[name], dp=1)
         sizes = cfg.n_heads, cfg.seq_len, cfg.batch_size, cfg.band, gpt3.count_steps(cfg), cfg.warmup * cfg.tokens
