@@ -96,7 +96,7 @@ class Config:
     kv_rank: int = 512  # d_c, width of the latent of keys and values
     head_dim: int = 128  # d_h, width of a head without its rotary part
     rope_dim: int = 64  # d_h^R, width of the rotary part of queries and keys
-    norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+    norm_eps: float = 1e-6  # added to the mean square in RMSNorm; 1e-6 for latents
     init_std: float = 0.006  # standard deviation of the initial matrices
     # Experts, §2.1.2
     n_experts: int = 256  # X, routed experts of a layer
@@ -116,7 +116,7 @@ class Config:
     data: str = ""  # file or directory of text or token shards; empty: Python's standard library
     tokenizer: str = ""  # bytes, an encoding of tiktoken or a BPE rank file; empty: bytes
     eos_id: int = 0  # id that ends each document in token shards, without --tokenizer; 0: unknown
-    fim_ids: str = ""  # BEGIN,HOLE,END: ids for fill-in-the-middle; empty: those of the tokenizer
+    fim_ids: str = ""  # BEGIN,HOLE,END: ids for fill-in-the-middle in shards, without --tokenizer
     fim: float = 0.1  # share of documents that are rearranged for fill-in-the-middle
     pack: int = 256  # maximum number of sequences that documents are packed into at once
     seq_len: int = 4096  # T, tokens of a sequence in pre-training
@@ -138,7 +138,7 @@ class Config:
     lr: float = 2.2e-4  # peak learning rate
     min_lr: float = 2.2e-5  # learning rate from 14.3/14.8 of the tokens on
     last_lr: float = 7.3e-6  # learning rate from 14.633/14.8 of the tokens on
-    decay: Literal["cosine", "steps"] = "cosine"  # steps: 0.316 lr after 80 %, 0.1 lr after 90 %
+    decay: Literal["cosine", "steps"] = "cosine"  # decay of lr; steps: x 0.316 at 80 % and 90 %
     warmup_steps: int = 2000  # updates of linear warm-up, at most a tenth of the run
     weight_decay: float = 0.1  # decoupled weight decay of matrices and embeddings
     adam_eps: float = 1e-8  # added to the root of Adam's second moment
@@ -152,7 +152,7 @@ class Config:
     # Machine
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"  # auto: bf16 on a GPU, else fp32
     compile: bool = False  # compile attention and dense feed-forward layers with torch.compile
-    recompute: Literal["none", "paper", "block"] = "none"  # activations to recompute; paper: §3.2.3
+    recompute: Literal["none", "paper", "block"] = "none"  # what to recompute; paper: norms, SwiGLU
     timeout: int = 600  # timeout of a collective, in seconds
     dry_run: bool = False  # print parameters, FLOPs and memory per rank, then exit
     world_size: int = 1  # number of ranks that --dry_run plans for
@@ -319,6 +319,7 @@ class MultiHeadLatentAttention(nn.Module):
     has head_dim channels without position and rope_dim rotary ones; all heads share the rotary key.
     `scale` multiplies the scores."""
     # Undisclosed: "additional scaling factors" at the latents (§4.2). The released code has none.
+    # Undisclosed: eps of the latents' norms. Here 1e-6, as in the released code.
 
     def __init__(self, dim, n_heads, q_rank, kv_rank, head_dim, rope_dim):
         super().__init__()
@@ -775,7 +776,8 @@ def objective(model, batch, cfg):
     that the model returns are divided by counts of the global batch: nats by n_targets, those
     of multi-token prediction too, although it has one less in each sequence (Eq. 24), and the
     balance loss by n_sequences."""
-    # Undisclosed: how L_Bal adds up. Summed over layers and averaged over sequences, as in V2.
+    # Undisclosed: how L_Bal adds up. Summed over layers, that of multi-token prediction included,
+    # and averaged over sequences, as in V2; the bias of its router is updated like the others.
     nats, mtp_nats, balance = model(batch["tokens"], batch["targets"])
     main = nats / batch["n_targets"]
     mtp = mtp_nats / batch["n_targets"]
@@ -812,15 +814,16 @@ def build_optimizer(flats, cfg):
 def learning_rate(tokens, cfg):
     """§4.2, after so many tokens: linear warm-up over updates; lr up to 10/14.8 of pre-training, a
     cosine to min_lr at 14.3/14.8, min_lr up to 14.633/14.8, then last_lr, also in the extension
-    (§4.3). With --decay steps V2-Lite's: lr, reduced twice."""
+    (§4.3). With --decay steps, as V2-Lite: lr, times 0.316 at 80 % and again at 90 % of the tokens.
+    """
     n_updates = planned_updates(0, tokens, cfg)
-    if n_updates < cfg.warmup_steps:
+    if n_updates < cfg.warmup_steps and cfg.tokens:  # an extension alone has no warm-up
         return cfg.lr * n_updates / cfg.warmup_steps
     share = tokens / cfg.tokens if cfg.tokens else 1.0
     if cfg.decay == "steps":
         if share < 0.8:
             return cfg.lr
-        return cfg.lr * (0.316 if share < 0.9 else 0.1)
+        return cfg.lr * (0.316 if share < 0.9 else 0.316**2)
     if share >= 14.633 / 14.8:
         return cfg.last_lr
     done = min(max((share * 14.8 - 10) / 4.3, 0.0), 1.0)
@@ -845,8 +848,10 @@ def update_biases(own, gamma, loads):
 # summed in fp32, and residual stream and attention are bf16; router, norm statistics, rotary
 # angles, softmax and loss are fp32. Under fp8 (§3.3) the products of attention's projections, of
 # the feed-forward layers and of the experts take E4M3 operands, and AdamW's moments are bf16;
-# embedding, head, router, norms, attention itself and the merge of multi-token prediction are not
-# cast down. Off Hopper the same arithmetic is emulated: codes times scales, multiplied in fp32.
+# embedding, head, router, norms and attention itself are not cast down. Off Hopper this is
+# emulated: codes times scales, multiplied and summed in fp32; the kernel sums each 128 products in
+# the tensor cores, and those sums in fp32 (N_C, §3.3.2).
+# Undisclosed: the merge of multi-token prediction. Here it stays bf16, as in the released weights.
 # Departure: weights are quantized from bf16 copies. The input of attention's output projection
 # is cached in E4M3, where the paper has E5M6, 12 bits that PyTorch lacks (§3.3.3). Experts cache
 # the input of their SwiGLU in bf16 and its output in E4M3, where the paper caches the input in FP8
@@ -856,7 +861,7 @@ PEAK_FLOPS = {"bf16": {  # dense, by precision and the device's exact name; othe
     "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989e12,
     "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA B200": 2250e12,
 }}  # fmt: skip
-PEAK_FLOPS["fp8"] = {name: 2 * peak for name, peak in PEAK_FLOPS["bf16"].items()}
+PEAK_FLOPS["fp8"] = {k: 2 * peak for k, peak in PEAK_FLOPS["bf16"].items() if "NVIDIA H" in k}
 
 def quantize(x, rows, columns, powers=False, least=1e-4):
     """§3.3.2: x [M, N] in tiles of rows x columns as (E4M3 codes [M', N'], fp32 scales [M' / rows,
@@ -1364,14 +1369,14 @@ def stage_memory(cfg, stage):
 
     dense, moe = kept_bytes(cfg)
     kept = n_dense * dense + n_moe * moe
-    again = 0
+    recomputed_block = 0
     if cfg.recompute == "block":
         kept = (n_dense + n_moe) * size * cfg.dim
-        again = max(dense, moe)
+        recomputed_block = max(dense, moe)
     n_micro, micro = split_batch(cfg, reading_ranks(cfg))
     positions = micro * cfg.seq_len
     in_flight = min(cfg.pp - stage, n_micro)  # micro-batches of 1F1B
-    memory["activations"] = positions * (in_flight * kept + again)
+    memory["activations"] = positions * (in_flight * kept + recomputed_block)
     # PyTorch's stages keep a buffer per micro-batch for what each of their neighbours sends.
     n_neighbours = (stage > 0) + (stage < cfg.pp - 1)
     memory["received"] = n_micro * n_neighbours * positions * size * cfg.dim
@@ -1751,8 +1756,12 @@ def check(cfg, ranks):
         (re.search(r"(^|[x:,])[0-]", cfg.long), f"--long {cfg.long} has a number below 1"),
         (cfg.n_experts % cfg.n_groups,
          f"{cfg.n_groups} groups do not divide {cfg.n_experts} experts"),
+        (cfg.groups_kept > cfg.n_groups,
+         f"--groups_kept {cfg.groups_kept} is more than {cfg.n_groups} groups"),
         (cfg.top_k > group * cfg.groups_kept,
          f"--top_k {cfg.top_k} is more than {cfg.groups_kept} groups of {group} experts"),
+        (cfg.tokenizer and (cfg.eos_id or cfg.fim_ids),
+         "--eos_id and --fim_ids are for token shards without --tokenizer"),
         (cfg.n_experts % cfg.ep, f"--ep {cfg.ep} does not divide {cfg.n_experts} experts"),
         (cfg.dim % 8 or cfg.expert_dim % 8, "--dim and --expert_dim are not multiples of 8"),
         (not plan(cfg), "--tokens and --long give not a single update"),
@@ -1987,7 +1996,7 @@ def main(argv=None):
         if given & {"steps", "tokens", "long"}:
             state["budget"] = budget
         n_updates = planned_updates(0, state["budget"], cfg)
-        if cfg.warmup_steps > n_updates // 10:
+        if cfg.tokens and cfg.warmup_steps > n_updates // 10:
             cfg.warmup_steps = n_updates // 10
             print(f"the warm-up is cut to {cfg.warmup_steps} updates, a tenth of the run")
         end = last_tokens(state["position"], state["budget"], cfg)

@@ -20,7 +20,8 @@ objective | §3.3, Table 3 parallelize. Gemma 3 §2, Table 1 Block, PRESETS | §
 unimax | §2.4, Table 2 parallelize | §5.3 token_phases, rotary_table.
 Legend: B batch, T positions, D width, H query heads, K key-value heads, G = H / K, E head width, F
 hidden width, V vocabulary, W window, M blocks of a window, S queries and P keys of a block of
-soft-capped attention, N positions of a chunk, n tokens sampled at a position.
+soft-capped attention, N positions of a chunk, n tokens sampled at a position (in
+get_batch: sequences).
 Conventions: rotary pairs are the two halves of a head; norms are fp32; T + 1 tokens give T inputs
 and T targets; loss in nats per target; a target of -100 is not scored.
 
@@ -88,7 +89,7 @@ class Config:
     n_heads: int = 4  # H, query heads
     n_kv_heads: int = 1  # K, key-value heads
     head_dim: int = 256  # E, width of a head
-    query_scalar: int = 256  # number whose square root divides the attention scores
+    query_scalar: int = 256  # its square root divides the scores; set it with --head_dim
     hidden_dim: int = 6912  # F, width of the feed-forward layer, that is, of its gate
     window: int = 512  # W, positions that a query of a local layer sees, its own included
     local_layers: int = 5  # local layers before each global one
@@ -99,7 +100,7 @@ class Config:
     rope_factor: float = 1.0  # number that divides the positions of global layers
     # Data: Gemma 2 §3.1, Gemma 3 §2.2
     data: str = ""  # PATH,...: a corpus for each language; empty: Python's standard library
-    max_epochs: float = 4.0  # passes over a corpus at most, where --data mixes several
+    max_epochs: float = 4.0  # passes at which UniMax limits a small corpus of a mix
     tokenizer: str = ""  # bytes, an encoding of tiktoken or a BPE rank file; empty: bytes
     # Phases: Gemma 3 §5.3
     seq_len: int = 32768  # T, tokens of a sequence
@@ -469,7 +470,7 @@ def flops_per_token(cfg):
 def unimax(sizes, budget, max_epochs):
     """Sampling weights {language: weight} of UniMax (Chung et al. 2023), to which Gemma 3 §2.2
     refers, from sizes {language: tokens}: equal shares of the budget of tokens, except that no
-    language is read more than max_epochs times."""
+    language is read more than max_epochs times, unless the budget needs more of all."""
     # Undisclosed: the maximum of passes, and what is changed in UniMax. Sizes here are in tokens.
     tokens = {}
     for name in sorted(sizes, key=sizes.get):  # the smallest first; what it leaves is shared
@@ -525,7 +526,8 @@ def get_batch(corpus, first, n, cfg):
     any resume see the same sequences.
     """
     # Undisclosed: the packing. Documents between BOS and EOS follow each other, are cut into
-    # windows of T + 1 tokens, and attention crosses from one to the next. An EOS predicts nothing.
+    # windows of T + 1 tokens, and attention crosses from one to the next. An EOS predicts nothing
+    # (in shards without --tokenizer it is unknown, and predicts the next document's first token).
     windows = np.stack([corpus.window(first + i, cfg.seq_len, cfg.seed) for i in range(n)])
     tokens = torch.from_numpy(windows[:, :-1].copy())
     targets = torch.from_numpy(windows[:, 1:])
@@ -694,6 +696,8 @@ def load_teacher(cfg, mesh):
     if theirs.vocab_size != cfg.vocab_size:
         sizes = f"{theirs.vocab_size:,} entries, and the student {cfg.vocab_size:,}"
         raise ValueError(f"the vocabulary of --teacher {cfg.teacher} has {sizes}")
+    if cfg.samples > cfg.vocab_size:
+        raise ValueError(f"--samples {cfg.samples} is more than the {cfg.vocab_size} tokens")
     teacher = build_sharded(theirs, mesh, cfg.teacher)
     fsdp.register_fsdp_forward_method(teacher, "hidden_states")  # gathers what soft_targets needs
     return teacher.requires_grad_(False)
@@ -1021,6 +1025,9 @@ def check(cfg, ranks):
         (cfg.window >= cfg.seq_len and not cfg.init,
          f"--window {cfg.window} is not less than {cfg.seq_len} tokens"),
         (cfg.head_dim % 2, f"--head_dim {cfg.head_dim} is odd"),
+        (cfg.data and "" in cfg.data.split(","), f"--data {cfg.data} has an empty path"),
+        (cfg.long_tokens and cfg.long_seq_len < cfg.seq_len and not cfg.init,
+         f"--long_seq_len {cfg.long_seq_len} is less than --seq_len {cfg.seq_len}"),
         (cfg.tokens * cfg.rope_factor * cfg.long_rope_factor == 0,
          "--rope_factor, --long_rope_factor or --tokens is 0"),
         (cfg.warmup > 0.1, f"--warmup {cfg.warmup} is more than a tenth of the run"),
@@ -1179,7 +1186,10 @@ def load_languages(cfg):
     if len(sources) == 1:
         return tokenizer, train[0], heldout[0]
     n_tokens = {path: corpus.size for path, corpus in zip(corpora, train)}
-    weights = unimax(n_tokens, cfg.tokens + cfg.long_tokens, cfg.max_epochs)
+    budget = cfg.tokens + cfg.long_tokens
+    weights = unimax(n_tokens, budget, cfg.max_epochs)
+    if budget > cfg.max_epochs * sum(n_tokens.values()):
+        print(f"warning: {budget:g} tokens are more than {cfg.max_epochs:g} passes over --data")
     for path, weight in weights.items():
         print(f"{path}: {weight:.1%} of the sequences")
     return tokenizer, LanguageMixture(train, weights), LanguageMixture(heldout, weights)
@@ -1220,9 +1230,10 @@ def main(argv=None):
         fixed = {name: getattr(cfg, name) for name in (*SHAPE, "seq_len", "long_seq_len")}
         if not cfg.eval:
             fixed |= {"seed": cfg.seed, "data_fingerprint": corpus.fingerprint()}
+            fixed |= {"has_teacher": bool(cfg.teacher), "samples": cfg.samples}
         for name, value in fixed.items():
-            if run and run[name] != value:
-                raise ValueError(f"{newest} has {name} {run[name]}, and this run {value}")
+            if run and run.get(name) != value:
+                raise ValueError(f"{newest} has {name} {run.get(name)}, and this run {value}")
 
         sizes = cfg.dp_replicate, cfg.dp
         mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("dp_replicate", "dp"))
@@ -1248,6 +1259,8 @@ def main(argv=None):
             to_hf(model, model.cfg, cfg.export)
         if tokenizer:
             ids = tokenizer.encode_ordinary(cfg.prompt)
+            if ids:
+                ids.insert(0, tokenizer.encode_single_token(BEGIN))  # as documents begin
             ids = ids or get_batch(heldout, 0, 1, model.cfg)["tokens"][0, :32].tolist()
             allowed_ids = torch.from_numpy(heldout.token_bytes > 0)
             print(tokenizer.decode(sample(model, ids, 256, allowed_ids, model.cfg)))

@@ -92,29 +92,29 @@ class Config:
     train_tokenizer: int = 0  # BPE entries to learn and write to ranks.tiktoken in --out, then exit
     # Optimization, Table 2.1 and appendix B
     batch_size: int = 256  # sequences per update after the ramp, over all ranks
-    first_batch: int = 16  # sequences of the first update; 0: batch_size
+    first_batch: int = 16  # sequences of the first update, before rounding; 0: batch_size
     batch_multiple: int = 1  # sequences by which the batch grows at each step of the ramp
     ramp: float = 4e9 / 300e9  # part of the run's tokens over which the batch grows
     tokens: float = 300e9  # tokens of the run, if --steps is 0
     steps: int = 0  # updates of the run; 0: as many as --tokens needs
     lr: float = 6e-4  # peak learning rate
-    warmup: float = 375e6 / 300e9  # part of the run's tokens over which the rate rises
-    decay: float = 260e9 / 300e9  # part of the run's tokens after which the rate is at its floor
+    warmup: float = 375e6 / 300e9  # part of the run's tokens over which the learning rate rises
+    decay: float = 260e9 / 300e9  # part of the run's tokens after which the rate is --floor
     floor: float = 0.1  # last learning rate, as a part of the peak
     beta1: float = 0.9  # decay of Adam's average of the gradient
     beta2: float = 0.95  # decay of Adam's average of the squared gradient
     eps: float = 1e-8  # number that Adam adds to the root of the averaged squared gradient
     weight_decay: float = 0.1  # decoupled weight decay of matrices and embeddings
     clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
-    noise_scale: bool = False  # measure and log the gradient noise scale, in sequences
+    noise_scale: bool = False  # log the gradient noise scale; needs micro-batches or --dp 2
     seed: int = 0  # seed of the weights, the order of the data and dropout
     # Parallelism, §2.1
-    micro_batch: int = 0  # sequences per forward pass of a rank; 0: all or, with --pp, all / (2 pp)
+    micro_batch: int = 0  # sequences per forward pass; 0: a rank's share, under --pp 1 / (2 pp)
     tp: int = 1  # tensor-parallel ranks, which share each layer's matrices
     pp: int = 1  # pipeline-parallel ranks, which share the layers
     dp: int = 0  # data-parallel ranks, each with a copy; 0: all that are left
     # Machine
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # bf16 on a GPU, fp32 on a CPU
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 (GPU) or fp32
     compile: bool = False  # compile each block with torch.compile
     recompute: Literal["none", "block"] = "none"  # block: recompute blocks in the backward pass
     timeout: int = 600  # timeout of a collective, in seconds
@@ -187,7 +187,7 @@ PATTERN = (  # how GPT-2 splits text into words, as released, for BPE rank files
 # ---------------------------------------- Model ----------------------------------------
 
 class SumGradient(torch.autograd.Function):
-    """Megatron's f, where a tensor enters the ranks of a group: its gradient sums over them."""
+    """Megatron's f: the identity forward; backward, the gradient's sum over a group's ranks."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -201,7 +201,7 @@ class SumGradient(torch.autograd.Function):
         return gradient, None
 
 class SumOutput(torch.autograd.Function):
-    """Megatron's g, where partial results leave the ranks of a group: they sum over them."""
+    """Megatron's g: the sum over a group's ranks forward; the identity backward."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -296,7 +296,7 @@ class ParallelMLP(nn.Module):
         return self.down(x)  # [B, T, D]
 
 class Block(nn.Module):
-    """GPT-2 §2.3, [B, T, D] -> [B, T, D]: a norm at the input of each branch; sums without one."""
+    """GPT-2 §2.3, [B, T, D] -> [B, T, D]: a norm begins each branch; sums have none."""
 
     def __init__(self, cfg, band, tp=None):
         super().__init__()
@@ -456,8 +456,9 @@ def train_bpe(texts, n_entries):
     return ranks
 
 def learn_ranks(documents, n_entries, n_characters, folder):
-    """train_bpe on the documents that are not held out, in the order of their hashes, up to
-    n_characters. Rank 0 writes the result to folder/ranks.tiktoken if folder is not empty."""
+    """train_bpe on the documents that are not held out (on all, if there are no others), in the
+    order of their hashes, up to n_characters. Rank 0 writes the result to folder/ranks.tiktoken if
+    folder is not empty."""
     documents = sorted(documents, key=lambda document: stable_hash(document[0]))
     if not documents:
         raise ValueError("a BPE is learned from text, and --data has token shards")
@@ -498,10 +499,12 @@ def make_tokenizer(name, documents, out):
 class TrainingMix:
     """Corpora that are drawn by weight (Table 2.2), one sequence at a time.
 
-    In each block of 1,000 sequences every corpus has its exact share, in an order that depends on
-    the seed and the block. Each corpus is read in its own order, and which of its windows comes
-    next follows from the index of the sequence alone.
+    In each block of 1,000 sequences every corpus has its share, rounded to 1 / 1,000, in an order
+    that depends on the seed and the block. Each corpus is read in its own order, and which of its
+    windows comes next follows from the index of the sequence alone.
     """
+
+    # Undisclosed: how corpora are drawn. Here by quotas of a block, not independently.
 
     def __init__(self, mix, corpora):
         self.corpora = corpora
@@ -555,7 +558,9 @@ def load_mix(cfg):
     (appendix B)."""
     # Table 2.2 prints, for Common Crawl (410B tokens), WebText2 (19B), Books1 (12B), Books2 (55B)
     # and Wikipedia (3B), weights of 60, 22, 8, 8 and 3 % and 0.44, 2.9, 1.9, 0.43 and 3.4 epochs in
-    # 300B tokens. The weights add up to 101 %; divided by that they give 0.43, 3.4, 2.0, 0.43, 3.0.
+    # 300B tokens.
+    # Departure: the printed weights add up to 101 %; they are divided by that, which gives 0.43,
+    # 3.4, 2.0, 0.43 and 3.0 epochs.
     # Departure: the quality filter and the fuzzy deduplication of appendix A and the removal of
     # benchmark texts of appendix C are left out: --data is read as it is.
     mix = parse_weights(cfg.data)
@@ -593,8 +598,8 @@ def get_batch(corpus, first, n, cfg):
     """
     # Appendix B: documents in one stream, a separator after each, cut into windows; nothing is
     # masked, all targets count, and attention crosses documents.
-    # Undisclosed: where windows begin. An epoch reads consecutive windows, from a random offset and
-    # in random order.
+    # Undisclosed: on which side of a document its separator stands, and where windows begin. An
+    # epoch reads consecutive windows, from a random offset and in random order.
     windows = np.stack([corpus.window(first + i, cfg.seq_len, cfg.seed) for i in range(n)])
     tokens = torch.from_numpy(windows[:, :-1].copy())
     targets = windows[:, 1:].copy()
@@ -926,7 +931,9 @@ def from_hf(path):
         model = GPT3(cfg)
         tensors = {k.removeprefix("transformer."): v for k, v in read_hf_tensors(path).items()}
         for name, tensor, shape in gpt2_tensors(model, cfg.n_heads):
-            tensor.copy_(tensors[name].expand(shape).view_as(tensor))
+            if tensors[name].shape != shape:
+                raise ValueError(f"{name} is {list(tensors[name].shape)}, not {list(shape)}")
+            tensor.copy_(tensors[name].view_as(tensor))
     return model, cfg
 
 def to_hf(model, cfg, path):
@@ -1139,6 +1146,9 @@ def check(cfg, ranks):
          f"--batch_size {cfg.batch_size} is not {cfg.dp} ranks x n micro-batches of {micro}"),
         (cfg.dropout >= 1, f"--dropout {cfg.dropout} is not less than 1"),
         (cfg.warmup > 0.1, f"--warmup {cfg.warmup} is more than a tenth of the run"),
+        (not cfg.warmup < cfg.decay <= 1,
+         f"--decay {cfg.decay} is not a part of the run that ends after --warmup {cfg.warmup}"),
+        (max(cfg.ramp, cfg.floor) > 1, "--ramp and --floor are parts, at most 1"),
         (cfg.tokens <= 0, "--tokens is 0"),
         (cfg.compile and cfg.first_batch and not cfg.micro_batch,
          "--compile needs --micro_batch where the batch grows"),
@@ -1151,6 +1161,8 @@ def check(cfg, ranks):
          f"--train_tokenizer: {cfg.out} has ranks.tiktoken already"),
         (cfg.resume and not cfg.out, "--resume needs --out"),
         (cfg.eval and not cfg.out and not cfg.init, "--eval needs --out or --init"),
+        (cfg.init and entries_to_learn(cfg.tokenizer),
+         f"--init needs the tokenizer of its model, and --tokenizer {cfg.tokenizer} learns one"),
         (cfg.export and cfg.tp * cfg.pp > 1, "--export needs a model without --tp and --pp"),
         (ranks > 1 and (cfg.write_tokens or cfg.train_tokenizer),
          "--write_tokens and --train_tokenizer run in one process, without torchrun"),

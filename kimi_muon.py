@@ -21,9 +21,9 @@ svd_entropy | Table 2 MultiHeadAttention, PRESETS | appendix C SigmoidRouter,
 update_centred_biases. K2 §2.1 largest_logits, qk_clip, muon_clip_step | §2.3 Kimi | §2.4
 DistributedExperts | §2.5 SCHEDULES, yarn_beta_frequencies. "Released" means the configurations
 and the weights at Hugging Face.
-Legend: B batch, T positions, N = B T tokens, D width, H heads, E head width, R its rotary part, C
-latent width, F hidden width, V vocabulary, X experts, K experts per token, M rows at the experts of
-a rank; A, B rows and columns of a matrix.
+Legend: B batch, T positions, N = B T tokens, D width, H heads, E head width, to which R
+rotary channels are added, C latent width, F hidden width, V vocabulary, X experts, K experts per
+token, M rows at the experts of a rank; A, B rows and columns of a matrix.
 Conventions: rotary pairs are (i, i + R/2), not the released interleaved ones; RMSNorm before each
 branch; T + 1 tokens give T inputs and T targets; losses and gradients are sums over ranks, divided
 by the targets of the whole global batch.
@@ -116,13 +116,13 @@ class Config:
     # Schedule: K2 §2.5
     seq_len: int = 4096  # T, tokens of a sequence
     batch_size: int = 16384  # sequences per update, over all ranks
-    tokens: float = 15.96e12  # tokens of the run
+    tokens: float = 15.96e12  # tokens of the run; the other token counts do not follow it
     steps: int = 0  # updates of the run at the full batch; scales all token counts; 0: no scaling
     ramp_tokens: float = 0.0  # tokens at the start with batches of --first_batch; 0: none
     first_batch: int = 0  # sequences per update during --ramp_tokens
     long_tokens: float = 60e9  # tokens at the end in sequences of --long_seq_len; 0: none
     long_seq_len: int = 32768  # tokens of a sequence at the end; a batch keeps its tokens
-    schedule: Literal["moonlight", "k2", "cosine"] = "k2"  # curve of the learning rate
+    schedule: Literal["moonlight", "k2", "cosine"] = "k2"  # rate of M, of K2, or a cosine
     lr: float = 2e-4  # peak learning rate
     # Optimization: M §2, K2 §2.1
     optimizer: Literal["muon", "adamw"] = "muon"  # optimizer of matrices; the rest uses AdamW
@@ -158,9 +158,9 @@ LARGE = dict(vocab_size=163840, precision="bf16", micro_batch=1, compile=True)
 DENSE = LARGE | dict(  # M Table 2: Llama-like, without experts and latents
     q_rank=0, kv_rank=0, norm_eps=1e-5, seq_len=8192, tau=1e9, schedule="cosine", long_tokens=0.0,
 )  # fmt: skip
-LAWS = ("n_layers", "n_dense", "n_heads", "dim", "hidden_dim", "tokens", "lr", "batch_size")
+TABLE_2 = ("n_layers", "n_dense", "n_heads", "dim", "hidden_dim", "tokens", "lr", "batch_size")
 PRESETS = {
-    # A CPU, a minute.
+    # A CPU, a minute. route_scale as M Figure 6 finds it, rounded.
     "demo": dict(
         dim=96, n_layers=3, hidden_dim=256, n_heads=4, q_rank=48, kv_rank=32, head_dim=16,
         rope_dim=16, n_experts=16, expert_dim=64, top_k=3, route_scale=1.7, bias_rate=0.01,
@@ -187,7 +187,8 @@ PRESETS = {
     # 131,072 positions is left out: K2 describes no training with it.
     # Undisclosed: u for K2 and when it ends; here Moonlight's u, to the end of the constant rate.
     "kimi_k2": LARGE | dict(recompute="block"),
-    # The language model of K2.5; epsilon and YaRN as released. Undisclosed: rates and batches.
+    # The language model of K2.5; epsilon and YaRN as in copies of the released configuration, not
+    # verified. Undisclosed: rates and batches.
     # Departure: tokens and phases are K2's, with YaRN to 262,144 positions throughout. K2.5 trains
     # a late checkpoint of K2 on 15T tokens, then on 500B and 200B, up to 262,144 (Table 3).
     "kimi_k25": LARGE | dict(
@@ -195,11 +196,11 @@ PRESETS = {
     ),
     # M Table 2. Undisclosed: the vocabulary and rotary base, here Moonlight's, and the schedule. F
     # is 2.6 D (§3.1) rounded to a multiple of 8, which gives row 1 334M parameters, printed 399M.
-    "399m": DENSE | dict(zip(LAWS, (12, 12, 12, 1536, 3992, 8.92e9, 9.503e-4, 96))),
-    "545m": DENSE | dict(zip(LAWS, (14, 14, 14, 1792, 4656, 14.04e9, 9.143e-4, 128))),
-    "822m": DENSE | dict(zip(LAWS, (16, 16, 16, 2048, 5328, 20.76e9, 8.825e-4, 160))),
-    "1.1b": DENSE | dict(zip(LAWS, (18, 18, 18, 2304, 5992, 28.54e9, 8.561e-4, 192))),
-    "1.5b": DENSE | dict(zip(LAWS, (20, 20, 20, 2560, 6656, 38.91e9, 8.305e-4, 256))),
+    "399m": DENSE | dict(zip(TABLE_2, (12, 12, 12, 1536, 3992, 8.92e9, 9.503e-4, 96))),
+    "545m": DENSE | dict(zip(TABLE_2, (14, 14, 14, 1792, 4656, 14.04e9, 9.143e-4, 128))),
+    "822m": DENSE | dict(zip(TABLE_2, (16, 16, 16, 2048, 5328, 20.76e9, 8.825e-4, 160))),
+    "1.1b": DENSE | dict(zip(TABLE_2, (18, 18, 18, 2304, 5992, 28.54e9, 8.561e-4, 192))),
+    "1.5b": DENSE | dict(zip(TABLE_2, (20, 20, 20, 2560, 6656, 38.91e9, 8.305e-4, 256))),
 }  # fmt: skip
 SCHEDULES = {  # (share of the tokens at its end, curve, part of the peak rate at its end) of parts
     # M §3.3: warm-up to 33B tokens, cosine to 5.2T, 100 updates up to 1e-4, linear to 0 at 5.7T.
@@ -594,9 +595,9 @@ def scale_to_steps(cfg):
     return dataclasses.replace(cfg, **{name: scale * getattr(cfg, name) for name in TOKEN_COUNTS})
 
 def phases_left(sequences, cfg):
-    """The phases that remain after `sequences` sequences of the run, at its end the last one, with
-    0 updates: [(the sequence of the run that reads window 0, updates left, Config)]. Batches are
-    smaller at the start (M §3.3), sequences longer at the end (K2 §2.5)."""
+    """The phases that remain after `sequences` sequences of the run (at its end, the last phase
+    with 0 updates): [(the sequence of the run that reads window 0, updates left, Config)]. Batches
+    are smaller at the start (M §3.3), sequences longer at the end (K2 §2.5)."""
     # Undisclosed: the data of the long sequences; here windows of the same text, in another order.
     long_batch = max(cfg.batch_size * cfg.seq_len // cfg.long_seq_len, 1)
     phases = []
@@ -1340,6 +1341,10 @@ def check(cfg, ranks):
         (cfg.ep * cfg.dp != ranks, f"ep {cfg.ep} x dp {cfg.dp} are not {ranks} ranks"),
         (cfg.n_experts % cfg.ep, f"--ep {cfg.ep} does not divide {cfg.n_experts} experts"),
         (not phases_left(0, cfg), f"--tokens {cfg.tokens:g} gives not a single update"),
+        (cfg.ramp_tokens + cfg.long_tokens > cfg.tokens,
+         f"--ramp_tokens and --long_tokens are more than --tokens {cfg.tokens:g}"),
+        (cfg.long_tokens and cfg.long_seq_len < cfg.seq_len,
+         f"--long_seq_len {cfg.long_seq_len} is less than --seq_len {cfg.seq_len}"),
         (cfg.long_tokens and cfg.batch_size * cfg.seq_len % cfg.long_seq_len,
          f"--long_seq_len {cfg.long_seq_len} does not divide the tokens of a batch"),
         (cfg.resume and not cfg.out, "--resume needs --out"),
@@ -1416,8 +1421,8 @@ def muon_clip_step(model, shards, optimizers, batches, lr, bias_rate, cfg):
 @torch.no_grad()
 def diagnostics(model, shards, largest, loads, tau):
     """Of an update the largest logit, the share of heads clipped and the largest load over the
-    mean; and as lists [name, update RMS] of each matrix or of the experts of a rank (M Algorithm 1,
-    line 7), SVD entropy of each router, and the largest logits by layer and head."""
+    mean; and as lists [name, update RMS] of each matrix (of experts, the largest of any rank; M
+    Algorithm 1, line 7), SVD entropy of each router, and the largest logits by layer and head."""
     zero = largest.new_zeros(())  # for matrices of which this rank has no part
     local_rms = {name: shard.rms.get(name, zero) for shard in shards for name in shard.spans}
     rms = torch.stack([*local_rms.values()])
@@ -1539,7 +1544,8 @@ def main(argv=None):
         if tokenizer and cfg.vocab_size < tokenizer.n_vocab:
             raise ValueError(f"--vocab_size {cfg.vocab_size} is less than {tokenizer.n_vocab} ids")
 
-        fixed = {name: getattr(cfg, name) for name in (*SHAPE, "optimizer")}
+        kept = *SHAPE, "optimizer", "seq_len", "long_seq_len"
+        fixed = {name: getattr(cfg, name) for name in kept}
         if not cfg.eval:
             fixed |= {"seed": cfg.seed, "data_fingerprint": corpus.fingerprint()}
         checkpoint, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)

@@ -28,16 +28,16 @@ Run: python llama3.py                          # a laptop: the preset demo, all 
          llama3.py --preset 8b --tp 8 --recompute block --tokenizer tokenizer.model \
          --data "0.5:web/,0.25:maths/,0.17:code/,0.08:languages/" --out /shared/8b --resume
 Plans of the paper's 405B, at 8,192 positions and from 16,384 on (Table 4): 59 GiB per rank; or 117
-with the preset's eight stages per rank, which each keep a buffer for every micro-batch (PyTorch).
+with the preset's eight pipeline stages per rank: PyTorch gives each a buffer per micro-batch.
      python llama3.py --dry_run --preset 405b --tp 8 --pp 16 --pp_chunks 1 --recompute block \
          --world_size 16384
      python llama3.py --dry_run --preset 405b --tp 8 --cp 16 --pp 16 --pp_chunks 1 \
          --recompute block --world_size 16384
 The run stops before a phase that its layout cannot hold; the same command with --resume and another
 --dp or --cp goes on. Annealing judges a data set (§3.1.3): this, against the same without new/:
-     python llama3.py --preset 8b --init half_trained/ --ramp "" --tokens 0 --long_tokens 0 \
-         --anneal_tokens 40e9 --lr 1.5e-4 --warmup_steps 0 --data default/ \
-         --anneal_data "0.3:new/,0.7:default/"
+     torchrun --nproc_per_node=8 llama3.py --preset 8b --tp 8 --init half_trained/ \
+         --tokenizer tokenizer.model --ramp "" --tokens 0 --long_tokens 0 --anneal_tokens 40e9 \
+         --lr 1.5e-4 --warmup_steps 0 --data default/ --anneal_data "0.3:new/,0.7:default/"
 Expect: in about a minute on two CPU cores the demo's held-out bits per byte fall from 8.13 to 2.44
 through all three stages; so small a model finds next to no needle.
 """
@@ -104,10 +104,10 @@ class Config:
     # Positions, §3.2; the context extension is released, not in the paper
     rope_theta: float = 500000.0  # base of the rotary frequencies
     long_rope_theta: float = 0.0  # base from the long-context stage on; 0: rope_theta
-    rope_scaling: Literal["none", "pi", "ntk", "yarn", "llama3"] = "none"  # context extension
+    rope_scaling: Literal["none", "pi", "ntk", "yarn", "llama3"] = "none"  # change of frequencies
     rope_factor: float = 8.0  # factor by which the context is extended
     rope_original: int = 8192  # positions of the context before its extension
-    rope_from: Literal["initial", "long-context"] = "long-context"  # first stage with rope_scaling
+    rope_from: Literal["initial", "long-context"] = "long-context"  # first stage that has it
     # Data, §3.1
     data: str = ""  # mix [WEIGHT:]PATH,... of text or shards; ";TOKENS;MIX": another from TOKENS on
     anneal_data: str = ""  # mix of the annealing stage; empty: the last mix of --data
@@ -117,7 +117,7 @@ class Config:
     seq_len: int = 8192  # T, sequence length of the initial stage after --ramp
     batch_size: int = 2048  # sequences per update over all ranks, at the length --seq_len
     ramp: str = ""  # LENGTHxSEQUENCES:TOKENS,...: first batches, each up to TOKENS of the run
-    tokens: float = 14.8e12  # tokens of the initial stage
+    tokens: float = 14.8e12  # tokens of the initial stage, --ramp included
     long_lengths: str = ""  # LENGTH,...: lengths of the long-context stage; same tokens per batch
     long_tokens: float = 0.0  # tokens of the long-context stage, split equally among its lengths
     anneal_tokens: float = 0.0  # tokens of the annealing stage, at the last length
@@ -126,7 +126,7 @@ class Config:
     # Optimization, §3.4.1
     lr: float = 3e-4  # peak learning rate
     min_lr: float = 3e-6  # learning rate at the end of the cosine
-    warmup_steps: int = 8000  # updates of linear warm-up, at most a tenth of the run
+    warmup_steps: int = 8000  # updates of linear warm-up, at most a tenth of all stages
     cosine_steps: int = 1200000  # updates until the end of the cosine
     weight_decay: float = 0.1  # decoupled weight decay of matrices and embeddings
     clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
@@ -203,7 +203,8 @@ PRESETS = {
     # Departure: from scratch and from text, not pruned from 8b and distilled.
     "1b": SMALL_LLAMA | dict(zip(SIZES, (2048, 16, 32, 8, 8192))),
     "3b": SMALL_LLAMA | dict(zip(SIZES, (3072, 28, 24, 8, 8192))),
-    # Table 3; the recipes of the smaller ones are "similar" (§3.4).
+    # Table 3 has the peak rates; the recipes of the smaller ones are "similar" (§3.4).
+    # Undisclosed: in what. Here the 405B's batches, tokens and cosine, to 1 % of the peak.
     "8b": LLAMA | dict(zip(SIZES, (4096, 32, 32, 8, 14336)), lr=3e-4, min_lr=3e-6),
     "70b": LLAMA | dict(zip(SIZES, (8192, 80, 64, 8, 28672)), lr=1.5e-4, min_lr=1.5e-6),
     # Undisclosed: stages per pipeline rank. 126 layers, embedding and head make 16 x 8 (§3.3.2).
@@ -361,7 +362,7 @@ def rotate(x, cos, sin):
 
 @functools.cache
 def compiled(function):
-    """The function, compiled once; uncompiled, those of flex_attention form all T x T scores."""
+    """Compile a function once. Without compilation, flex_attention forms all T x T scores."""
     return torch.compile(function)
 
 def attention_mask(documents, rows, columns):
@@ -390,8 +391,8 @@ def attend(q, k, v, mask):
         for start in range(0, T, size):
             rows = slice(start, start + size)
             keys = slice(start + size + S - T)
-            shown = q[:, :, rows], k[:, :, keys], v[:, :, keys], mask[:, :, rows, keys]
-            outputs.append(F.scaled_dot_product_attention(*shown, enable_gqa=True))
+            operands = q[:, :, rows], k[:, :, keys], v[:, :, keys], mask[:, :, rows, keys]
+            outputs.append(F.scaled_dot_product_attention(*operands, enable_gqa=True))
         return torch.cat(outputs, 2)
     flex = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
     return flex(q, k, v, block_mask=mask, enable_gqa=True)
@@ -564,9 +565,9 @@ def flops_per_token(cfg):
 class DataMix:
     """§3.1.2, "data mix": corpora in given proportions, {name: Fraction}, to be read as one Corpus.
 
-    Of as many sequences as the proportions' common denominator every corpus has its exact share, in
-    an order that the seed shuffles, and reads on where it was, so that the window of a corpus that
-    a sequence reads follows from the sequence's index alone.
+    A block has as many sequences as the proportions' common denominator: of each corpus its exact
+    share, in an order that the seed shuffles. Each corpus is read in its own order across blocks,
+    so that the window that a sequence reads follows from the sequence's index alone.
     """
 
     def __init__(self, proportions, corpora):
@@ -668,7 +669,7 @@ def load_mixes(cfg):
     return tokenizer, [DataMix(m, [corpora[p][0] for p in m]) for m in mixes[1:]], heldout
 
 def get_batch(corpus, first, n, cfg):
-    """Sequences first ... first + n - 1 of the phase: tokens, targets and, with the mask,
+    """Sequences first ... first + n - 1 of the run: tokens, targets and, with the mask,
     documents [n, T], and their counts.
 
     A pure function of the seed and the index, so that any number of ranks, any accumulation and
@@ -676,7 +677,7 @@ def get_batch(corpus, first, n, cfg):
     counts targets, n_bytes the bytes of their text.
     """
     # Undisclosed: the packing. Documents between BEGIN and END follow each other, are cut into
-    # windows of T + 1 tokens, and no input predicts the first token of the next document.
+    # windows of T + 1 tokens. With the mask, no input predicts the next document's first token.
     windows = np.stack([corpus.window(first + i, cfg.seq_len, cfg.seed) for i in range(n)])
     tokens = windows[:, :-1].copy()
     targets = windows[:, 1:].copy()
@@ -713,8 +714,8 @@ def build_optimizer(model, cfg):
 def learning_rate(step, cfg):
     """§3.4.1: linear warm-up, then a cosine; §3.4.3: linear to 0 while annealing. step counts the
     updates of the plan that are done, whatever their batch."""
-    # Undisclosed: the rate of the long-context stage, where the cosine goes on, and from which
-    # annealing begins.
+    # Undisclosed: the rate of the long-context stage. Here the cosine continues, and annealing
+    # starts from the rate that it has reached.
     plan = phases(cfg)
     end = updates_before(plan, plan[-1].end)
     begin = end  # of annealing
@@ -788,7 +789,7 @@ def fit_ranks(cfg, ranks):
     return dataclasses.replace(cfg, dp=ranks // others, pp_chunks=chunks)
 
 class SumGradient(torch.autograd.Function):
-    """Megatron's f, where a tensor enters the ranks of a group: its gradient sums over them."""
+    """Megatron's f: the identity forward; backward, the gradient's sum over a group's ranks."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -802,7 +803,7 @@ class SumGradient(torch.autograd.Function):
         return gradient, None
 
 class SumOutput(torch.autograd.Function):
-    """Megatron's g, where partial results leave the ranks of a group: they sum over them."""
+    """Megatron's g: the sum over a group's ranks forward; the identity backward."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -1026,7 +1027,7 @@ class Pipeline:
         self.cfg = cfg
         for stage in self.stages:
             stage.set_rope(cfg)
-        self.use = None  # of self.schedule: whether there are gradients
+        self.has_gradients = None  # whether self.schedule runs backward; None: no schedule yet
 
     def make_schedule(self):
         """A schedule of this rank's stages for the batches of self.cfg."""
@@ -1088,10 +1089,10 @@ class Pipeline:
         tokens = inputs.pop("tokens")
         first = [tokens] if self.mesh["pp"].get_local_rank() == 0 else []
         losses = []
-        if self.use != torch.is_grad_enabled():  # PyTorch 2.11 keeps what the first run had
-            self.use = torch.is_grad_enabled()
+        if self.has_gradients != torch.is_grad_enabled():  # in PyTorch 2.11 the first run decides
+            self.has_gradients = torch.is_grad_enabled()
             self.schedule = self.make_schedule()
-        step = self.schedule.step if self.use else self.schedule.eval
+        step = self.schedule.step if self.has_gradients else self.schedule.eval
         step(*first, target=inputs["targets"], losses=losses, return_outputs=False, **inputs)
         return losses
 
@@ -1190,7 +1191,7 @@ HF_ROPE_FIXED = {
 HF_ENDS = {  # entries of a published vocabulary: ids before and after a document
     128256: (128000, 128001), 151936: (151643, 151643), 152064: (151643, 151643),
 }  # fmt: skip
-SHAPE = (*HF_CONFIG, "qkv_bias")  # fields of Config that a checkpoint fixes
+SHAPE = (*HF_CONFIG, "qkv_bias", "rope_theta", "rope_from")  # fields that a checkpoint fixes
 FILE_BYTES = 5e9  # of a file of weights at most, unless one tensor is larger
 
 def hf_name(name):
@@ -1463,6 +1464,8 @@ def load_specials(cfg):
     """(tokenizer, id after each document): Llama 3's special tokens for a BPE rank file, the first
     eight of them for another tokenizer; without --bos, <|endoftext|> and seven others."""
     is_file = os.path.isfile(cfg.tokenizer)
+    if is_file and cfg.bos == cfg.qkv_bias:
+        raise ValueError("--tokenizer: Llama 3's file goes with --bos, Qwen2.5's with --no-bos")
     specials = SPECIALS if is_file else SPECIALS[:8]
     if not cfg.bos:
         specials = ["<|endoftext|>", *SPECIALS[2:9]]
@@ -1546,7 +1549,7 @@ def check(cfg, ranks):
          f"{cfg.n_kv_heads} key-value heads do not divide {cfg.n_heads} heads"),
         (cfg.tied and cfg.pp > 1, "--pp does not work with --tied: the embedding is on one rank"),
         (stages > cfg.n_layers + 2,
-         f"{cfg.n_layers} layers, embedding and head are fewer than {stages} stages"),
+         f"{cfg.n_layers} layers, embedding and head are fewer than {stages} pipeline stages"),
         (cfg.resume and not cfg.out, "--resume needs --out"),
         (cfg.write_tokens and ranks > 1, "--write_tokens runs in one process, without torchrun"),
     ):  # fmt: skip
@@ -1584,7 +1587,7 @@ def limit_to_layout(plan, position, end):
     return end
 
 def describe(phase):
-    """What is particular to a phase, its updates, and how the ranks share one out."""
+    """One line on a phase: data, rotary scaling, updates, and the sequences of a rank."""
     cfg = phase.cfg
     n_micro, micro = split_batch(cfg, cfg.dp)
     source = f"data {cfg.data or 'the standard library'} | rope {cfg.rope_scaling}"
@@ -1621,7 +1624,7 @@ def dry_run(cfg):
     print_memory(max(memories, key=lambda memory: sum(memory.values())))
 
 def go_back(pipeline, optimizer, state, path):
-    """Undo the updates since the checkpoint at path, and go on with the data behind theirs."""
+    """Undo the updates since the checkpoint at path, and continue with the data after theirs."""
     # Undisclosed: the recovery; there were few spikes, and no manual intervention (§3.4.1). This
     # is what others describe.
     kept = {"step": state["step"], "sequences": state["sequences"], "watched": 0}
@@ -1716,7 +1719,7 @@ def train(pipeline, optimizer, plan, mixes, heldout, tokenizer, state, end, cfg,
         n_skipped = n_skipped + 1 if "finite" in why else 0
         if saved and "spike" in why:
             go_back(pipeline, optimizer, state, Path(cfg.out, f"step_{saved:09d}"))
-            saved = 0  # to a checkpoint once; a spike before the next one is skipped alone
+            saved = 0  # return once per checkpoint; until the next, a spike only skips its update
             i, ahead = read_ahead()  # the phase may be another
         elif n_skipped == 3 or (n_skipped and steps_left == 1):
             raise ValueError(f"no finite gradient in the last {n_skipped} steps to {step + 1}")
@@ -1763,6 +1766,8 @@ def main(argv=None):
         if cfg.init:
             theirs = read_llama_config(cfg.init) | {"seq_len": cfg.seq_len}
             cfg = dataclasses.replace(cfg, **theirs)
+            if cfg.eval and not cfg.out:  # validates at the model's length
+                cfg.ramp = ""
         if cfg.dry_run:
             return dry_run(cfg)
         device = init_distributed(cfg.timeout)

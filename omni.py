@@ -12,18 +12,19 @@ gemma.py and, for the experts, kimi_muon.py:
   an MTP module (O35 §2.4);
 - training in stages, in which parts are frozen (O35 §3).
 
-Known are the structure, the stages, the token shares and the context of stage S2, and, from
-Qwen3-Omni and Qwen3.5, configurations of the parts. The sizes of Qwen3.5-Omni, its losses, its
-optimizer, its speech codec and its data are not disclosed: the choices of this script are marked,
-its codec quantizes amplitudes of bands and is not learned, and its data are synthetic. Left out:
-Code2Wav, the extra mergers of Qwen3-Omni's vision encoder (DeepStack), prompts that name a task,
-the Talker's system prompt and its stage of long contexts, post-training.
+The papers give the structure, the stages, the token shares of stage S2 and the contexts; released
+configurations of Qwen3-Omni and Qwen3.5 give sizes of the parts. The sizes of Qwen3.5-Omni, its
+losses, its optimizer, its speech codec and its data are not disclosed: the choices of this script
+are marked, its codec quantizes amplitudes of bands and is not learned, and its data are synthetic.
+Left out: Code2Wav, the extra mergers of Qwen3-Omni's vision encoder (DeepStack), prompts that name
+a task, the Talker's system prompt and its stage of long contexts, post-training.
 
 Map: O35 §2.2 log_mel, AudioTransformer, AudioDecoder | §2.3 VisionTransformer, position_ids,
 arrange_media, Thinker | §2.4 interleave, Talker | §3 STAGES. Gated DeltaNet: arXiv 2412.06464.
 Legend: B batch, T positions, D width, H heads, K key-value heads or chosen experts, E head width, F
 hidden width, V vocabulary, X experts, G codes of a frame of speech, W audio windows of S chunks, C
-chunks or channels, M pairs of video frames of P patches, N rows of all items together.
+chunks, channels or positions of a chunk, M pairs of video frames of P patches, or rows that experts
+read, N rows of all items together, R rotated dimensions of a head.
 Conventions: rotary pairs are the two halves of the rotated part; norms are fp32; loss in nats per
 target; a target of -100 is not scored; items are padded at their ends.
 
@@ -129,9 +130,9 @@ class Config:
     data: str = ""  # a manifest.jsonl; empty: synthetic shapes and sounds, and Python's source
     # Departure: the paper's shares are of tokens (O35 §3), these are of items.
     mix: str = "text:.214,audio:.464,image:.221,video:.033,av:.068"  # shares of synthetic items
-    time: Literal["text", "abs"] = "text"  # time of video: in words, or as position ids
+    time: Literal["text", "abs"] = "text"  # how time is given: timestamps in text, or position ids
     # Departure: the paper's rate is dynamic (O35 §2.3), here it is the same for all videos.
-    fps: float = 1.25  # frames per second of video
+    fps: float = 1.25  # frames per second that videos are sampled at
     min_pixels: int = 65536  # smallest area of an image after resizing
     max_pixels: int = 16777216  # largest area of an image after resizing
     image_size: int = 64  # side in pixels of synthetic images and frames
@@ -144,14 +145,14 @@ class Config:
     micro_batch: int = 0  # mean items per forward pass on a rank; 0: as many as the batch allows
     steps: int = 1000  # updates of the stage
     lr: float = 2e-4  # peak learning rate
-    encoder_scale: float = 0.25  # learning rate of the encoders over that of the rest; not in a0
+    encoder_scale: float = 0.25  # learning rate of the encoders over --lr; a0 ignores it
     warmup: float = 0.03  # share of the updates that warm up the learning rate
     weight_decay: float = 0.1  # decoupled weight decay of matrices and of the gains 1 + w
     balance_loss: float = 1e-3  # weight of the balance loss
     clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
     seed: int = 0  # seed of the weights and the data
     # Machine
-    dp: int = 0  # ranks among which data and model are sharded; 0: all that are left
+    dp: int = 0  # ranks that have the same experts and shard them; 0: all ranks / ep
     ep: int = 1  # ranks among which the experts of a block are divided
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     recompute: Literal["none", "block"] = "none"  # block: recompute blocks in the backward pass
@@ -161,13 +162,13 @@ class Config:
     # Reports and files
     log_every: int = 10  # updates between log lines
     val_every: int = 1000  # updates between validations
-    val_items: int = 64  # held-out items of each kind per validation
+    val_items: int = 64  # held-out items of each modality per validation
     out: str = ""  # directory of checkpoints, metrics.jsonl and config.json; empty: write nothing
     save_every: int = 1000  # updates between checkpoints
     resume: bool = False  # continue from the newest checkpoint in --out, if there is one
     eval: bool = False  # validate the model of --init or --out, without training
-    init: str = ""  # Hugging Face directory to start from, not the stage before; fixes its shape
-    export: str = ""  # directory to write a Hugging Face checkpoint to after training
+    init: str = ""  # Hugging Face directory to start from; its shape replaces that of the flags
+    export: str = ""  # Hugging Face directory to write all but the Talker to after training
 
 TINY = dict(  # for bytes, and images of 32 x 32 pixels
     dim=128, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=32, rotary_dim=16, key_heads=2,
@@ -197,7 +198,8 @@ PRESETS = {
     # Undisclosed: the sizes of Qwen3.5-Omni. These are the backbones and the vision encoder of
     # Qwen3.5, and the AuT of Qwen3-Omni with a fourth convolution and with chunks of 160 frames,
     # which are exactly 10 tokens of 160 ms. Undisclosed, too: the batch, here 1,024 items. There is
-    # no AuT decoder and no Talker: stages a0 and t1 need --decoder_layers and --talker_layers.
+    # no AuT decoder and no Talker: stage a0 needs --decoder_layers; for t1, every stage before it
+    # needs the same --talker_layers, since a stage loads all of its parts from the one before.
     "35b_a3b": dict(
         vocab_size=248320, batch_size=1024, precision="bf16", micro_batch=1, recompute="block",
     ),
@@ -395,8 +397,8 @@ class Adapter(nn.Module):
         return self.down(self.activation(self.up(x)))
 
 class DecoderBlock(nn.Module):
-    """Cross-attention to a memory [B, S, D], then causal self-attention and a GELU layer:
-    x [B, T, D] -> [B, T, D]. causal [T, T] and memory_mask [B, 1, 1, S] are true for keys that a
+    """Cross-attention to a memory [B, T, D], then causal self-attention and a GELU layer:
+    x [B, T, D] -> [B, T, D]. causal [T, T] and memory_mask [B, 1, 1, T] are true for keys that a
     query attends to."""
 
     def __init__(self, dim, n_heads, hidden_dim):
@@ -410,8 +412,8 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x, causal, memory, memory_mask):
         q = self.q(self.norm(x)).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # [B, H, T, E]
-        kv = self.kv(memory).unflatten(-1, (2, self.n_heads, -1))  # [B, S, 2, H, E]
-        k, v = kv.permute(2, 0, 3, 1, 4)  # [B, H, S, E] each
+        kv = self.kv(memory).unflatten(-1, (2, self.n_heads, -1))  # [B, T, 2, H, E]
+        k, v = kv.permute(2, 0, 3, 1, 4)  # [B, H, T, E] each
         y = F.scaled_dot_product_attention(q, k, v, memory_mask)
         x = x + self.out(y.transpose(1, 2).flatten(2))
         return self.self_block(x, causal)
@@ -824,7 +826,7 @@ def encode_speech(wave, n_codebooks, codebook_size):
 def decode_speech(codes, codebook_size):
     """The wave of codes [frames, G]: a sum of sines, each frame alone."""
     amplitude = codes / (codebook_size - 1)
-    amplitude[:, 0] = codes[:, 0] == 0
+    amplitude[:, 0] = (codes[:, 0] == 0) * amplitude[:, 1:].max(1)  # 0 in silence
     return (amplitude @ band_waves(codes.shape[1])[0]).flatten()
 
 def interleave(n_text, n_speech, lead):
@@ -1045,10 +1047,10 @@ def init_weights(model, cfg):
     """Fill the parameters, each from a random stream named by (seed, name), an expert's from its
     number too, so that every layout starts from the same numbers. Raises ValueError for a parameter
     without a rule."""
-    # Undisclosed: all of it but 0.02, which the released configurations have. Encoders keep the
-    # variance of their inputs; the decay of Gated DeltaNet is that of its authors' code, except
-    # that A starts at 1 to 16, not 0 to 16; the rows of a router have the same norm, so that no
-    # expert is chosen more often.
+    # Undisclosed: all of it but 0.02, which the released configurations have. Encoders, except for
+    # the patch embedding, keep the variance of their inputs; the decay of Gated DeltaNet is that of
+    # its authors' code, except that A starts at 1 to 16, not 0 to 16; the rows of a router have the
+    # same norm, so that no expert is chosen more often.
     for name, p in model.named_parameters():
         generator = torch.Generator().manual_seed(stable_hash(cfg.seed, name))
         value = torch.empty(p.shape)
@@ -1329,11 +1331,11 @@ class Source:
         self.tokenizer = tokenizer
         self.documents = documents
         self.held_out = held_out
-        rows = [row for row in rows if self.suits_stage(row[1])]
-        flags = [is_held_out(caption) for caption, _ in rows]
+        rows = [(i, row) for i, row in enumerate(rows) if self.suits_stage(row[1])]
+        flags = [is_held_out((i, caption)) for i, (caption, _) in rows]
         if len(set(flags)) == 1:  # too few rows for a choice by hash
             flags[-1] = not flags[-1]
-        self.rows = [row for row, flag in zip(rows, flags) if flag == held_out]
+        self.rows = [row for (_, row), flag in zip(rows, flags) if flag == held_out]
         if cfg.data and not self.rows:
             raise ValueError(f"stage {cfg.stage} needs 2 lines of --data with media for it")
         with explain(f"--mix {cfg.mix} is not MODALITY:SHARE,...", ValueError):
@@ -1389,7 +1391,9 @@ class Source:
 
     def fingerprint(self):
         """A hash of the data, by which a resumed run recognizes it."""
-        return stable_hash(self.mix, [caption for caption, _ in self.rows], len(self.documents))
+        items = [self.item(i).segments for i in range(16)]  # with --tokenizer, --time, --fps ...
+        captions = [caption for caption, _ in self.rows]
+        return stable_hash(self.mix, captions, len(self.documents), items)
 
 def deal(costs, n):
     """Deal items to n parts of about equal cost: the most expensive first, each to the part with
@@ -1461,8 +1465,9 @@ def collate(items, tokenizer, cfg, window=0):
     mel, n_frames = cut_into_windows(mels, cfg.audio_chunk, window or longest_window(cfg))
     batch |= {"mel": mel, "mel_frames": n_frames, **counts, "n_targets": sum(counts.values())}
     batch["n_tokens"] = int((batch["kinds"] >= 0).sum())
-    captions = [tokenizer.decode_bytes(item.segments[-1].text[:-1]) for item in items]
-    batch["n_bytes"] = len(b"".join(captions))  # without <|endoftext|>
+    # Without <|endoftext|>, and without the first token of a text, which is not scored.
+    scored = [item.segments[-1].text[len(item.segments) == 1 : -1] for item in items]
+    batch["n_bytes"] = sum(len(tokenizer.decode_bytes(ids)) for ids in scored)
     if cfg.stage == "t1":
         batch |= collate_speech(items, tokenizer, cfg)
     return batch
@@ -1501,8 +1506,9 @@ def longest_window(cfg):
     return max(cfg.audio_window // cfg.audio_chunk, 1)
 
 def draw_window(first, cfg):
-    """Chunks of an attention window of AuT in the batch that begins with item `first`: with the
-    defaults 1.6 to 8 s (O3 §2.2: 1 to 8 s)."""
+    """Chunks of an attention window of AuT in the batch that begins with item `first`."""
+    # Departure: whole chunks, with the defaults 1.6 to 8 s; in O3 §2.2, 1 to 8 s. Undisclosed:
+    # whether windows vary after AuT's pre-training. They do here, in all stages.
     return 1 + stable_hash(cfg.seed, "window", first) % longest_window(cfg)
 
 def get_batch(source, first, n, cfg):
@@ -1577,8 +1583,8 @@ def read_image(path):
 
 def read_frames(path, fps, target_fps):
     """(function that returns frames [n, H, W, 3], (n, H, W)) of an image file or, if fps is not 0,
-    of a clip, a folder of images in the order of their names, sampled at target_fps."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    of a clip, a folder of images, sampled at target_fps: 2.ppm comes before 10.ppm."""
+    files = sorted(path.iterdir(), key=lambda f: (len(f.name), f.name)) if fps else [path]
     sizes = {read_image(file).shape[:2] for file in files}
     if len(sizes) != 1:
         raise ValueError(f"{path} has frames of several sizes, or none")
@@ -1606,6 +1612,8 @@ def read_manifest(path, target_fps):
                     raise ValueError(f"unknown keys {sorted(unknown)}, or no text")
                 if "video" in row and ("image" in row or not row["fps"] > 0):
                     raise ValueError(f"an image beside a video, or fps {row['fps']}")
+                if "image" in row and "audio" in row:
+                    raise ValueError("an image beside a sound: only video has both")
                 media = {}
                 for key, kind in (("audio", "wave"), ("speech", "speech")):
                     if key in row:
@@ -2335,7 +2343,10 @@ def train(model, optimizer, source, heldout, state, cfg, device, signals):
             row = {"loss": loss, "bpb": bpb, **parts, "lr": lr, "grad": norm}
             row |= {"imbalance": imbalance, "tokens": state["tokens"]}
             head = f"{cfg.stage} step {step + 1}/{step + steps_left}"
-            lengths = dataclasses.replace(cfg, seq_len=counts["n_tokens"] / cfg.batch_size)
+            # flops_per_token counts a trained Thinker: stages that freeze it print no MFU.
+            precision = cfg.precision if cfg.stage in ("lm", "s2", "s3") else ""
+            seq_len = counts["n_tokens"] / cfg.batch_size
+            lengths = dataclasses.replace(cfg, seq_len=seq_len, precision=precision)
             tail = progress(state["tokens"], steps_left - 1, pace, lengths, device)
             log(cfg.out, step + 1, head, row, tail)
         n_skipped = 0 if finite else n_skipped + 1

@@ -289,6 +289,7 @@ MISTAKES = {  # flags -> what the line on stderr must say; without an arrow, the
     "kimi_muon": [
         "--dry_run --world_size 3 --ep 3 -> --ep 3 does not divide 16 experts", "--long_tokens 64 --long_seq_len 48 -> --long_seq_len 48", "--vocab_size 256",
         "--batch_size 3 --micro_batch 2 -> 3 sequences of 16", "--kv_rank 0 --export DIR/hf -> need --kv_rank",
+        "--tokens 9 --long_tokens 99 -> more than --tokens 9", "--long_tokens 64 --long_seq_len 8 -> less than --seq_len 16",
         "--ep 2 -> ep 2 x dp 0 are not 1 ranks", "--tau 0 -> --tau 0 is not above 0", "--tokens 0 -> not a single update", "--n_dense 4", "--top_k 17",
         "--tau nan",
     ],
@@ -311,7 +312,8 @@ MISTAKES = {  # flags -> what the line on stderr must say; without an arrow, the
         "--long_tokens 1000 --long_seq_len 100 -> --batch_size 0 of length 100", "--data DIR/short.txt -> short.txt: ValueError: 11 tokens are too few",
         "--window 16 -> --window 16 is not less than 16 tokens", "--attention_cap 5 --export DIR/hf -> --export needs", "--dry_run --world_size 3 -> 3 ranks",
         "--dp 2 -> dp 2 x dp_replicate 1 are not 1 ranks", "--data TEXT,TEXT,DIR/none.txt -> DIR/none.txt",
-        "--no-qk_norm --export DIR/hf -> --export needs", "--n_kv_heads 3 -> 3 key-value heads, 4 heads", "--tokens 0 -> --tokens is 0",
+        "--no-qk_norm --export DIR/hf -> --export needs", "--n_kv_heads 3 -> 3 key-value heads, 4 heads", "--tokens 0 -> --tokens is 0", "--data TEXT, -> has an empty path",
+        "--head_dim 15", "--long_tokens 64 --long_seq_len 8 -> less than --seq_len 16",
         "--export TEXT -> is a file", "--warmup 0.2",
     ],
     "gpt3": [
@@ -324,7 +326,7 @@ MISTAKES = {  # flags -> what the line on stderr must say; without an arrow, the
         "--data 0:TEXT -> the weight of TEXT is 0", "--tokenizer bpe:999999 -> no more than", "--data half:TEXT -> is not WEIGHT:PATH", "--pp 0 -> pp 0",
         "--train_tokenizer 300 -> needs --out", "--tokenizer bpe:256 -> 256 entries", "--tp 2 -> are not 1 ranks",
         "--n_heads 5 -> 5 heads", "--banded all -> banded", "--vocab_size 256 -> no place for <|endoftext|>",
-        "--dropout 1 -> --dropout 1.0", "--warmup 0.2", "--tokens 0 -> --tokens is 0", "--compile --first_batch 2 -> --compile needs --micro_batch",
+        "--dropout 1 -> --dropout 1.0", "--warmup 0.2", "--decay 0 -> --decay 0.0", "--ramp 4e9 -> are parts", "--init DIR --tokenizer bpe:300 -> learns one", "--tokens 0 -> --tokens is 0", "--compile --first_batch 2 -> --compile needs --micro_batch",
     ],
     "chinchilla": [
         "--sweep 1e3 --sizes 12x2 --head_dim 12 -> 1000 FLOPs are not one update of 12x2", "--sweep 1e9 --sizes 20x2 -> do not divide the width 20",
@@ -337,7 +339,7 @@ MISTAKES = {  # flags -> what the line on stderr must say; without an arrow, the
     "llama3": [
         "--dry_run --world_size 3 --pp 3 --batch_size 7 --pp_chunks 2 --micro_batch 1 --n_layers 6 --long_tokens 0 --anneal_tokens 0 -> are not 2 equal rounds",
         "--dry_run --world_size 2 --cp 2 --seq_len 18 --long_tokens 0 --anneal_tokens 0 -> --cp 2 needs a multiple of 4", "--dim 8 -> even parts of 4",
-        "--dry_run --world_size 8 --pp 8 --micro_batch 1 -> 3 layers, embedding and head are fewer than 8 stages", "--data 0:TEXT -> the weight of TEXT is 0",
+        "--dry_run --world_size 8 --pp 8 --micro_batch 1 -> 3 layers, embedding and head are fewer than 8 pipeline stages", "--data 0:TEXT -> the weight of TEXT is 0",
         "--dry_run --world_size 2 --pp 2 --micro_batch 4 -> 1 micro-batches are fewer than --pp 2", "--dry_run --world_size 3 -> not 3 data-parallel ranks",
         "--dry_run --world_size 4 --tp 4 -> --tp 4 does not divide --n_kv_heads 2", "--dry_run --world_size 2 --tp 2 --vocab_size 257 -> --vocab_size 257",
         "--data TEXT,DIR/latin.txt --write_tokens DIR/w -> one corpus, not a mix", "--data 1:TEXT,1e-9:DIR/latin.txt -> common denominator above 1,000,000",

@@ -35,7 +35,7 @@ def test_w8_phases():
         now = v3.current_phase(tokens, cfg)
         assert (now.mtp_weight, now.gamma) == (weight, gamma)
     lite = v3.Config(**v3.PRESETS["16b"])
-    for share, factor in ((0.5, 1.0), (0.79, 1.0), (0.81, 0.316), (0.91, 0.1)):
+    for share, factor in ((0.5, 1.0), (0.79, 1.0), (0.81, 0.316), (0.91, 0.316**2)):
         assert v3.learning_rate(share * 1.33e12, lite) == pytest.approx(factor * 4.2e-4)
 
 

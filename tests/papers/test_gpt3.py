@@ -133,9 +133,9 @@ def test_presets_ramp_and_steps(capsys):
     cfg = gpt3.lay_out(gpt3.Config(**gpt3.PRESETS["175b"], tp=8, pp=12), 1536)
     memory = gpt3.memory_per_rank(cfg)
     assert sum(memory.values()) < 80 * 2**30 and memory["received"] == 2 * 96 * 2048 * 12288 * 4  # of 96 micro-batches, from either side
-    for name, heads in dict(gpt2=12, gpt2_medium=16, gpt2_large=20, gpt2_xl=25).items():
+    for name, heads in dict(gpt2=(12, 6e-4), gpt2_medium=(16, 3e-4), gpt2_large=(20, 2.5e-4), gpt2_xl=(25, 2e-4)).items():
         cfg = gpt3.Config(**gpt3.PRESETS[name], dp=1)
-        sizes = cfg.n_heads, cfg.seq_len, cfg.batch_size, cfg.band, gpt3.count_steps(cfg), cfg.warmup * cfg.tokens
+        sizes = (cfg.n_heads, cfg.lr), cfg.seq_len, cfg.batch_size, cfg.band, gpt3.count_steps(cfg), cfg.warmup * cfg.tokens
         assert sizes == (heads, 1024, 512, 0, (0, 300_000), approx(2000 * 512 * 1024))
 
 

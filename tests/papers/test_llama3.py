@@ -168,6 +168,8 @@ def test_plans_of_published_sizes(capsys):
     for flags, phase, end in zip((first, second, second.replace("16384", "32768")), phases, 2 * ["sum 59.305 GiB"] + ["another layout is needed"]):
         llama3.main(["--dry_run", "--preset", "405b", *flags.split()])
         assert re.search(rf"{re.escape(phase)}.* {end}$", capsys.readouterr().out, re.M)
+    totals = [round(llama3.phases(llama3.Config(**llama3.PRESETS[n]))[-1].end / 1e12, 2) for n in ("1b", "8b", "405b", "qwen2_5_7b")]
+    assert totals == [9.0, 15.64, 15.64, 18.0]
     llama3.main("--dry_run --preset 8b --tp 8 --recompute block --world_size 128".split())
     assert "another layout" not in capsys.readouterr().out
 

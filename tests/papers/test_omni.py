@@ -113,7 +113,7 @@ def test_interleaving_and_toy_codec():
         codes = omni.encode_speech(omni.spell(letter), 16, 64)
         loudest = np.argsort(np.abs(np.fft.rfft(omni.decode_speech(codes, 64)[:1280])))[-2:] * 12.5
         assert sorted(loudest) == pytest.approx([omni.BANDS[1 + row], omni.BANDS[6 + column]], abs=12.5)
-        assert codes.shape == (4, 16) and not codes[2:, 1:].any()
+        assert codes.shape == (4, 16) and not omni.decode_speech(codes, 64)[2 * omni.FRAME :].any()
 
 
 def test_what_the_talker_predicts():
@@ -127,6 +127,14 @@ def test_what_the_talker_predicts():
     changed = (codes + torch.tensor([0, 1, 0])) % cfg.codebook_size
     first, second = (model.talker.predict_codes(h, x) for x in (codes, changed))
     assert ((first - second).abs() > 1e-6).any(-1).any(0).tolist() == [False, True, True]
+    h, first, others = torch.randn(*batch["codes"].shape[:2], 20), [], []  # the loss: code 0 and the end, and the mean of the others
+    for state, code in zip(h.flatten(0, 1), batch["next_codes"].flatten(0, 1)):
+        if code[0] >= 0:
+            first.append(-model.talker.head(state).log_softmax(-1)[code[0]].item())
+        if code[1] >= 0:
+            others.append(-model.talker.predict_codes(state[None], code[None, :-1])[0].log_softmax(-1)[range(3), code[1:]].mean().item())
+    with mock.patch.object(model, "run_talker", return_value=(h, torch.zeros(()))):
+        assert omni.objective(model, batch, cfg)[0].item() == pytest.approx(np.mean(first) + np.mean(others), rel=1e-5)
 
 
 def test_items_depend_on_seed_and_number_alone():
