@@ -256,6 +256,12 @@ def test_gpt3_banded_layers_are_gpt2s_with_another_mask(banded, tmp_path):
     assert (ours(tokens) - theirs(tokens).logits).abs().max() > 1e-3 * logits(9).abs().max()
     read, found = gpt3.from_hf(tmp_path)
     assert (found.band, found.banded) == (8, banded) and torch.equal(read(tokens), ours(tokens))
+    from safetensors.torch import load_file, save_file
+
+    tensors = {key: p.T.contiguous() if "c_fc.weight" in key else p for key, p in load_file(tmp_path / "model.safetensors").items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="c_fc.weight is"):
+        gpt3.from_hf(tmp_path)
 
 
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name not in ("bert", "omni")])  # bert: test_bert.py

@@ -146,11 +146,12 @@ def test_logits_and_gradients_are_hugging_faces(kind, more, tmp_path, monkeypatc
     monkeypatch.setattr(gemma, "slices", lambda n, V: [slice(i, min(i + 10, n)) for i in range(0, n, 10)])
     model_class = getattr(pytest.importorskip("transformers"), f"{kind}ForCausalLM")
     shape = dict(vocab_size=256, hidden_size=64, intermediate_size=128, num_attention_heads=4, head_dim=32, query_pre_attn_scalar=16)
-    theirs = model_class(model_class.config_class(**shape, **more, num_hidden_layers=7, sliding_window=8, attn_implementation="eager"))
+    theirs = model_class(model_class.config_class(**shape, **more, num_hidden_layers=7, sliding_window=8, attn_implementation="eager", max_position_embeddings=99))
     torch.manual_seed(0)
     [p.data.normal_(0, 0.3 if "norm" in name else 0.15) for name, p in theirs.named_parameters()]
     theirs.save_pretrained(tmp_path / "theirs")
     ours, cfg = gemma.from_hf(tmp_path / "theirs")
+    assert cfg.seq_len == 99
     tokens = torch.randint(1, 256, (3, 24))
     expected = theirs(tokens[:, :-1]).logits
     assert (ours(tokens[:, :-1]) - expected).abs().max() < 1e-5 * expected.abs().max()

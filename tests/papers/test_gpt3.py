@@ -88,6 +88,8 @@ def test_mix_of_the_paper(tmp_path):
         np.save(tmp_path / f"{name}.npy", part)
     mix = ",".join(f"{weight}:{tmp_path / name}.npy" for name, weight in weights.items())
     _, mixture, heldout = gpt3.load_mix(gpt3.Config(data=mix, vocab_size=100_000, seq_len=10, batch_size=20, val_batches=1))
+    thirds = gpt3.TrainingMix(dict.fromkeys("abc", 1 / 3), 3 * [SimpleNamespace(n_windows=lambda length: 72, token_bytes=None)])
+    assert thirds.n_windows(10) == 216, "not by the rounded shares"
     drawn = [(*mixture.draw(i, 0), mixture.window(i, 10, 0)[0].item()) for i in range(6000)]  # 60,000 tokens
     for corpus, epochs in enumerate((0.44, 3.47, 2.00, 0.44, 3.00)):
         n, own = mixture.corpora[corpus].n_windows(10), [draw for draw in drawn if draw[0] == corpus]
