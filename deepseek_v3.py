@@ -1754,6 +1754,8 @@ def check(cfg, ranks):
          f"--n_dense {cfg.n_dense} leaves none of {cfg.n_layers} layers with experts"),
         (cfg.fim > 1, f"--fim {cfg.fim} is above 1"),
         (re.search(r"(^|[x:,])[0-]", cfg.long), f"--long {cfg.long} has a number below 1"),
+        (cfg.long and cfg.rope_original != cfg.seq_len,
+         f"--rope_original {cfg.rope_original} is not the --seq_len that --long extends"),
         (cfg.n_experts % cfg.n_groups,
          f"{cfg.n_groups} groups do not divide {cfg.n_experts} experts"),
         (cfg.groups_kept > cfg.n_groups,

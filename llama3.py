@@ -187,8 +187,8 @@ PRESETS = {
     "demo": dict(
         dim=96, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=256, seq_len=64, batch_size=48,
         ramp="32x24:3e4,64x24:2e5", tokens=1.1e6, long_lengths="128", long_tokens=2e5,
-        anneal_tokens=3e5, rope_scaling="llama3", rope_factor=2.0, rope_original=64, lr=8e-3,
-        min_lr=8e-5, warmup_steps=60, cosine_steps=700, log_every=50,
+        anneal_tokens=3e5, rope_scaling="llama3", rope_factor=2.0, rope_original=64, lr=4e-3,
+        min_lr=4e-5, warmup_steps=60, cosine_steps=700, log_every=50,
     ),
     # A GPU of 24 GB or a node of them, minutes: 83M parameters over bytes.
     "small": dict(
