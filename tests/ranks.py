@@ -23,8 +23,8 @@ from conftest import SCRIPTS
 def serve(connection):
     """A worker: runs what it is sent, answers (True, result) or (False, traceback)."""
     torch.set_num_threads(1)
-    while (job := connection.recv()) is not None:
-        environment, function, args = job
+    while True:
+        environment, function, args = connection.recv()
         os.environ.update(environment)
         try:
             answer = True, function(*args)
@@ -47,31 +47,26 @@ class Ranks:
     def __init__(self, size):
         self.size, self.workers = size, []
 
-    def start(self):
-        context = multiprocessing.get_context("spawn")
-        for _ in range(self.size):
+    def run(self, n, function, *args, timeout=60, **more):
+        """The results by rank, with `more` in the environment; RuntimeError with the traceback of the first rank that failed."""
+        if not self.workers:
+            context = multiprocessing.get_context("spawn")
+            timeout += 60
+        while len(self.workers) < self.size:
             ours, theirs = context.Pipe()
             process = context.Process(target=serve, args=(theirs,), daemon=True)
             process.start()
             self.workers.append((process, ours))
-
-    def run(self, n, function, *args, timeout=60, **more):
-        """The results by rank, with `more` in the environment; RuntimeError with the traceback of the first rank that failed."""
-        if not self.workers:
-            self.start()
-            timeout += 60
         port = free_port()
         for rank, (_, connection) in enumerate(self.workers[:n]):
             environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=n, MASTER_PORT=port, MASTER_ADDR="127.0.0.1",
-                               TORCHELASTIC_RESTART_COUNT=0, TORCHELASTIC_USE_AGENT_STORE=False)  # fmt: skip
-            environment.update(more)
+                               TORCHELASTIC_RESTART_COUNT=0, TORCHELASTIC_USE_AGENT_STORE=False) | more  # fmt: skip
             connection.send(({k: str(v) for k, v in environment.items()}, function, args))
         deadline, results = time.monotonic() + timeout, []
         for rank, (_, connection) in enumerate(self.workers[:n]):
-            if not connection.poll(max(deadline - time.monotonic(), 0)):
-                self.close()
-                raise RuntimeError(f"rank {rank} of {n} gave no answer within {timeout} s")
-            good, result = connection.recv()
+            good, result = False, f"no answer within {timeout} s"
+            if connection.poll(max(deadline - time.monotonic(), 0)):
+                good, result = connection.recv()
             if not good:
                 self.close()
                 raise RuntimeError(f"rank {rank} of {n} failed:\n{result}")
@@ -86,11 +81,11 @@ class Ranks:
 
 
 def with_short_sample(name):
-    """The script, whose sample is 16 tokens long: the whole of it is seen under torchrun, once a script."""
+    """The script, whose sample is 16 tokens long, for speed."""
     module = importlib.import_module(name)
-    if not hasattr(module, "whole_sample") and "n" in inspect.signature(module.sample).parameters:
-        module.whole_sample = module.sample
-        module.sample = lambda model, ids, n, *more: module.whole_sample(model, ids, min(n, 16), *more)
+    sample = module.sample
+    if "n" in inspect.signature(sample).parameters:  # it has not been shortened
+        module.sample = lambda model, ids, length, *more: sample(model, ids, min(length, 16), *more)
     return module
 
 
@@ -114,33 +109,25 @@ def as_a_process(name, flags, out, err):
     with_short_sample(name).main(list(flags))
 
 
-class Process:
+class Process(multiprocessing.context.ForkServerProcess):
     """A script in a process of its own, forked from one that has imported torch already, with the part of Popen that tests use."""
 
-    server = multiprocessing.get_context("forkserver")
-
     def __init__(self, name, flags):
-        self.server.set_forkserver_preload(list(SCRIPTS))
+        multiprocessing.get_context("forkserver").set_forkserver_preload(list(SCRIPTS))
         self.files = [tempfile.mkstemp()[1] for _ in range(2)]
-        self.process = self.server.Process(target=as_a_process, args=(name, [str(flag) for flag in flags], *self.files))
-        self.process.start()
-        self.pid, self.kill = self.process.pid, self.process.kill
-        self.send_signal = lambda signum: os.kill(self.pid, signum)
+        super().__init__(target=as_a_process, args=(name, [str(flag) for flag in flags], *self.files))
+        self.start()
 
     def poll(self):
-        return self.process.exitcode
+        return self.exitcode
 
     def wait(self, timeout=120):
-        self.process.join(timeout)
-        return self.process.exitcode
+        self.join(timeout)
+        return self.exitcode
 
-    @property
-    def returncode(self):
-        return self.process.exitcode
-
-    def communicate(self, timeout=120):
+    def communicate(self):
         """(stdout, stderr) once it has ended."""
-        self.wait(timeout)
+        self.wait()
         return tuple(pathlib.Path(path).read_text() for path in self.files)
 
 
