@@ -50,11 +50,10 @@ class Ranks:
     def run(self, n, function, *args, timeout=60, **more):
         """The results by rank, with `more` in the environment; RuntimeError with the traceback of the first rank that failed."""
         if not self.workers:
-            context = multiprocessing.get_context("spawn")
             timeout += 60
         while len(self.workers) < self.size:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(theirs,), daemon=True)
+            ours, theirs = multiprocessing.Pipe()
+            process = multiprocessing.get_context("spawn").Process(target=serve, args=(theirs,), daemon=True)
             process.start()
             self.workers.append((process, ours))
         port = free_port()

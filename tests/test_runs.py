@@ -129,20 +129,20 @@ def test_checkpoints_that_fit_and_that_do_not(ranks, name, tmp_path):
     moved, other = tmp_path / "moved.txt", tmp_path / "other.txt"
     moved.write_text(TEXT.read_text())
     other.write_text(TEXT.read_text() + "and more")
-    folder = tmp_path / "out"
-    flags = small(name, out=folder, steps=12, save_every=6)
+    flags = small(name, out=tmp_path, steps=12, save_every=6)
     together(ranks, 1, name, *flags)
-    expected = losses(folder)
+    expected = losses(tmp_path)
     for more, phrase in (("", "--resume"), ("--resume --seed 1", "seed 0"), ("--resume --dim 24", "dim 48"),
                          ("--resume --n_layers 5", "n_layers"), (f"--resume --data {other}", "fingerprint")):  # fmt: skip
         refused(phrase, name, *flags, *more.split())
-    shutil.rmtree(folder / "step_000000012")
+    assert main(name, *flags, "--resume")[0] == 0, "a run that has ended is not refused"
+    shutil.rmtree(tmp_path / "step_000000012")
     more = ["--ep=1"] if hasattr(importlib.import_module(name).Config, "ep") else []  # as in the checkpoint
     out = together(ranks, 2, name, *flags, "--resume", "--micro_batch=1", f"--data={moved}", *more)
     line = r"^step (\d+)/12 \| loss \d+\.\d{4} \| bpb (?:\d+\.\d+|n/a) \| lr \S+ \| grad \S+ \| (?:\w+ \S+ \| )*tokens 0\.0M"
     assert re.findall(line, out, re.M) == ["7", "8", "9", "10", "11", "12"] and re.search(r"2 ranks x 2 x 1 sequences of \d+", out)
     assert re.search(r"^val 12 \| loss \d+\.\d+ \| bpb (\d+\.\d+|n/a.*)\n[^|]{9}", out, re.M), "a sample ends the run"
-    assert losses(folder) == pytest.approx(expected, rel=1e-4) and len(expected) == 12
+    assert losses(tmp_path) == pytest.approx(expected, rel=1e-4) and len(expected) == 12
 
 
 DIES = f"""
@@ -231,7 +231,8 @@ MISTAKES = {  # flags -> what the line on stderr must say; without an arrow, the
              "--dry_run --world_size 2 --tp 2 --export DIR/new -> without --tp", "--dry_run --world_size 8 --pp 8 -> fewer than --pp 8",
              "--data TEXT,DIR/latin.txt --write_tokens DIR/w -> one corpus", "--data DIR/short.txt -> short.txt: ValueError: 10 tokens",
              "--tokenizer bpe:300 --data DIR/ids.npy -> learned from text", "--vocab_size 256 -> no place for <|endoftext|>",
-             "--tokenizer bpe:999999 -> no more than", "--train_tokenizer 300 -> needs --out", "--tp 2 -> are not 1 ranks"],
+             "--tokenizer bpe:999999 -> no more than", "--train_tokenizer 300 -> needs --out", "--tp 2 -> are not 1 ranks",
+             "--init DIR --tokenizer bpe:300 -> learns one", "--data half:TEXT -> is not WEIGHT:PATH", "--pp 0 -> pp 0", "--decay 0"],
     "llama3": ["--dry_run --world_size 2 --cp 2 --seq_len 18 --long_tokens 0 --anneal_tokens 0 -> --cp 2 needs a multiple of 4",
                "--dry_run --world_size 2 --pp 2 --micro_batch 4 -> 1 micro-batches are fewer than --pp 2", "--dry_run --pp 0 -> pp 0",
                "--dry_run --world_size 8 --pp 8 --micro_batch 1 -> fewer than 8 pipeline stages", "--data TEXT;9;TEXT;8;TEXT -> in order",
