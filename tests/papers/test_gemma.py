@@ -1,4 +1,4 @@
-"""Gemma 2 and Gemma 3: the worked examples of the specification, and Hugging Face's classes."""
+"""Gemma 2 and Gemma 3: the worked examples of the specification; test_hf_parity.py compares with Hugging Face's classes."""
 import json
 import math
 from unittest import mock
@@ -39,7 +39,7 @@ def test_pieces_are_the_specifications():
 
 
 def test_pattern_windows_and_phases():
-    """Gemma 2: every other layer is global; Gemma 3: every sixth. A window of three sees three, as in the specification."""
+    """Gemma 2: every other layer is global; Gemma 3: every sixth."""
     for preset, n_global, query_scalar, window, last_factor in (
         ("2b", 13, 256, 4096, 1), ("9b", 21, 256, 4096, 1), ("27b", 23, 144, 4096, 1), ("3_270m", 3, 256, 512, 1),
         ("3_1b", 4, 256, 512, 1), ("3_4b", 5, 256, 1024, 8), ("3_12b", 8, 256, 1024, 8), ("3_27b", 10, 168, 1024, 8),
@@ -51,11 +51,7 @@ def test_pattern_windows_and_phases():
         assert windows == [window * (i % period > 0) for i in range(1, c.n_layers + 1)] and windows.count(0) == n_global
         assert [c.qk_norm, c.attention_cap, c.logit_cap, c.rope_theta] == rest and c.query_scalar == query_scalar
         assert gemma.token_phases(c)[-1][2].rope_factor == last_factor
-    qkv = torch.zeros(1, 1, 6, 6), torch.zeros(1, 1, 6, 6), torch.eye(6)[None, None]
-    for x in (gemma.local_attention(*qkv, 1.0, 3), gemma.soft_capped_attention(*qkv, 1.0, 3, 9.0)):
-        assert [row.nonzero().flatten().tolist() for row in x[0, 0]] == [[0], [0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5]]
     first, last = gemma.token_phases(c := gemma.Config(**gemma.PRESETS["small"]))
-    assert [(p.seq_len, p.batch_size, p.micro_batch) for *_, p in (first, last)] == [(1024, 96, 12), (4096, 24, 3)]
     assert gemma.find_phase(first[1] - 1, c) == first[::2] and gemma.find_phase(first[1], c) == last[::2]
 
 
@@ -134,33 +130,6 @@ def test_loss_in_chunks_bounds_the_memory(monkeypatch):
         assert 4 * n * V < peak < 9 * 4 * n * V < 4 * 1000 * V
         expected = F.cross_entropy(head(x), ids, reduction="sum").item()
         assert gemma.chunked_loss(head, x, targets, V).item() == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize("kind, more", [
-    ("Gemma2", dict(num_key_value_heads=2, attn_logit_softcapping=5.0, final_logit_softcapping=3.0)),
-    ("Gemma3", dict(num_key_value_heads=1, rope_parameters=dict(full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1e6),
-                                                                sliding_attention=dict(rope_type="default", rope_theta=1e4)))),
-])  # fmt: skip
-def test_logits_and_gradients_are_hugging_faces(kind, more, tmp_path, monkeypatch):
-    """Seven layers, window 8 and small caps; 23 tokens are no multiple of the window, nor 69 of a chunk of the loss."""
-    monkeypatch.setattr(gemma, "slices", lambda n, V: [slice(i, min(i + 10, n)) for i in range(0, n, 10)])
-    model_class = getattr(pytest.importorskip("transformers"), f"{kind}ForCausalLM")
-    shape = dict(vocab_size=256, hidden_size=64, intermediate_size=128, num_attention_heads=4, head_dim=32, query_pre_attn_scalar=16)
-    theirs = model_class(model_class.config_class(**shape, **more, num_hidden_layers=7, sliding_window=8, attn_implementation="eager", max_position_embeddings=99))
-    torch.manual_seed(0)
-    [p.data.normal_(0, 0.3 if "norm" in name else 0.15) for name, p in theirs.named_parameters()]
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours, cfg = gemma.from_hf(tmp_path / "theirs")
-    assert cfg.seq_len == 99
-    tokens = torch.randint(1, 256, (3, 24))
-    expected = theirs(tokens[:, :-1]).logits
-    assert (ours(tokens[:, :-1]) - expected).abs().max() < 1e-5 * expected.abs().max()
-    (ours(tokens[:, :-1], tokens[:, 1:]) / (3 * 23) + theirs(tokens, labels=tokens).loss).backward()
-    for name, p in ours.named_parameters():
-        g = theirs.get_parameter(gemma.gemma_name(name)).grad
-        assert (p.grad - g).abs().max() < 1e-5 * g.abs().max(), name
-    gemma.to_hf(ours, cfg, tmp_path / "ours")
-    assert torch.equal(model_class.from_pretrained(tmp_path / "ours", attn_implementation="eager")(tokens).logits, theirs(tokens).logits)
 
 
 def test_directories_are_read_with_their_classs_defaults_or_refused(tmp_path):
