@@ -1,7 +1,6 @@
 """Muon, MuonClip and the Kimi models: the specification's worked tests, in the order of the script."""
 import json
 import math
-import shutil
 
 import kimi_muon as kimi
 import numpy as np
@@ -40,8 +39,6 @@ def test_yarn_router_biases_and_entropy_are_the_specifications(alone):
     """K2's YaRN keeps indices 0-19 of 32, divides 20-31 by 32 and multiplies the scores by 1.813260; balancing biases move by centred signs."""
     factors = 50000.0 ** (-torch.arange(32) / 32) / kimi.yarn_beta_frequencies(64, 50000.0, 32.0, 4096, 1.0)
     assert factors.tolist() == pytest.approx([1.0] * 20 + [32.0] * 12)
-    factors = 50000.0 ** (-torch.arange(32) / 32) / kimi.yarn_beta_frequencies(64, 50000.0, 64.0, 4096, 32.0)  # K2.5: a ramp from 8 to 20
-    assert factors[:9].tolist() == pytest.approx([1.0] * 9) and factors[20:].tolist() == pytest.approx([64.0] * 12) and 1 < factors[9] < factors[19] < 64
     for factor, square in ((32.0, 1.813260), (64.0, 2.004740)):
         block = kimi.Block(config(rope_factor=factor, head_dim=128, rope_dim=64), dense=True)
         assert block.attn.scale * 192**0.5 == pytest.approx(square, rel=1e-6)
@@ -61,14 +58,6 @@ def test_yarn_router_biases_and_entropy_are_the_specifications(alone):
         assert kimi.svd_entropy(w).item() == pytest.approx(entropy, abs=1e-5)
 
 
-def test_activated_parameters_are_the_papers():
-    for preset, activated in (("moonlight_16b_a3b", 2_914_774_528), ("kimi_k2", 32_861_477_888)):
-        with torch.device("meta"):
-            assert kimi.count_parameters(kimi.Kimi(kimi.Config(**kimi.PRESETS[preset])))[1] == activated
-    layouts = [kimi.choose_layout(kimi.Config(**kimi.PRESETS[preset]), 8) for preset in ("399m", "kimi_k2")]
-    assert [(cfg.ep, cfg.dp) for cfg in layouts] == [(1, 8), (8, 1)], "no parts of experts where there are none"
-
-
 def test_largest_logits_by_blocks_and_the_example_of_their_clip():
     """The largest logits are those of the square, which is never in memory."""
     q, k = normal(2, 3, 600, 4), normal(2, 3, 600, 4, seed=1)
@@ -78,14 +67,15 @@ def test_largest_logits_by_blocks_and_the_example_of_their_clip():
     torch.testing.assert_close(kimi.largest_logits(q, k, 0.3).double(), expected, rtol=1e-5, atol=0)
     _, peak = live_activations(linear := torch.nn.Linear(1, 1), lambda: linear.weight.sum() + kimi.largest_logits(q, k, 0.3).sum())
     assert 4 * 6 * 128 * 600 < peak < 2 * 4 * 6 * 128 * 600 < 4 * 6 * 600**2
-    logit = lambda q, kv: torch.tensor([10.0, 0, 4, 2]) * q @ (torch.tensor([12.0, 5, 20, 10]) * torch.cat((kv, torch.ones(2)))) / 2  # noqa: E731
-    assert logit(torch.ones(4), torch.ones(2)) == 110
     q, kv = kimi.qk_clip(torch.tensor([110.0, 99.0]), 100.0, 2, 2)
     assert q[:4].tolist() == pytest.approx([0.953463] * 2 + [0.909091] * 2, abs=1e-6) and kv[:2].tolist() == pytest.approx([0.953463] * 2, abs=1e-6)
-    assert logit(q[:4], kv[:2]).item() == pytest.approx(100, abs=1e-4) and kv[2:].tolist() == [1.0] * 6 == q[4:].tolist() + [1.0, 1.0]
+    assert kv[2:].tolist() == [1.0] * 6 == q[4:].tolist() + [1.0, 1.0]
 
 
-def test_k2s_schedule_and_the_batches_of_both():
+def test_activated_parameters_schedules_and_batches_are_the_papers():
+    for preset, activated in (("moonlight_16b_a3b", 2_914_774_528), ("kimi_k2", 32_861_477_888)):
+        with torch.device("meta"):
+            assert kimi.count_parameters(kimi.Kimi(kimi.Config(**kimi.PRESETS[preset])))[1] == activated
     cfg, B = kimi.Config(**kimi.PRESETS["kimi_k2"]), 2**26
     for tokens, rate in ((0, 0), (250 * B, 1e-4), (500 * B, 2e-4), (149_011 * B, 2e-4), (12.75e12, 1.1e-4), (15.5e12, 2e-5), (15.96e12, 7e-6)):
         assert kimi.learning_rate(tokens, cfg) == pytest.approx(rate)
@@ -98,6 +88,8 @@ def test_k2s_schedule_and_the_batches_of_both():
     plan = lambda sequences: [(start, n, p.batch_size, p.seq_len) for start, n, p in kimi.phases_left(sequences, cfg)]  # noqa: E731
     assert plan(0) == [(0, 2, 2, 8), (0, 5, 4, 8), (24, 4, 2, 16)] and plan(2) == [(0, 1, 2, 8), *plan(4)] and plan(12) == [(0, 3, 4, 8), *plan(24)]
     assert plan(30) == [(24, 1, 2, 16)] and plan(32) == [(24, 0, 2, 16)], "at its end a run is in its last phase"
+    layouts = [kimi.choose_layout(kimi.Config(**kimi.PRESETS[preset]), 8) for preset in ("399m", "kimi_k2")]
+    assert [(cfg.ep, cfg.dp) for cfg in layouts] == [(1, 8), (8, 1)], "no parts of experts where there are none"
 
 
 def test_newton_schulz_and_muon_are_the_specifications_and_torchs(monkeypatch):
@@ -113,10 +105,6 @@ def test_newton_schulz_and_muon_are_the_specifications_and_torchs(monkeypatch):
     w.grad = torch.diag(torch.tensor([3.0, 4.0]))
     kimi.Muon([w], lr=0.1, weight_decay=0.1, orthogonalize=lambda matrices: kimi.orthogonalize(matrices, torch.float32)).step()
     torch.testing.assert_close(w.data, torch.diag(torch.tensor([0.969554, 0.958344])), atol=1e-6, rtol=0)
-    s = torch.linspace(0.01, 1.0, 200, dtype=torch.float64)  # the map of one singular value
-    for _ in range(5):
-        s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
-    assert 0.6818 <= s.min() and s.max() <= 1.1344
     assert kimi.newton_schulz(normal(64, 256), torch.float32).square().mean().sqrt().item() == pytest.approx(0.0536, abs=2e-3)
     updates = kimi.orthogonalize([normal(64, 256), normal(256, 64), normal(3, 48, 96)], torch.float32)
     assert all(0.16 < update.square().mean().sqrt() < 0.21 for update in updates)
@@ -231,7 +219,7 @@ def test_planned_activations_are_those_of_the_peak(alone):
 
 
 def test_runs_clip_log_and_go_on(ranks, tmp_path):
-    """Two phases with a small tau: what the log has, the losses and the export of a layout, and a resume bit for bit."""
+    """Two phases with a small tau: what the log has, the losses and the export of a layout, and a resume on other ranks."""
     pytest.importorskip("safetensors")
     rows = lambda out, key="loss": [row[key] for row in map(json.loads, (out / "metrics.jsonl").open()) if key in row]  # noqa: E731
     one, four, hf = (tmp_path / name for name in ("one", "four", "hf"))
@@ -252,12 +240,9 @@ def test_runs_clip_log_and_go_on(ranks, tmp_path):
     for start in (["--out", one], ["--init", hf, "--long_tokens=0", "--seq_len=32", "--batch_size=4"]):
         _, out, err = run_main("kimi_muon", [*flags, *start, "--eval"])
         assert float(out.split(" | loss ")[1].split()[0]) == pytest.approx(val, rel=1e-4), err
-    shutil.rmtree(one / "step_000000006")
-    status, out, err = run_main("kimi_muon", [*flags, "--out", one, "--resume"])
-    assert status == 0 and "step 4/6" not in out and rows(one)[-2:] == losses[-2:], err
-    shutil.rmtree(one / "step_000000006")
+    (one / "step_000000006").rename(tmp_path / "gone")
     results = ranks.run(2, run_main, "kimi_muon", [*flags, "--ep=1", "--out", one, "--resume"], timeout=120)
-    assert results[0][0] == 0 and rows(one)[-2:] == pytest.approx(losses[-2:], rel=1e-5), results[0]
+    assert "step 4/6" not in results[0][1] and rows(one)[-2:] == pytest.approx(losses[-2:], rel=1e-5), results[0]
     (status, _, err), _ = ranks.run(2, run_main, "kimi_muon", [*flags, "--ep=2", "--out", one, "--resume"])
     assert status == 2 and "has --ep 1: --export DIR, then --init DIR" in err
     config = json.loads((hf / "config.json").read_text())
@@ -265,5 +250,3 @@ def test_runs_clip_log_and_go_on(ranks, tmp_path):
         (hf / "config.json").write_text(json.dumps(config | {"rope_parameters": {}, key: value}))
         with pytest.raises(ValueError, match=f"config.json has {key} "):
             kimi.from_hf(hf)
-    (tmp_path / "text.txt").write_text("so little that a batch is held out\n" * 20)
-    assert "\nval 6 | loss" in run_main("kimi_muon", flags)[1]
