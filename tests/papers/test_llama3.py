@@ -161,17 +161,13 @@ def test_plans_of_published_sizes(capsys):
     owned = [llama3.context_positions(16, 2, i).tolist() for i in range(2)]
     assert owned == [[0, 1, 2, 3, 12, 13, 14, 15], list(range(4, 12))] and [sum(p + 1 for p in ps) for ps in owned] == [68, 68]
     assert [{p // 2 for p in llama3.context_positions(16, 4, i).tolist()} for i in range(4)] == [{0, 7}, {1, 6}, {2, 5}, {3, 4}]
-    lines = llama3.__doc__.replace("\\\n", "")
-    first, second = re.findall(r"--dry_run --preset 405b (--tp 8 .*)", lines)
-    assert "--nnodes=16 --nproc_per_node=8" in lines and "--preset 8b --tp 8 --recompute block" in lines
+    first, second = re.findall(r"--dry_run --preset 405b (--tp 8 .*)", llama3.__doc__.replace("\\\n", ""))
     phases = "128 ranks x 16 x 1 sequences of 8,192 | bubble 93.8%", "16 x 1 sequences of 131,072", "98,304: 10 micro-batches"
     for flags, phase, end in zip((first, second, second.replace("16384", "32768")), phases, 2 * ["sum 59.305 GiB"] + ["another layout is needed"]):
         llama3.main(["--dry_run", "--preset", "405b", *flags.split()])
         assert re.search(rf"{re.escape(phase)}.* {end}$", capsys.readouterr().out, re.M)
     totals = [round(llama3.phases(llama3.Config(**llama3.PRESETS[n]))[-1].end / 1e12, 2) for n in ("1b", "8b", "405b", "qwen2_5_7b")]
     assert totals == [9.0, 15.64, 15.64, 18.0]
-    llama3.main("--dry_run --preset 8b --tp 8 --recompute block --world_size 128".split())
-    assert "another layout" not in capsys.readouterr().out
 
 
 @pytest.fixture
