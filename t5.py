@@ -923,6 +923,8 @@ def check(cfg, ranks):
     for wrong, message in (
         (not 0 < cfg.rate < 1, f"--rate {cfg.rate} is not between 0 and 1"),
         (cfg.span < 1, f"--span {cfg.span} is less than a token"),
+        (cfg.dropout >= 1, f"--dropout {cfg.dropout} is not less than 1"),
+        (cfg.ramp_down > 1, f"--ramp_down {cfg.ramp_down} is more than 1"),
         (cfg.inputs < 5, f"--inputs {cfg.inputs} cannot hold mode, token, sentinels and EOS"),
         (ranks * n_micro * micro != cfg.batch_size,
          f"--batch_size {cfg.batch_size} is not {ranks} ranks x n micro-batches of {micro}"),
@@ -1095,7 +1097,10 @@ def load_stream(cfg):
     separator (code); sets the fields of cfg that depend on them. With --write_tokens the data is
     written as shards instead, and the result is None."""
     files, shards = find_files(cfg.data)
+    ids = cfg.pad, cfg.eos
     tokenizer = load_vocabulary(cfg, is_text=bool(files))
+    if cfg.init and ids != (cfg.pad, cfg.eos):
+        raise ValueError(f"--init {cfg.init} has PAD, EOS {ids}, which the tokenizer does not have")
     if cfg.prompt and not tokenizer:
         raise ValueError("--prompt needs --tokenizer where --data is token shards")
     documents = tokenize(read_documents(cfg.data, files), tokenizer, cfg.eos)
@@ -1126,9 +1131,10 @@ def main(argv=None):
             return
         tokenizer, corpus, heldout = data
 
-        fixed = {name: getattr(cfg, name) for name in SHAPE}
+        fixed = {name: getattr(cfg, name) for name in (*SHAPE, "sentinel", "mode")}
         if not cfg.eval:
-            fixed |= {"seed": cfg.seed, "data_fingerprint": corpus.fingerprint()}
+            fixed |= {"seq_len": cfg.seq_len, "seed": cfg.seed}
+            fixed |= {"data_fingerprint": corpus.fingerprint()}
         newest, run = newest_checkpoint(cfg.out, cfg.resume or cfg.eval, fixed)
         if run and "steps" not in given:  # keep the planned number of sequences
             cfg.steps = math.ceil(run["steps"] * run["batch_size"] / cfg.batch_size)
