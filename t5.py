@@ -229,7 +229,8 @@ class RelativePositionBias(nn.Module):
     def forward(self, length):
         device = self.table.weight.device
         buckets = relative_position_buckets(length, self.bidirectional, device)  # [T, T]
-        return self.table(buckets).permute(2, 0, 1)  # [H, T, T]
+        # Contiguous, since a GPU's fused attention takes no other mask.
+        return self.table(buckets).permute(2, 0, 1).contiguous()  # [H, T, T]
 
 class RelativeBiasAttention(nn.Module):
     """softmax(q kᵀ + bias) v W_o with queries of x [B, T, D], keys and values of memory [B, S, D]:
