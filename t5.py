@@ -135,7 +135,7 @@ class Config:
     export: str = ""  # directory to write a Hugging Face checkpoint to after training
     write_tokens: str = ""  # directory to write the data to as token shards, then exit
 
-# The code's V: 32,000 word-pieces and 100 sentinels, padded to a multiple of 128.
+# Undisclosed: V. The code's has 32,000 word-pieces and 100 sentinels, padded to a multiple of 128.
 BASELINE = dict(vocab_size=32128, micro_batch=32, precision="bf16", compile=True, denoiser="iid")
 # §3.7: spans, 2²⁰ tokens an update, a million updates.
 # Undisclosed: batch, updates and learning rate of v1.1. They are those of §3.7 here.
@@ -173,13 +173,14 @@ PRESETS = {
     "v1_1_xl": V1_1 | SHARDED | dict(zip(SIZES, (24, 2048, 5120, 32, 64))),
     "v1_1_xxl": V1_1 | SHARDED | dict(zip(SIZES, (24, 4096, 10240, 64, 64))),
 }  # fmt: skip
+# Departure: the default text is Python's standard library instead of C4 (§2.2). About 5 % of the
+# documents are held out, where C4 has a split of its own.
 # Departure: tiktoken, over bytes by default, stands for the paper's 32,000 SentencePieces, so that
 # PAD, EOS and sentinels have other ids than the code's 0, 1 and 32099 down. Token shards without a
 # --tokenizer have the code's, or those of --pad, --eos and --sentinel.
 END = "</s>"  # EOS: ends inputs and targets; documents have no separator
-PAD = "<pad>"
 MODES = ("[R]", "[S]", "[X]")
-SPECIALS = (END, PAD, *MODES)  # the sentinels follow; <extra_id_0> has the tokenizer's last id
+SPECIALS = (END, "<pad>", *MODES)  # the sentinels follow; <extra_id_0> has the tokenizer's last id
 PATTERN = (  # how GPT-4 and Llama 3 split text into words, for BPE rank files
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -208,6 +209,8 @@ def relative_position_buckets(length, bidirectional, device):
     Computed on the CPU, since some distances lie on the border of two buckets, where the rounding
     of a device's logarithm could decide otherwise.
     """
+    # Undisclosed: where each bucket begins. As in the code the last one begins at a distance of 91
+    # if bidirectional, else of 113: less than the "offset of 128" of the paper.
     position = torch.arange(length, device="cpu")
     relative = position[None] - position[:, None]  # key - query
     distance = relative.abs() if bidirectional else (-relative).clamp(min=0)
@@ -234,8 +237,9 @@ class RelativePositionBias(nn.Module):
 
 class RelativeBiasAttention(nn.Module):
     """softmax(q kᵀ + bias) v W_o with queries of x [B, T, D], keys and values of memory [B, S, D]:
-    [B, T, D]. bias is None or broadcasts to [B, H, T, S]; -inf masks a key. Scores are not scaled
-    by 1 / sqrt(E): the initial W_q is smaller instead (code)."""
+    [B, T, D]. bias is None or broadcasts to [B, H, T, S]; -inf masks a key."""
+
+    # Undisclosed: that scores are not scaled by 1 / sqrt(E); the code's initial W_q is smaller.
 
     def __init__(self, dim, n_heads, head_dim, dropout):
         super().__init__()
@@ -324,6 +328,7 @@ class T5(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
+        # Undisclosed: the scale of a tied softmax's input; the code's.
         self.scale = cfg.dim**-0.5 if cfg.tied else 1.0
         self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.dim)
         encoder = [Block(cfg, decoder=False) for _ in range(cfg.n_layers)]
@@ -339,8 +344,8 @@ class T5(nn.Module):
         if source_mask is not None:
             padding = torch.where(source_mask, 0.0, -math.inf)[:, None, None]  # [B, 1, 1, T]
         memory = self.encoder(self.token_embedding(source), padding)  # [B, T, D]
-        length = target_in.shape[1]
-        future = torch.full((length, length), -math.inf, device=source.device).triu(1)  # [U, U]
+        # -inf above the diagonal: [U, U]
+        future = nn.Transformer.generate_square_subsequent_mask(target_in.shape[1], source.device)
         x = self.decoder(self.token_embedding(target_in), future, memory, padding)  # [B, U, D]
         weight = self.token_embedding.weight if self.head is None else self.head.weight
         return F.linear(x * self.scale, weight).float()
@@ -353,7 +358,7 @@ def init_weights(model, cfg):
     Each parameter is drawn from a generator seeded by (seed, name), so that every layout
     starts from the same numbers. Raises ValueError for a parameter without a rule.
     """
-    # Undisclosed: the initialisation; this is the code's.
+    # Undisclosed: the initialisation; the code's.
     for name, p in model.named_parameters():
         generator = torch.Generator().manual_seed(stable_hash(cfg.seed, name))
         value = torch.empty(p.shape)
@@ -444,7 +449,8 @@ def row_lengths(cfg):
     """(tokens of text, inputs, targets), at most, of an example."""
     if cfg.denoiser == "iid":  # the number of runs is random
         length = min(cfg.inputs - 1, cfg.seq_len or cfg.inputs)
-        # 192 targets for 512 inputs at a rate of 0.15 (code); in proportion at others
+        # Undisclosed: the number of targets. The code has 192 for 512 inputs at a rate of 0.15; at
+        # others it is in proportion here.
         return length, length + 1, math.ceil(2.5 * cfg.rate * (length + 1))
     lengths = [(example[0], *encoded_lengths(*example)) for example in denoisers(cfg)]
     return tuple(map(max, zip(*lengths)))
@@ -456,7 +462,8 @@ def random_parts(n, parts, rng):
 
 def span_mask(length, rate, span, rng):
     """Which tokens are hidden, bool [length]: kept and hidden spans alternate, so that the first
-    token is always kept and the last one always hidden (code)."""
+    token is always kept and the last one always hidden."""
+    # Undisclosed: how spans are drawn, beyond their number and mean (§3.3.4); as in the code.
     noise, spans = count_noise(length, rate, span)
     kept = random_parts(length - noise, spans, rng)
     hidden = random_parts(noise, spans, rng)
@@ -500,7 +507,8 @@ def get_batch(corpus, first, n, cfg):
     A pure function of the seed and the index, so that any number of ranks, any accumulation and
     any resume see the same sequences. Targets of -100 are not scored.
     """
-    # Documents are one stream without separators, cut into windows (code).
+    # Undisclosed: how documents become sequences. As in the code they are joined without separators
+    # and cut into windows; each epoch reads them in random order, at a random offset.
     # Departure: the stream is the whole corpus. The code concatenates 128 documents at a time, and
     # packs the shorter pieces that are left, several in a row.
     # Departure: a long document is read whole; the code takes 65,536 tokens of it, at random.
@@ -521,6 +529,7 @@ def get_batch(corpus, first, n, cfg):
         source[row, : len(inputs) + 1] = torch.tensor([*inputs, cfg.eos])
         source_mask[row, : len(inputs) + 1] = True
         targets[row, : len(outputs)] = outputs
+        # Undisclosed: the first input of the decoder. In the code it is PAD.
         target_in[row, 1 : len(outputs)] = outputs[:-1]  # shifted right behind PAD
     scored = targets[targets >= 0].numpy()
     counts = {"n_targets": len(scored), "n_bytes": int(corpus.token_bytes[scored].sum())}
@@ -552,6 +561,7 @@ class Adafactor(torch.optim.Optimizer):
     and of columns, updates clipped to RMS 1 and scaled by the RMS of their parameter. Parameters
     may be sharded by rows: means are those of the complete matrix. A vector is one column."""
 
+    # Undisclosed: the settings of Adafactor; all are the code's.
     # Departure: the code factors only where both sides have 128 or more, which at the published
     # sizes all matrices have, except the tables of relative positions.
 
@@ -608,9 +618,9 @@ def learning_rate(step, cfg):
 
 # ---------------------------------------- Precision ----------------------------------------
 
-# Parameters, gradients and Adafactor's moments are fp32. Under bf16, autocast (in objective) runs
-# matrix products and attention in bf16, as the code did on TPUs; norms, softmax and loss are fp32.
-# The logits of the vocabulary are products, and thus rounded to bf16.
+# Undisclosed: the precision. As in the code, parameters, gradients and Adafactor's moments are
+# fp32. Under bf16, autocast (in objective) runs matrix products and attention in bf16; norms,
+# softmax and loss are fp32. Logits of the vocabulary are products, and thus rounded to bf16.
 # Departure: residual sums are fp32 (in the code bf16), and attention rounds the bias of relative
 # positions to bf16 (in the code it is fp32).
 
@@ -642,8 +652,7 @@ def parallelize(model, cfg, mesh):
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)  # the rest stays fp32
     return model
 
 def fill_parameter(p, value):
@@ -700,8 +709,7 @@ def from_hf(path):
             tensors["lm_head.weight"] = tensors["shared.weight"].clone()
         with torch.device("meta"):
             model = T5(cfg)
-        names = model.state_dict()
-        values = {name: tensors[t5_name(name, cfg.gated)].float() for name in names}
+        values = {name: tensors[t5_name(name, cfg.gated)].float() for name in model.state_dict()}
         model.load_state_dict(values, assign=True)
     return model, cfg
 
@@ -711,8 +719,7 @@ def to_hf(model, cfg, path):
     from safetensors.torch import save_file
 
     config = {key: getattr(cfg, field) for field, (key, _) in HF_CONFIG.items()} | fixed_keys(cfg)
-    config |= {"dropout_rate": cfg.dropout, "torch_dtype": "float32"}
-    config |= {"architectures": ["T5ForConditionalGeneration"]}
+    config |= {"dropout_rate": cfg.dropout, "architectures": ["T5ForConditionalGeneration"]}
     writes = not dist.is_initialized() or dist.get_rank() == 0
     tensors = {}
     for name, p in model.named_parameters():
@@ -958,7 +965,7 @@ def load_vocabulary(cfg, is_text):
         tokenizer = load_tokenizer(cfg.tokenizer or "bytes", specials)
         padded = 128 * math.ceil(tokenizer.n_vocab / 128)  # as the code pads it
         cfg.vocab_size = cfg.vocab_size or padded
-        names = "".join((PAD, END, "<extra_id_0>", MODES[0]))
+        names = "<pad></s><extra_id_0>[R]"
         cfg.pad, cfg.eos, cfg.sentinel, cfg.mode = tokenizer.encode(names, allowed_special="all")
     if not tokenizer or cfg.vocab_size != padded:
         vocabulary_size(cfg.vocab_size, tokenizer, cfg.init)
@@ -1161,14 +1168,13 @@ def main(argv=None):
         if cfg.out and dist.get_rank() == 0:
             lock = claim_directory(cfg.out, dataclasses.asdict(cfg) | fixed)  # until the run ends
         n_micro, micro = split_batch(cfg, ranks)
-        n_tokens = cfg.batch_size * cfg.seq_len
         n_windows = corpus.n_windows(cfg.seq_len)
         _, T, U = row_lengths(cfg)
         print(f"torch {torch.__version__} | {device.type} {cfg.precision} | {n_windows:,} windows")
         print("parameters {:,} | activated {:,}".format(*count_parameters(model)), end=" | ")
         print(f"FLOPs per token {flops_per_token(cfg):.3g} | tokens per step", end=" ")
-        print(f"{n_tokens:,} = {ranks} ranks x {n_micro} x {micro} sequences of", end=" ")
-        print(f"{cfg.seq_len} in {T} inputs, {U} targets")
+        print(f"{cfg.batch_size * cfg.seq_len:,} = {ranks} ranks x {n_micro} x {micro}", end=" ")
+        print(f"sequences of {cfg.seq_len} in {T} inputs, {U} targets")
         if not train(model, optimizer, corpus, heldout, state, cfg, device):
             return print(f"stopped after step {state['step']}")
         if cfg.export:

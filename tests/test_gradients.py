@@ -24,8 +24,8 @@ def reference(name, overrides):
     if hasattr(cfg, "n_experts"):  # their objective has more terms than this, each with a test of its own
         loss, metrics = module.objective(model, batch, cfg)
     else:
-        documents = {key: batch[key] for key in ("documents",) if key in batch}
-        loss = F.cross_entropy(model(batch["tokens"], **documents).flatten(0, 1), batch["targets"].flatten())
+        inputs = {key: batch[key] for key in ("tokens", "documents", "source", "target_in", "source_mask") if key in batch}
+        loss = F.cross_entropy(model(**inputs).flatten(0, 1), batch["targets"].flatten())
     loss.backward()
     found = {key: p.grad.numpy() for key, p in model.named_parameters() if p.grad is not None}
     if name == "omni":

@@ -1,5 +1,4 @@
-"""T5: relative positions, span corruption, UL2, layouts, Adafactor, Hugging Face, runs; in the order of the script."""
-import copy
+"""T5: relative positions, span corruption, UL2, Adafactor, Hugging Face, runs; in the order of the script."""
 import importlib.util
 import json
 import math
@@ -13,21 +12,19 @@ import t5
 import torch
 import torch.nn.functional as F
 from conftest import SCRIPTS
-from ranks import gradients, make_corpora, make_model, run_main
+from ranks import make_corpora, make_model, run_main
 from test_shapes import live_activations
 
 ROW = SCRIPTS["t5"]
-WAYS = [dict(), dict(denoiser="iid"), dict(denoiser="ul2", gated=True, tied=False, micro_batch=1)]
 
 
 def test_relative_positions_initialisation_and_dropout(monkeypatch):
-    """The specification's buckets, by their first distance; of keys after the query they are 16 more in the encoder, and 0 in the decoder.
-    The code's deviations, of which a cut at two sigma leaves 0.8796. Dropout: both ends of a stack, attention, branches, hidden units."""
+    """Buckets by their first distance. Of standard deviations a cut at two sigma leaves 0.8796."""
     for both, starts in (True, [*range(9), 12, 16, 23, 32, 46, 64, 91]), (False, [*range(17), 19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77, 87, 99, 113]):
         distance, bias = torch.arange(300)[:, None] - torch.arange(300), t5.RelativePositionBias(3, both)
         buckets = torch.bucketize(distance.abs(), torch.tensor(starts), right=True) - 1
         buckets = torch.where(distance >= 0, buckets, buckets + 16 if both else 0)
-        assert torch.equal(bias(300), bias.table.weight[buckets].permute(2, 0, 1))
+        assert torch.equal(bias(300), bias.table.weight[buckets].permute(2, 0, 1)) and bias(300).is_contiguous()
     cfg, limit = t5.Config(vocab_size=1000, dim=200, n_layers=2, n_heads=6, head_dim=25, hidden_dim=300, gated=True, tied=False), math.sqrt(6 / 38)
     model = t5.T5(cfg)
     t5.init_weights(model, cfg)
@@ -52,11 +49,10 @@ def test_relative_positions_initialisation_and_dropout(monkeypatch):
 @pytest.mark.parametrize("name, batch, steps, denoiser, targets, flops", [
     ("baseline", 2**16, 2**19, "iid", 192, 956740698), ("t5_11b", 2**20, 10**6, "t5", 114, 40033298807), ("v1_1_xl", 2**20, 10**6, "t5", 114, 9405195394)])
 def test_presets_are_the_papers(name, batch, steps, denoiser, targets, flops):
-    """FLOPs as torch counts them, less the half of the decoder's square that is not seen; GLU Variants' rate, a twentieth before the end."""
+    """FLOPs as torch counts them, less the half of the decoder's square that is not seen."""
     cfg = t5.Config(**t5.PRESETS[name])
     assert (cfg.batch_size * cfg.inputs, cfg.steps, cfg.denoiser, t5.row_lengths(cfg)[1:]) == (batch, steps, denoiser, (512, targets))
     assert (cfg.lr, cfg.z_loss, cfg.rate, cfg.span, round(t5.flops_per_token(cfg))) == (0.01, 1e-4, 0.15, 3.0, flops) and cfg.gated == (cfg.dropout == 0)
-    assert t5.learning_rate(498_074, t5.Config(ramp_down=0.1)) == pytest.approx(0.5 * (2**19 * 0.95) ** -0.5, rel=1e-4)
 
 
 @pytest.mark.parametrize("overrides", [dict(), dict(precision="bf16"), dict(gated=True, tied=False, denoiser="iid")])
@@ -73,8 +69,7 @@ def test_planned_memory_is_that_of_the_peak(overrides, monkeypatch, capsys):
 
 
 def test_corruption_of_the_specification():
-    """Lengths and spans, uniform among all compositions: chi squared of 9 degrees, p 0.001. The baseline, also with too few sentinels. UL2's seven
-    denoisers by mode, rate and spans; S hides a suffix, the single span of X moves. The specification's example, and the code's unit case."""
+    """Spans are uniform among all compositions: chi squared of 9 degrees, p 0.001. UL2's S hides a suffix; the single span of X moves."""
     for (inputs, rate, span), (length, targets) in {
         (512, 0.15, 3): (568, 114), (32, 0.15, 3): (34, 8), (128, 0.15, 3): (141, 29), (256, 0.15, 3): (284, 58), (64, 0.2, 2): (70, 22),
         (64, 0.2, 1): (63, 27), (512, 0.15, 8): (588, 100), (512, 0.5, 3): (766, 512), (512, 0.5, 8): (908, 512), (512, 0.15, 64): (600, 92),
@@ -99,10 +94,10 @@ def test_corruption_of_the_specification():
         hidden, spans = sum(i < 32000 for i in targets), sum(32000 <= i < 32128 for i in inputs)
         seen.setdefault((inputs[0], round(hidden / (len(inputs) - 1 - spans + hidden), 2), spans if spans > 2 else 1), []).append((inputs, targets))
     assert seen.keys() == {(32128, 0.15, 28), (32128, 0.15, 11), (32129, 0.25, 1), (32130, 0.5, 127), (32130, 0.5, 57), (32130, 0.15, 1), (32130, 0.5, 8)}
-    moved = [inputs for inputs, _ in seen[32130, 0.15, 1]]
+    assert all(60 < len(rows) < 145 for rows in seen.values())
     for inputs, targets in seen[32129, 0.25, 1]:
         assert inputs[-1] == 32127 and [*inputs[1:-1], *targets[1:]] == text[: len(inputs) + len(targets) - 3].tolist()
-    assert all(60 < len(rows) < 145 for rows in seen.values())
+    moved = [inputs for inputs, _ in seen[32130, 0.15, 1]]
     assert len({inputs.index(32127) for inputs in moved}) > 30 and any(32126 in inputs and inputs[1] == 32127 for inputs in moved)
     mask = np.repeat([False, True] * 2, [10, 2, 19, 3])
     for mask, ids, first, inputs, targets in (
@@ -111,7 +106,7 @@ def test_corruption_of_the_specification():
         assert [t5.replace_spans(np.arange(*ids), part, first).tolist() for part in (mask, ~mask)] == [inputs, targets]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [dict(), dict(denoiser="iid"), dict(denoiser="ul2")])
 def test_batches(way):
     """Rows end in EOS and targets are behind PAD; those of spans are full and have all of the text."""
     cfg = t5.Config(**ROW.tiny | way | dict(inputs=64, seq_len=0))
@@ -126,8 +121,6 @@ def test_batches(way):
         assert inputs[-1] == targets[-1] == cfg.eos and batch["target_in"][row, : len(targets)].tolist() == [cfg.pad, *targets[:-1]]
         text = [i for i in inputs[:-1] + targets[:-1] if i < 342]
         assert way or (len(inputs), len(targets), sorted(text)) == (T, U, sorted(corpus.window(3 + row, length, 0)[:-1]))
-    with pytest.raises(ValueError, match=r"token id \d+, which is a sentinel's"):
-        t5.get_batch(corpus, 0, 8, t5.Config(**ROW.tiny | way | dict(sentinel=99)))
 
 
 @pytest.mark.parametrize("gated, loss, logits, z", [
@@ -145,44 +138,22 @@ def test_golden_values(gated, loss, logits, z):
     source, labels = ((torch.arange(24) * 7 + 3) % 120 + 2).view(2, 12), ((torch.arange(12) * 5 + 1) % 120 + 2).view(2, 6)
     labels[1, 5] = -100
     batch = dict(source=source, target_in=F.pad(labels[:, :-1], (1, 0)), targets=labels, n_targets=11, source_mask=torch.arange(12) < torch.tensor([[12], [9]]))
-    assert t5.count_parameters(model)[0] == (214_016 if gated else 173_056)
     assert model(source, batch["target_in"], batch["source_mask"])[0, 0, :3].tolist() == pytest.approx(logits, rel=1e-5, abs=1e-7)
     assert t5.objective(model, batch, cfg)[0].item() == pytest.approx(loss + z, rel=1e-5)
-    with torch.no_grad():
-        assert t5.objective(model, batch, cfg)[0].item() == pytest.approx(loss, rel=1e-5)
+    assert torch.no_grad()(t5.objective)(model, batch, cfg)[0].item() == pytest.approx(loss, rel=1e-5)
 
 
 def test_adafactor_of_the_specification(monkeypatch):
-    """A matrix, and a row without gradient, as of a token that does not occur. Each update has the rate of its call."""
-    p, rows = torch.nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, 4.0]])), torch.nn.Parameter(torch.ones(2, 1))
-    optimizer = t5.Adafactor([p, rows], lr=0.01)
+    """A matrix, and a row without gradient, as of a token that does not occur. An update has the rate of its call."""
+    monkeypatch.setattr(t5, "dist", MagicMock(get_world_size=lambda: 1))
+    monkeypatch.setattr(t5, "objective", lambda model, batch, cfg: (sum((p * g).sum() for p, g in zip(model, batch["gradients"])), {}))
+    p, rows = model = torch.nn.ParameterList([torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.ones(2, 1)])
+    optimizer = t5.build_optimizer(model, t5.Config(lr=1.0))
     for g, new in ([0.1, -0.2, 0.3, 0.4], [0.9787868, 2.03, 2.9715395, 3.97316718]), ([0.05, 0.1, -0.2, 0.3], [0.96450354, 2.01042023, 2.99419044, 3.94987946]):
-        p.grad, rows.grad = torch.tensor(g).view(2, 2), torch.tensor([[0.0], [1e-8]])
-        optimizer.step()
+        batch = dict(targets=p, gradients=[torch.tensor(g).view(2, 2), torch.tensor([[0.0], [1e-8]])])
+        t5.update_shards(model, optimizer, [batch], 0.01, t5.Config())
         assert p.flatten().tolist() == pytest.approx(new, rel=0, abs=1e-6)
     assert rows[0] == 1 and rows[1] < 1
-    monkeypatch.setattr(t5, "dist", MagicMock(get_world_size=lambda: 1))
-    cfg, changes = t5.Config(**ROW.tiny), []
-    start, batch = make_model(t5, ROW, cfg), t5.get_batch(make_corpora(t5, cfg)[0], 0, 8, cfg)
-    for lr in (0.01, 0.03):
-        model, optimizer = copy.deepcopy((start, t5.build_optimizer(start, cfg)))
-        t5.update_shards(model, optimizer, [batch], lr, cfg)
-        changes += [torch.cat([(new - old).flatten() for new, old in zip(model.parameters(), start.parameters())])]
-    torch.testing.assert_close(changes[1], 3 * changes[0], rtol=1e-3, atol=1e-6)
-
-
-@pytest.mark.parametrize("n, overrides", [(1, dict(micro_batch=2)), (2, dict(micro_batch=1, recompute="block")), (4, WAYS[1]), (4, WAYS[2])])
-def test_layout_gives_the_gradients_of_a_plain_loss(ranks, n, overrides):
-    cfg = t5.Config(**ROW.tiny | overrides | dict(z_loss=0.01))
-    model, batch = make_model(t5, ROW, cfg), t5.get_batch(make_corpora(t5, cfg)[0], 3, 8, cfg)
-    logits, targets = model(batch["source"], batch["target_in"], batch.get("source_mask")).flatten(0, 1), batch["targets"].flatten()
-    expected = F.cross_entropy(logits, targets) + 0.01 * logits.logsumexp(1)[targets >= 0].square().mean()
-    expected.backward()
-    together = torch.cat([p.grad.flatten() for p in model.parameters()])
-    for loss, found, norm in ranks.run(n, gradients, "t5", ROW, overrides | dict(z_loss=0.01)):
-        assert (loss, norm) == pytest.approx((expected.item(), together.norm().item()), rel=1e-5)
-        for name, p in model.named_parameters():
-            assert (torch.from_numpy(found[name]) - p.grad).abs().max() <= 1e-5 * max(p.grad.abs().max(), 1e-3 * together.abs().max()), name
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["v1.0", "v1.1"])
@@ -211,15 +182,13 @@ def test_hugging_face_reads_and_writes_the_same_model(gated, tmp_path):
 @pytest.mark.parametrize("flags, tolerance", [("--precision bf16", 0.02), ("--denoiser iid", 1e-4), ("--denoiser ul2", 1e-4)])
 def test_runs_of_one_rank_and_of_two(ranks, tmp_path, flags, tolerance):
     flags += f" --data {sysconfig.get_paths()['stdlib']}/asyncio --val_batches 1 --log_every 1 --timeout 30 --batch_size 4 --inputs 64 --dim 48"
-    outputs, losses = [], []
     runs = [(1, "--steps 30 --recompute block"), (2, "--steps 6 --micro_batch 1")]
     if importlib.util.find_spec("safetensors"):
         runs = [runs[0], (2, f"{runs[1][1]} --export {tmp_path}/hf"), (2, f"--eval --init {tmp_path}/hf")]
-    for n, more in runs:
-        results = ranks.run(n, run_main, "t5", f"--preset demo {flags} --hidden_dim 64 --lr 0.03 --ramp_down 0 {more}".split(), timeout=120)
-        assert not any(status for status, *_ in results), results
-        outputs.append(results[0][1])
-        losses.append([float(loss) for loss in re.findall(r"^step .*? loss ([\d.]+)", results[0][1], re.M)])
+    flags += " --preset demo --hidden_dim 64 --lr 0.03 --ramp_down 0 "
+    statuses, outputs, errors = zip(*(ranks.run(n, run_main, "t5", (flags + more).split(), timeout=120)[0] for n, more in runs))
+    assert not any(statuses), errors
+    losses = [[float(loss) for loss in re.findall(r"^step .*? loss ([\d.]+)", output, re.M)] for output in outputs]
     assert len(losses[0]) == 30 and losses[0][0] - sum(losses[0][-5:]) / 5 > 1.5 and "⟦" in outputs[0]
     assert losses[1] == pytest.approx(losses[0][:6], rel=tolerance)
     assert len(runs) == 2 or outputs[2].split("val 0")[1][:14] == outputs[1].split("val 6")[1][:14]
@@ -237,3 +206,5 @@ def test_fills_in_the_prompt(monkeypatch, capsys):
     for text, shown, filled in ("an <extra_id_0> man <extra_id_1>.",) * 2 + ("an ⟦old⟧ man ⟦son⟧.",), ("an ", "an <extra_id_0>", "an ⟦old⟧"):
         t5.fill_spans(model, text, make_corpora(t5, cfg)[1], tokenizer, cfg)
         assert capsys.readouterr().out == f"[R]{shown}\n---\n[R]{filled}\n"
+    with pytest.raises(ValueError, match=r"t5-small has PAD, EOS \(0, 1\)"):
+        t5.load_stream(t5.Config(init="t5-small"))
