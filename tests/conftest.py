@@ -147,12 +147,16 @@ SCRIPTS = {
     "t5": Row(
         model="T5",
         tiny=dict(vocab_size=384, dim=24, n_layers=2, n_heads=4, head_dim=10, hidden_dim=40, dropout=0.0, inputs=23, seq_len=24, batch_size=8,
-                  pad=257, eos=256, mode=258, sentinel=360, sentinels=19, precision="fp32", lr=0.3, steps=5),
+                  pad=257, eos=256, mode=258, sentinel=360, sentinels=19, precision="fp32", lr=0.3, steps=5, clip=1.0,
+                  z_loss=0.0),
         counts={"t5_small": 60_506_624, "t5_base": 222_903_552, "baseline": 222_903_552, "t5_large": 737_668_096, "t5_3b": 2_851_598_336,
                 "t5_11b": 11_307_321_344, "2x": 502_746_112, "4x": 972_590_080, "v1_1_small": 76_961_152, "v1_1_base": 247_577_856,
                 "v1_1_large": 783_150_080, "v1_1_xl": 2_849_757_184, "v1_1_xxl": 11_135_332_352, "small": 198_819_072, "demo": 222_208},
-        schedule=(dict(), {0: 0.01, 9_999: 0.01, 39_999: 0.005, 999_999: 0.001}),  # the inverse square root after ten thousand updates
-        layouts=(), falls=1.5, batch=(48, 52), variants=(),
+        # the paper's: 0.01 for ten thousand updates, then the inverse square root; in the last tenth GLU Variants' fall to 0
+        schedule=(dict(steps=10**6, ramp_down=0.1), {0: 0.01, 9_999: 0.01, 39_999: 0.005, 899_999: 0.001054093, 950_000: 0.000512989}),
+        layouts=((1, dict(micro_batch=2)), (2, dict(micro_batch=1, recompute="block")), (4, dict(denoiser="iid")),
+                 (4, dict(denoiser="ul2", gated=True, tied=False, micro_batch=1))),
+        falls=1.5, batch=(48, 52), variants=(),
         small=dict(batch_size=4, dim=48, hidden_dim=64, seq_len=16, lr=0.01), warm="",
     ),
     "gemma": Row(

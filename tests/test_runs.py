@@ -132,7 +132,8 @@ def test_checkpoints_that_fit_and_that_do_not(ranks, name, tmp_path):
     flags = small(name, out=tmp_path, steps=12, save_every=6)
     together(ranks, 1, name, *flags)
     expected = losses(tmp_path)
-    for more, phrase in (("", "--resume"), ("--resume --seed 1", "seed 0"), ("--resume --dim 24", "dim 48"),
+    special = [("--resume --sentinels 99", "sentinel 360"), ("--resume --seq_len 8", "seq_len 16")] if name == "t5" else []
+    for more, phrase in (*special, ("", "--resume"), ("--resume --seed 1", "seed 0"), ("--resume --dim 24", "dim 48"),
                          ("--resume --n_layers 5", "n_layers"), (f"--resume --data {other}", "fingerprint")):  # fmt: skip
         refused(phrase, name, *flags, *more.split())
     assert main(name, *flags, "--resume")[0] == 0, "a run that has ended is not refused"
@@ -255,7 +256,8 @@ MISTAKES = {  # flags -> what the line on stderr must say; without an arrow, the
              "--data DIR/one.txt -> 1 documents of text are too few", "--objective rtd --export DIR/hf -> --objective mlm",
              "--prompt none -> no [MASK]", "--seq_len 17 -> 17 tokens"],
     "t5": ["--data DIR/ids.npy --vocab_size 400 --sentinel 99 -> 100 sentinels from --sentinel 99", "--rate 1 -> --rate 1.0",
-           "--denoiser iid --inputs 2048 --seq_len 0 -> --sentinels is too small", "--inputs 3 -> --inputs 3 cannot hold"],
+           "--denoiser iid --inputs 2048 --seq_len 0 -> --sentinels is too small", "--inputs 3 -> --inputs 3 cannot hold",
+           "--data DIR/ids.npy --vocab_size 2000 --sentinel 1050 -> token id 1000, which is a sentinel's", "--ramp_down 2 -> --ramp_down 2.0"],
 }  # fmt: skip
 
 
