@@ -17,8 +17,8 @@ whose loss covers every token.
 
 Map: §3 BERT, Embeddings, Block, PRESETS | §3.1 masked_lm, objective | A.1
 create_masked_lm_predictions | A.2 create_pairs, AdamWeightDecay, learning_rate, phase_at |
-ELECTRA §2 ELECTRA, replaced_token_detection. "Code" and "released" mean google-research/bert,
-and google-research/electra for ELECTRA.
+ELECTRA §2 ELECTRA, replaced_token_detection. "(code)" marks what the paper does not say and the
+released code does: google-research/bert, and google-research/electra for ELECTRA.
 Legend: B batch, T positions, D width, H heads, E = D / H, F hidden width, V vocabulary, P slots for
 predictions, W width of the token embedding (in BERT, D).
 Conventions: NSP label 0 is IsNext, 1 a random sentence; loss in nats; label -100 is not scored.
@@ -89,12 +89,13 @@ class Config:
     data: str = ""  # text, or a directory of --write_instances; empty: Python's standard library
     sentences: Literal["prose", "lines"] = "prose"  # lines: one a line, blank lines end documents
     tokenizer: str = "wordpiece:8192"  # vocab.txt, or wordpiece:N; --data's or --init's comes first
-    uncased: bool = True  # convert text to lower case and strip accents
+    uncased: bool = True  # lower-case the text and strip accents; --data's or --init's comes first
     seq_len: int = 128  # T, sequence length in tokens in the first phase
     long_seq_len: int = 512  # sequence length in tokens in the second phase
     long_share: float = 0.1  # fraction of the updates that are in the second phase
+    # Undisclosed: short_seq_prob, dupe_factor, and both P. They are the released code's; at 512,
+    # P is 0.15 T. RoBERTa (§4.1) says that the paper's data was duplicated 10 times.
     short_seq_prob: float = 0.1  # probability that a document's pairs have a shorter, random length
-    # Undisclosed: dupe_factor, and both P. They are the released code's; at 512, 0.15 T.
     dupe_factor: int = 10  # passes over the documents, each of which makes other pairs
     masked_lm_prob: float = 0.15  # fraction of the tokens to predict
     max_predictions: int = 20  # P, maximum number of predictions per sequence
@@ -111,6 +112,7 @@ class Config:
     lr: float = 1e-4  # peak learning rate
     warmup_steps: int = 10_000  # updates of linear warm-up; cut to a tenth of the run if longer
     weight_decay: float = 0.01  # decoupled weight decay of matrices and embeddings
+    # Undisclosed: clipping. 1.0 is the released code's.
     clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
     seed: int = 0  # seed of the weights, the order of the data and dropout
     # Machine
@@ -297,6 +299,9 @@ class ELECTRA(nn.Module):
     -> logits of the generator [B, P, V] and of the discriminator [B, T], and replaced [B, T];
     without positions, the generator's logits [B, T, V], None, None."""
 
+    # Departure: of Table 6 there is the small model alone. Other sizes have its ratios, where the
+    # table has W = D and, for base, a generator of a third.
+
     def __init__(self, cfg):
         super().__init__()
         width = cfg.dim // 2  # W, Table 6: 128 of 256
@@ -343,6 +348,7 @@ def init_weights(model, cfg):
     Each parameter is drawn from a generator seeded by (seed, name), so that every layout
     starts from the same numbers. Raises ValueError for a parameter without a rule.
     """
+    # Undisclosed: the initialisation. It is the released code's.
     std = cfg.init_std
     for name, p in model.named_parameters():
         generator = torch.Generator().manual_seed(stable_hash(cfg.seed, name))
@@ -436,8 +442,7 @@ def split_sentences(documents, cfg):
         if cfg.sentences == "lines":
             key = stable_hash(name)  # a name can be long: that of a .jsonl document is its text
             for i, paragraph in enumerate(paragraphs):
-                lines = clean_text(paragraph, cfg.uncased).split("\n")
-                yield f"{key} {i}", [line.strip() for line in lines]
+                yield f"{key} {i}", clean_text(paragraph, cfg.uncased).split("\n")
             continue
         sentences = [s for p in paragraphs for s in boundary.split(" ".join(p.split()))]
         sentences = [s for s in sentences if re.search(r"[^\W\d_]", s)]
@@ -522,13 +527,12 @@ def split_documents(documents, nsp):
     # Undisclosed: the held-out split. Here about 5 % of the documents are held out, by a hash of
     # their names; of a single document, the last 5 % of the sentences.
     by_hash = sorted(documents, key=lambda document: stable_hash(document[0]))
-    n_heldout = sum(is_held_out(name) for name, _ in by_hash)  # they are the last ones
+    least = 2 if nsp else 1  # a random sentence comes from another document
+    n_heldout = max(least, sum(is_held_out(name) for name, _ in by_hash))  # they are the last ones
     documents = [sentences for _, sentences in by_hash]
     if len(documents) == 1 and not nsp:
         n_train = len(documents[0]) * 19 // 20
         documents = [documents[0][:n_train], documents[0][n_train:]]
-    least = 2 if nsp else 1  # a random sentence comes from another document
-    n_heldout = max(n_heldout, least)
     train = documents[:-n_heldout]
     if len(train) < least or max(map(len, train)) < least:
         needed = f"{least} to train on, one of them of {least} sentences, and {least} to hold out"
@@ -576,6 +580,8 @@ def create_pairs(documents, index, length, short_seq_prob, rng):
 def full_sentences(documents, length, separator):
     """Sequences (A, no B, False) of as many consecutive sentences as fit, with a separator after
     each document: FULL-SENTENCES of RoBERTa (1907.11692, §4.2)."""
+    # Departure: RoBERTa has a byte-level BPE, no segments, and 512 tokens throughout; here, only
+    # the sequences and the objective are its.
     max_tokens = length - 2  # without [CLS] and [SEP]
     ids = []
     for document in documents:
@@ -606,8 +612,8 @@ def write_instances(folder, documents, tokenizer, cfg):
                 instances = full_sentences(part, T, tokenizer.ids["[SEP]"])
                 if cfg.nsp:
                     instances = (
-                        pair for _ in range(passes) for index in range(len(part))
-                        for pair in create_pairs(part, index, T, cfg.short_seq_prob, rng)
+                        pair for i in range(passes * len(part))
+                        for pair in create_pairs(part, i % len(part), T, cfg.short_seq_prob, rng)
                     )  # fmt: skip
                 with open(instances_path(partial, split, phase), "wb") as file:
                     for a, b, is_random in instances:
@@ -629,6 +635,7 @@ class Instances:
     def read(self, index, cfg):
         """(A, B, whether B is random, seed of the masks) of sequence `index` of the run. Each epoch
         reads every instance once, in random order."""
+        # Undisclosed: the order of the instances. The released code shuffles, too.
         rows = self.rows[cfg.seq_len]
         epoch, i = divmod(index, len(rows))
         if not self.in_order:
@@ -650,9 +657,9 @@ def create_masked_lm_predictions(tokens, cfg, tokenizer, rng):
     n = min(cfg.max_predictions, max(1, round(len(tokens) * cfg.masked_lm_prob)))
     positions = sorted(candidates[:n])
     inputs = list(tokens)
-    # Of the positions 80 % become [MASK]; of the others half keep their token and half get a random
-    # one. ELECTRA's code: 85 % become [MASK], the others keep their token.
-    # Departure: ELECTRA's code draws positions with replacement; here they are distinct.
+    # 80 % of the positions become [MASK], 10 % keep their token, and 10 % get a random one.
+    # Departure: ELECTRA's paper replaces all of them by [MASK]; its code, as here, 85 %, and the
+    # others keep their token. The code draws positions with replacement; here they are distinct.
     mask_prob = 0.85 if cfg.objective == "rtd" else 0.8
     keep_prob = 1.0 if cfg.objective == "rtd" else 0.5
     for i in candidates[:n]:
@@ -716,11 +723,10 @@ def masked_lm(logits, batch):
 def replaced_token_detection(scores, replaced, batch):
     """ELECTRA §2: the discriminator's mean sigmoid cross-entropy over all tokens other than
     padding, scores and replaced [B, T], and the share of them that it classifies correctly."""
-    scores = scores[batch["attention_mask"]].float()  # [n_tokens]
-    replaced = replaced[batch["attention_mask"]]
-    nats = F.binary_cross_entropy_with_logits(scores, replaced.float(), reduction="sum")
-    hits = ((scores > 0) == replaced).sum()
-    return nats / batch["n_tokens"], hits / batch["n_tokens"]
+    mask = batch["attention_mask"]
+    nats = F.binary_cross_entropy_with_logits(scores.float(), replaced.float(), reduction="none")
+    hits = (scores > 0) == replaced  # [B, T]
+    return (nats * mask).sum() / batch["n_tokens"], (hits & mask).sum() / batch["n_tokens"]
 
 def objective(model, batch, cfg):
     """A.2: the mean masked LM loss plus the mean next sentence loss, and metrics; for ELECTRA, the
@@ -751,7 +757,8 @@ class AdamWeightDecay(torch.optim.Optimizer):
     """Adam of the released code: no bias correction, decoupled weight decay (A.2).
     p = p - lr (m / (sqrt(v) + eps) + weight_decay p)"""
 
-    # Departure: A.2 says "L2 weight decay", which would add to the gradient.
+    # Departure: A.2 says Adam, which corrects the bias of m and v, and "L2 weight decay", which
+    # would add to the gradient; the released code does neither.
 
     def __init__(self, groups, lr, betas, eps):
         super().__init__(groups, dict(lr=lr, betas=betas, eps=eps))
@@ -1120,14 +1127,16 @@ def check(cfg, ranks):
         n_micro, micro = split_batch(phase, ranks)
         for wrong, message in (
             (cfg.dim % cfg.n_heads, f"{cfg.n_heads} heads do not divide the width {cfg.dim}"),
-            (phase.seq_len > cfg.context,
-             f"sequences of {phase.seq_len} tokens exceed --context {cfg.context}"),
+            (phase.seq_len > cfg.context, f"{phase.seq_len} tokens exceed --context {cfg.context}"),
+            (phase.max_predictions < round(phase.seq_len * cfg.masked_lm_prob),
+             f"max_predictions {phase.max_predictions} is too few for {phase.seq_len} tokens"),
+            (cfg.long_share > 1, f"--long_share {cfg.long_share} is more than 1"),
             (ranks * n_micro * micro != cfg.batch_size,
              f"--batch_size {cfg.batch_size} is not {ranks} ranks x n micro-batches of {micro}"),
             (cfg.resume and not cfg.out, "--resume needs --out"),
             (cfg.eval and not cfg.out and not cfg.init, "--eval needs --out or --init"),
-            (cfg.objective == "rtd" and (cfg.init or cfg.export),
-             "--init and --export are for --objective mlm"),
+            (cfg.objective == "rtd" and (cfg.nsp or cfg.init or cfg.export),
+             "--objective rtd needs --no-nsp, and has no --init or --export"),
             (cfg.write_instances and ranks > 1, "--write_instances runs in one process"),
             (cfg.prompt and "[MASK]" not in cfg.prompt, "--prompt has no [MASK] to fill in"),
         ):  # fmt: skip
@@ -1231,21 +1240,22 @@ def train(model, optimizer, corpus, heldout, state, run, device):
             raise ValueError(f"no finite gradient in the last {n_skipped} steps to {step + 1}")
 
 def choose_tokenizer(cfg, documents):
-    """The WordPiece of the vocab.txt in --data, --init or, if the run continues, --out; else that
-    of --tokenizer, which is a vocab.txt or learned from documents."""
+    """The WordPiece of the vocab.txt in --data, --init or, if the run continues, --out, which must
+    agree; else that of --tokenizer, which is a vocab.txt or learned from documents."""
     out = cfg.out if cfg.resume or cfg.eval else ""
     paths = [f"{folder}/vocab.txt" for folder in (cfg.data, cfg.init, out) if folder]
-    path = next(filter(os.path.exists, paths), cfg.tokenizer)
-    if not path.startswith("wordpiece:"):
-        return load_wordpiece(path)
+    paths = list(filter(os.path.exists, paths)) or [cfg.tokenizer]
+    if any(load_wordpiece(path).entries != load_wordpiece(paths[0]).entries for path in paths[1:]):
+        raise ValueError(f"{' and '.join(paths)} are different vocabularies")
+    if not paths[0].startswith("wordpiece:"):
+        return load_wordpiece(paths[0])
     if cfg.init:
         raise ValueError(f"--init {cfg.init} has no vocab.txt: --tokenizer is needed")
-    return learn_wordpiece(documents, int(path.removeprefix("wordpiece:")))
+    return learn_wordpiece(documents, int(cfg.tokenizer.removeprefix("wordpiece:")))
 
 def load_instances(cfg):
     """The training and the held-out Instances of --data, a directory of --write_instances or text
-    from which they are made. Sets cfg.vocab_size and, from such a directory, cfg.uncased. With
-    --write_instances they are written instead, and the result is None."""
+    from which they are made. Sets cfg.vocab_size and, from such a directory, cfg.uncased."""
     prepared = cfg.data and os.path.exists(f"{cfg.data}/tokenizer_config.json")
     if prepared:
         cfg.uncased = read_uncased(cfg.data)
@@ -1263,12 +1273,13 @@ def load_instances(cfg):
         raise ValueError(f"{sizes}, as --vocab_size, --preset or --init has it")
     if cfg.vocab_size > n:
         print(f"warning: {sizes}")
+    # A vocabulary is cased if an entry other than the special tokens has a capital letter.
+    if cfg.uncased == any(e[:1] != "[" and e != e.lower() for e in tokenizer.entries):
+        print(f"warning: the text is {'un' * cfg.uncased}cased, and the vocabulary is not")
     with tempfile.TemporaryDirectory() as temporary:
         folder = cfg.data if prepared else cfg.write_instances or f"{temporary}/instances"
         if not prepared:
             write_instances(folder, tokenize_sentences(documents, tokenizer), tokenizer, cfg)
-        if cfg.write_instances:
-            return print(f"{folder}: the instances are written")
         return [Instances(folder, split, tokenizer, cfg) for split in ("train", "val")]
 
 @record
@@ -1285,10 +1296,9 @@ def main(argv=None):
             source, theirs = from_hf(cfg.init)
             cfg = dataclasses.replace(cfg, **{name: getattr(theirs, name) for name in SHAPE})
             check(cfg, ranks)
-        data = load_instances(cfg)
-        if not data:
-            return
-        corpus, heldout = data
+        corpus, heldout = load_instances(cfg)
+        if cfg.write_instances:
+            return print(f"{cfg.write_instances}: the instances are written")
 
         fixed = {name: getattr(cfg, name) for name in SHAPE}
         if not cfg.eval:

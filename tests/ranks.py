@@ -181,7 +181,7 @@ def gradients(name, row, overrides):
     return loss, {key: g.numpy() for key, g in found.items()}, norm
 
 
-IDLE = types.SimpleNamespace(param_groups=[], step=lambda: None, zero_grad=lambda: None)  # an optimizer that changes nothing
+IDLE = types.SimpleNamespace(param_groups=[{}], step=lambda: None, zero_grad=lambda: None)  # an optimizer that changes nothing
 
 
 def global_batch(module, corpus, cfg, device, rank, ranks):
@@ -206,12 +206,14 @@ def joined(part, group, dim=0):
 
 
 def in_replicas(module, cfg, corpus, model, device):
-    """GPT-1's copies of the model, and Chinchilla's shards of it."""
+    """GPT-1's and BERT's copies of the model, and Chinchilla's shards of it."""
     mesh = module.init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp",))
     replicas = module.parallelize(model, cfg, mesh)
     batches = global_batch(module, corpus, cfg, device, dist.get_rank(), dist.get_world_size())
-    update = getattr(module, "update_shards", None) or module.training_step
-    loss, norm = update(replicas, IDLE, batches, 0.0, cfg)
+    name = next(name for name in ("update_shards", "update_model", "training_step") if hasattr(module, name))
+    means = getattr(module, name)(replicas, IDLE, batches, 0.3, cfg)
+    assert IDLE.param_groups[0]["lr"] == 0.3
+    loss, norm = (means["loss"], means["grad"]) if name == "update_model" else means
     return loss, {key: whole(p.grad) for key, p in model.named_parameters()}, norm
 
 
