@@ -14,7 +14,7 @@ What is new compared with gpt1.py: the subject is a sweep of runs and the laws f
 
 Map: Tables 4, A9 PRESETS | App. F appendix_f | §3.1 fit_envelope | §3.2 fit_isoflop | §3.3
 fit_parametric | Eq. 4 frontier | Tables 3, A3 all_laws | §4.1 Chinchilla, build_optimizer |
-Table 4 (the batch doubles) at_sequence | Kaplan Eq. 1.5 kaplan_loss, Table 6 kaplan_optimum |
+Table 4 (the batch doubles) at_sequence | Kaplan Eq. 1.5 kaplan_residuals, Table 6 kaplan_optimum |
 Llama 3 §3.2.1 fit_llama, fit_accuracy | Sardana Eq. 3 overtrain.
 Legend: B batch, T positions, D width, H heads, E head width, F hidden width, V vocabulary; of runs
 and laws: N parameters with embeddings, D tokens, C FLOPs, L nats per token; P constants of a law,
@@ -28,8 +28,11 @@ Run: python chinchilla.py                         # a laptop: a sweep of minutes
      (ranks.tiktoken: a BPE rank file of at most 31,999 entries, such as gpt3.py learns)
      python chinchilla.py --budget 1e21            # the optimum by every law; no training
      python chinchilla.py --fit runs.csv           # the laws of any table with columns N, D, loss
-Expect: in six minutes on two CPU cores the demo trains 15 models and fits the laws. A sweep
-of this size shows the method and not the constants.
+Expect: in six minutes on two CPU cores the demo trains 15 models and fits the laws. Held-out loss
+falls from 5.48 nats per byte to 1.94 in the best model of 1e11 FLOPs (32x1, N 21.9k), 1.85 of 2e11
+and 1.75 of 4e11 (48x1, N 42.8k). The parabolas' lowest points are N 15.9k, 26.1k and 39.6k; a is
+0.47, 0.66 and 0.51 by approaches 1, 2 and 3. A sweep of this size shows the method and not the
+constants.
 """
 
 import argparse
@@ -152,6 +155,7 @@ TABLE_A9 = (  # parameters in millions, D, E, H, layers; F = 4 D
     (12295, 4608, 128, 36, 44), (12569, 4608, 128, 32, 47), (13735, 4864, 128, 32, 47),
     (14940, 4992, 128, 32, 49), (16183, 5120, 128, 40, 47),
 )  # fmt: skip
+# Undisclosed: the sequence length, here Gopher's; Table A4's ratios come out with it.
 PUBLISHED = dict(
     vocab_size=32_000, precision="bf16", micro_batch=1, compile=True, recompute="block"
 )
@@ -173,6 +177,7 @@ PRESETS = {
     # have 64.7B parameters, since those need no W_R.
     "70b": dict(PUBLISHED, batch_size=768, second_batch=1536, tokens=1.4e12),
     # Table 4: Gopher, 300B tokens, batch 3M -> 6M; its Adam is AdamW without decay.
+    # Departure: fp32 weights, where Gopher rounded bf16 parameters stochastically.
     "280b": dict(PUBLISHED, dim=16384, n_heads=128, hidden_dim=65536, batch_size=1536, lr=4e-5,
                  second_batch=3072, tokens=3e11, weight_decay=0.0, clip=0.25),
 }  # fmt: skip
@@ -193,7 +198,6 @@ PATTERN = (  # how GPT-2, and gpt3.py when it learns ranks, split text, for BPE 
 )
 
 PF_DAY = 8.64e19  # FLOPs, the unit of Kaplan's C
-KAPLAN_ND = dict(N_c=6.4e13, D_c=1.8e13, alpha_N=0.076, alpha_D=0.103)  # Table 2, Eq. 1.5
 # Approach 3 with the digits in the source files of the paper: at 5.76e23 FLOPs they give the 40B
 # that the paper states; the rounded constants that it prints (Eq. 10) give 32B.
 HOFFMANN = dict(
@@ -415,12 +419,6 @@ def overtrain(law, N, D, inference):
     best = np.argmin(6 * N * D + 2 * N * inference)
     return N[best], D[best]
 
-def kaplan_loss(N, D, N_c, D_c, alpha_N, alpha_D):
-    """Kaplan Eq. 1.5, with N without embeddings."""
-    # Departure: of Kaplan's laws, only this one, the critical batch and the optimum are here. Left
-    # out: the laws of N, of D and of updates (Eq. 1.1, 1.2, 1.6), overfitting (4.4), rates (D.1).
-    return ((N_c / N) ** (alpha_N / alpha_D) + D_c / D) ** alpha_D
-
 def critical_batch(loss):
     """Kaplan Eq. 1.4: tokens of the batch with which training to a loss takes twice the least
     number of updates and twice the least number of tokens."""
@@ -518,48 +516,45 @@ def fit_envelope(rows, start=None):
     return {"a": a, "b": b, "k": k, "sizes": len(set(N))}, None
 
 def budgets_of(rows):
-    """The runs of each budget that has three sizes or more, in the order of budgets: runs of the
-    same budget or, without that column, runs whose C are neighbours less than a tenth apart."""
-    groups = []
-    last = 0.0
-    for row in sorted(rows, key=lambda row: row.get("budget") or row["C"]):
-        C = row.get("budget") or row["C"]
-        if C > last * (1.0 if row.get("budget") else 1.1):
-            groups.append([])
-        last = C
-        groups[-1].append(row)
+    """The runs of each budget that has three sizes or more, in the order of budgets: runs whose
+    budgets or, without that column, C are neighbours less than a tenth apart."""
+    C = np.array([row.get("budget") or row["C"] for row in rows])
+    order = C.argsort(kind="stable")
+    C = C[order]
+    firsts = np.flatnonzero(C[1:] > 1.1 * C[:-1]) + 1  # of all budgets but the lowest
+    groups = [[rows[i] for i in same] for same in np.split(order, firsts)]
     return [group for group in groups if len({row["N"] for row in group}) >= 3]
 
 def parabola(rows, name):
     """§3.2: the parabola of the loss over the logarithm of a column, N or D, of a budget's runs:
-    ((column, loss, C) at its lowest point, or None if that is outside the runs; coefficients)."""
+    (N, D, C and loss at its lowest point, or None if that is outside the runs; coefficients)."""
     # Undisclosed: the parabola's argument and weights, here ln N and equal weights.
-    x, loss, C = columns(sorted(rows, key=lambda row: row[name]), name, "loss", "C")
-    x = np.log(x)
-    c = np.polyfit(x, loss, 2)
+    rows = sorted(rows, key=lambda row: row[name])
+    x, *logs = np.log(columns(rows, name, "N", "D", "C"))
+    c = np.polyfit(x, *columns(rows, "loss"), 2)
     lowest = -c[1] / (2 * c[0]) if c[0] > 0 else math.nan
     if not x[0] < lowest < x[-1]:
         return None, c
-    cost = math.exp(np.interp(lowest, x, np.log(C)))  # by App. F, 6 N D differs within a budget
-    return (math.exp(lowest), np.polyval(c, lowest), cost), c
+    # N and D are both read off, because C = 6 N D does not hold with --flops appF.
+    point = {key: math.exp(np.interp(lowest, x, y)) for key, y in zip("NDC", logs)}
+    return point | {"loss": np.polyval(c, lowest)}, c
 
 def lowest_points(rows, name):
-    """(C, column, the run nearest to it) at the lowest point of each budget that has one inside."""
+    """The lowest point of each budget that has one inside, with the run nearest to it."""
     points = []
     for same in budgets_of(rows):
         point, _ = parabola(same, name)
         if point:
-            nearest = min(same, key=lambda row: abs(math.log(row[name] / point[0])))
-            points.append((point[2], point[0], nearest))
+            nearest = min(same, key=lambda row: abs(math.log(row[name] / point[name])))
+            points.append(point | {"run": nearest})
     if len(points) < 2:
         raise TooFewRuns("needs two budgets whose lowest loss lies inside three sizes or more")
-    C, x, nearest = zip(*points)
-    return np.array(C), np.array(x), nearest
+    return points
 
 def fit_isoflop(rows, start=None):
     """Approach 2 (§3.2): power laws through the lowest points of the IsoFLOP parabolas."""
-    C, N, _ = lowest_points(rows, "N")
-    (k, a), (_, b) = power_law(C, N), power_law(*lowest_points(rows, "D")[:2])
+    C, N, D = columns(lowest_points(rows, "N"), "C", "N", "D")
+    (k, a), (_, b) = power_law(C, N), power_law(C, D)
     return {"a": a, "b": b, "k": k, "budgets": len(C)}, None
 
 def huber_sum(residuals, delta, x):
@@ -586,6 +581,7 @@ def fit_law(rows, residuals, delta, axes, start):
 
 def fit_parametric(rows, start=None, delta=1e-3):
     """Approach 3 (§3.3, App. D.2): Eq. 2 by Huber loss and L-BFGS from a grid of 4500 starts."""
+    # Undisclosed: which final losses enter, here all but those that --drop_highest leaves out.
     # Departure: all starts are scored, but only the best five are followed, to save time.
     axes = [np.arange(0, 26, 5)] * 2 + [np.arange(-1, 1.1, 0.5)] + [np.arange(0, 2.1, 0.5)] * 2
     x = fit_law(rows, parametric_residuals, delta, axes, start)
@@ -594,12 +590,16 @@ def fit_parametric(rows, start=None, delta=1e-3):
     return {"a": a, "b": 1 - a, "k": k} | law, x
 
 def kaplan_residuals(x, ln_N, ln_D, ln_L):
-    """ln of Kaplan's Eq. 1.5 minus ln L, x = (ln N_c, ln D_c, alpha_N, alpha_D) [..., 4]."""
+    """ln of Kaplan's Eq. 1.5, [(N_c / N)^(alpha_N / alpha_D) + D_c / D]^alpha_D, minus ln L,
+    x = (ln N_c, ln D_c, alpha_N, alpha_D) [..., 4]; N has no embeddings."""
+    # Departure: of Kaplan's laws, only this one, the critical batch and the optimum are here. Left
+    # out: the laws of N, of D and of updates (Eq. 1.1, 1.2, 1.6), overfitting (4.4), rates (D.1).
     N_c, D_c, alpha_N, alpha_D = x[..., None].unbind(-2)
     return alpha_D * torch.logaddexp(alpha_N / alpha_D * (N_c - ln_N), D_c - ln_D) - ln_L
 
 def fit_kaplan(rows, start=None):
-    """Kaplan Eq. 1.5, with N without embeddings where runs have it, and the optimum it implies."""
+    """Kaplan Eq. 1.5, with N without embeddings where runs have it, and the optimum it implies.
+    Kaplan's own constants (Table 2): N_c 6.4e13, D_c 1.8e13, alpha_N 0.076, alpha_D 0.103."""
     # Undisclosed: how Kaplan fits it, here least squares in ln L.
     # Departure: Kaplan leaves out models of one layer (D.7), but the demo has no others.
     rows = [row | {"N": row.get("N_non_embedding") or row["N"]} for row in rows]
@@ -614,9 +614,9 @@ def fit_kaplan(rows, start=None):
 def fit_llama(rows, start=None):
     """Llama 3 §3.2.1: the optimal tokens D = A C^b, through the lowest points of parabolas over
     ln D; and fit_accuracy, if the runs allow."""
-    C, D, _ = lowest_points(rows, "D")
-    A, b = power_law(C, D)
-    law = {"a": 1 - b, "b": b, "k": 1 / (6 * A), "A": A}
+    C, N, D = columns(lowest_points(rows, "D"), "C", "N", "D")
+    (k, a), (A, b) = power_law(C, N), power_law(C, D)
+    law = {"a": a, "b": b, "k": k, "A": A}
     x = None
     with contextlib.suppress(TooFewRuns):
         accuracy, x = fit_accuracy(rows, start)
@@ -630,7 +630,7 @@ def fit_accuracy(rows, start):
     # Undisclosed: how the sigmoid is fitted and what its floor is, here least squares and chance.
     # Departure: to all runs, where the paper takes the optimal ones and the Llama 2 models.
     rows = [row for row in rows if None not in (row.get("nll"), row.get("accuracy"))]
-    _, _, optimal = lowest_points(rows, "D")
+    optimal = [point["run"] for point in lowest_points(rows, "D")]
     slope, intercept = np.polyfit(*np.log(columns(optimal, "C")), *columns(optimal, "nll"), 1)
     nll, accuracy = (torch.from_numpy(column) for column in columns(rows, "nll", "accuracy"))
 
@@ -651,6 +651,8 @@ FITS = {  # each returns (constants, start for the fits of resamples, None if no
 def fit_resamples(fit, rows, ahead, n_resamples, generator):
     """{constant of the fit, or N_ahead, the optimal N for `ahead` FLOPs: (value, its 10 % and 90 %
     over the resamples of 80 % of the rows that have it, how many do)}."""
+    # Undisclosed: whether resamples are drawn with replacement, here without.
+    # Departure: their searches start from the minimum of all rows and not from the grid.
     best, x = fit(rows)
     resamples = [best]
     for _ in range(n_resamples):
@@ -674,12 +676,17 @@ def read_table(path):
             return [json.loads(line) for line in lines if line.strip().endswith("}")]
         return list(csv.DictReader(lines))
 
-def read_runs(path, flops):
-    """The runs of a .csv or .jsonl that did not diverge: rows with N, D, loss, C (C_appF if flops
-    is "appF" and there is one; 6 N D without a column C), and further columns if there are."""
+def read_runs(path, table, flops):
+    """The runs of a table, read from path, that did not diverge: rows with N, D, loss, C (C_appF if
+    flops is "appF"; 6 N D without a column C), and further columns if there are."""
+    written = [row for row in table if "key" in row]  # by a sweep
+    if any(row.get("flops", flops) != flops for row in written):
+        raise ValueError(f"{path} has a sweep of another --flops than {flops}")
+    if len({row.get("sweep") for row in written}) > 1:  # of other data or another configuration
+        raise ValueError(f"{path} has several sweeps: repeat the command of one to fit its runs")
     runs = []
-    for number, row in enumerate(read_table(path), 1):
-        if row.get("loss") is None and "key" in row:  # as a sweep writes it
+    for number, row in enumerate(table, 1):
+        if row.get("loss") is None and "key" in row:
             print(f"run {row.get('name')} diverged: it is left out")
             continue
         with explain(f"{path}, run {number}, is not numbers above 0", Exception):
@@ -689,11 +696,10 @@ def read_runs(path, flops):
                 if row.get(name) not in (None, ""):
                     run[name] = float(row[name])
             if flops == "appF":
-                run["C"] = run.get("C_appF", run["C"])
-            least = {"accuracy": 0.0}  # others must be positive
-            if not all(least.get(name, 1e-300) <= x < math.inf for name, x in run.items()):
+                run["C"] = run["C_appF"]
+            if not all(0 < x < math.inf for x in run.values()):
                 raise ValueError(f"it has {run}")
-        runs.append(run | {"curve": row.get("curve"), "key": row.get("key")})
+        runs.append(run | {"curve": row.get("curve")})
     if not runs:
         raise ValueError(f"{path} has no runs")
     return runs
@@ -721,8 +727,8 @@ def plot(rows, fits, path):
         x = np.geomspace(N[0], N[-1], 100)
         isoflop.plot(x, np.polyval(c, np.log(x)), "-", color=line.get_color())
         if point:
-            isoflop.plot(*point[:2], "*", color=line.get_color(), markersize=14)
-            optimum.plot(point[2], point[0], "k*")
+            isoflop.plot(point["N"], point["loss"], "*", color=line.get_color(), markersize=14)
+            optimum.plot(point["C"], point["N"], "k*")
     curves = training_curves(rows)
     sizes = sorted({N for N, *_ in curves})
     for N, cost, tokens, loss in curves:
@@ -735,7 +741,7 @@ def plot(rows, fits, path):
         optimum.plot(C, N, "k.", markersize=2, label="envelope")
     (C,) = columns(rows, "C")
     C = np.geomspace(C.min(), 10 * C.max(), 50)
-    optimum.plot(C, frontier(HOFFMANN, C)[0], "k--", label="approach 3 as published")
+    optimum.plot(C, frontier(HOFFMANN, C)[0], "k--", label="approach 3 as published, C = 6 N D")
     for name, law in fits.items():
         a = law["a"][0]
         (line,) = optimum.plot(C, law["k"][0] * C**a, label=f"{name}, a {a:.3f}")
@@ -758,19 +764,19 @@ def fit_and_report(rows, cfg):
     """Fit all laws to rows; print the lowest points of the budgets and the constants with their
     intervals, and plot. Returns {law: constants as of fit_resamples} of the laws that fit."""
     print(f"fits to {len(rows)} runs; in brackets 10 to 90 % of {cfg.bootstrap} resamples of 80 %")
-    print("optimal N = k C^a, optimal D ~ C^b; N_ahead is the optimal N for 10 times the largest C")
+    ahead = 10 * max(row["C"] for row in rows)
+    print(f"optimal N = k C^a, optimal D ~ C^b; N_ahead is that N for C {ahead:.3g},", end=" ")
+    print("10 times the largest; approach 3 and Kaplan's law count C as 6 N D")
     for same in budgets_of(rows):
         N, C = columns(same, "N", "C")
         point, _ = parabola(same, "N")
         optimum = "none inside the swept sizes"
         if point:
-            ratio = point[2] / 6 / point[0] ** 2
-            optimum = f"{human(point[0])}, loss {point[1]:.4f}, D/N {ratio:.3g}"
+            ratio = point["D"] / point["N"]
+            optimum = f"{human(point['N'])}, loss {point['loss']:.4f}, D/N {ratio:.3g}"
         sizes = f"{human(N.min())} ... {human(N.max())}"
         print(f"C {C.mean():.3g} | {len(same)} runs | N {sizes} | lowest point {optimum}")
-    ahead = 10 * max(row["C"] for row in rows)
-    n_kept = max(len(rows) - cfg.drop_highest, 0)
-    kept = sorted(rows, key=lambda row: row["loss"])[:n_kept]
+    kept = sorted(rows, key=lambda row: -row["loss"])[cfg.drop_highest :]
     fits = {}
     for name, fit in FITS.items():
         used = kept if fit is fit_parametric else rows
@@ -822,10 +828,9 @@ def answer(cfg, fits):
     """Print the optimal N and D for a budget by every law."""
     C = cfg.budget
     used = cfg.inference_tokens
-    laws = all_laws(fits)
     _, kaplan_D, loss = kaplan_optimum(C)
     print(f"budget {C:.3g} FLOPs = {C / PF_DAY:.3g} PF-days | D = C / 6N | a of N = k C^a")
-    for name, k, a, interval, law in laws:
+    for name, k, a, interval, law in all_laws(fits):
         N = power(k, a, C)
         D = kaplan_D if name.startswith("Kaplan") else C / (6 * N)
         line = f"{name:21} | N {human(N):>7} | D {human(D):>7} | D/N {D / N:8.3g} | a {interval:21}"
@@ -847,10 +852,12 @@ def is_sweep(cfg):
     return bool(cfg.sweep) and not cfg.steps and not cfg.eval
 
 def plan_sweep(cfg, fingerprint):
-    """[(key, budget, N, Config of the run)] for each budget and size, the longest run first. The
-    key is a hash of the fields of Config before `data` and of the data's fingerprint."""
-    names = [field.name for field in dataclasses.fields(cfg)]
-    names = names[: names.index("data")]
+    """[(first columns of the run's row in runs.jsonl, Config of the run)] for each budget and size,
+    the longest run first. Column "sweep" is a hash of the data's fingerprint, of --flops and of
+    the fields of Config before `data` except the seed; "key" of all that determines the run."""
+    values = dataclasses.asdict(dataclasses.replace(cfg, seed=0))
+    names = list(values)[: list(values).index("data")]
+    shared = stable_hash(fingerprint, cfg.flops, [values[name] for name in names])
     plan = []
     for C, size in itertools.product(cfg.sweep.split(","), cfg.sizes.split(",")):
         with explain(f"--sweep {C} --sizes {size} is not FLOPS,... and presets or WIDTHxLAYERS",
@@ -859,9 +866,8 @@ def plan_sweep(cfg, fingerprint):
             # Undisclosed: batches and warm-up of the sweep's models ("well-tested heuristics").
             # Here all have the same batch, and warm-up is at most a tenth of a run.
             if size in PRESETS:
-                preset = Config(**PRESETS[size])
-                shape = ("dim", "n_layers", "n_heads", "head_dim", "hidden_dim", "lr")
-                changes = {name: getattr(preset, name) for name in shape}
+                names_of_size = ("dim", "n_layers", "n_heads", "head_dim", "hidden_dim", "lr")
+                changes = {name: getattr(Config(**PRESETS[size]), name) for name in names_of_size}
             else:  # Departure: the learning rate of small models falls with their width
                 dim, n_layers = map(int, size.split("x"))
                 changes = dict(dim=dim, n_layers=n_layers, hidden_dim=4 * dim)
@@ -877,10 +883,11 @@ def plan_sweep(cfg, fingerprint):
             run.steps = round(C / cost / (run.batch_size * run.seq_len))  # D = C / FLOPs per token
             if run.steps < 1:
                 raise ValueError(f"{C:g} FLOPs are not one update of {size}")
-        key = stable_hash(fingerprint, [getattr(run, name) for name in names]) % 16**12
-        plan.append((f"{key:012x}", C, N, run))
+        key = f"{stable_hash(shared, cfg.seed, changes, C) % 16**12:012x}"
+        row = {"key": key, "name": f"{run.dim}x{run.n_layers}_{C:g}_{key}", "sweep": f"{shared:x}"}
+        plan.append((row | {"flops": cfg.flops, "budget": C, "N": N}, run))
     # An update of a very small model takes as long as some 5e7 FLOPs, whatever it computes.
-    return sorted(plan, key=lambda planned: -planned[1] - 5e7 * planned[3].steps)
+    return sorted(plan, key=lambda planned: -planned[0]["budget"] - 5e7 * planned[1].steps)
 
 class OnceAMinute(io.TextIOBase):
     """An output that prints the text written to it at most once a minute, after a head."""
@@ -895,33 +902,31 @@ class OnceAMinute(io.TextIOBase):
             self.last = time.monotonic()
             self.stdout.write(f"{self.head} | {text.strip()}\n")
 
-def train_run(key, C, N, run, corpus, heldout, device, signals):
+def train_run(row, run, corpus, heldout, device, signals):
     """Train one run of a sweep in its directory run.out, from its checkpoint if it has one. Returns
-    its row for runs.jsonl, without a loss if it diverged; None if a signal stopped it."""
+    its row for runs.jsonl, of loss None if it diverged; None if a signal stopped it."""
     if run.compile:
         torch.compiler.reset()  # each size recompiles the block, and the number of times is limited
     run.val_every = run.steps + 1  # validate at the start and at the end
     run.resume = True
-    name = Path(run.out).name
-    with contextlib.redirect_stdout(OnceAMinute(name)), contextlib.suppress(Diverged):
+    with contextlib.redirect_stdout(OnceAMinute(row["name"])), contextlib.suppress(Diverged):
         if not single_run(run, set(), corpus, heldout, None, device, signals):
             return None
     # Departure: all approaches but the first are fitted to the held-out loss, where the paper takes
     # the smoothed training loss; small sweeps repeat their text, and have few updates to smooth.
     logged = [json.loads(line) for line in (Path(run.out) / "metrics.jsonl").open()]
     loss = logged[-1].get("val_loss")  # on the same windows for all runs; None if one diverged
-    row = {"key": key, "name": name, "N": N, "budget": C, "loss": loss}
     if loss is None:
-        return row
+        return row | {"loss": None}
     updates = {r["step"]: r for r in logged if r.get("loss")}  # a resume logs some again
     tokens, losses = columns([updates[step] for step in sorted(updates)], "tokens", "loss")
     losses = smoothed(losses)
     kept = np.unique(np.geomspace(1, len(losses), 100).round().astype(int)) - 1
     D = tokens[-1]
     return row | {
-        "D": D, "C": 6 * N * D, "C_appF": 3 * appendix_f(run)["total"] / run.seq_len * D,
-        "N_non_embedding": N - run.vocab_size * run.dim, "steps": run.steps, "lr": run.lr,
-        "seed": run.seed, "train_loss": losses[-1],
+        "D": D, "C": 6 * row["N"] * D, "C_appF": 3 * appendix_f(run)["total"] / run.seq_len * D,
+        "N_non_embedding": row["N"] - run.vocab_size * run.dim, "steps": run.steps, "lr": run.lr,
+        "seed": run.seed, "loss": loss, "train_loss": losses[-1],
         "curve": np.stack((tokens, losses), 1)[kept].round(5).tolist(),
     }  # fmt: skip
 
@@ -938,12 +943,12 @@ def sweep(cfg, plan, corpus, heldout, device, queue, signals):
         turn = store.add("next", 1) - 1
         if turn >= len(plan):
             break
-        key, C, N, run = plan[turn]
-        if key in finished(file):
+        row, run = plan[turn]
+        if row["key"] in finished(file):
             continue
-        run.out = str(Path(cfg.out) / f"{run.dim}x{run.n_layers}_{C:g}_{key}")
-        print(f"run {turn + 1}/{len(plan)}: {Path(run.out).name}, {run.steps:,} updates")
-        row = train_run(key, C, N, run, corpus, heldout, device, signals)
+        run.out = str(Path(cfg.out) / row["name"])
+        print(f"run {turn + 1}/{len(plan)}: {row['name']}, {run.steps:,} updates")
+        row = train_run(row, run, corpus, heldout, device, signals)
         if row:
             with open(file, "ab", buffering=2**20) as end:  # one write: lines of ranks do not mix
                 end.write(f"\n{json.dumps(row)}\n".encode())
@@ -953,14 +958,14 @@ def sweep(cfg, plan, corpus, heldout, device, queue, signals):
         store.add("ended", 1)
     while rank == 0 and not signals and store.add("ended", 0) < ranks:
         time.sleep(0.1)
-    return finished(file).keys() >= {key for key, *_ in plan}
+    return finished(file).keys() >= {row["key"] for row, _ in plan}
 
 def sweep_and_fit(cfg, corpus, heldout, device, queue, signals):
     """Train the sweep over the ranks of the queue, in cfg.out or a temporary directory, and fit
     the laws to it on rank 0."""
     store, rank, ranks = queue
     plan = plan_sweep(cfg, corpus.fingerprint())
-    if device.type == "cpu" and max(run.dim for *_, run in plan) <= 256:
+    if device.type == "cpu" and max(run.dim for _, run in plan) <= 256:
         torch.set_num_threads(1)  # threads slow down products this small
     with tempfile.TemporaryDirectory(prefix="chinchilla_", ignore_cleanup_errors=True) as folder:
         if rank == 0:
@@ -968,21 +973,19 @@ def sweep_and_fit(cfg, corpus, heldout, device, queue, signals):
         cfg.out = store.get("folder").decode()
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         file = Path(cfg.out) / "runs.jsonl"
-        keys = {key for key, *_ in plan}
-        print(f"sweep of {len(plan)} runs over {ranks} ranks,", end=" ")
-        print(f"{sum(C for _, C, *_ in plan):.3g} FLOPs |", end=" ")
-        print(f"{len(finished(file).keys() & keys)} are done")
-        for _, C, N, run in plan:
+        keys = {row["key"] for row, _ in plan}
+        n_done = len(finished(file).keys() & keys)
+        print(f"sweep of {len(plan)} runs over {ranks} ranks, of which {n_done} are done")
+        for row, run in plan:
             epochs = run.steps * run.batch_size / corpus.n_windows(run.seq_len)
             warning = ", a warning: more than four" if epochs > 4 else ""
-            print(f"  {run.dim}x{run.n_layers} at {C:g}: N {human(N)},", end=" ")
-            print(f"D {human(planned_tokens(run, N))}, {epochs:.2f} epochs{warning}")
-        complete = sweep(cfg, plan, corpus, heldout, device, queue, signals)
-        if not complete:
+            print(f"  {row['name']}: N {human(row['N'])},", end=" ")
+            print(f"D {human(planned_tokens(run, 0))}, {epochs:.2f} epochs{warning}")
+        if not sweep(cfg, plan, corpus, heldout, device, queue, signals):
             return print("stopped by a signal" if signals else "another rank failed")
         if rank == 0:
-            rows = [row for row in read_runs(file, cfg.flops) if row["key"] in keys]
-            fit_and_report(rows, cfg)
+            table = [row for key, row in finished(file).items() if key in keys]
+            fit_and_report(read_runs(file, table, cfg.flops), cfg)
 
 # ---------------------------------------- Optimizer ----------------------------------------
 
@@ -1286,6 +1289,7 @@ def check(cfg, ranks):
         (cfg.resume and not cfg.out, "--resume needs --out"),
         (cfg.eval and not cfg.out and not cfg.init, "--eval needs --out or --init"),
         (cfg.write_tokens and ranks > 1, "--write_tokens runs in one process, without torchrun"),
+        (cfg.budget and cfg.flops == "appF", "--budget counts FLOPs as 6 N D, not as --flops appF"),
         (cfg.inference_tokens and not cfg.budget, "--inference_tokens needs --budget"),
         (cfg.plot and not cfg.fit and (cfg.budget or not sweep), "--plot needs --fit or a sweep"),
         (sweep and local < ranks and not cfg.out, "a sweep over several machines needs --out"),
@@ -1327,7 +1331,7 @@ def dry_run(cfg):
     check(cfg, cfg.world_size)
     runs = [cfg]
     if is_sweep(cfg):
-        runs = [dataclasses.replace(run, world_size=1) for *_, run in plan_sweep(cfg, 0)]
+        runs = [dataclasses.replace(run, world_size=1) for _, run in plan_sweep(cfg, 0)]
     for run in runs:
         with torch.device("meta"):
             total, activated = count_parameters(Chinchilla(run))
@@ -1486,8 +1490,6 @@ def single_run(cfg, given, corpus, heldout, source, device, signals):
     print(f"FLOPs per token {flops_per_token(cfg):.3g} | tokens per step", end=" ")
     print(f"{n_tokens:,} = {ranks} ranks x {n_micro} x {micro} sequences of {cfg.seq_len}", end="")
     print(f" | D {human(cfg.tokens)}, {cfg.tokens / total:.3g} per parameter")
-    if cfg.second_batch:
-        print(f"{cfg.second_batch} sequences per step from half of the tokens on")
     if train(model, optimizer, corpus, heldout, state, cfg, device, signals):
         return model
     print(f"stopped after step {state['step']}")
@@ -1502,9 +1504,17 @@ def main(argv=None):
             return dry_run(cfg)
         ranks = int(os.environ.get("WORLD_SIZE", 1))
         check(cfg, ranks)
+        laws = {"flops", "drop_highest", "bootstrap"}
+        unused = given & (laws | {"sweep", "sizes", "keep_models"})
+        if cfg.fit or cfg.budget:
+            unused = given - laws - {"fit", "budget", "inference_tokens", "plot", "seed"}
+        elif is_sweep(cfg):
+            unused = given & {"n_layers", "n_heads", "hidden_dim", "val_every", "prompt"}
+        if unused and (cfg.sweep or unused != {"sweep"}):  # --sweep= turns it off
+            print(f"warning: no effect in this mode: --{', --'.join(sorted(unused))}")
         fits = {}
         if cfg.fit:
-            fits = fit_and_report(read_runs(cfg.fit, cfg.flops), cfg)
+            fits = fit_and_report(read_runs(cfg.fit, read_table(cfg.fit), cfg.flops), cfg)
         if cfg.budget:
             answer(cfg, fits)
         if cfg.budget or cfg.fit:
