@@ -973,8 +973,7 @@ def sweep_and_fit(cfg, corpus, heldout, device, queue, signals):
         cfg.out = store.get("folder").decode()
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         file = Path(cfg.out) / "runs.jsonl"
-        keys = {row["key"] for row, _ in plan}
-        n_done = len(finished(file).keys() & keys)
+        n_done = sum(row["key"] in finished(file) for row, _ in plan)
         print(f"sweep of {len(plan)} runs over {ranks} ranks, of which {n_done} are done")
         for row, run in plan:
             epochs = run.steps * run.batch_size / corpus.n_windows(run.seq_len)
@@ -984,7 +983,7 @@ def sweep_and_fit(cfg, corpus, heldout, device, queue, signals):
         if not sweep(cfg, plan, corpus, heldout, device, queue, signals):
             return print("stopped by a signal" if signals else "another rank failed")
         if rank == 0:
-            table = [row for key, row in finished(file).items() if key in keys]
+            table = [finished(file)[row["key"]] for row, _ in plan]
             fit_and_report(read_runs(file, table, cfg.flops), cfg)
 
 # ---------------------------------------- Optimizer ----------------------------------------
@@ -1485,11 +1484,10 @@ def single_run(cfg, given, corpus, heldout, source, device, signals):
     if cfg.out and dist.get_rank() == 0:
         lock = claim_directory(cfg.out, dataclasses.asdict(cfg) | fixed)  # until the run ends
     n_micro, micro = split_batch(cfg, ranks)
-    n_tokens = cfg.batch_size * cfg.seq_len
-    print(f"parameters {total:,} | activated {activated:,}", end=" | ")
-    print(f"FLOPs per token {flops_per_token(cfg):.3g} | tokens per step", end=" ")
-    print(f"{n_tokens:,} = {ranks} ranks x {n_micro} x {micro} sequences of {cfg.seq_len}", end="")
-    print(f" | D {human(cfg.tokens)}, {cfg.tokens / total:.3g} per parameter")
+    print(f"parameters {total:,} | activated {activated:,} | FLOPs per token", end=" ")
+    print(f"{flops_per_token(cfg):.3g} | tokens per step {cfg.batch_size * cfg.seq_len:,}", end=" ")
+    print(f"= {ranks} ranks x {n_micro} x {micro} sequences of {cfg.seq_len}", end=" | ")
+    print(f"D {human(cfg.tokens)}, {cfg.tokens / total:.3g} per parameter")
     if train(model, optimizer, corpus, heldout, state, cfg, device, signals):
         return model
     print(f"stopped after step {state['step']}")
@@ -1510,7 +1508,9 @@ def main(argv=None):
             unused = given - laws - {"fit", "budget", "inference_tokens", "plot", "seed"}
         elif is_sweep(cfg):
             unused = given & {"n_layers", "n_heads", "hidden_dim", "val_every", "prompt"}
-        if unused and (cfg.sweep or unused != {"sweep"}):  # --sweep= turns it off
+        if not cfg.sweep:
+            unused -= {"sweep"}  # --sweep= turns it off
+        if unused:
             print(f"warning: no effect in this mode: --{', --'.join(sorted(unused))}")
         fits = {}
         if cfg.fit:
