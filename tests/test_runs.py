@@ -251,7 +251,7 @@ MISTAKES = {  # flags -> what the line on stderr must say; without an arrow, the
               "--attention_cap 5 --export DIR/hf -> --export needs"],
     "chinchilla": ["--sweep 1e3 --sizes 12x2 --head_dim 12 -> 1000 FLOPs are not one update of 12x2", "--dim 47 -> is odd",
                    "--batch_size 6 --second_batch 9 --micro_batch 2 -> --second_batch 9", "--sweep 1e9 --export DIR/hf -> single run",
-                   "--sweep 1e9 --sizes 9m -> is not FLOPS,... and"],
+                   "--sweep 1e9 --sizes 9m -> is not FLOPS,... and", "--budget 1e9 --flops appF -> FLOPs as 6 N D"],
     "bert": ["--tokenizer DIR/vocab.txt -> vocab.txt must begin with [PAD] and have [UNK], [CLS], [SEP], [MASK]",
              "--data DIR/one.txt -> 1 documents of text are too few", "--objective rtd -> needs --no-nsp",
              "--prompt none -> no [MASK]", "--seq_len 17 -> 17 tokens",

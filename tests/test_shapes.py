@@ -33,8 +33,7 @@ def test_logits_shape_and_who_sees_whom(script):
             changed = tokens.clone()
             changed[0, j] = (changed[0, j] + 1) % 256
             moved = ((model(changed) - logits).abs() > noise).any(-1)
-            assert moved[0].tolist() == [i >= j for i in range(T)]
-            assert not moved[1].any()
+            assert moved[0].tolist() == [i >= j for i in range(T)] and not moved[1].any()
 
 
 def test_parameter_counts(script):
