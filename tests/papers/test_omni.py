@@ -112,7 +112,7 @@ def test_what_the_talker_predicts():
 
 
 def test_draws_dealing_and_layouts_of_items():
-    """The order of marks, frames and sounds. That an item depends on its number, and not on the batch, is in test_gradients.py."""
+    """The order of marks, frames and sounds. Items depend on their number alone: see the resumed run below, and test_gradients.py."""
     cfg = omni.Config(**ROW.tiny)
     source, held_out = make_corpora(omni, cfg)
     assert not torch.equal(omni.get_batch(held_out, 5, 1, cfg)["tokens"], omni.get_batch(source, 5, 1, cfg)["tokens"])
