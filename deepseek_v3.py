@@ -130,7 +130,7 @@ class Config:
     long_rope_factor: float = 40.0  # value of --rope_factor in the context extension
     rope_theta: float = 10000.0  # base of the rotary frequencies
     rope_factor: float = 1.0  # YaRN's s, the factor by which the context is extended; 1: no YaRN
-    rope_original: int = 4096  # context length before the extension
+    rope_original: int = 4096  # context length that --rope_factor extends
     rope_mscale: float = 1.0  # YaRN's mscale in released configurations; 0: absent
     rope_mscale_all_dim: float = 1.0  # mscale_all_dim in released configurations; 0: absent
     steps: int = 0  # maximum number of updates; 0: as many as the schedule has
@@ -176,15 +176,15 @@ PRESETS = {
         head_dim=16, rope_dim=16, init_std=0.02, n_experts=16, expert_dim=64, top_k=3, n_groups=4,
         groups_kept=2, gamma=0.01, seq_len=64, tokens=5.5e5, batch_size=48, first_batch=24,
         ramp_tokens=1e5, batch_multiple=24, pack=4096, long="128x24:20", long_rope_factor=2.0,
-        rope_original=64, lr=4e-3, min_lr=4e-4, last_lr=2e-4, warmup_steps=20, log_every=50,
+        lr=4e-3, min_lr=4e-4, last_lr=2e-4, warmup_steps=20, log_every=50,
     ),
     # A GPU of 24 GB or a node of them, minutes: 243M parameters over bytes, 72M of them active.
     "small": dict(
         dim=768, n_layers=12, n_dense=1, hidden_dim=2048, n_heads=12, q_rank=384, kv_rank=256,
         head_dim=64, rope_dim=32, init_std=0.02, n_experts=32, expert_dim=256, top_k=4, n_groups=8,
         groups_kept=4, seq_len=1024, tokens=1.6e8, batch_size=96, first_batch=48, ramp_tokens=2e7,
-        batch_multiple=48, long="2048x48:30", long_rope_factor=2.0, rope_original=1024, lr=1e-3,
-        min_lr=1e-4, last_lr=3.3e-5, warmup_steps=150, val_every=500, micro_batch=12, compile=True,
+        batch_multiple=48, long="2048x48:30", long_rope_factor=2.0, lr=1e-3, min_lr=1e-4,
+        last_lr=3.3e-5, warmup_steps=150, val_every=500, micro_batch=12, compile=True,
     ),
     # §4.2 and §4.3: the model, its schedule and its two extensions.
     # Departure: whole blocks are recomputed. With what §3.2.3 recomputes, the first of 16 stages of
@@ -230,6 +230,8 @@ def plan(cfg):
         with explain(f"--long: {part} is not LENGTHxSEQUENCES:STEPS", ValueError):
             length, size, n_updates = map(int, re.split("[x:]", part))
         changes = dict(seq_len=length, batch_size=size, rope_factor=cfg.long_rope_factor)
+        if cfg.rope_factor == 1:
+            changes["rope_original"] = cfg.seq_len
         parts.append((n_updates, dataclasses.replace(cfg, **changes)))
     phases = []
     end = 0
@@ -1754,8 +1756,6 @@ def check(cfg, ranks):
          f"--n_dense {cfg.n_dense} leaves none of {cfg.n_layers} layers with experts"),
         (cfg.fim > 1, f"--fim {cfg.fim} is above 1"),
         (re.search(r"(^|[x:,])[0-]", cfg.long), f"--long {cfg.long} has a number below 1"),
-        (cfg.long and cfg.rope_original != cfg.seq_len,
-         f"--rope_original {cfg.rope_original} is not the --seq_len that --long extends"),
         (cfg.n_experts % cfg.n_groups,
          f"{cfg.n_groups} groups do not divide {cfg.n_experts} experts"),
         (cfg.groups_kept > cfg.n_groups,

@@ -27,6 +27,7 @@ def test_w8_phases_yarn_and_sizes():
     assert [phase.batch_size for phase in phases[:2]] == [3072, 3200]
     sizes = [(phase.seq_len, phase.batch_size, phase.rope_factor) for phase in phases[-3:]]
     assert sizes == [(4096, 15360, 1.0), (32768, 1920, 40.0), (131072, 480, 40.0)]
+    assert [v3.plan(dataclasses.replace(cfg, seq_len=n))[-1][1].rope_original for n in (2048, 4096)] == [2048, 4096]
     assert np.diff(ends[-3:]).tolist() == [1000 * 62_914_560] * 2
     assert ends[-4] == pytest.approx(469e9, rel=1e-3) and ends[-3] == pytest.approx(14.8e12, rel=1e-5)
     ramp = dataclasses.replace(cfg, batch_multiple=1)
