@@ -39,7 +39,7 @@ def test_pieces_are_the_specifications():
 
 
 def test_pattern_windows_and_phases():
-    """Gemma 2: every other layer is global; Gemma 3: every sixth."""
+    """Gemma 2: every other layer is global; Gemma 3: every sixth. A window of three sees three, as in the specification."""
     for preset, n_global, query_scalar, window, last_factor in (
         ("2b", 13, 256, 4096, 1), ("9b", 21, 256, 4096, 1), ("27b", 23, 144, 4096, 1), ("3_270m", 3, 256, 512, 1),
         ("3_1b", 4, 256, 512, 1), ("3_4b", 5, 256, 1024, 8), ("3_12b", 8, 256, 1024, 8), ("3_27b", 10, 168, 1024, 8),
@@ -51,6 +51,9 @@ def test_pattern_windows_and_phases():
         assert windows == [window * (i % period > 0) for i in range(1, c.n_layers + 1)] and windows.count(0) == n_global
         assert [c.qk_norm, c.attention_cap, c.logit_cap, c.rope_theta] == rest and c.query_scalar == query_scalar
         assert gemma.token_phases(c)[-1][2].rope_factor == last_factor
+    qkv = torch.zeros(1, 1, 6, 6), torch.zeros(1, 1, 6, 6), torch.eye(6)[None, None]
+    for x in (gemma.local_attention(*qkv, 1.0, 3), gemma.soft_capped_attention(*qkv, 1.0, 3, 9.0)):
+        assert [row.nonzero().flatten().tolist() for row in x[0, 0]] == [[0], [0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5]]
     first, last = gemma.token_phases(c := gemma.Config(**gemma.PRESETS["small"]))
     assert gemma.find_phase(first[1] - 1, c) == first[::2] and gemma.find_phase(first[1], c) == last[::2]
 

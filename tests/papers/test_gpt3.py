@@ -49,6 +49,11 @@ def test_dropout_and_initialisation(monkeypatch):
     for name, p in model.named_parameters():
         std = 0.02 / math.sqrt(8) if name.endswith(("out.weight", "down.weight")) else 0.01 if "position" in name else 0.02
         assert p.std().item() == approx(std, rel=0.05) if p.ndim == 2 else p.unique().tolist() == ["norm" in name and "weight" in name], name
+    cfg = gpt3.Config(vocab_size=50257, n_layers=1, seq_len=64)  # at D 768: not ln V, since logits vary
+    gpt3.init_weights(model := gpt3.GPT3(cfg), cfg)
+    tokens = torch.randint(50257, (16, 65), generator=torch.Generator().manual_seed(0))
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "n_targets": 1024}
+    assert gpt3.objective(model, batch, cfg)[0].item() == approx(10.98, abs=0.05)
 
 
 def test_bpe_and_runs_with_it(tmp_path, monkeypatch):
@@ -124,6 +129,9 @@ def test_presets_ramp_and_steps(capsys):
         gpt3.dry_run(cfg)
         found = map(float, re.search(r"PF-days (\S+) .* (\S+) nats", capsys.readouterr().out).groups())
         assert [*found] == [approx(days, rel=5e-3), approx(loss, abs=6e-3)], name
+    for band, pairs in ((0, 2_098_176), (128, 254_016), (256, 491_648)):  # of a head at 2,048; the other layer is dense
+        flops = gpt3.flops_per_token(gpt3.Config(dim=1, hidden_dim=0, n_layers=2, band=band))  # 6 (8 weights + 2 keys)
+        assert 2048 * (flops / 6 - 8) / 2 == approx(2_098_176 + pairs)
     cfg = gpt3.lay_out(gpt3.Config(**gpt3.PRESETS["175b"], tp=8, pp=12), 1536)
     memory = gpt3.memory_per_rank(cfg)
     assert sum(memory.values()) < 80 * 2**30 and memory["received"] == 2 * 96 * 2048 * 12288 * 4  # of 96 micro-batches, from either side

@@ -67,9 +67,11 @@ def test_largest_logits_by_blocks_and_the_example_of_their_clip():
     torch.testing.assert_close(kimi.largest_logits(q, k, 0.3).double(), expected, rtol=1e-5, atol=0)
     _, peak = live_activations(linear := torch.nn.Linear(1, 1), lambda: linear.weight.sum() + kimi.largest_logits(q, k, 0.3).sum())
     assert 4 * 6 * 128 * 600 < peak < 2 * 4 * 6 * 128 * 600 < 4 * 6 * 600**2
+    logit = lambda q, kv: torch.tensor([10.0, 0, 4, 2]) * q @ (torch.tensor([12.0, 5, 20, 10]) * torch.cat((kv, torch.ones(2)))) / 2  # noqa: E731
+    assert logit(torch.ones(4), torch.ones(2)) == 110
     q, kv = kimi.qk_clip(torch.tensor([110.0, 99.0]), 100.0, 2, 2)
     assert q[:4].tolist() == pytest.approx([0.953463] * 2 + [0.909091] * 2, abs=1e-6) and kv[:2].tolist() == pytest.approx([0.953463] * 2, abs=1e-6)
-    assert kv[2:].tolist() == [1.0] * 6 == q[4:].tolist() + [1.0, 1.0]
+    assert logit(q[:4], kv[:2]).item() == pytest.approx(100, abs=1e-4) and kv[2:].tolist() == [1.0] * 6 == q[4:].tolist() + [1.0, 1.0]
 
 
 def test_activated_parameters_schedules_and_batches_are_the_papers():

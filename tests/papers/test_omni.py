@@ -62,6 +62,22 @@ def test_positions_of_the_specification():
     assert torch.atan2(sin, cos).round().flatten().tolist() == [0, 1, 2] * 10 + [0, 1]
 
 
+def test_delta_rule_in_chunks_is_the_recurrence():
+    """In a loop in float64 the error is that of the decayed state."""
+    for T in (1, 15, 16, 37, 130):
+        q, k, v, g, beta = (torch.randn(2, 4, T, n, dtype=torch.float64) for n in (8, 8, 6, 1, 1))
+        g, beta = -2 * g.sigmoid(), beta.sigmoid()
+        outputs, last = omni.gated_delta_rule(q, k, v, g[..., 0], beta[..., 0], 16)
+        q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+        state, expected = torch.zeros(2, 4, 8, 6, dtype=torch.float64), []
+        for t in range(T):
+            state = state * g[:, :, t, None].exp()
+            error = v[:, :, t, None] - k[:, :, t, None] @ state
+            state = state + beta[:, :, t, None] * k[:, :, t, :, None] * error
+            expected.append(q[:, :, t, None] @ state / 8**0.5)
+        torch.testing.assert_close((outputs, last), (torch.cat(expected, 2), state), atol=1e-12, rtol=1e-12)
+
+
 def test_balance_loss_of_the_specification():
     """Its logits of three tokens for four experts, top 2, with the shares that this batch leaves; a fourth token does not exist."""
     moe = omni.SharedExpertMoE(4, 4, 4, 4, 2)
