@@ -512,7 +512,8 @@ def fit_envelope(rows, start=None):
     C, N, D, _ = envelope(training_curves(rows))
     if len(set(N)) < 3:
         raise TooFewRuns("fewer than three sizes have the least loss at some budget")
-    (k, a), (_, b) = power_law(C, N), power_law(C, D)
+    k, a = power_law(C, N)
+    _, b = power_law(C, D)
     return {"a": a, "b": b, "k": k, "sizes": len(set(N))}, None
 
 def budgets_of(rows):
@@ -554,7 +555,8 @@ def lowest_points(rows, name):
 def fit_isoflop(rows, start=None):
     """Approach 2 (§3.2): power laws through the lowest points of the IsoFLOP parabolas."""
     C, N, D = columns(lowest_points(rows, "N"), "C", "N", "D")
-    (k, a), (_, b) = power_law(C, N), power_law(C, D)
+    k, a = power_law(C, N)
+    _, b = power_law(C, D)
     return {"a": a, "b": b, "k": k, "budgets": len(C)}, None
 
 def huber_sum(residuals, delta, x):
@@ -615,7 +617,8 @@ def fit_llama(rows, start=None):
     """Llama 3 §3.2.1: the optimal tokens D = A C^b, through the lowest points of parabolas over
     ln D; and fit_accuracy, if the runs allow."""
     C, N, D = columns(lowest_points(rows, "D"), "C", "N", "D")
-    (k, a), (A, b) = power_law(C, N), power_law(C, D)
+    k, a = power_law(C, N)
+    A, b = power_law(C, D)
     law = {"a": a, "b": b, "k": k, "A": A}
     x = None
     with contextlib.suppress(TooFewRuns):
