@@ -163,8 +163,8 @@ PRESETS = {
     "t5_large": FINAL | dict(zip(SIZES, (24, 1024, 4096, 16, 64))),
     "t5_3b": FINAL | SHARDED | dict(zip(SIZES, (24, 1024, 16384, 32, 128))),
     "t5_11b": FINAL | SHARDED | dict(zip(SIZES, (24, 1024, 65536, 128, 128))),
-    # §3.6: the shape of large, and other depths.
-    "2x": BASELINE | dict(zip(SIZES, (16, 1024, 4096, 16, 64))),
+    # §3.6: the shape of large, and other depths; four times the baseline's computation each.
+    "2x": BASELINE | dict(zip(SIZES, (16, 1024, 4096, 16, 64)), steps=2 * 524288),
     "4x": BASELINE | dict(zip(SIZES, (32, 1024, 4096, 16, 64))),
     # v1.1, released_checkpoints.md.
     "v1_1_small": V1_1 | dict(zip(SIZES, (8, 512, 1024, 6, 64))),
