@@ -181,7 +181,7 @@ def gradients(name, row, overrides):
     return loss, {key: g.numpy() for key, g in found.items()}, norm
 
 
-IDLE = types.SimpleNamespace(param_groups=[{}], step=lambda: None, zero_grad=lambda: None)  # an optimizer that changes nothing
+IDLE = types.SimpleNamespace(param_groups=[{"scale": 1.0}], step=lambda: None, zero_grad=lambda: None)  # an optimizer that changes nothing
 
 
 def global_batch(module, corpus, cfg, device, rank, ranks):

@@ -24,8 +24,9 @@ def reference(name, overrides):
     if hasattr(cfg, "n_experts") or name == "bert":  # their objective has more terms than this, each with a test of its own
         loss, metrics = module.objective(model, batch, cfg)
     else:
-        inputs = {key: batch[key] for key in ("tokens", "documents", "source", "target_in", "source_mask") if key in batch}
-        loss = F.cross_entropy(model(**inputs).flatten(0, 1), batch["targets"].flatten())
+        inputs = [batch[key] for key in ("tokens", "source", "target_in", "source_mask") if key in batch]
+        documents = {key: batch[key] for key in ("documents",) if key in batch}
+        loss = F.cross_entropy(model(*inputs, **documents).flatten(0, 1), batch["targets"].flatten())
     loss.backward()
     found = {key: p.grad.numpy() for key, p in model.named_parameters() if p.grad is not None}
     if name == "omni":
@@ -52,8 +53,7 @@ def test_layout_gives_one_ranks_gradients(ranks, name, n, overrides):
     for loss, found, norm in ranks.run(n, gradients, name, SCRIPTS[name], overrides):
         assert loss == pytest.approx(expected_loss, rel=1e-5)
         assert norm is None or norm == pytest.approx(whole, rel=1e-5)
-        largest_norm = overrides.get("clip", 1.0) or np.inf
-        clip = 1 if norm is None else min(1, largest_norm / (whole + 1e-6))  # gradients that come with a norm are clipped
+        clip = 1 if norm is None else min(1, (overrides.get("clip", 1.0) or np.inf) / (whole + 1e-6))  # those with a norm are clipped
         for key, g in found.items():
             if key not in expected:  # a copy of the tied embedding, on a stage without it
                 assert key == "head.weight" and overrides.get("tied", name == "gpt3")
