@@ -37,8 +37,8 @@ Run: python omni.py                              # a laptop: stage S2 alone, fro
      then --stage s1a, s1b ... without --init: a stage begins with the one before it in --out.
      manifest.jsonl: {"text": "a dog barks", "audio": "a.wav", "video": "frames/", "fps": 25} ...
 Expect: in four minutes on two CPU cores the demo, of 340 updates, comes to name the colour in an
-image, the event in a sound and the pitch of a beep (100 % of held-out answers; 20, 16 and 45 % with
-the image or sound zeroed) and shapes (61 %, zeroed 30 %). Walls, directions and synchrony it does
+image, the event in a sound and the pitch of a beep (100 % of held-out answers; 20, 9 and 55 % with
+the image or sound zeroed) and shapes (66 %, zeroed 30 %). Walls, directions and synchrony it does
 not learn: they stay at chance.
 """
 
