@@ -330,7 +330,7 @@ def held_on_ranks(name):
     from ranks import Ranks
     from test_gradients import held_bytes
 
-    pool, found = Ranks(4), []
+    pool, found = Ranks(), []
     overrides = dict(dim=256, n_layers=4, n_heads=4, hidden_dim=768, anneal_tokens=96.0)
     for ranks in (1, 2, 4):
         held = pool.run(ranks, held_bytes, name, SCRIPTS[name], overrides)

@@ -1,10 +1,11 @@
 """One row a script: what the tests must know of it. A new script is a new row, not a new test."""
 import dataclasses
 import importlib
+import multiprocessing
 import os
 import pathlib
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import types
 
 import pytest
 
@@ -32,7 +33,7 @@ class Row:
     masked_flops: float = 0  # per token of the tiny Config, of scores that the mask hides, which PyTorch's counter sees
 
 
-FEW = "--n_layers 2 --n_experts 4 --n_groups 2 --groups_kept 1 --top_k 2"  # experts: slow in bf16 on a CPU
+FEW = "--dim 32 --hidden_dim 48 --expert_dim 16 --n_heads 2 --q_rank 16 --n_layers 2 --n_experts 4 --top_k 2"  # for bf16, slow on a CPU
 
 SCRIPTS = {
     "gpt1": Row(
@@ -46,7 +47,7 @@ SCRIPTS = {
                  (2, dict(micro_batch=4)), (2, dict(micro_batch=1)), (4, dict(micro_batch=2)),
                  (4, dict(micro_batch=1)), (2, dict(recompute="block"))),
         falls=1.0, batch=(24, 128),
-        variants=("", "--precision bf16 --recompute block --dim 48 --hidden_dim 96"),
+        variants=("", "--precision bf16 --recompute block --dim 36 --hidden_dim 64"),
         small=dict(batch_size=4, dim=48, hidden_dim=64, seq_len=16, warmup_steps=2),
         masked_flops=12 * 2 * 24 * (7 - 4),
     ),
@@ -105,7 +106,7 @@ SCRIPTS = {
                  (4, dict(tp=2, pp=2)), (4, dict(cp=2, dp=2, micro_batch=2)), (4, dict(tp=2, cp=2, tied=True)),
                  (4, dict(pp=2, dp=2, pp_chunks=2, recompute="block"))),
         falls=1.5, batch=(24, 32),
-        variants=("", "--precision bf16 --recompute block", "--no-document_mask --tied --qkv_bias"),
+        variants=("", "--precision bf16 --recompute block --dim 32 --hidden_dim 64", "--no-document_mask --tied --qkv_bias"),
         small=dict(batch_size=4, dim=48, hidden_dim=64, seq_len=16, ramp="", long_lengths="32",
                    warmup_steps=2, lr=1e-3),
         masked_flops=12 * 3 * 48 * (12 - 6.5),
@@ -125,7 +126,7 @@ SCRIPTS = {
                  (4, dict(dp=2, ep=2, micro_batch=1)), (2, dict(pp=2, mtp=False, q_rank=0, micro_batch=1)), (2, dict(ep=2, recompute="paper")),
                  (4, dict(pp=2, ep=2, recompute="block", micro_batch=2))),
         falls=1.5, batch=(24, 64),
-        variants=("", f"--precision bf16 --recompute block {FEW}", f"--precision fp8 --recompute paper {FEW}"),
+        variants=("", *(f"--precision {how} {FEW} --n_groups 2 --groups_kept 1" for how in ("bf16 --recompute block", "fp8 --recompute paper"))),
         small=dict(batch_size=4, first_batch=4, dim=48, hidden_dim=64, seq_len=16, long="", warmup_steps=2, lr=1e-3),
         plain=dict(mtp=False, balance_loss=0.0, init_std=0.02),
         masked_flops=6 * 4 * 3 * (32 * 11 - 26 * 6),  # values are padded to the width of queries and keys
@@ -172,7 +173,8 @@ SCRIPTS = {
                  (2, dict(dp=1, dp_replicate=2)), (2, dict(dp=2, recompute="block", micro_batch=1)),
                  (2, dict(dp=2, qk_norm=False, attention_cap=0.4, logit_cap=0.3))),
         falls=1.5, batch=(24, 128),
-        variants=("", "--no-qk_norm --attention_cap 50 --logit_cap 30 --precision bf16 --recompute block --dim 48 --hidden_dim 96"),
+        variants=("", "--no-qk_norm --attention_cap 50 --logit_cap 30 --precision bf16 --recompute block --dim 32 --hidden_dim 64 --head_dim 16 "
+                      "--n_heads 2 --n_kv_heads 1 --n_layers 2 --local_layers 1"),
         small=dict(batch_size=4, dim=48, n_layers=3, head_dim=16, hidden_dim=64, window=8, seq_len=16, long_tokens=0, lr=1e-3),
         warm="--warmup 0.1 --long_tokens 0",
         masked_flops=12 * 60 * (3 * (9 + 2 * 18 - 18) / 7 + 7 - 4),  # three windows of 3, whose last two see two each; one global layer
@@ -191,7 +193,7 @@ SCRIPTS = {
         layouts=((1, dict(micro_batch=2)), (2, dict(ep=2)), (2, dict(dp=2)), (4, dict(ep=4)), (4, dict(ep=2, dp=2, micro_batch=1)),
                  (2, dict(ep=2, recompute="block")), (2, dict(dp=2, q_rank=0)), (2, dict(dp=2, kv_rank=0, n_dense=4))),
         falls=1.5, batch=(48, 64),
-        variants=("", "--precision bf16 --recompute block --n_layers 2 --n_experts 4 --top_k 2", "--optimizer adamw --q_rank 0"),
+        variants=("", f"--precision bf16 --recompute block {FEW}", "--optimizer adamw --q_rank 0 --n_layers 2 --n_experts 4 --top_k 2"),
         small=dict(batch_size=4, dim=48, hidden_dim=64, seq_len=16, long_tokens=0, lr=1e-3), warm="--long_tokens 0",
         masked_flops=6 * 4 * 3 * (32 * 11 - 26 * 6) + 2 * 4 * 3 * 16 * 11,  # as DeepSeek-V3's, and the largest logits
     ),
@@ -220,21 +222,46 @@ def pytest_configure(config):
         "flex_attention called without torch.compile", "Converting a tensor with requires_grad=True to a scalar",
     ):
         config.addinivalue_line("filterwarnings", f"ignore:{warning}")
-    config.addinivalue_line("markers", "background: waits for processes; runs beside the other tests from the start")
 
 
-BACKGROUND = ThreadPoolExecutor(2)
+def run_lane(items, config, pipe, lock):
+    """Runs the tests in this process and sends what would be printed of them."""
+
+    def send(report):
+        with lock:
+            pipe.send(config.hook.pytest_report_to_serializable(config=config, report=report))
+
+    config.pluginmanager.unregister(name="terminalreporter")
+    config.pluginmanager.register(types.SimpleNamespace(pytest_runtest_logreport=send))
+    for item, after in zip(items, [*items[1:], None]):
+        config.hook.pytest_runtest_protocol(item=item, nextitem=after)
 
 
-def pytest_collection_finish(session):
-    """Start the tests marked `background`, two at a time. When its turn comes, each waits for its end."""
-    for item in session.items:
-        if item.get_closest_marker("background") and not session.config.option.collectonly:
-            item.obj = lambda end=BACKGROUND.submit(item.obj, **item.callspec.params if hasattr(item, "callspec") else {}), **_: end.result()
-
-
-def pytest_sessionfinish():
-    BACKGROUND.shutdown(wait=False, cancel_futures=True)
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session):
+    """Of many tests, two processes run every second one each, with all imports done before. A few run in this process, as for a debugger."""
+    config, missing, fork = session.config, len(session.items), multiprocessing.get_context("fork")
+    if missing < 20 or session.testsfailed or config.option.collectonly or config.option.usepdb or sys.platform != "linux":
+        return None
+    config.pluginmanager.get_plugin("terminalreporter").showfspath = False  # the files are mixed
+    (ours, theirs), lock = fork.Pipe(duplex=False), fork.Lock()
+    lanes = [fork.Process(target=run_lane, args=(session.items[k::2], config, theirs, lock)) for k in range(2)]
+    [lane.start() for lane in lanes]
+    theirs.close()
+    try:
+        while missing and not session.shouldfail:
+            report = config.hook.pytest_report_from_serializable(config=config, data=ours.recv())
+            config.hook.pytest_runtest_logreport(report=report)
+            if report.when == "teardown":
+                missing -= 1
+                config.hook.pytest_runtest_logfinish(nodeid=report.nodeid, location=report.location)
+    except EOFError:
+        session.shouldfail = f"a process has died, and {missing} tests did not run"
+    finally:
+        [lane.kill() for lane in lanes]
+    if session.shouldfail:
+        raise session.Failed(session.shouldfail)
+    return True
 
 
 # for what has one text in all scripts, which test_house.py sees to: one of them is enough
@@ -254,6 +281,6 @@ def ranks():
     """The pool of worker processes; see ranks.py."""
     from ranks import Ranks
 
-    pool = Ranks(4)
+    pool = Ranks()
     yield pool
     pool.close()

@@ -1,5 +1,4 @@
-"""A pool of processes that act as ranks: starting them is most of a multi-rank test's cost, so all
-tests share one. Every wait has a timeout; a hang is a failure that names the rank."""
+"""Processes that act as ranks, and what tests share. Every wait has a timeout; a hang is a failure that names the rank."""
 import contextlib
 import importlib
 import inspect
@@ -14,10 +13,16 @@ import tempfile
 import time
 import traceback
 import types
+import weakref
 
 import torch
 import torch.distributed as dist
 from conftest import SCRIPTS
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+FORKSERVER = multiprocessing.get_context("forkserver")  # forks from a process that has imported the scripts already
+FORKSERVER.set_forkserver_preload([*SCRIPTS, "torch._dynamo"])  # which every optimizer imports
 
 
 def serve(connection):
@@ -42,18 +47,18 @@ def free_port():
 
 
 class Ranks:
-    """run(n, function, *args) calls function(*args) in n processes with torchrun's environment."""
+    """run(n, function, *args) calls function(*args) in n of four processes with torchrun's environment."""
 
-    def __init__(self, size):
-        self.size, self.workers = size, []
+    workers, n_runs = [], 0
 
-    def run(self, n, function, *args, timeout=60, **more):
+    def run(self, n, function, *args, timeout=90, **more):
         """The results by rank, with `more` in the environment; RuntimeError with the traceback of the first rank that failed."""
-        if not self.workers:
-            timeout += 60
-        while len(self.workers) < self.size:
+        if self.n_runs % 16 == 0:
+            self.close()  # threads of Gloo outlive their groups, and wake up all the time
+        self.n_runs += 1
+        while len(self.workers) < 4:
             ours, theirs = multiprocessing.Pipe()
-            process = multiprocessing.get_context("spawn").Process(target=serve, args=(theirs,), daemon=True)
+            process = FORKSERVER.Process(target=serve, args=(theirs,), daemon=True)
             process.start()
             self.workers.append((process, ours))
         port = free_port()
@@ -63,9 +68,7 @@ class Ranks:
             connection.send(({k: str(v) for k, v in environment.items()}, function, args))
         deadline, results = time.monotonic() + timeout, []
         for rank, (_, connection) in enumerate(self.workers[:n]):
-            good, result = False, f"no answer within {timeout} s"
-            if connection.poll(max(deadline - time.monotonic(), 0)):
-                good, result = connection.recv()
+            good, result = connection.recv() if connection.poll(max(deadline - time.monotonic(), 0)) else (False, f"no answer within {timeout} s")
             if not good:
                 self.close()
                 raise RuntimeError(f"rank {rank} of {n} failed:\n{result}")
@@ -100,6 +103,13 @@ def run_main(name, flags):
     return status, *(stream.buffer.getvalue().decode() for stream in streams)
 
 
+def together(ranks, n, name, *flags):
+    """stdout of the script on n ranks, which all end well."""
+    (status, out, err), *others = ranks.run(n, run_main, name, flags, timeout=120)
+    assert status == 0 and not any(other[0] for other in others), (err, *(other[2] for other in others))
+    return out
+
+
 def as_a_process(name, flags, out, err):
     """What a process of its own does: the script, with its output in files."""
     os.setsid()
@@ -109,16 +119,14 @@ def as_a_process(name, flags, out, err):
 
 
 class Process(multiprocessing.context.ForkServerProcess):
-    """A script in a process of its own, forked from one that has imported torch already, with the part of Popen that tests use."""
+    """A script in a process of its own, with the part of Popen that tests use."""
+
+    poll = lambda self: self.exitcode  # noqa: E731
 
     def __init__(self, name, flags):
-        multiprocessing.get_context("forkserver").set_forkserver_preload(list(SCRIPTS))
         self.files = [tempfile.mkstemp()[1] for _ in range(2)]
         super().__init__(target=as_a_process, args=(name, [str(flag) for flag in flags], *self.files))
         self.start()
-
-    def poll(self):
-        return self.exitcode
 
     def wait(self, timeout=120):
         self.join(timeout)
@@ -168,6 +176,34 @@ def make_model(module, row, cfg):
             if name.endswith("router.bias"):
                 b += 0.02 * torch.sin(torch.arange(b.numel()) + i)
     return model
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the storages that operators made and that are still there, by id; parameters and their gradients have none."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.bytes, self.peak = {id(p.untyped_storage()): 0 for p in model.parameters()}, 0
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(lambda p: self.bytes.update({id(p.grad.untyped_storage()): 0}))
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and id(storage := tensor.untyped_storage()) not in self.bytes:
+                self.bytes[id(storage)] = storage.nbytes()
+                weakref.finalize(storage, self.bytes.pop, id(storage))
+        self.peak = max(self.peak, sum(self.bytes.values()))
+        return result
+
+
+def live_activations(model, objective):
+    """Bytes that are live when the backward pass of objective() begins, and at the peak of both passes."""
+    with Live(model) as live:
+        loss = objective()
+        kept = sum(live.bytes.values())
+        loss.backward()
+    return kept, live.peak
 
 
 def gradients(name, row, overrides):

@@ -2,7 +2,6 @@
 import json
 import math
 import sysconfig
-import tempfile
 
 import pytest
 import torch
@@ -41,18 +40,16 @@ def test_loss_is_the_mean_over_targets(script):
         assert (g - w).abs().max() <= 1e-5 * max(w.abs().max(), 1e-3 * largest)
 
 
-@pytest.mark.background
 @pytest.mark.parametrize("name, flags", [(name, flags) for name, row in SCRIPTS.items() for flags in row.variants])
-def test_thirty_steps_on_python_source(name, flags):
+def test_thirty_steps_on_python_source(name, flags, tmp_path):
     """The demo, as it is and in each of its variants, takes off what its row says; the log's bits per byte are those nats."""
     row = SCRIPTS[name]
     source = sysconfig.get_paths()["stdlib"] + "/asyncio"  # a part of the embedded corpus, for speed
     steps = 15 if "--precision" in flags else 30  # low precision is slow on a CPU
-    with tempfile.TemporaryDirectory() as folder:
-        line = f"--preset demo --data {source} --steps {steps} {row.warm} --val_batches 1 --log_every 1 --out {folder} {flags}"
-        process = Process(name, line.split())
-        assert process.wait() == 0, process.communicate()
-        rows = [json.loads(line) for line in open(f"{folder}/metrics.jsonl") if '"loss"' in line]
+    line = f"--preset demo --data {source} --steps {steps} {row.warm} --val_batches 1 --log_every 1 --out {tmp_path} {flags}"
+    process = Process(name, line.split())
+    assert process.wait() == 0, process.communicate()
+    rows = [json.loads(line) for line in open(tmp_path / "metrics.jsonl") if '"loss"' in line]
     assert [r["step"] for r in rows] == list(range(1, steps + 1))
     assert rows[0]["loss"] - sum(r["loss"] for r in rows[-5:]) / 5 > row.falls * steps / 30
     bpb = None if name == "bert" else pytest.approx(rows[-1]["loss"] / math.log(2), rel=5e-3)  # a byte a token, but BERT's loss is no code

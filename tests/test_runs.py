@@ -27,10 +27,10 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 from conftest import CAUSAL, SCRIPTS
-from ranks import Process, free_port, run_main
+from ranks import Process, free_port, run_main, together
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-FOLDER = tempfile.TemporaryDirectory()  # for the tests that run in the background, which have no fixtures; removed at the end
+FOLDER = tempfile.TemporaryDirectory()  # removed at the end
 TEXT = pathlib.Path(FOLDER.name, "text.txt")
 TEXT.write_text("".join(f"line {i} says {i * i}\n" + "\n" * (i % 20 == 19) for i in range(2000)))
 EVERY = pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "omni"])  # whose runs are in test_omni.py
@@ -52,18 +52,6 @@ def refused(phrase, name, *flags):
     """The script ends before training with status 2 and one line on stderr, which has the phrase."""
     status, out, err = main(name, *flags)
     assert status == 2 and phrase in err and len(err.splitlines()) == 1 and "step 1/" not in out, (flags, status, err)
-
-
-def together(ranks, n, name, *flags):
-    """stdout of the script on n ranks, which started long ago."""
-    (status, out, err), *others = ranks.run(n, run_main, name, flags, timeout=120)
-    assert status == 0 and not any(other[0] for other in others), (err, *(other[2] for other in others))
-    return out
-
-
-def torchrun(script, *flags, options="--standalone --nproc_per_node=2"):
-    line = [sys.executable, "-m", "torch.distributed.run", *options.split(), str(script), *flags]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def wait_for(arrived, process, seconds=60):
@@ -97,11 +85,10 @@ def state_of(checkpoint):
     return tuple(state.values())
 
 
-@pytest.mark.background
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name not in ("chinchilla", "omni")])  # chinchilla's loop is gpt1's
-def test_killed_and_stopped_runs_end_the_same_bit_for_bit(name):
+def test_killed_and_stopped_runs_end_the_same_bit_for_bit(name, tmp_path):
     """SIGKILL in the middle of a save; then a signal, upon which the run saves and ends; and the rest."""
-    whole, broken = (pathlib.Path(tempfile.mkdtemp(dir=FOLDER.name)) for _ in range(2))
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
     flags = small(name, dim=192, steps=40, save_every=5)  # wide, so that a save takes a while
     flags += ["--dropout=0.1"] if name in ("gpt1", "gpt3", "bert", "t5") else []  # so that its seeds count
     uninterrupted = Process(name, [*flags, "--out", whole])
@@ -146,45 +133,24 @@ def test_checkpoints_that_fit_and_that_do_not(ranks, name, tmp_path):
     assert losses(tmp_path) == pytest.approx(expected, rel=1e-4) and len(expected) == 12
 
 
-DIES = f"""
-import os, sys
-sys.path.insert(0, {str(ROOT)!r})
-import gpt1
-if os.environ["RANK"] == "1":
-    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        os.kill(os.getpid(), 9)
-    gpt1.train = None
-gpt1.main(sys.argv[1:])
-"""
-
-
-@pytest.mark.background
-def test_torchrun_restarts_dead_workers_and_shows_the_error():
-    """The first start loses a worker before it joins, and the second fails for good."""
-    folder = pathlib.Path(tempfile.mkdtemp(dir=FOLDER.name))
-    (folder / "dies.py").write_text(DIES)
-    flags = small("gpt1", out=folder, steps=4000)
-    process = torchrun(folder / "dies.py", *flags, options="--standalone --nproc_per_node=2 --max-restarts=1")
-    out = process.communicate(timeout=180)[0]
-    assert process.returncode == 1 and "'NoneType' object is not callable" in out
-    assert out.count("starting a run") == 1 and "step 4000/" not in out
-
-
-@pytest.mark.background
-def test_two_agents_restart_together():
-    """Two torchrun agents of one worker each: one worker is killed, both start again, and the run ends the same bit for bit."""
-    whole, broken = (pathlib.Path(tempfile.mkdtemp(dir=FOLDER.name)) for _ in range(2))
+def test_two_agents_restart_together(ranks, tmp_path):
+    """Two torchrun agents of one worker each: one worker dies before it joins, one in training, and the run ends the same bit for bit."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    (tmp_path / "dies.py").write_text(
+        "import os, sys\nif os.environ['RANK'] + os.environ['TORCHELASTIC_RESTART_COUNT'] == '10':\n    os.kill(os.getpid(), 9)\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\nimport gpt1\ngpt1.main(sys.argv[1:])\n"
+    )
     flags = small("gpt1", steps=300, save_every=10)
     options = f"--nnodes=2 --nproc_per_node=1 --max-restarts=2 --rdzv-backend=c10d --rdzv-endpoint=localhost:{free_port()} --rdzv-id=test"
-    agents = [torchrun(ROOT / "gpt1.py", *flags, f"--out={broken}", options=options) for _ in range(2)]
+    line = [sys.executable, "-m", "torch.distributed.run", *options.split(), str(tmp_path / "dies.py"), *flags, f"--out={broken}"]
+    agents = [subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
     wait_for(lambda: list(broken.glob("step_*[0-9]")), agents[0])
     children = subprocess.run(["pgrep", "-P", str(agents[1].pid)], capture_output=True, text=True).stdout
     os.kill(int(children.split()[-1]), signal.SIGKILL)
-    uninterrupted = torchrun(ROOT / "gpt1.py", *flags, f"--out={whole}")
+    together(ranks, 2, "gpt1", *flags, f"--out={whole}")
     output = "".join(agent.communicate(timeout=180)[0] for agent in agents)
     assert [agent.returncode for agent in agents] == [0, 0], output
-    assert len(re.findall(r"^torch \S+ \| cpu", output, re.M)) == 2 and "continuing from" in output
-    assert uninterrupted.wait(timeout=180) == 0 and newest(whole) == newest(broken)
+    assert output.count("starting a run") == 1 and "continuing from" in output and newest(whole) == newest(broken)
 
 
 def test_locks_and_second_signals(tmp_path):
@@ -537,8 +503,8 @@ def test_lengths_of_warm_ups_and_runs(tmp_path):
     assert f"step 1/{math.ceil(0.013 * windows / 4)} " in out and windows > 1000
 
 
-def test_surroundings(monkeypatch, capsys):
-    """Output in another encoding, and a reader that ends early, as head does."""
+def test_surroundings(monkeypatch, capsys, tmp_path):
+    """Output in another encoding, a reader that ends early, as head does, and torchrun, which shows the error of a worker."""
     flags = small("gpt1", steps=2, prompt="ü€")
     monkeypatch.setattr(gpt1, "catch_signals", list)
     latin = io.TextIOWrapper(io.BytesIO(), "latin-1")
@@ -550,6 +516,11 @@ def test_surroundings(monkeypatch, capsys):
     with open(writer, "w") as closed, contextlib.redirect_stdout(closed), pytest.raises(SystemExit) as end:
         gpt1.main(flags)
     assert end.value.code == 1 and capsys.readouterr().err == ""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error"))
+    monkeypatch.setattr(gpt1, "train", None)
+    with pytest.raises(TypeError):
+        gpt1.main(flags)
+    assert "object is not callable" in (tmp_path / "error").read_text()
 
 
 def test_time_left_and_mfu(monkeypatch):

@@ -12,8 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CAUSAL, SCRIPTS, SHARED
-from ranks import make_corpora, make_model
-from torch.distributed._tools.mem_tracker import MemTracker
+from ranks import live_activations, make_corpora, make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -71,25 +70,13 @@ def test_flops_are_those_of_the_matrix_products(script, monkeypatch):
     assert counter.get_total_flops() / tokens.numel() == pytest.approx(module.flops_per_token(cfg) + row.masked_flops)
 
 
-def live_activations(model, objective):
-    """Bytes that are live when the backward pass of objective() begins, and at the peak of both passes."""
-    tracker, found = MemTracker(), []
-    tracker.track_external(model)
-    with tracker:
-        loss = objective()
-        found.append(tracker.get_tracker_snapshot("current"))
-        loss.backward()
-    found.append(tracker.get_tracker_snapshot("peak"))
-    return [sum(n for kind, n in next(iter(sizes.values())).items() if re.search("ACT|TEMP", str(kind))) for sizes in found]
-
-
 @pytest.mark.parametrize("name", ["gpt1", "gpt3", "chinchilla"])  # tests/papers has those of others
 @pytest.mark.parametrize("overrides", [dict(), dict(precision="bf16"), dict(recompute="block")])
 def test_planned_activations_are_those_that_are_live(name, overrides, capsys):
     """What --dry_run says of them, for gpt1.py at the peak, for the others where the backward pass begins."""
     module, row = importlib.import_module(name), SCRIPTS[name]
-    sizes = row.tiny | dict(vocab_size=1000, dim=96, n_layers=6, hidden_dim=320, seq_len=64, batch_size=64)
-    sizes |= {key: value for key, value in (("head_dim", 32), ("dp", 1)) if hasattr(module.Config, key)}
+    sizes = row.tiny | dict(vocab_size=1000, dim=48, n_layers=6, hidden_dim=160, seq_len=64, batch_size=64)
+    sizes |= {key: value for key, value in (("head_dim", 16), ("dp", 1)) if hasattr(module.Config, key)}
     cfg = module.Config(**sizes | overrides)
     model = module.parallelize(make_model(module, row, cfg), cfg, MagicMock(size=lambda: 1, device_type="cpu"))
     tokens = torch.randint(99, (64, 64))
@@ -109,7 +96,7 @@ def test_planned_activations_are_those_that_are_live(name, overrides, capsys):
 @pytest.mark.parametrize("precision, recompute", [("fp32", "none"), ("bf16", "none"), ("fp8", "none"), ("bf16", "paper"), ("bf16", "block")])
 def test_deepseek_v3_planned_activations_are_those_of_the_peak(precision, recompute):
     """Of one rank's pipeline, with an eighth for what its closed form leaves out."""
-    sizes = dict(vocab_size=300, dim=256, hidden_dim=512, expert_dim=128, n_heads=4, q_rank=128, kv_rank=128, head_dim=64, rope_dim=32)
+    sizes = dict(vocab_size=300, dim=128, hidden_dim=256, expert_dim=64, n_heads=4, q_rank=64, kv_rank=64, head_dim=32, rope_dim=16)
     sizes |= dict(precision=precision, recompute=recompute, seq_len=128, batch_size=8)
     cfg = v3.fit_layout(v3.Config(**SCRIPTS["deepseek_v3"].tiny | sizes), 1)
     v3.init_distributed(30)

@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SCRIPTS
-from ranks import make_model, run_main
-from test_shapes import live_activations
+from ranks import live_activations, make_model, run_main
 
 
 def heads(T):
@@ -123,9 +122,9 @@ def test_distilled_targets_are_the_specifications():
 
 
 def test_loss_in_chunks_bounds_the_memory(monkeypatch):
-    """128 positions of V = 262,144 are 128 MiB of fp32 logits; at the peak there are fewer than nine such tensors, here of 2**22 logits."""
+    """128 positions of V = 262,144 are 128 MiB of fp32 logits; at the peak there are fewer than nine such tensors, here of 2**20 logits."""
     assert gemma.slices(8192, 262_144)[:2] == [slice(0, 128), slice(128, 256)]
-    V, n = 65_536, 64
+    V, n = 16_384, 64
     head, x, ids = torch.nn.Linear(4, V).forward, torch.randn(1000, 4), torch.randint(V, (1000,))
     monkeypatch.setattr(gemma, "slices", lambda N, V: [slice(i, min(i + n, N)) for i in range(0, N, n)])
     for targets in (ids, lambda rows: F.one_hot(ids[rows], V).float()):

@@ -12,19 +12,13 @@ import torch
 import torch.nn.functional as F
 from conftest import SCRIPTS
 from pytest import approx
-from ranks import run_main
+from ranks import run_main, together
 
 ROW = SCRIPTS["gpt3"]
 SMALL = {"preset": "demo", "data": gpt3.__file__, "val_batches": 1, "log_every": 1, "timeout": 60, "val_every": 1000, **ROW.small}
 flags_of = lambda **more: [f"--{flag}={value}" for flag, value in (SMALL | more).items()]  # noqa: E731
 logged = lambda out, name: [row[name] for row in map(json.loads, (out / "metrics.jsonl").open()) if "loss" in row]  # noqa: E731
 main = lambda *flags: "".join(run_main("gpt3", flags)[1:])  # noqa: E731 -> what it prints, errors included
-
-
-def together(ranks, n, *flags):
-    statuses, texts, errors = zip(*ranks.run(n, run_main, "gpt3", flags, timeout=120))
-    assert not any(statuses), errors
-    return texts[0]
 
 
 @pytest.mark.parametrize("T, band", [(8, 3), (9, 3), (7, 8), (40, 16), (1, 1), (5, 1)])
@@ -146,19 +140,19 @@ def test_ramp_and_layouts_give_the_same_run(ranks, tmp_path):
     (tmp_path / "text.txt").write_text("".join(f"line {i} says {i * i}\n" for i in range(350)))  # of which 8 windows are held out
     flags = flags_of(data=tmp_path / "text.txt", batch_size=8, first_batch=4, batch_multiple=4, ramp=0.4, tokens=4000, micro_batch=1, lr=0.01, seq_len=40)
     export = ["--export", tmp_path / "hf"] if importlib.util.find_spec("safetensors") else []
-    whole = together(ranks, 1, *flags, "--out", tmp_path / "whole", *export)
+    whole = together(ranks, 1, "gpt3", *flags, "--out", tmp_path / "whole", *export)
     assert re.findall(r"\| batch (\d+)", whole) == ["4"] * 10 + ["8"] * 8, "the ramp ends at 1,600 tokens, the run at 4,000"
     held = lambda out: float(re.findall(r"^val \d+ \| loss (\S+)", out, re.M)[-1])  # noqa: E731
     positions = re.search(r"^loss by position \| 0-3 (\S+) \| 4-7 (\S+) \| 8-15 (\S+) \| 16-31 (\S+) \| 32-39 (\S+)$", whole, re.M).groups()
     assert np.dot([0.1, 0.1, 0.2, 0.4, 0.2], [*map(float, positions)]) == approx(held(whole), abs=1e-3), "of the same windows"
     losses = logged(tmp_path / "whole", "loss")
     cut = [*flags, "--tp", 2, "--pp", 2, "--save_every", 12, "--out", tmp_path / "cut"]
-    first = held(together(ranks, 4, *cut))
+    first = held(together(ranks, 4, "gpt3", *cut))
     (tmp_path / "cut" / "step_000000018").rename(tmp_path / "end")
-    again = held(together(ranks, 4, *cut, "--resume"))
+    again = held(together(ranks, 4, "gpt3", *cut, "--resume"))
     assert [first, again, *logged(tmp_path / "cut", "loss")] == approx(2 * [held(whole)] + losses + losses[12:], rel=1e-4)
     for n, layout, rel in ((1, ["--precision", "bf16", "--band", 1], 1e-2), (2, ["--tp", 2], 1e-4), (2, ["--pp", 2], 1e-4)) if export else ():
-        done = together(ranks, n, *flags, *layout, "--eval", "--init", tmp_path / "hf")
+        done = together(ranks, n, "gpt3", *flags, *layout, "--eval", "--init", tmp_path / "hf")
         assert (held(done) == approx(held(whole), rel=rel)) == ("--band" not in layout), "another band is another model"
 
 
@@ -180,7 +174,7 @@ def test_noise_scale_and_dropout_of_ranks(ranks, tmp_path):
         (2, "--pp 2 --micro_batch 2 --precision fp16", 8, 4, [0]), (2, "--pp 2 --micro_batch 2 --batch_size 6", 6, 1, []),
     ):  # fmt: skip
         out, averages, rel = tmp_path / re.sub(r"\W", "", f"{n}{layout}"), np.zeros(2), 0.05 if "fp16" in layout else 1e-3
-        assert together(ranks, n, *flags, "--out", out, *layout.split()).count("scale 65536") == 2 * ("fp16" in layout)
+        assert together(ranks, n, "gpt3", *flags, "--out", out, *layout.split()).count("scale 65536") == 2 * ("fp16" in layout)
         assert logged(out, "grad") == approx([math.sqrt(norm(first, size)) for first in (0, size)], rel=rel) and max(logged(out, "loss")) < 6, "unscaled"
         for first, noise in zip((0, size), logged(out, "noise"), strict=True):
             small = [norm(first + start, few) for start in starts] or [math.nan]
@@ -188,7 +182,7 @@ def test_noise_scale_and_dropout_of_ranks(ranks, tmp_path):
             assert noise == (approx(averages[1] / averages[0], rel=rel) if starts else None), (layout, first)
     (tmp_path / "text.txt").write_text("a" * 5000)  # all windows are the same, and dropout masks are not
     for cut in ("dp", "tp"):
-        together(ranks, 2, *flags_of(data=tmp_path / "text.txt", batch_size=2, dropout=0.5, steps=3, out=tmp_path / cut), f"--{cut}=2", "--noise_scale")
+        together(ranks, 2, "gpt3", *flags_of(data=tmp_path / "text.txt", batch_size=2, dropout=0.5, steps=3, out=tmp_path / cut), f"--{cut}=2", "--noise_scale")
     copies = {f"tp{rank}.final_norm.weight": torch.empty(SMALL["dim"]) for rank in (0, 1)}  # whose masks are the same
     torch.distributed.checkpoint.load({"model": copies}, checkpoint_id=tmp_path / "tp" / "step_000000003")
     assert min(map(abs, logged(tmp_path / "dp", "noise"))) > 0.01 and torch.equal(*copies.values()) and copies.popitem()[1].ne(1).any()

@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import SCRIPTS
-from ranks import run_main
-from test_shapes import live_activations
+from ranks import live_activations, run_main
 
 
 def config(**overrides):
@@ -212,9 +211,9 @@ def test_distributed_muon_is_one_ranks(ranks, precision, limit):
 
 
 def test_planned_activations_are_those_of_the_peak(alone):
-    sizes = dict(vocab_size=300, dim=256, hidden_dim=512, expert_dim=128, n_heads=4, head_dim=64, rope_dim=64, seq_len=128, batch_size=8)
-    for overrides in (dict(kv_rank=128), dict(kv_rank=128, precision="bf16"), dict(kv_rank=128, q_rank=0), dict(kv_rank=0, q_rank=0, n_dense=4)):
-        cfg = config(**sizes | dict(q_rank=128) | overrides)
+    sizes = dict(vocab_size=300, dim=128, hidden_dim=256, expert_dim=64, n_heads=4, head_dim=32, rope_dim=32, seq_len=128, batch_size=8)
+    for overrides in (dict(kv_rank=64), dict(kv_rank=64, precision="bf16"), dict(kv_rank=64, q_rank=0), dict(kv_rank=0, q_rank=0, n_dense=4)):
+        cfg = config(**sizes | dict(q_rank=64) | overrides)
         model, tokens = build(cfg, alone), torch.randint(300, (8, 128))
         _, peak = live_activations(model, lambda: model(tokens, tokens))  # noqa: B023
         assert kimi.memory_per_rank(cfg)["activations"] == pytest.approx(peak, rel=0.12)

@@ -12,8 +12,7 @@ import t5
 import torch
 import torch.nn.functional as F
 from conftest import SCRIPTS
-from ranks import make_corpora, make_model, run_main
-from test_shapes import live_activations
+from ranks import live_activations, make_corpora, make_model, run_main
 
 ROW = SCRIPTS["t5"]
 
@@ -58,7 +57,7 @@ def test_presets_are_the_papers(name, batch, steps, denoiser, targets, flops):
 @pytest.mark.parametrize("overrides", [dict(), dict(precision="bf16"), dict(gated=True, tied=False, denoiser="iid")])
 def test_planned_memory_is_that_of_the_peak(overrides, monkeypatch, capsys):
     """With attention that keeps no scores, as a GPU's."""
-    cfg = t5.Config(**ROW.tiny | dict(dim=96, n_layers=6, head_dim=32, hidden_dim=320, inputs=64, seq_len=0, batch_size=64, sentinels=90) | overrides)
+    cfg = t5.Config(**ROW.tiny | dict(dim=48, n_layers=6, head_dim=16, hidden_dim=160, inputs=64, seq_len=0, batch_size=64, sentinels=90) | overrides)
     attend, (_, T, U), model = F.scaled_dot_product_attention, t5.row_lengths(cfg), make_model(t5, ROW, cfg)
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, bias, p, scale: attend(q, k, v, scale=scale))
     batch = dict(source=torch.ones(64, T).long(), target_in=torch.ones(64, U).long(), targets=torch.ones(64, U).long(), n_targets=64 * U)
