@@ -224,7 +224,7 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", f"ignore:{warning}")
 
 
-def run_lane(items, config, pipe, lock):
+def run_tests(items, config, pipe, lock):
     """Runs the tests in this process and sends what would be printed of them."""
 
     def send(report):
@@ -240,25 +240,25 @@ def run_lane(items, config, pipe, lock):
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session):
     """Of many tests, two processes run every second one each, with all imports done before. A few run in this process, as for a debugger."""
-    config, missing, fork = session.config, len(session.items), multiprocessing.get_context("fork")
-    if missing < 20 or session.testsfailed or config.option.collectonly or config.option.usepdb or sys.platform != "linux":
+    config, missing, fork = session.config, dict.fromkeys(item.nodeid for item in session.items), multiprocessing.get_context("fork")
+    if len(missing) < 20 or session.testsfailed or config.option.collectonly or config.option.usepdb or sys.platform != "linux":
         return None
     config.pluginmanager.get_plugin("terminalreporter").showfspath = False  # the files are mixed
     (ours, theirs), lock = fork.Pipe(duplex=False), fork.Lock()
-    lanes = [fork.Process(target=run_lane, args=(session.items[k::2], config, theirs, lock)) for k in range(2)]
-    [lane.start() for lane in lanes]
+    processes = [fork.Process(target=run_tests, args=(session.items[k::2], config, theirs, lock)) for k in range(2)]
+    [process.start() for process in processes]
     theirs.close()
     try:
         while missing and not session.shouldfail:
             report = config.hook.pytest_report_from_serializable(config=config, data=ours.recv())
             config.hook.pytest_runtest_logreport(report=report)
             if report.when == "teardown":
-                missing -= 1
+                missing.pop(report.nodeid, None)
                 config.hook.pytest_runtest_logfinish(nodeid=report.nodeid, location=report.location)
     except EOFError:
-        session.shouldfail = f"a process has died, and {missing} tests did not run"
+        session.shouldfail = f"a process has died in {next(iter(missing))}, and {len(missing)} tests did not run"
     finally:
-        [lane.kill() for lane in lanes]
+        [process.kill() for process in processes]
     if session.shouldfail:
         raise session.Failed(session.shouldfail)
     return True
